@@ -1,0 +1,151 @@
+"""The public face of the op layer: pure functions of tensors."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+import imm.ops  # noqa: F401  (registers torch.ops.imm)
+from imm.schedules import Time, as_time
+
+
+def mmd_loss(
+    y_t: Tensor,
+    y_r: Tensor,
+    scale: Tensor,
+    *,
+    weight: Tensor | None = None,
+    kernel: str = "laplace",
+    eps: float = 1e-8,
+) -> Tensor:
+    """Squared maximum mean discrepancy between two sets of particles, group by group (V-statistic, paper eq. 67).
+
+    ``loss_g = weight_g mean_jk [k(t_j, t_k) + k(r_j, r_k) - 2 k(t_j, r_k)]`` with diagonals included, and, for
+    d = max(||x - y||_2, eps) over all D features of a particle, k = exp(-scale d / D) ("laplace") or exp(-scale d^2 / (2 D))
+    ("rbf"). Time O(G M^2 D), memory O(G M D).
+
+    Args:
+        y_t: particles that learn, ``[G, M, ...]``, floating.
+        y_r: target particles, same shape and dtype; no gradient goes to them.
+        scale: kernel scale per group, ``[G]``, >= 0 (1 / |c_out(s, t)| in IMM).
+        weight: weight per group, ``[G]``, or None for 1.
+        kernel: "laplace" or "rbf".
+        eps: floor on the norm, in the particles' units; closer pairs have zero gradient.
+
+    Returns:
+        ``[G]``, float32 (float64 for float64 particles). Exactly 0 in float64 where ``y_r`` equals ``y_t``.
+
+    Raises:
+        ValueError, TypeError: shapes, dtypes or names other than these, a negative scale.
+        RuntimeError: a gradient asked for ``y_r``, ``scale`` or ``weight``.
+
+    Example:
+        >>> y = torch.randn(2, 4, 3, 8, 8, requires_grad=True)
+        >>> mmd_loss(y, torch.randn(2, 4, 3, 8, 8), torch.ones(2)).mean().backward()
+    """
+    if y_t.dim() < 3 or y_r.dim() < 3:
+        raise ValueError(f"y_t and y_r: expected [G, M, ...], got {list(y_t.shape)} and {list(y_r.shape)}")
+    return torch.ops.imm.mmd_loss(y_t.flatten(2), y_r.flatten(2), scale, weight, kernel, float(eps))
+
+
+def mmd_gram(x: Tensor, y: Tensor, scale: Tensor, *, kernel: str = "laplace", eps: float = 1e-8) -> Tensor:
+    """Kernel matrices ``k(x_j, y_k)`` group by group, with the kernels of :func:`mmd_loss`.
+
+    Args:
+        x: ``[G, Mx, ...]``, floating. y: ``[G, My, ...]``, same dtype and features.
+        scale: ``[G]``, >= 0. kernel, eps: as in :func:`mmd_loss`.
+
+    Returns:
+        ``[G, Mx, My]``, float32 (float64 for float64 input), differentiable in x and y.
+
+    Raises:
+        ValueError, TypeError: shapes, dtypes or names other than these, a negative scale.
+    """
+    if x.dim() < 3 or y.dim() < 3:
+        raise ValueError(f"x and y: expected [G, M, ...], got {list(x.shape)} and {list(y.shape)}")
+    return torch.ops.imm.mmd_gram(x.flatten(2), y.flatten(2), scale, kernel, float(eps))
+
+
+def _coefficient(value: Time, device: torch.device) -> Tensor:
+    return as_time(value, device).reshape(-1)
+
+
+def flow_step(
+    x: Tensor,
+    g: Tensor,
+    c_skip: Time,
+    c_out: Time,
+    *,
+    g_uncond: Tensor | None = None,
+    guidance: Time | None = None,
+    c_noise: Time | None = None,
+    seeds: Tensor | None = None,
+    step: int = 0,
+) -> Tensor:
+    """One step of a flow map: ``c_skip x + c_out (g_uncond + guidance (g - g_uncond)) + c_noise n(seed, step)``.
+
+    Args:
+        x: state, ``[B, ...]``, floating. g, g_uncond: network output with and without label, the state's shape, floating.
+        c_skip, c_out, guidance, c_noise: numbers or ``[B]`` tensors, taken as float64.
+        seeds: ``[B]`` int64 image seeds for the noise (see :func:`noise`); given with ``c_noise``.
+        step: the sampling step that the noise belongs to.
+
+    Returns:
+        ``[B, ...]`` in the state's dtype, differentiable in x, g and g_uncond.
+
+    Raises:
+        ValueError, TypeError: shapes or dtypes other than these; g_uncond without guidance, c_noise without seeds.
+    """
+    return torch.ops.imm.flow_step(
+        x,
+        g,
+        _coefficient(c_skip, x.device),
+        _coefficient(c_out, x.device),
+        g_uncond,
+        None if guidance is None else _coefficient(guidance, x.device),
+        None if c_noise is None else _coefficient(c_noise, x.device),
+        seeds,
+        step,
+    )
+
+
+def as_seeds(seeds: Tensor | Sequence[int] | range, device: torch.device | str | None = None) -> Tensor:
+    """Image seeds as ``[B]`` int64. Raises ValueError for anything but integers in [0, 2^63)."""
+    if isinstance(seeds, Tensor):
+        if seeds.dtype != torch.int64 or seeds.dim() != 1:
+            raise ValueError(f"seeds: expected a [B] int64 tensor, got {list(seeds.shape)} of {seeds.dtype}")
+        return seeds.to(device) if device is not None else seeds
+    values = list(seeds)
+    if not all(isinstance(v, int) and 0 <= v < 2**63 for v in values):
+        raise ValueError(f"seeds: expected integers in [0, 2^63), got {values[:8]}")
+    return torch.tensor(values, dtype=torch.int64, device=device)
+
+
+def noise(
+    seeds: Tensor | Sequence[int] | range,
+    shape: Sequence[int],
+    step: int = 0,
+    *,
+    device: torch.device | str | None = None,
+) -> Tensor:
+    """Standard normal noise of each image's own: Philox4x32-10 with key = seed and counter = (step, element).
+
+    Args:
+        seeds: one integer in [0, 2^63) per image: a sequence or a ``[B]`` int64 tensor.
+        shape: of one image, such as ``(3, 32, 32)``.
+        step: sampling step >= 0; step 0 is the initial state.
+        device: where to; by default where ``seeds`` is.
+
+    Returns:
+        ``[B, *shape]`` float32, N(0, 1). An image's numbers do not depend on the other seeds, the batch or the device.
+
+    Raises:
+        ValueError, TypeError: seeds, shape or step other than these.
+    """
+    if any(n < 0 for n in shape):
+        raise ValueError(f"shape: expected sizes >= 0, got {list(shape)}")
+    tensor = as_seeds(seeds, device)
+    return torch.ops.imm.noise(tensor, math.prod(shape), step).reshape(len(tensor), *shape)

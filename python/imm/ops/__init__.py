@@ -1,0 +1,3 @@
+"""The thin op layer: schemas, implementations and their choice, fakes, autograd, autocast. The only door to kernels."""
+
+from imm.ops import flow_step, mmd, noise  # noqa: F401  (each registers its ops)

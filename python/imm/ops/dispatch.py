@@ -1,0 +1,96 @@
+"""Which implementation of an op runs, and the reason.
+
+Every op has one or more implementations, best first, the last of them "reference" (plain torch, any device). Each has one
+predicate that answers "yes" (None) or the reason why not; calls, error messages and ``imm doctor`` all ask that predicate.
+``IMM_IMPL=mmd_loss:reference,flow_step:reference`` forces an implementation, for debugging.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+VARIABLE = "IMM_IMPL"
+
+
+@dataclass(frozen=True)
+class Request:
+    """What a predicate may look at: the device, the widest dtype and the shape of the op's first tensor."""
+
+    device: torch.device
+    dtype: torch.dtype
+    shape: tuple[int, ...] = ()
+
+    @classmethod
+    def of(cls, tensor: Tensor) -> Request:
+        return cls(tensor.device, tensor.dtype, tuple(tensor.shape))
+
+
+@dataclass(frozen=True)
+class Implementation:
+    """One way to run an op: ``run`` takes the op's arguments, ``refuses`` a Request and returns a reason or None."""
+
+    name: str
+    run: Callable[..., Any]
+    refuses: Callable[[Request], str | None] = field(default=lambda request: None)
+
+
+_TABLE: dict[str, list[Implementation]] = {}
+
+
+def add(op: str, implementation: Implementation) -> None:
+    """Append an implementation; call in order of preference, "reference" last."""
+    _TABLE.setdefault(op, []).append(implementation)
+
+
+def names() -> list[str]:
+    """The ops in the table."""
+    return list(_TABLE)
+
+
+def forced(op: str) -> str | None:
+    """The implementation that IMM_IMPL asks for, if any. Raises ValueError where the variable names nothing known."""
+    text = os.environ.get(VARIABLE)
+    if not text:
+        return None
+    wanted = {}
+    for item in text.split(","):
+        name, _, choice = item.strip().partition(":")
+        if name not in _TABLE or choice not in [i.name for i in _TABLE[name]]:
+            known = "; ".join(f"{o}: {', '.join(i.name for i in table)}" for o, table in _TABLE.items())
+            raise ValueError(f"{VARIABLE}: expected OP:IMPLEMENTATION[,...] from [{known}], got {item!r}")
+        wanted[name] = choice
+    # A backward goes where its op goes unless it is named itself.
+    return wanted.get(op, wanted.get(op.removesuffix("_bwd")))
+
+
+def explain(op: str, request: Request) -> list[tuple[str, str | None]]:
+    """(implementation, reason why it would not run or None) for a request, best first."""
+    choice = forced(op)
+    rows = []
+    for implementation in _TABLE[op]:
+        reason = implementation.refuses(request)
+        if reason is None and choice not in (None, implementation.name):
+            reason = f"{VARIABLE} asks for {choice}"
+        rows.append((implementation.name, reason))
+    return rows
+
+
+def select(op: str, request: Request) -> Implementation:
+    """The first implementation that accepts. Raises RuntimeError with every reason where none does."""
+    rows = explain(op, request)
+    for implementation, (_, reason) in zip(_TABLE[op], rows, strict=True):
+        if reason is None:
+            return implementation
+    reasons = "; ".join(f"{name}: {reason}" for name, reason in rows)
+    raise RuntimeError(f"imm::{op} has no implementation for {request}: {reasons}")
+
+
+def call(op: str, first: Tensor, *args: Any) -> Any:
+    """Run an op through the table."""
+    return select(op, Request.of(first)).run(first, *args)
