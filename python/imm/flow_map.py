@@ -1,0 +1,193 @@
+"""The flow map f_{s,t}: a network that sees the time it is at and the time it jumps to (paper section 4)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from imm import functional
+from imm.parametrizations import get_parametrization
+from imm.schedules import Time, as_time, get_schedule
+
+SECOND_TIMES = ("stride", "identity")
+
+
+class FlowMap(nn.Module):
+    """``f_{s,t}(x_t) = c_skip(s,t) x_t + c_out(s,t) G(c_in(t) x_t, t, s)`` around any network G.
+
+    Args:
+        network: called as ``network(x, t, s, labels)`` with ``x`` ``[B, ...]`` scaled to unit variance, ``t`` and ``s`` ``[B]``
+            float64, both already scaled, ``labels`` ``[B]`` int64 or None; returns ``x``'s shape. Its attribute ``num_classes``
+            (0: unconditional) says which labels it takes; label ``num_classes`` means "none".
+        schedule: "fm" or "vp_cosine".
+        parametrization: "identity", "simple_edm" or "euler_fm" (with "fm" only).
+        second_time: what the network is given beside ``time_scale * t``: "stride" ``time_scale * (t - s)`` or "identity"
+            ``time_scale * s``.
+        sigma_data: standard deviation of the data, and of the prior.
+        time_scale: factor on both times.
+        t_min, t_max: the range of times, ``0 <= t_min < t_max <= 1``.
+
+    Raises:
+        ValueError, TypeError: for any value other than these.
+    """
+
+    def __init__(
+        self,
+        network: nn.Module,
+        *,
+        schedule: str = "fm",
+        parametrization: str = "euler_fm",
+        second_time: str = "stride",
+        sigma_data: float = 0.5,
+        time_scale: float = 1000.0,
+        t_min: float = 0.0,
+        t_max: float = 0.994,
+    ) -> None:
+        super().__init__()
+        if not isinstance(network, nn.Module):
+            raise TypeError(f"network: expected an nn.Module, got {type(network).__name__}")
+        num_classes = getattr(network, "num_classes", None)
+        if not isinstance(num_classes, int) or num_classes < 0:
+            raise ValueError(f"network: expected an integer attribute num_classes >= 0 (0: unconditional), got {num_classes!r}")
+        if second_time not in SECOND_TIMES:
+            raise ValueError(f"unknown second_time {second_time!r}; expected one of {list(SECOND_TIMES)}")
+        if not 0.0 <= t_min < t_max <= 1.0:
+            raise ValueError(f"t_min and t_max: expected 0 <= t_min < t_max <= 1, got {t_min} and {t_max}")
+        if not time_scale > 0:
+            raise ValueError(f"time_scale: expected a positive number, got {time_scale}")
+        self.network = network
+        self.schedule = get_schedule(schedule)
+        self.parametrization = get_parametrization(parametrization, self.schedule, sigma_data)
+        self.second_time = second_time
+        self.sigma_data = float(sigma_data)
+        self.time_scale = float(time_scale)
+        self.t_min = float(t_min)
+        self.t_max = float(t_max)
+        self.num_classes: int = num_classes
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """The keyword arguments that make this flow map again around the same network."""
+        return {
+            "schedule": self.schedule.name,
+            "parametrization": self.parametrization.name,
+            "second_time": self.second_time,
+            "sigma_data": self.sigma_data,
+            "time_scale": self.time_scale,
+            "t_min": self.t_min,
+            "t_max": self.t_max,
+        }
+
+    @property
+    def network_dtype(self) -> torch.dtype:
+        """The dtype that the network takes its input in: that of its parameters, float32 where it has none."""
+        return next((p.dtype for p in self.network.parameters() if p.is_floating_point()), torch.float32)
+
+    def forward(self, x: Tensor, t: Time, s: Time, labels: Tensor | None = None, guidance: Time | None = None) -> Tensor:
+        """Jump from time t to time s.
+
+        Args:
+            x: state x_t, ``[B, ...]``, floating; the result has its dtype.
+            t, s: times with ``t_min <= s <= t <= t_max`` (numbers or ``[B]``, taken as float64). s = t is the identity.
+            labels: ``[B]`` int64 classes in ``[0, num_classes]``, ``num_classes`` meaning "none"; None: all "none".
+            guidance: classifier-free guidance w (number or ``[B]``): G = G_none + w (G_label - G_none), eq. 14, for twice the
+                work. None: the labelled output alone.
+
+        Returns:
+            x_s, the shape and dtype of ``x``.
+
+        Raises:
+            ValueError, TypeError: shapes, dtypes, times or labels other than these.
+        """
+        x, t, s, labels = self._checked(x, t, s, labels, guidance)
+        g, g_uncond = self.network_output(x, t, s, labels, with_uncond=guidance is not None)
+        return functional.flow_step(
+            x,
+            g,
+            self.parametrization.c_skip(s, t),
+            self.parametrization.c_out(s, t),
+            g_uncond=g_uncond,
+            guidance=guidance,
+        )
+
+    def network_output(
+        self, x: Tensor, t: Tensor, s: Tensor, labels: Tensor | None, *, with_uncond: bool = False
+    ) -> tuple[Tensor, Tensor | None]:
+        """G(c_in(t) x, t, s, labels) and, ``with_uncond``, the same without labels, in one call of the network."""
+        batch = x.shape[0]
+        c_in = self.parametrization.c_in(t).reshape(-1, *[1] * (x.dim() - 1))
+        wide = torch.promote_types(x.dtype, torch.float32)
+        scaled = (x.to(wide) * c_in.to(wide)).to(self.network_dtype)
+        first = (self.time_scale * t).expand(batch)
+        second = (self.time_scale * (t - s if self.second_time == "stride" else s)).expand(batch)
+        if not with_uncond:
+            return self._call(scaled, first, second, labels), None
+        assert labels is not None
+        none = torch.full_like(labels, self.num_classes)
+        both = self._call(torch.cat([scaled, scaled]), first.repeat(2), second.repeat(2), torch.cat([none, labels]))
+        uncond, cond = both.chunk(2)
+        return cond, uncond
+
+    def _call(self, x: Tensor, t: Tensor, s: Tensor, labels: Tensor | None) -> Tensor:
+        g = self.network(x, t, s, labels)
+        if not isinstance(g, Tensor) or g.shape != x.shape:
+            got = list(g.shape) if isinstance(g, Tensor) else type(g).__name__
+            raise ValueError(f"network: expected an output of its input's shape {list(x.shape)}, got {got}")
+        return g
+
+    def _checked(
+        self, x: Tensor, t: Time, s: Time, labels: Tensor | None, guidance: Time | None
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        if x.dim() < 2 or not x.is_floating_point():
+            raise ValueError(f"x: expected a floating [B, ...], got {list(x.shape)} of {x.dtype}")
+        batch = x.shape[0]
+        t, s = self._checked_time("t", t, x), self._checked_time("s", s, x)
+        if _readable(t, s):
+            if not bool((s <= t).all()):
+                raise ValueError(f"times: expected s <= t, got t = {t.tolist()} and s = {s.tolist()}")
+            if not bool(((s >= self.t_min - 1e-9) & (t <= self.t_max + 1e-9)).all()):
+                raise ValueError(
+                    f"times: expected {self.t_min} <= s <= t <= {self.t_max}, got t = {t.tolist()} and s = {s.tolist()}"
+                )
+        labels = self.checked_labels(labels, batch, x.device)
+        if guidance is not None:
+            if labels is None:
+                raise ValueError("guidance: expected a class-conditional network, got one with num_classes = 0")
+            w = as_time(guidance)
+            if w.dim() > 1 or (w.dim() == 1 and w.shape[0] != batch):
+                raise ValueError(f"guidance: expected a number or [{batch}], got {list(w.shape)}")
+        return x, t, s, labels
+
+    def _checked_time(self, name: str, value: Time, x: Tensor) -> Tensor:
+        time = as_time(value, x.device)
+        if time.dim() > 1 or (time.dim() == 1 and time.shape[0] not in (1, x.shape[0])):
+            raise ValueError(f"{name}: expected a number or [{x.shape[0]}], got {list(time.shape)}")
+        return time
+
+    def checked_labels(self, labels: Tensor | None, batch: int, device: torch.device) -> Tensor | None:
+        """Labels as the network takes them: ``[B]`` int64, all "none" for None, None for an unconditional network."""
+        if self.num_classes == 0:
+            if labels is not None:
+                raise ValueError("labels: expected None for an unconditional network (num_classes = 0)")
+            return None
+        if labels is None:
+            return torch.full((batch,), self.num_classes, dtype=torch.int64, device=device)
+        if labels.dtype != torch.int64 or labels.shape != (batch,):
+            raise ValueError(f"labels: expected [{batch}] int64, got {list(labels.shape)} of {labels.dtype}")
+        if _readable(labels) and not bool(((labels >= 0) & (labels <= self.num_classes)).all()):
+            raise ValueError(
+                f"labels: expected classes 0..{self.num_classes - 1} or {self.num_classes} for none, "
+                f"got {labels.min().item()}..{labels.max().item()}"
+            )
+        return labels
+
+    def add_noise(self, x: Tensor, eps: Tensor, t: Time) -> Tensor:
+        """x_t = alpha_t x + sigma_t eps for ``eps`` of standard deviation sigma_data (paper section 4.1)."""
+        return functional.flow_step(x, eps, self.schedule.alpha(t), self.schedule.sigma(t))
+
+
+def _readable(*tensors: Tensor) -> bool:
+    """Whether looking at the values costs no device synchronisation and no graph break."""
+    return not torch.compiler.is_compiling() and all(v.device.type == "cpu" for v in tensors)
