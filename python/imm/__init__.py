@@ -1,0 +1,23 @@
+"""imm: Inductive Moment Matching, trained, sampled and measured.
+
+``import imm`` never compiles, prints, needs triton or touches CUDA.
+"""
+
+from imm import checkpoints, functional, networks, parametrizations, sampling, schedules
+from imm.flow_map import FlowMap
+from imm.functional import noise
+from imm.objective import IMMObjective
+from imm.version import __version__
+
+__all__ = [
+    "FlowMap",
+    "IMMObjective",
+    "__version__",
+    "checkpoints",
+    "functional",
+    "networks",
+    "noise",
+    "parametrizations",
+    "sampling",
+    "schedules",
+]

@@ -1,0 +1,170 @@
+"""Our file: safetensors, with the settings as JSON under one metadata key."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from imm.flow_map import FlowMap
+from imm.networks import NETWORKS
+
+FORMAT_VERSION = 1
+_KEY = "imm"
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that is not what it should be; the message says what was expected and what came."""
+
+
+def write_file(path: str | os.PathLike[str], tensors: Mapping[str, Tensor], settings: Mapping[str, Any]) -> None:
+    """Write tensors and settings to one safetensors file, atomically: the old file or the new one, never a part.
+
+    Args:
+        path: the file; its folder must exist. tensors: any dtypes and devices. settings: what JSON can hold.
+
+    Raises:
+        CheckpointError: the folder cannot be written to.
+    """
+    target = Path(path)
+    metadata = {_KEY: json.dumps({"format_version": FORMAT_VERSION, **settings}, allow_nan=False)}
+    plain = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
+    try:
+        handle, name = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.", suffix=".part")
+    except OSError as error:
+        raise CheckpointError(f"cannot write {target}: {error.strerror or error}") from error
+    part = Path(name)
+    try:
+        os.close(handle)
+        save_file(plain, part, metadata=metadata)
+        with open(part, "rb") as file:
+            os.fsync(file.fileno())
+        os.chmod(part, 0o666 & ~_umask())
+        os.replace(part, target)
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"cannot write {target}: {error}") from error
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def read_file(path: str | os.PathLike[str], kind: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Read what :func:`write_file` wrote.
+
+    Args:
+        path: the file. kind: what the settings must call it ("flow_map", "training").
+
+    Returns:
+        Tensors on the CPU, and the settings.
+
+    Raises:
+        CheckpointError: a missing, truncated or foreign file, another kind, or a newer format.
+    """
+    source = Path(path)
+    if not source.is_file():
+        raise CheckpointError(f"{source}: expected a checkpoint file, found none")
+    try:
+        with safe_open(source, framework="pt") as file:
+            metadata = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (not a mapping)
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{source}: expected a whole safetensors file, got: {error}") from error
+    if _KEY not in metadata:
+        raise CheckpointError(f"{source}: expected a checkpoint of imm, got a safetensors file without its settings")
+    try:
+        settings = json.loads(metadata[_KEY])
+        version = settings["format_version"]
+        found = settings["kind"]
+    except (ValueError, TypeError, KeyError) as error:
+        raise CheckpointError(f"{source}: expected readable settings, got: {error!r}") from error
+    if not isinstance(version, int) or version > FORMAT_VERSION:
+        raise CheckpointError(f"{source}: expected format version {FORMAT_VERSION} or older, got {version}")
+    if found != kind:
+        raise CheckpointError(f"{source}: expected a checkpoint of kind {kind!r}, got {found!r}")
+    return tensors, settings
+
+
+def describe(flow_map: FlowMap) -> dict[str, Any]:
+    """The settings that :func:`build` makes the flow map from; a network of another class is called "custom"."""
+    network = flow_map.network
+    name = next((n for n, cls in NETWORKS.items() if type(network) is cls), "custom")
+    settings = dict(network.settings) if name != "custom" else {"num_classes": flow_map.num_classes}  # type: ignore[arg-type]
+    return {"network": {"name": name, **settings}, "flow_map": flow_map.settings}
+
+
+def build(settings: Mapping[str, Any], network: nn.Module | None = None) -> FlowMap:
+    """A flow map with fresh weights from :func:`describe`'s settings; ``network`` where they say "custom".
+
+    Raises:
+        CheckpointError: settings that name no known network or do not fit it.
+    """
+    try:
+        arguments = dict(settings["network"])
+        name = arguments.pop("name")
+        if network is None:
+            if name not in NETWORKS:
+                raise CheckpointError(f"network: expected one of {sorted(NETWORKS)} or the argument network=, got {name!r}")
+            network = NETWORKS[name](**arguments)
+        return FlowMap(network, **settings["flow_map"])
+    except CheckpointError:
+        raise
+    except (KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(f"expected the settings of a flow map, got: {error}") from error
+
+
+def save(path: str | os.PathLike[str], flow_map: FlowMap, *, extra: Mapping[str, Any] | None = None) -> None:
+    """Save a flow map: the network's weights and everything needed to make it again.
+
+    Args:
+        path: the file, by custom ``*.safetensors``; replaced atomically. flow_map: any.
+        extra: further settings (JSON) for whoever reads the file, under "extra".
+
+    Raises:
+        CheckpointError: the folder cannot be written to.
+    """
+    settings = {"kind": "flow_map", **describe(flow_map), "extra": dict(extra or {})}
+    write_file(path, flow_map.network.state_dict(), settings)
+
+
+def load(path: str | os.PathLike[str], *, network: nn.Module | None = None) -> FlowMap:
+    """Load a flow map that :func:`save` saved, on the CPU and in evaluation mode.
+
+    Args:
+        path: the file. network: the network to fill, where it is not one of ``imm.networks``.
+
+    Raises:
+        CheckpointError: a missing, truncated or foreign file, or weights that do not fit the network.
+    """
+    tensors, settings = read_file(path, "flow_map")
+    try:
+        flow_map = build(settings, network)
+    except CheckpointError as error:
+        raise CheckpointError(f"{path}: {error}") from error
+    load_state(flow_map.network, tensors, str(path))
+    return flow_map.eval()
+
+
+def load_state(module: nn.Module, tensors: Mapping[str, Tensor], source: str) -> None:
+    """Fill a module; every name must be there, none may be unknown, every shape must fit."""
+    expected = module.state_dict()
+    missing, unknown = sorted(expected.keys() - tensors.keys()), sorted(tensors.keys() - expected.keys())
+    if missing or unknown:
+        raise CheckpointError(f"{source}: names do not fit the network: missing {missing[:4]}, unknown {unknown[:4]}")
+    for name, tensor in expected.items():
+        if tensors[name].shape != tensor.shape:
+            raise CheckpointError(f"{source}: {name}: expected {list(tensor.shape)}, got {list(tensors[name].shape)}")
+    with torch.no_grad():
+        module.load_state_dict(dict(tensors))
