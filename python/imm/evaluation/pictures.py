@@ -1,0 +1,66 @@
+"""Pictures of images: single files and labelled grids."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+
+def to_uint8(images: Tensor) -> Tensor:
+    """[-1, 1] floating -> 0..255 uint8, same shape (x 127.5 + 128, clipped, as the published evaluation)."""
+    return (images.float() * 127.5 + 128.0).clamp(0, 255).to(torch.uint8)
+
+
+def to_picture(image: Tensor) -> Image:
+    """``[1 or 3, H, W]`` in [-1, 1] -> a pillow image."""
+    from PIL import Image
+
+    pixels = to_uint8(image).cpu().permute(1, 2, 0).numpy()
+    return Image.fromarray(pixels[:, :, 0] if pixels.shape[2] == 1 else pixels)
+
+
+def save_picture(picture: Image, path: Path) -> None:
+    """Write a PNG, atomically."""
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        picture.save(part, format="PNG")
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def grid(rows: Sequence[tuple[str, Tensor]], cell: int = 48, gap: int = 4) -> Image:
+    """Rows of images with a label to the left of each.
+
+    Args:
+        rows: (label, ``[N, 1 or 3, H, W]`` in [-1, 1]); an empty label in every row leaves no margin.
+        cell: least side of an image in the picture, in pixels; images are enlarged by a whole factor.
+        gap: between images, in pixels.
+    """
+    from PIL import Image, ImageDraw, ImageFont
+
+    height, width = rows[0][1].shape[2:]
+    factor = max(1, -(-cell // max(height, width)))
+    step_x, step_y = width * factor + gap, height * factor + gap
+    font = ImageFont.load_default(size=14)
+    measure = ImageDraw.Draw(Image.new("L", (1, 1)))
+    margin = max(int(measure.textlength(label, font=font)) for label, _ in rows)
+    margin += 2 * gap if margin else 0
+    columns = max(len(images) for _, images in rows)
+    canvas = Image.new("RGB", (margin + columns * step_x + gap, len(rows) * step_y + gap), (90, 90, 90))
+    draw = ImageDraw.Draw(canvas)
+    for y, (label, images) in enumerate(rows):
+        top = gap + y * step_y
+        draw.text((gap, top + (step_y - gap) // 2), label, fill=(255, 255, 255), font=font, anchor="lm")
+        for x, image in enumerate(images):
+            picture = to_picture(image).resize((width * factor, height * factor), Image.Resampling.NEAREST)
+            canvas.paste(picture.convert("RGB"), (margin + gap + x * step_x, top))
+    return canvas
