@@ -1,0 +1,341 @@
+"""The training loop. A step depends on (seed, step) and the state alone: a resumed run repeats an unbroken one exactly."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import hashlib
+import json
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from imm import checkpoints
+from imm.checkpoints.format import build, describe, load_state
+from imm.data import ImageData
+from imm.flow_map import FlowMap
+from imm.objective import T_BINS, IMMObjective
+from imm.training.ema import EMA
+
+STATE_FILE = "training-state.safetensors"
+STATS_FILE = "stats.jsonl"
+PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+OPTIMIZERS: dict[str, type[torch.optim.Optimizer]] = {"adamw": torch.optim.AdamW, "radam": torch.optim.RAdam}
+
+
+class TrainingError(RuntimeError):
+    """Training cannot go on; the message says why and from where it can be resumed."""
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainConfig:
+    """How to train. Times are in steps; one step is one batch.
+
+    Attributes:
+        batch: images per step, a multiple of the objective's particles.
+        optimizer: "adamw" or "radam". lr: its rate, after ``warmup`` steps of linear growth. betas, weight_decay: likewise.
+        ema: beta of the exponential moving average.
+        precision: "fp32", "bf16" or "fp16" (autocast; fp16 with a loss scale). The target branch always runs in float32.
+        seed: of data order, times, noise and dropout.
+        log_every, snapshot_every: how often a row of statistics and the state are written.
+    """
+
+    batch: int = 64
+    optimizer: str = "adamw"
+    lr: float = 1e-4
+    warmup: int = 0
+    betas: tuple[float, float] = (0.9, 0.999)
+    weight_decay: float = 0.0
+    ema: float = 0.9999
+    precision: str = "fp32"
+    seed: int = 0
+    log_every: int = 50
+    snapshot_every: int = 500
+
+    def __post_init__(self) -> None:
+        for name, value, known in (
+            ("optimizer", self.optimizer, OPTIMIZERS),
+            ("precision", self.precision, PRECISIONS),
+        ):
+            if value not in known:
+                raise ValueError(f"unknown {name} {value!r}; expected one of {list(known)}")
+        if min(self.batch, self.log_every, self.snapshot_every) < 1 or self.warmup < 0:
+            raise ValueError("batch, log_every and snapshot_every: expected at least 1; warmup: expected at least 0")
+        if not self.lr > 0:
+            raise ValueError(f"lr: expected a positive rate, got {self.lr}")
+
+
+class Trainer:
+    """Trains an objective's network on images in memory.
+
+    Args:
+        objective: on the device to train on. data: whose classes fit the network's.
+        outdir: gets ``stats.jsonl``, ``training-state.safetensors`` and ``snapshot-STEP.safetensors``; made if absent.
+        config: see :class:`TrainConfig`.
+
+    A state file in ``outdir`` is continued, by the same settings only. Each step seeds torch's default generators from
+    (seed, step).
+
+    Raises:
+        ValueError, CheckpointError: settings that do not fit each other, the data or the state found; a folder that cannot be
+            written to.
+    """
+
+    def __init__(self, objective: IMMObjective, data: ImageData, outdir: str | os.PathLike[str], config: TrainConfig) -> None:
+        flow_map = objective.flow_map
+        if config.batch % objective.particles:
+            raise ValueError(f"batch: expected a multiple of particles = {objective.particles}, got {config.batch}")
+        if not bool(torch.isfinite(data.images).all()):
+            raise ValueError(f"data: expected finite images, got NaN or infinity in {data.source}")
+        if flow_map.num_classes and (data.labels is None or data.num_classes > flow_map.num_classes):
+            raise ValueError(
+                f"data: expected labels of at most {flow_map.num_classes} classes, got {data.num_classes} ({data.source})"
+            )
+        self.objective, self.config, self.outdir = objective, config, Path(outdir)
+        self.device = next(flow_map.network.parameters()).device
+        self._images = data.images.to(self.device)
+        labels = data.labels if flow_map.num_classes else None
+        self._labels = None if labels is None else labels.to(self.device)
+        self._settings = self._describe(data)
+        self.step = 0
+        self.resumed_from: int | None = None
+        self.stop = False  # set it to end the run after the step under way
+        self.ema = EMA(flow_map.network, config.ema)
+        self._parameters = list(flow_map.network.parameters())
+        extra: dict[str, Any] = {"decoupled_weight_decay": True} if config.optimizer == "radam" else {}
+        self._optimizer = OPTIMIZERS[config.optimizer](
+            self._parameters, lr=config.lr, betas=config.betas, weight_decay=config.weight_decay, **extra
+        )
+        self._scaler = torch.amp.GradScaler(self.device.type, enabled=config.precision == "fp16")
+        self._permutation: tuple[int, Tensor] | None = None
+        try:
+            self.outdir.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ValueError(f"outdir: expected a folder that can be written to, got {outdir}: {error}") from error
+        if (self.outdir / STATE_FILE).exists():
+            self._load()
+        self._trim_stats()
+
+    @property
+    def ema_flow_map(self) -> FlowMap:
+        """The flow map around the averaged weights."""
+        return build(describe(self.objective.flow_map), self.ema.network)
+
+    def run(
+        self,
+        steps: int,
+        *,
+        max_seconds: float | None = None,
+        on_step: Callable[[int], None] | None = None,
+        on_log: Callable[[dict[str, Any]], None] | None = None,
+    ) -> None:
+        """Train until ``steps`` steps have been made in all, ``max_seconds`` are over, or :attr:`stop` is set; save the state.
+
+        Raises:
+            TrainingError: a loss that is not finite. The last state saved is a good one.
+        """
+        start = time.perf_counter()
+        self.objective.train()
+        window = _Window()
+        while self.step < steps and not self.stop:
+            if max_seconds is not None and time.perf_counter() - start > max_seconds:
+                break
+            window.add(*self._step())
+            self.step += 1
+            if on_step is not None:
+                on_step(self.step)
+            snapshot = self.step % self.config.snapshot_every == 0
+            if snapshot or self.step % self.config.log_every == 0 or self.step == steps:
+                self._log(window, on_log)
+                window = _Window()
+            if snapshot:
+                self.save()
+        if window.count:
+            self._log(window, on_log)
+        self.save()
+
+    @property
+    def snapshot_path(self) -> Path:
+        """Where :meth:`save` puts the averaged flow map of the current step."""
+        return self.outdir / f"snapshot-{self.step:07d}.safetensors"
+
+    def save(self) -> None:
+        """Write the averaged flow map as a snapshot and the state to resume from, each atomically."""
+        if self.step == self.resumed_from and self.snapshot_path.exists():
+            return
+        checkpoints.save(self.snapshot_path, self.ema_flow_map, extra={"step": self.step, **self._settings})
+        tensors: dict[str, Tensor] = {}
+        for prefix, module in (("network", self.objective.flow_map.network), ("ema", self.ema.network)):
+            tensors |= {f"{prefix}.{name}": value for name, value in module.state_dict().items()}
+        for index, parameter in enumerate(self._parameters):
+            for key, value in self._optimizer.state[parameter].items():
+                tensors[f"optimizer.{index}.{key}"] = value
+        settings = {
+            "kind": "training",
+            "step": self.step,
+            "scaler": self._scaler.state_dict(),
+            "settings": self._settings,
+        }
+        checkpoints.write_file(self.outdir / STATE_FILE, tensors, settings)
+
+    def _step(self) -> tuple[dict[str, Tensor], Tensor]:
+        config = self.config
+        torch.manual_seed(_mix(config.seed, self.step))
+        index = self._indices()
+        for group in self._optimizer.param_groups:
+            group["lr"] = config.lr * min(1.0, (self.step + 1) / config.warmup) if config.warmup else config.lr
+        dtype = PRECISIONS[config.precision]
+        cast = torch.autocast(self.device.type, dtype) if dtype is not None else contextlib.nullcontext()
+        with cast:
+            loss, stats = self.objective(self._images[index], None if self._labels is None else self._labels[index])
+        self._optimizer.zero_grad(set_to_none=True)
+        self._scaler.scale(loss).backward()
+        self._scaler.unscale_(self._optimizer)
+        norm = torch.nn.utils.get_total_norm([p.grad for p in self._parameters if p.grad is not None])
+        self._scaler.step(self._optimizer)
+        self._scaler.update()
+        self.ema.update(self.objective.flow_map.network)
+        return stats, norm
+
+    def _indices(self) -> Tensor:
+        """The images of this step: positions step * batch, ... of the endless sequence of the epochs' permutations."""
+        count = len(self._images)
+        position = self.step * self.config.batch
+        parts, left = [], self.config.batch
+        while left:
+            epoch, offset = divmod(position, count)
+            if self._permutation is None or self._permutation[0] != epoch:
+                generator = torch.Generator().manual_seed(_mix(self.config.seed, -1 - epoch))
+                self._permutation = epoch, torch.randperm(count, generator=generator)
+            parts.append(self._permutation[1][offset : offset + left])
+            position, left = position + len(parts[-1]), left - len(parts[-1])
+        return torch.cat(parts).to(self.device)
+
+    def _log(self, window: _Window, on_log: Callable[[dict[str, Any]], None] | None) -> None:
+        row = {
+            "step": self.step,
+            "images": self.step * self.config.batch,
+            "lr": self._optimizer.param_groups[0]["lr"],
+            **window.row(self.config.batch),
+        }
+        if self._scaler.is_enabled():
+            row["loss_scale"] = self._scaler.get_scale()
+        elif row["nonfinite"]:
+            at = f"step {self.resumable}" if self.resumable else "the beginning"
+            raise TrainingError(
+                f"the loss was not finite in {row['nonfinite']} groups before step {self.step}; "
+                f"the saved state goes on from {at}: try a smaller lr"
+            )
+        with open(self.outdir / STATS_FILE, "a") as file:
+            file.write(json.dumps(row) + "\n")
+        if on_log is not None:
+            on_log(row)
+
+    @property
+    def resumable(self) -> int:
+        """The step of the state on disk; 0 without one."""
+        path = self.outdir / STATE_FILE
+        return checkpoints.read_file(path, "training")[1]["step"] if path.exists() else 0
+
+    def _describe(self, data: ImageData) -> dict[str, Any]:
+        config = dataclasses.asdict(self.config)
+        del config["log_every"], config["snapshot_every"]  # they do not change the result
+        config["betas"] = list(config["betas"])
+        digest = hashlib.sha256(data.images.numpy().tobytes())
+        if data.labels is not None:
+            digest.update(data.labels.numpy().tobytes())
+        names = ("particles", "kernel", "mapping_kind", "k", "a", "b", "min_gap", "label_dropout", "target_labels")
+        return {
+            **describe(self.objective.flow_map),
+            "objective": {n: getattr(self.objective, n) for n in (*names, "share_dropout", "eps")},
+            "config": config,
+            "data": {"source": data.source, "count": len(data), "sha256": digest.hexdigest()},
+        }
+
+    def _load(self) -> None:
+        path = self.outdir / STATE_FILE
+        tensors, settings = checkpoints.read_file(path, "training")
+        differing = _differences(settings.get("settings"), self._settings)
+        if differing:
+            raise checkpoints.CheckpointError(
+                f"{path}: expected the settings of the run to resume, got others: {'; '.join(differing[:4])}"
+            )
+        parts: dict[str, dict[str, Tensor]] = {"network": {}, "ema": {}, "optimizer": {}}
+        for name, tensor in tensors.items():
+            part, _, rest = name.partition(".")
+            parts.setdefault(part, {})[rest] = tensor
+        load_state(self.objective.flow_map.network, parts["network"], str(path))
+        load_state(self.ema.network, parts["ema"], str(path))
+        state: dict[int, dict[str, Tensor]] = {}
+        for name, tensor in parts["optimizer"].items():
+            index, _, key = name.partition(".")
+            state.setdefault(int(index), {})[key] = tensor
+        self._optimizer.load_state_dict({"state": state, "param_groups": self._optimizer.state_dict()["param_groups"]})
+        self._scaler.load_state_dict(settings["scaler"])
+        self.step = self.resumed_from = settings["step"]
+
+    def _trim_stats(self) -> None:
+        """Drop the rows after the state's step: a killed run may have written some, the last one in part."""
+        path = self.outdir / STATS_FILE
+        kept = []
+        if path.exists():
+            for line in path.read_text().splitlines():
+                try:
+                    row = json.loads(line)
+                except json.JSONDecodeError:
+                    break
+                if row["step"] > self.step:
+                    break
+                kept.append(line + "\n")
+        part = path.with_suffix(".part")
+        try:
+            part.write_text("".join(kept))
+            os.replace(part, path)
+        except OSError as error:
+            raise ValueError(f"outdir: expected a folder that can be written to, got {self.outdir}: {error}") from error
+
+
+class _Window:
+    """Sums of the statistics between two log rows, kept on the device until they are read."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        self.start = time.perf_counter()
+        self._sums: dict[str, Tensor] = {}
+
+    def add(self, stats: dict[str, Tensor], norm: Tensor) -> None:
+        bins = torch.where(stats["t_bin_count"] > 0, stats["t_bin_loss"] * stats["t_bin_count"], 0.0)
+        values = {**stats, "t_bin_loss": bins, "grad_norm": norm}
+        self._sums = {n: self._sums[n] + v if self.count else v for n, v in values.items()}
+        self.count += 1
+
+    def row(self, batch: int) -> dict[str, Any]:
+        sums = {name: value.double().cpu() for name, value in self._sums.items()}
+        seconds = time.perf_counter() - self.start
+        bins = sums["t_bin_loss"] / sums["t_bin_count"]
+        means = {name: float(sums[name]) / self.count for name in ("loss", "grad_norm", "gap", "at_s")}
+        return {
+            **{name: value if value == value and abs(value) != float("inf") else None for name, value in means.items()},
+            "t_bin_loss": [float(v) if torch.isfinite(v) else None for v in bins],
+            "t_bins": T_BINS,
+            "nonfinite": int(sums["nonfinite"]),
+            "images_per_second": batch * self.count / seconds,
+            "seconds": seconds,
+        }
+
+
+def _mix(seed: int, step: int) -> int:
+    """One generator seed for (seed, step); steps below 0 are the epochs'."""
+    return (seed * 0x9E3779B97F4A7C15 + step) % 2**63
+
+
+def _differences(old: Any, new: Any, path: str = "") -> list[str]:
+    if isinstance(old, dict) and isinstance(new, dict):
+        keys = sorted(old.keys() | new.keys())
+        return [d for k in keys for d in _differences(old.get(k), new.get(k), f"{path}.{k}" if path else k)]
+    return [] if old == new else [f"{path} was {old!r} and is {new!r}"]
