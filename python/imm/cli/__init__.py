@@ -1,0 +1,51 @@
+"""The command ``imm``. Sub-commands are imported when they are called, so that ``imm --help`` answers at once."""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+import click
+
+from imm.version import __version__
+
+_COMMANDS = {
+    "demo": "Train on real digits from scratch, sample in 1-8 steps, score, report.",
+    "train": "Train a network on images.",
+    "sample": "Generate images from a checkpoint.",
+    "doctor": "Say what is installed and which implementation each op uses, and why.",
+}
+
+
+class _Group(click.Group):
+    """Loads ``imm.cli.NAME`` for the sub-command NAME and turns expected errors into one line."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(_COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name not in _COMMANDS:
+            return None
+        return importlib.import_module(f"imm.cli.{cmd_name}").command
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        with formatter.section("Commands"):
+            formatter.write_dl(list(_COMMANDS.items()))
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except (ValueError, TypeError, FileNotFoundError, PermissionError) as error:
+            raise click.ClickException(str(error)) from error
+        except RuntimeError as error:
+            from imm.training import TrainingError
+
+            if isinstance(error, TrainingError):
+                raise click.ClickException(str(error)) from error
+            raise
+
+
+@click.group(cls=_Group)
+@click.version_option(__version__, prog_name="imm")
+def main() -> None:
+    """Inductive Moment Matching: train flow maps, generate in 1-8 steps."""

@@ -1,0 +1,176 @@
+"""``imm demo``: the whole way once, on real digits, with a verdict."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import tempfile
+import time
+from dataclasses import asdict
+from pathlib import Path
+
+import click
+import torch
+from torch import Tensor
+
+from imm import checkpoints, sampling
+from imm.cli import progress
+from imm.cli.doctor import op_lines
+from imm.cli.options import device_line, pick_device, writable_folder
+from imm.cli.report import write_curve, write_report
+from imm.data import ImageData, mnist_5k
+from imm.evaluation import PixelReference, PixelScores
+from imm.evaluation.pictures import grid, save_picture
+from imm.flow_map import FlowMap
+from imm.networks import UNet
+from imm.objective import IMMObjective
+from imm.training import TrainConfig, Trainer
+from imm.training.trainer import STATE_FILE, STATS_FILE
+from imm.version import __version__
+
+RESOLUTION = 16
+STEP_COUNTS = (1, 2, 4, 8)
+SAMPLES = 1000
+#: Least one-step label match and spread, and largest MMD as a share of the class means': blurs of class averages must fail.
+LEAST_MATCH, LEAST_SPREAD, LARGEST_MMD_SHARE = 0.80, 0.60, 0.5
+
+
+def make_objective(seed: int, device: torch.device) -> IMMObjective:
+    """The demo's network and objective: OT-FM, Euler-FM, Laplace kernel, M = 4, k = 12, a = 1."""
+    torch.manual_seed(seed)
+    flow_map = FlowMap(UNet(channels=1, resolution=RESOLUTION, num_classes=10))
+    return IMMObjective(flow_map.to(device), particles=4, kernel="laplace", k=12, a=1)
+
+
+def make_config(seed: int, snapshot_every: int = 500) -> TrainConfig:
+    """The demo's training settings."""
+    return TrainConfig(batch=64, lr=2e-3, warmup=100, ema=0.998, seed=seed, log_every=25, snapshot_every=snapshot_every)
+
+
+def resume_is_exact(data: ImageData, seed: int, device: torch.device, steps: int = 12) -> bool:
+    """Whether ``steps`` steps equal a third of them, a stop, and the rest from the saved state, bit for bit."""
+    states = []
+    with tempfile.TemporaryDirectory() as folder:
+        for name, parts in (("whole", [steps]), ("parts", [steps // 3, steps])):
+            for until in parts:
+                trainer = Trainer(make_objective(seed, device), data, Path(folder) / name, make_config(seed))
+                trainer.run(until)
+            states.append(checkpoints.read_file(trainer.outdir / STATE_FILE, "training"))
+    (tensors, settings), (other_tensors, other_settings) = states
+    same = tensors.keys() == other_tensors.keys() and settings == other_settings
+    return same and all(torch.equal(tensors[name], other_tensors[name]) for name in tensors)
+
+
+def sample(flow_map: FlowMap, steps: int, labels: Tensor, device: torch.device) -> Tensor:
+    """Images from seeds 0, 1, ... with the given labels, on the CPU."""
+    parts = []
+    for start in range(0, len(labels), 250):
+        seeds = range(start, min(start + 250, len(labels)))
+        x = sampling.initial_state(flow_map, seeds, (1, RESOLUTION, RESOLUTION), device)
+        y = labels[start : start + 250].to(device)
+        parts.append(sampling.pushforward(flow_map, x, sampling.time_grid(flow_map, steps), y).cpu())
+    return torch.cat(parts)
+
+
+def verdict(one_step: PixelScores, blur: PixelScores) -> list[str]:
+    """What is wrong with the one-step samples; empty if nothing is."""
+    wrong = []
+    if not one_step.label_match >= LEAST_MATCH:
+        wrong.append(f"one-step label match {one_step.label_match:.1%} is below {LEAST_MATCH:.0%}")
+    if not one_step.spread >= LEAST_SPREAD:
+        wrong.append(f"one-step spread {one_step.spread:.1%} is below {LEAST_SPREAD:.0%} of real")
+    if not one_step.mmd <= LARGEST_MMD_SHARE * blur.mmd:
+        wrong.append(f"one-step MMD {one_step.mmd:.5f} is above half of the class means' {blur.mmd:.5f}")
+    return wrong
+
+
+def table(rows: dict[str, PixelScores]) -> list[str]:
+    """The scores as aligned lines."""
+    lines = [f"{'':<14}{'label match':>12}{'spread':>10}{'MMD':>11}"]
+    for name, scores in rows.items():
+        lines.append(f"{name:<14}{scores.label_match:>12.1%}{scores.spread:>10.1%}{scores.mmd:>11.5f}")
+    return lines
+
+
+@click.command()
+@click.option("--outdir", default="runs/demo", show_default=True, metavar="DIR", help="Where to write.")
+@click.option("--steps", default=3000, show_default=True, type=click.IntRange(min=1), help="Training steps.")
+@click.option("--minutes", type=click.FloatRange(min=0), help="Stop training after this long, whatever --steps says.")
+@click.option("--seed", default=0, show_default=True, type=click.IntRange(min=0))
+@click.option("--resume", is_flag=True, help="Go on with the run found in --outdir instead of starting afresh.")
+@click.option("--device", default="auto", show_default=True)
+def command(outdir: str, steps: int, minutes: float | None, seed: int, resume: bool, device: str) -> None:
+    """Train on real digits from scratch, sample in 1-8 steps from the saved checkpoint, score, report.
+
+    Exits with 1 where the one-step samples are not good: a label match below 80 %, a spread below 60 % of real, or an MMD
+    above half of that of the class means.
+    """
+    target = pick_device(device)
+    data = mnist_5k(RESOLUTION)
+    folder = writable_folder(outdir)
+    objective = make_objective(seed, target)
+    count = sum(p.numel() for p in objective.flow_map.network.parameters())
+    header = [
+        f"imm {__version__} demo on {device_line(target)}",
+        *(f"op {line}" for line in op_lines(target)),
+        f"data: {data.source}, {RESOLUTION}x{RESOLUTION}, {data.num_classes} classes",
+        f"network: UNet, {count:,} parameters; objective: IMM, M = 4, Laplace kernel, k = 12; schedule fm, euler_fm",
+        f"plan: {steps} steps of 64 images, then {SAMPLES} samples in each of {', '.join(map(str, STEP_COUNTS))} steps",
+    ]
+    click.echo("\n".join(header))
+    if not resume:
+        for path in (*folder.glob("snapshot-*.safetensors"), folder / STATE_FILE, folder / STATS_FILE):
+            path.unlink(missing_ok=True)
+    start = time.perf_counter()
+    trainer = Trainer(objective, data, folder, make_config(seed))
+    if trainer.resumed_from is not None:
+        click.echo(f"resuming at step {trainer.resumed_from}")
+    signal_number = progress.run(trainer, steps, None if minutes is None else 60.0 * minutes)
+    if signal_number is not None:
+        click.echo(f"stopped by signal {signal_number} at step {trainer.step}; --resume goes on from there")
+        raise SystemExit(128 + signal_number)
+    train_seconds = time.perf_counter() - start
+    checkpoint = folder / "checkpoint.safetensors"
+    shutil.copyfile(trainer.snapshot_path, checkpoint)
+    click.echo(f"trained {trainer.step} steps in {train_seconds:.0f} s; sampling from {checkpoint}")
+
+    flow_map = checkpoints.load(checkpoint).to(target)
+    assert data.labels is not None
+    reference = PixelReference(data.images, data.labels, data.num_classes)
+    labels = torch.arange(SAMPLES) % data.num_classes
+    rows: dict[str, PixelScores] = {}
+    pictures: list[tuple[str, Tensor]] = []
+    for n in STEP_COUNTS:
+        images = sample(flow_map, n, labels, target)
+        name = f"{n} step{'s' if n > 1 else ''}"
+        rows[name] = reference.score(images, labels)
+        pictures += [(name, images[:10]), ("", images[10:20])]
+    by_class = [data.images[data.labels == c] for c in range(data.num_classes)]
+    pictures += [("real", torch.stack([c[0] for c in by_class])), ("", torch.stack([c[1] for c in by_class]))]
+    rows["class means"] = reference.score_class_means()
+    rows["real"] = reference.score_real()
+    lines = table(rows)
+    click.echo("\n".join(lines))
+
+    exact = resume_is_exact(data, seed, target)
+    click.echo(f"resume: 12 steps and 4 + stop + 8 steps are {'equal bit for bit' if exact else 'NOT equal'}")
+    wrong = verdict(rows["1 step"], rows["class means"]) + ([] if exact else ["a resumed run differs from an unbroken one"])
+    if trainer.step < steps:
+        click.echo(f"note: {trainer.step} of {steps} steps were made")
+    picture = folder / "samples.png"
+    save_picture(grid(pictures), picture)
+    summary = {
+        "scores": {name: asdict(scores) for name, scores in rows.items()},
+        "steps": trainer.step,
+        "seed": seed,
+        "seconds": train_seconds,
+        "resume_exact": exact,
+        "wrong": wrong,
+    }
+    (folder / "metrics.json").write_text(json.dumps(summary, indent=2) + "\n")
+    curve = write_curve(folder / STATS_FILE, folder / "training.png")
+    write_report(folder / "report.html", header, lines, picture, curve, wrong)
+    click.echo("FAILED: " + "; ".join(wrong) if wrong else "PASSED: one-step digits with the asked labels and real variety")
+    click.echo(f"results: {folder}/ (picture: {picture}, report: {folder / 'report.html'})")
+    if wrong:
+        raise SystemExit(1)

@@ -1,0 +1,58 @@
+"""``imm doctor``: what is installed, and which implementation runs for each op, with the reason."""
+
+from __future__ import annotations
+
+import importlib.util
+import platform
+from importlib.metadata import PackageNotFoundError, version
+
+import click
+import torch
+
+from imm.cli.options import device_line
+from imm.ops import dispatch
+from imm.version import __version__
+
+
+def op_lines(device: torch.device, dtype: torch.dtype = torch.float32) -> list[str]:
+    """One line per op (backwards go with their op): the implementation that runs, and why not a better one."""
+    lines = []
+    for op in dispatch.names():
+        if op.endswith("_bwd"):
+            continue
+        request = dispatch.Request(device, dtype)
+        rows = dispatch.explain(op, request)
+        chosen = dispatch.select(op, request).name
+        refused = "; ".join(f"{name}: {reason}" for name, reason in rows if reason is not None)
+        lines.append(f"{op}: {chosen} ({refused or 'the only implementation so far'})")
+    return lines
+
+
+def _package(name: str) -> str:
+    if importlib.util.find_spec(name) is None:
+        return "not installed"
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return "installed"
+
+
+@click.command()
+def command() -> None:
+    """Say what is installed and which implementation each op uses, and why."""
+    click.echo(f"imm {__version__}, Python {platform.python_version()}, {platform.platform()}")
+    click.echo(f"torch {torch.__version__}, built for CUDA {torch.version.cuda or '(none)'}")
+    for name in ("triton", "safetensors", "numpy", "PIL", "matplotlib", "mlxtend"):
+        click.echo(f"{name}: {_package('pillow' if name == 'PIL' and _package(name) == 'installed' else name)}")
+    devices = [torch.device("cpu")]
+    if torch.cuda.is_available():
+        devices.append(torch.device("cuda"))
+    else:
+        click.echo("cuda: no device found; everything runs on the CPU")
+    forced = [f"{op}:{choice}" for op in dispatch.names() if (choice := dispatch.forced(op))]
+    if forced:
+        click.echo(f"{dispatch.VARIABLE} forces {', '.join(forced)}")
+    for device in devices:
+        click.echo(f"ops on {device_line(device)}:")
+        for line in op_lines(device):
+            click.echo(f"  {line}")

@@ -1,0 +1,61 @@
+"""What several commands read the same way."""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+
+import torch
+
+
+def parse_integers(text: str, name: str) -> list[int]:
+    """ "0-63,70" -> [0, ..., 63, 70]. Raises ValueError for anything else."""
+    out: list[int] = []
+    for item in text.split(","):
+        match = re.fullmatch(r"\s*(\d+)(?:-(\d+))?\s*", item)
+        first, last = (int(match[1]), int(match[2] or match[1])) if match else (1, 0)
+        if last < first:
+            raise ValueError(f"{name}: expected numbers and ranges such as 0-63,70, got {text!r}")
+        out.extend(range(first, last + 1))
+    return out
+
+
+def parse_grid(text: str) -> tuple[int, int]:
+    """ "8x6" -> (8, 6): columns and rows."""
+    match = re.fullmatch(r"(\d+)x(\d+)", text)
+    if not match or not int(match[1]) * int(match[2]):
+        raise ValueError(f"grid: expected COLUMNSxROWS such as 8x8, got {text!r}")
+    return int(match[1]), int(match[2])
+
+
+def pick_device(name: str) -> torch.device:
+    """The torch device for "auto" or a device's name. Raises ValueError for one that is not there."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"device: expected auto or a device of this machine, got {name!r}: {error}") from error
+    return device
+
+
+def device_line(device: torch.device) -> str:
+    """The device in words."""
+    if device.type == "cuda":
+        return f"{torch.cuda.get_device_name(device)} ({device})"
+    return f"CPU, {torch.get_num_threads()} threads" if device.type == "cpu" else str(device)
+
+
+def writable_folder(path: str) -> Path:
+    """Make the folder and prove that it can be written to, before work starts. Raises ValueError."""
+    folder = Path(path)
+    probe = folder / f".write-test-{os.getpid()}"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise ValueError(f"outdir: expected a folder that can be written to, got {path}: {error.strerror}") from error
+    return folder
