@@ -25,7 +25,7 @@ from imm.training.ema import EMA
 STATE_FILE = "training-state.safetensors"
 STATS_FILE = "stats.jsonl"
 PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
-OPTIMIZERS: dict[str, type[torch.optim.Optimizer]] = {"adamw": torch.optim.AdamW, "radam": torch.optim.RAdam}
+OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {"adamw": torch.optim.AdamW, "radam": torch.optim.RAdam}
 
 
 class TrainingError(RuntimeError):
