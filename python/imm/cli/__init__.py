@@ -1,4 +1,4 @@
-"""The command ``imm``. Sub-commands are imported when they are called, so that ``imm --help`` answers at once."""
+"""The command ``imm``. A sub-command is imported when it is called."""
 
 from __future__ import annotations
 

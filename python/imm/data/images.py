@@ -82,7 +82,7 @@ def _to_range(images: Tensor, resolution: int | None) -> Tensor:
         out = torch.nn.functional.interpolate(out, (resolution, resolution), mode="bilinear", antialias=True)
     if out.shape[2] != out.shape[3]:
         raise ValueError(f"data: expected square images or a resolution, got {out.shape[3]}x{out.shape[2]}")
-    return out / 127.5 - 1.0
+    return (out / 127.5 - 1.0).clamp(-1.0, 1.0)  # resizing may overshoot by a rounding error
 
 
 def _folder(path: Path, resolution: int | None) -> ImageData:

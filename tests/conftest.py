@@ -1,0 +1,36 @@
+"""Fixtures shared by all tests."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from imm.flow_map import FlowMap
+from imm.networks import UNet
+
+DEVICES = ["cpu", *([pytest.param("cuda", marks=pytest.mark.cuda)] if torch.cuda.is_available() else [])]
+
+
+@pytest.fixture(autouse=True)
+def _seeded() -> None:
+    torch.manual_seed(1234)
+
+
+@pytest.fixture(params=DEVICES)
+def device(request: pytest.FixtureRequest) -> str:
+    """ "cpu" and, where there is one, "cuda"."""
+    return request.param
+
+
+@pytest.fixture
+def small_unet() -> UNet:
+    """A conditional U-Net on 8x8 images whose output is not 0."""
+    network = UNet(channels=1, resolution=8, num_classes=3, width=8, multipliers=(1, 2))
+    for parameter in network.parameters():
+        torch.nn.init.normal_(parameter, std=0.1)
+    return network
+
+
+@pytest.fixture
+def small_flow_map(small_unet: UNet) -> FlowMap:
+    """A flow map around :func:`small_unet`, in evaluation mode."""
+    return FlowMap(small_unet).eval()

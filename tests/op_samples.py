@@ -1,0 +1,83 @@
+"""Arguments for every op in several memory layouts. An op without an entry fails ``test_ops.py``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+VARIANTS = ("contiguous", "permuted", "sliced", "empty")
+
+
+def tensor(shape: tuple[int, ...], variant: str, dtype: torch.dtype, device: str, grad: bool = True) -> Tensor:
+    """Random numbers of a shape in a layout; "empty" has no first dimension."""
+    if variant == "empty":
+        shape = (0, *shape[1:])
+    if variant == "permuted":
+        value = torch.randn(*reversed(shape), dtype=torch.float64, device=device).permute(*reversed(range(len(shape))))
+    elif variant == "sliced":
+        value = torch.randn(*(2 * n for n in shape), dtype=torch.float64, device=device)
+        value = value[tuple(slice(n // 2, n // 2 + n) for n in shape)]
+    else:
+        value = torch.randn(shape, dtype=torch.float64, device=device)
+    # A dtype conversion keeps the strides.
+    return value.to(dtype).detach().requires_grad_(grad)
+
+
+def coefficients(count: int, variant: str, device: str) -> Tensor:
+    return torch.rand(0 if variant == "empty" else count, dtype=torch.float64, device=device) + 0.5
+
+
+def mmd_loss(variant: str, dtype: torch.dtype, device: str, kernel: str = "laplace") -> tuple[Any, ...]:
+    y_t = tensor((3, 4, 17), variant, dtype, device)
+    y_r = tensor((3, 4, 17), variant, dtype, device, grad=False)
+    return y_t, y_r, coefficients(3, variant, device), coefficients(3, variant, device), kernel, 1e-8
+
+
+def mmd_loss_bwd(variant: str, dtype: torch.dtype, device: str, kernel: str = "laplace") -> tuple[Any, ...]:
+    y_t, *rest = mmd_loss(variant, dtype, device, kernel)
+    grad = coefficients(3, variant, device).to(torch.promote_types(dtype, torch.float32))
+    return grad, y_t.detach(), *rest
+
+
+def mmd_gram(variant: str, dtype: torch.dtype, device: str, kernel: str = "laplace") -> tuple[Any, ...]:
+    x, y = tensor((3, 4, 17), variant, dtype, device), tensor((3, 5, 17), variant, dtype, device)
+    return x, y, coefficients(3, variant, device), kernel, 1e-8
+
+
+def mmd_gram_bwd(variant: str, dtype: torch.dtype, device: str, kernel: str = "laplace") -> tuple[Any, ...]:
+    x, y, *rest = mmd_gram(variant, dtype, device, kernel)
+    grad = torch.randn(x.shape[0], 4, 5, dtype=torch.promote_types(dtype, torch.float32), device=device)
+    return grad, x.detach(), y.detach(), *rest
+
+
+def flow_step(variant: str, dtype: torch.dtype, device: str) -> tuple[Any, ...]:
+    x, g, g_uncond = (tensor((3, 2, 5), variant, dtype, device) for _ in range(3))
+    skip, out, guidance, c_noise = (coefficients(3, variant, device) for _ in range(4))
+    seeds = torch.arange(len(x), device=device) + 2**40
+    return x, g, skip, out, g_uncond, guidance, c_noise, seeds, 3
+
+
+def flow_step_bwd(variant: str, dtype: torch.dtype, device: str) -> tuple[Any, ...]:
+    x, g, skip, out, g_uncond, guidance, *_ = flow_step(variant, dtype, device)
+    return x.detach(), g.detach(), skip, out, g_uncond.detach(), guidance
+
+
+def noise(variant: str, dtype: torch.dtype, device: str) -> tuple[Any, ...]:
+    seeds = torch.tensor([] if variant == "empty" else [0, 7, 2**62], dtype=torch.int64, device=device)
+    if variant == "sliced":
+        seeds = torch.arange(6, device=device)[::2]
+    return seeds, 7, 2
+
+
+SAMPLES: dict[str, Callable[..., tuple[Any, ...]]] = {
+    "mmd_loss": mmd_loss,
+    "mmd_loss_bwd": mmd_loss_bwd,
+    "mmd_gram": mmd_gram,
+    "mmd_gram_bwd": mmd_gram_bwd,
+    "flow_step": flow_step,
+    "flow_step_bwd": flow_step_bwd,
+    "noise": noise,
+}

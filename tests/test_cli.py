@@ -1,0 +1,250 @@
+"""The command line: what it writes, that it stops and resumes, and one clear line for every mistake."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import torch
+from click.testing import CliRunner
+from imm import FlowMap, checkpoints
+from imm.cli import main
+from imm.networks import DiT, UNet
+from PIL import Image
+
+IMM = [sys.executable, "-c", "from imm.cli import main; main()"]
+
+
+def call(*arguments: str, ok: bool = True):
+    result = CliRunner().invoke(main, [str(a) for a in arguments])
+    assert (result.exit_code == 0) is ok, result.output
+    return result
+
+
+def refused(*arguments: str) -> str:
+    """The one line that a mistake gets."""
+    result = call(*arguments, ok=False)
+    assert result.exit_code in (1, 2)
+    assert "Traceback" not in result.output
+    line = result.output.strip().splitlines()[-1]
+    assert line.startswith("Error: ")
+    return line
+
+
+@pytest.fixture
+def net(small_flow_map, tmp_path):
+    path = tmp_path / "net.safetensors"
+    checkpoints.save(path, small_flow_map)
+    return path
+
+
+def test_help() -> None:
+    output = call("--help").output
+    for command in ("demo", "train", "sample", "doctor"):
+        assert f"\n  {command} " in output
+        assert "--help" in call(command, "--help").output
+    assert "No such command" in refused("dream")
+
+
+def test_doctor_names_every_op_and_a_reason() -> None:
+    output = call("doctor").output
+    for op in ("mmd_loss", "mmd_gram", "flow_step", "noise"):
+        assert re.search(rf"  {op}: \w+ \(.+\)", output)
+    assert f"torch {torch.__version__}" in output
+
+
+def test_sample_writes_images_that_depend_on_their_seed_only(net, tmp_path) -> None:
+    call("sample", "--net", net, "--seeds", "0-9", "--steps", "2", "--outdir", tmp_path / "a", "--grid", "5x2")
+    call("sample", "--net", net, "--seeds", "0-9", "--steps", "2", "--outdir", tmp_path / "b", "--batch", "3")
+    names = sorted(p.name for p in (tmp_path / "a").iterdir())
+    assert names == [*(f"{i:06d}.png" for i in range(10)), "grid.png"]
+    for name in names[:-1]:
+        one, other = (np.asarray(Image.open(tmp_path / d / name)).astype(int) for d in "ab")
+        assert one.shape == (8, 8)
+        assert np.abs(one - other).max() <= 1
+    call("sample", "--net", net, "--seeds", "4", "--labels", "1", "--outdir", tmp_path / "c")  # 4 % 3 classes = 1
+    assert (tmp_path / "c" / "000004.png").read_bytes() == (tmp_path / "a" / "000004.png").read_bytes()
+
+
+@pytest.mark.parametrize("options", [["--method", "restart"], ["--cfg", "2.0"], ["--kind", "eta", "--mid-eta", "1.4"]])
+def test_sample_options_do_something(options, net, tmp_path) -> None:
+    call("sample", "--net", net, "--seeds", "1", "--outdir", tmp_path / "a")
+    call("sample", "--net", net, "--seeds", "1", "--outdir", tmp_path / "b", *options)
+    assert (tmp_path / "a" / "000001.png").read_bytes() != (tmp_path / "b" / "000001.png").read_bytes()
+
+
+def test_latents_are_kept_as_numbers(tmp_path) -> None:
+    path = tmp_path / "dit.safetensors"
+    checkpoints.save(path, FlowMap(DiT("S", patch=4, resolution=8, num_classes=2)))
+    output = call("sample", "--net", path, "--seeds", "3,5", "--outdir", tmp_path / "out").output
+    assert "4 channels are latents" in output
+    with np.load(tmp_path / "out" / "latents.npz") as archive:
+        assert archive["latents"].shape == (2, 4, 8, 8)
+        assert archive["seeds"].tolist() == [3, 5]
+
+
+def test_sample_refusals(net, tmp_path) -> None:
+    out = tmp_path / "out"
+    base = ("sample", "--net", net, "--outdir", out)
+    assert "seeds: expected numbers and ranges such as 0-63,70, got 'x'" in refused(*base, "--seeds", "x")
+    assert "got '5-2'" in refused(*base, "--seeds", "5-2")
+    assert "labels: expected classes 0..2 or 3 for none, got 4" in refused(*base, "--labels", "4")
+    assert "grid: expected COLUMNSxROWS" in refused(*base, "--grid", "8")
+    assert "steps - 1 = 1 noise levels, got 0" in refused(*base, "--kind", "eta")
+    assert "device" in refused(*base, "--device", "tpu9")
+    assert "found none" in refused("sample", "--net", tmp_path / "absent", "--outdir", out)
+    assert not out.exists()
+    (tmp_path / "file").write_text("")
+    assert "outdir: expected a folder that can be written to" in refused(*base[:3], "--outdir", tmp_path / "file")
+    net.write_bytes(net.read_bytes()[:500])
+    assert "expected a whole safetensors file" in refused(*base)
+    unconditional = tmp_path / "plain.safetensors"
+    checkpoints.save(unconditional, FlowMap(UNet(resolution=8, num_classes=0, width=8, multipliers=(1, 2))))
+    for option in (("--labels", "0"), ("--cfg", "1.5")):
+        assert "one without classes" in refused("sample", "--net", unconditional, "--outdir", out, *option)
+
+
+@pytest.fixture
+def digits(tmp_path):
+    """Sixty made-up 8x8 images of three classes."""
+    path = tmp_path / "data.npz"
+    images = np.random.default_rng(0).integers(0, 256, (60, 8, 8), dtype=np.uint8)
+    np.savez(path, images=images, labels=np.arange(60) % 3)
+    return path
+
+
+TRAIN = ("--batch", "8", "--width", "8", "--tick", "2", "--snap", "4", "--lr", "1e-3")
+
+
+def test_train_snapshots_and_resume(digits, tmp_path) -> None:
+    out = tmp_path / "run"
+    first = call("train", "--data", digits, "--outdir", out, "--steps", "5", *TRAIN).output
+    assert "UNet" in first
+    assert "3 classes" in first
+    second = call("train", "--data", digits, "--outdir", out, "--steps", "9", *TRAIN).output
+    assert "resuming at step 5" in second
+    call("train", "--data", digits, "--outdir", tmp_path / "whole", "--steps", "9", *TRAIN)
+    assert [p.name for p in sorted(out.glob("snapshot-*"))] == [f"snapshot-000000{n}.safetensors" for n in (4, 5, 8, 9)]
+    name = "snapshot-0000009.safetensors"
+    assert (out / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+    rows = [json.loads(line) for line in (out / "stats.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == [2, 4, 5, 6, 8, 9]
+    call("sample", "--net", out / name, "--seeds", "0-3", "--outdir", tmp_path / "samples")
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["--network", "dit", "--patch", "4"],
+        ["--precision", "bf16", "--min-gap", "1e-4", "--second-time", "identity"],
+        [
+            "--kernel",
+            "rbf",
+            "--mapping",
+            "log_snr",
+            "--t-min",
+            "0.006",
+            "--schedule",
+            "vp_cosine",
+            "--parametrization",
+            "simple_edm",
+        ],
+        ["--optimizer", "radam", "--dropout", "0.2", "--particles", "2", "-k", "10", "-b", "5"],
+    ],
+    ids=lambda o: o[1],
+)
+def test_train_options(options, digits, tmp_path) -> None:
+    call("train", "--data", digits, "--outdir", tmp_path / "run", "--steps", "2", *TRAIN, *options)
+    flow_map = checkpoints.load(tmp_path / "run" / "snapshot-0000002.safetensors")
+    assert isinstance(flow_map.network, DiT if "dit" in options else UNet)
+
+
+def test_train_refusals(digits, tmp_path) -> None:
+    base = ("train", "--data", digits, "--outdir", tmp_path / "run", "--steps", "2", *TRAIN)
+    assert "multiple of particles = 4, got 6" in refused(*base, "--batch", "6")
+    assert "expected t_min > 0" in refused(*base, "--mapping", "log_snr")
+    assert "expected 'mnist5k', a folder or an .npz file" in refused("train", "--data", "nowhere", *base[3:])
+    assert "is not one of" in refused(*base, "--kernel", "gauss")
+    call(*base)
+    assert "expected the settings of the run to resume" in refused(*base, "-k", "9")
+
+
+def test_a_signal_stops_training_and_the_same_command_goes_on(digits, tmp_path) -> None:
+    arguments = ["train", "--data", str(digits), "--outdir", str(tmp_path / "run"), *TRAIN]
+    process = subprocess.Popen(
+        [*IMM, *arguments, "--steps", "100000"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    deadline = time.monotonic() + 60
+    while not (tmp_path / "run" / "training-state.safetensors").exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    process.send_signal(signal.SIGTERM)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 128 + signal.SIGTERM
+    step = int(re.search(r"stopped by signal 15 at step (\d+)", output)[1])
+    assert (tmp_path / "run" / f"snapshot-{step:07d}.safetensors").exists()
+    resumed = subprocess.run([*IMM, *arguments, "--steps", str(step + 1)], capture_output=True, text=True, check=True)
+    assert f"resuming at step {step}" in resumed.stdout
+
+
+def test_demo_in_small(tmp_path) -> None:
+    """A few steps: everything is written, and the verdict is a failure with its reasons."""
+    out = tmp_path / "demo"
+    result = call("demo", "--steps", "30", "--outdir", out, ok=False)
+    assert result.exit_code == 1
+    assert "FAILED: one-step label match" in result.output
+    assert "resume: 12 steps and 4 + stop + 8 steps are equal bit for bit" in result.output
+    assert result.output.strip().splitlines()[-1].startswith(f"results: {out}/")
+    for name in ("samples.png", "training.png", "metrics.json", "checkpoint.safetensors", "stats.jsonl", "report.html"):
+        assert (out / name).stat().st_size > 0
+    assert set(json.loads((out / "metrics.json").read_text())["scores"]) == {
+        "1 step", "2 steps", "4 steps", "8 steps", "class means", "real",
+    }  # fmt: skip
+    report = (out / "report.html").read_text()
+    assert report.count("data:image/png;base64,") == 2
+    assert "http" not in report
+    with Image.open(out / "samples.png") as picture:
+        assert picture.width > 500
+    again = call("demo", "--steps", "30", "--outdir", tmp_path / "again", ok=False)
+    assert (out / "samples.png").read_bytes() == (tmp_path / "again" / "samples.png").read_bytes()
+    assert again.exit_code == 1
+    resumed = call("demo", "--steps", "31", "--outdir", out, "--resume", ok=False)
+    assert "resuming at step 30" in resumed.output
+
+
+def test_demo_verdict() -> None:
+    from imm.cli.demo import verdict
+    from imm.evaluation import PixelScores
+
+    blur = PixelScores(1.0, 0.0, 0.08)
+    assert verdict(PixelScores(0.9, 0.85, 0.004), blur) == []
+    assert len(verdict(blur, blur)) == 2  # a blur of the class means fails by spread and by MMD
+    assert len(verdict(PixelScores(float("nan"), float("nan"), float("nan")), blur)) == 3
+    assert "below 80%" in verdict(PixelScores(0.79, 0.9, 0.0), blur)[0]
+
+
+def test_demo_header_comes_at_once(tmp_path) -> None:
+    environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
+    start = time.monotonic()
+    process = subprocess.Popen(
+        [*IMM, "demo", "--steps", "2000", "--outdir", str(tmp_path)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+        env=environment,
+    )
+    lines = [process.stdout.readline() for _ in range(8)]
+    seconds = time.monotonic() - start
+    process.kill()
+    process.wait()
+    text = "".join(lines)
+    for word in ("demo on", "mmd_loss: ", "5000 digits", "parameters", "plan: 2000 steps"):
+        assert word in text
+    assert seconds < 10, f"{seconds:.1f} s"  # 2 s on an idle machine

@@ -1,0 +1,60 @@
+"""The pixel scores tell real images from blurs, noise and wrong labels."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from imm.data import mnist_5k
+from imm.evaluation import PixelReference
+from imm.evaluation.pictures import grid, to_uint8
+
+
+@pytest.fixture(scope="module")
+def halves():
+    data = mnist_5k(16)
+    order = torch.randperm(5000, generator=torch.Generator().manual_seed(1))
+    first, second = order[:3000], order[3000:4000]
+    reference = PixelReference(data.images[first], data.labels[first], 10)
+    return reference, data.images[second], data.labels[second]
+
+
+def test_real_images_pass(halves) -> None:
+    reference, images, labels = halves
+    scores = reference.score(images, labels)
+    assert scores.label_match > 0.93
+    assert scores.spread == pytest.approx(1.0, abs=0.05)
+    assert abs(scores.mmd) < 0.002
+    real = reference.score_real()
+    assert real.label_match == pytest.approx(0.95, abs=0.02)
+    assert abs(real.mmd) < 0.002
+
+
+def test_blurs_have_no_spread_and_a_large_mmd(halves) -> None:
+    blur = halves[0].score_class_means()
+    assert blur.label_match > 0.9
+    assert blur.spread < 1e-3
+    assert blur.mmd > 0.05
+
+
+def test_noise_and_wrong_labels_fail(halves) -> None:
+    reference, images, labels = halves
+    assert reference.score(images, (labels + 1) % 10).label_match < 0.05
+    noise = reference.score(torch.randn_like(images), labels)
+    assert noise.label_match < 0.3
+    assert noise.mmd > 0.2
+
+
+def test_bad_input() -> None:
+    with pytest.raises(ValueError, match="as many labels as images"):
+        PixelReference(torch.zeros(3, 4), torch.zeros(2).long(), 1)
+
+
+def test_pictures() -> None:
+    values = to_uint8(torch.tensor([-1.5, -1.0, 0.0, 1.0, 1.5]))
+    assert values.tolist() == [0, 0, 128, 255, 255]
+    picture = grid([("one", torch.zeros(3, 1, 8, 8)), ("", torch.ones(2, 3, 8, 8))], cell=16, gap=2)
+    margin = picture.width - (3 * 18 + 2)
+    assert picture.height == 2 * 18 + 2
+    assert margin > 10
+    assert picture.getpixel((margin + 10, 10)) == (128, 128, 128)
+    assert picture.getpixel((margin + 10, 28)) == (255, 255, 255)

@@ -1,0 +1,93 @@
+"""DiT and U-Net: published names, conditioning on both times, precision of the time embedding."""
+
+from __future__ import annotations
+
+import parity
+import pytest
+import torch
+from imm.networks import NETWORKS, DiT, UNet
+from imm.networks.embeddings import timestep_embedding
+
+
+def test_dit_has_the_published_names_and_shapes() -> None:
+    with torch.device("meta"):
+        network = DiT("XL", patch=2)
+    state = {f"model.{name}": tuple(value.shape) for name, value in network.state_dict().items()}
+    assert state == parity.names("state_dict_dit_xl_2.txt")
+
+
+@pytest.mark.parametrize(("size", "millions"), [("S", 33), ("B", 131), ("L", 459), ("XL", 677)])
+def test_dit_sizes(size, millions) -> None:
+    with torch.device("meta"):
+        count = sum(p.numel() for p in DiT(size).parameters())
+    assert count / 1e6 == pytest.approx(millions, rel=0.03)
+
+
+def make(name: str):
+    if name == "DiT":
+        return DiT("S", patch=4, channels=3, resolution=8, num_classes=5)
+    return UNet(channels=3, resolution=8, num_classes=5, width=8, multipliers=(1, 2))
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_output_is_zero_at_first_and_then_depends_on_everything(name) -> None:
+    network = make(name).eval().requires_grad_(False)
+    x, t, s, labels = torch.randn(2, 3, 8, 8), torch.full((2,), 900.0), torch.full((2,), 300.0), torch.tensor([1, 5])
+    assert float(network(x, t, s, labels).abs().max()) == 0.0
+    for parameter in network.parameters():
+        torch.nn.init.normal_(parameter, std=0.05)
+    base = network(x, t, s, labels)
+    assert base.shape == x.shape
+    for changed in ((x + 0.1, t, s, labels), (x, t - 50, s, labels), (x, t, s - 50, labels), (x, t, s, labels - 1)):
+        assert float((network(*changed) - base).abs().max()) > 1e-4
+    assert not torch.allclose(network(x, t, s, labels), network(x, s, t, labels))  # the two times are told apart
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_settings_make_the_same_network_again(name) -> None:
+    network = make(name)
+    again = NETWORKS[name](**network.settings)
+    assert {k: v.shape for k, v in again.state_dict().items()} == {k: v.shape for k, v in network.state_dict().items()}
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_unconditional(name) -> None:
+    settings = {**make(name).settings, "num_classes": 0}
+    network = NETWORKS[name](**settings)
+    t = torch.tensor([500.0])
+    assert network(torch.randn(1, 3, 8, 8), t, t, None).shape == (1, 3, 8, 8)
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_bfloat16_weights(name) -> None:
+    network = make(name).bfloat16()
+    t = torch.tensor([994.0], dtype=torch.float64)
+    assert network(torch.randn(1, 3, 8, 8).bfloat16(), t, t, torch.tensor([0])).dtype == torch.bfloat16
+
+
+def test_demo_unet_is_small() -> None:
+    assert sum(p.numel() for p in UNet().parameters()) == pytest.approx(150_000, rel=0.15)
+
+
+def test_timestep_embedding() -> None:
+    """cos then sin, float64 phases: neighbouring training times stay apart."""
+    t = torch.tensor([994.0, 994.0 - 1.5e-3], dtype=torch.float64)
+    value = timestep_embedding(t, 256)
+    assert value.dtype == torch.float64
+    freq = torch.exp(-torch.arange(128, dtype=torch.float64) / 128 * torch.log(torch.tensor(1e4, dtype=torch.float64)))
+    torch.testing.assert_close(value[0], torch.cat([(994 * freq).cos(), (994 * freq).sin()]), rtol=1e-9, atol=1e-12)
+    assert float((value[0] - value[1]).abs().max()) > 5e-4
+
+
+@pytest.mark.parametrize(
+    ("make_it", "text"),
+    [
+        (lambda: DiT("M"), r"unknown DiT size 'M'; expected one of"),
+        (lambda: DiT("S", patch=3), "patch: expected a divisor of resolution = 32, got 3"),
+        (lambda: UNet(resolution=10), "resolution: expected a multiple of 4 for 3 levels, got 10"),
+        (lambda: UNet(width=6), "width: expected a multiple of 4, got 6"),
+    ],
+)
+def test_bad_settings_are_refused(make_it, text) -> None:
+    with pytest.raises(ValueError, match=text):
+        make_it()

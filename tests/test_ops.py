@@ -1,0 +1,130 @@
+"""The checks that every op must pass: opcheck in four layouts, gradcheck, compile without a graph break."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import op_samples
+import pytest
+import torch
+import torch._dynamo.testing
+from imm.ops import dispatch
+from imm.ops.schemas import SCHEMAS
+from op_samples import SAMPLES, VARIANTS
+
+OPS = [schema.partition("(")[0] for schema in SCHEMAS]
+DIFFERENTIABLE = ["mmd_loss", "mmd_gram", "flow_step"]
+
+
+def op(name: str):
+    return getattr(torch.ops.imm, name).default
+
+
+def test_every_op_has_samples_and_an_implementation() -> None:
+    assert set(OPS) == set(SAMPLES) == set(dispatch.names())
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("name", OPS)
+def test_opcheck(name: str, variant: str, dtype: torch.dtype, device: str) -> None:
+    torch.library.opcheck(op(name), SAMPLES[name](variant, dtype, device))
+
+
+@pytest.mark.parametrize("variant", VARIANTS[:3])
+@pytest.mark.parametrize("name", DIFFERENTIABLE)
+def test_gradcheck(name: str, variant: str, device: str) -> None:
+    arguments = SAMPLES[name](variant, torch.float64, device)
+    assert torch.autograd.gradcheck(op(name), arguments)
+
+
+@pytest.mark.parametrize("name", ["mmd_loss", "mmd_gram"])
+def test_gradcheck_rbf(name: str, device: str) -> None:
+    assert torch.autograd.gradcheck(op(name), SAMPLES[name]("contiguous", torch.float64, device, kernel="rbf"))
+
+
+@pytest.mark.parametrize("name", DIFFERENTIABLE)
+def test_second_derivative_is_refused(name: str, device: str) -> None:
+    arguments = SAMPLES[name]("contiguous", torch.float64, device)
+    out = op(name)(*arguments).sum()
+    (grad,) = torch.autograd.grad(out, arguments[0], create_graph=True)
+    with pytest.raises(RuntimeError, match="second derivatives are not supported"):
+        grad.sum().backward()
+
+
+@pytest.mark.parametrize("name", DIFFERENTIABLE)
+def test_compiles_whole_and_once(name: str, device: str) -> None:
+    """fullgraph, equal to eager in value and gradient, and no recompilation for a second shape."""
+    torch._dynamo.reset()
+    compiled = torch.compile(op(name), fullgraph=True, dynamic=True, backend="aot_eager")
+    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    counted = torch.compile(lambda *a: op(name)(*a), fullgraph=True, dynamic=True, backend=counter)
+    compilations = []
+    for repeat in (1, 2):
+        arguments = [
+            torch.cat([a] * repeat).detach().requires_grad_(a.requires_grad) if isinstance(a, torch.Tensor) else a
+            for a in SAMPLES[name]("contiguous", torch.float32, device)
+        ]
+        inputs = [a for a in arguments if isinstance(a, torch.Tensor) and a.requires_grad]
+        eager = op(name)(*arguments)
+        expected = torch.autograd.grad(eager.sum(), inputs)
+        out = compiled(*arguments)
+        assert torch.equal(out, eager)
+        for mine, other in zip(torch.autograd.grad(out.sum(), inputs), expected, strict=True):
+            assert torch.equal(mine, other)
+        assert torch.equal(counted(*arguments), eager)
+        compilations.append(counter.frame_count)
+    assert compilations[0] == compilations[1]
+
+
+@pytest.mark.parametrize("name", OPS)
+def test_two_runs_give_the_same_bits(name: str, device: str) -> None:
+    arguments = SAMPLES[name]("contiguous", torch.float32, device)
+    first, second = op(name)(*arguments), op(name)(*arguments)
+    for a, b in zip(*((v if isinstance(v, tuple) else (v,)) for v in (first, second)), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_autocast_keeps_the_loss_in_float32(device: str) -> None:
+    y_t, y_r, scale, *_ = op_samples.mmd_loss("contiguous", torch.bfloat16, device)
+    with torch.autocast(device, torch.bfloat16):
+        assert torch.ops.imm.mmd_loss(y_t, y_r, scale, None, "laplace", 1e-8).dtype == torch.float32
+        x = torch.randn(2, 3, device=device)
+        one = torch.ones(1, dtype=torch.float64, device=device)
+        assert torch.ops.imm.flow_step(x, x, one, one, None, None, None, None, 0).dtype == torch.float32
+
+
+def run(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    import os
+
+    return subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env={**os.environ, **environment}, check=False
+    )
+
+
+def test_import_is_quiet_and_light() -> None:
+    code = "import sys, imm; print([m for m in ('triton', 'matplotlib', 'PIL', 'click') if m in sys.modules])"
+    result = run(code)
+    assert (result.returncode, result.stdout.strip(), result.stderr) == (0, "[]", "")
+    assert run("import torch, imm; assert not torch.cuda.is_initialized()").returncode == 0
+
+
+def test_forced_implementation() -> None:
+    code = (
+        "import torch; from imm.ops import dispatch; r = dispatch.Request(torch.device('cpu'), torch.float32);"
+        "print(dispatch.select('mmd_loss', r).name, dispatch.select('mmd_loss_bwd', r).name)"
+    )
+    assert run(code, IMM_IMPL="mmd_loss:reference").stdout.split() == ["reference", "reference"]
+    wrong = run(code, IMM_IMPL="mmd_loss:fastest")
+    assert wrong.returncode != 0
+    assert "IMM_IMPL: expected OP:IMPLEMENTATION" in wrong.stderr
+    assert "mmd_loss:fastest" in wrong.stderr
+
+
+def test_no_implementation_states_every_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    request = dispatch.Request(torch.device("cpu"), torch.float32)
+    refusing = dispatch.Implementation("reference", lambda: None, lambda request: f"not on {request.device}")
+    monkeypatch.setitem(dispatch._TABLE, "noise", [refusing])
+    with pytest.raises(RuntimeError, match="reference: not on cpu"):
+        dispatch.select("noise", request)

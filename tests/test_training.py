@@ -1,0 +1,236 @@
+"""The trainer: exact resume, precisions, EMA, kill at any moment, refusals."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from imm import FlowMap, IMMObjective, checkpoints
+from imm.data import ImageData
+from imm.networks import UNet
+from imm.training import EMA, TrainConfig, Trainer, TrainingError
+from imm.training.trainer import STATE_FILE, STATS_FILE
+
+CONFIG = TrainConfig(batch=8, lr=1e-3, warmup=3, ema=0.9, log_every=2, snapshot_every=4, seed=3)
+
+
+def images(count: int = 50) -> ImageData:
+    generator = torch.Generator().manual_seed(0)
+    return ImageData(torch.randn(count, 1, 8, 8, generator=generator) * 0.5, torch.arange(count) % 3, 3, "made up")
+
+
+def trainer(folder, config: TrainConfig = CONFIG, data: ImageData | None = None, dropout: float = 0.3, **options) -> Trainer:
+    torch.manual_seed(0)
+    network = UNet(channels=1, resolution=8, num_classes=3, width=8, multipliers=(1, 2), dropout=dropout)
+    return Trainer(IMMObjective(FlowMap(network), **options), data or images(), folder, config)
+
+
+def state(folder) -> tuple[dict, dict]:
+    return checkpoints.read_file(folder / STATE_FILE, "training")
+
+
+def assert_same_state(one, other) -> None:
+    (a, settings), (b, other_settings) = state(one), state(other)
+    assert settings == other_settings
+    assert a.keys() == b.keys()
+    assert all(torch.equal(a[name], b[name]) for name in a)
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "precision"), [("adamw", "fp32"), ("adamw", "bf16"), ("adamw", "fp16"), ("radam", "fp32")]
+)
+def test_a_resumed_run_equals_an_unbroken_one_bit_for_bit(optimizer, precision, tmp_path) -> None:
+    config = dataclasses.replace(CONFIG, optimizer=optimizer, precision=precision)
+    trainer(tmp_path / "whole", config).run(13)
+    for until in (5, 6, 13):  # in the middle of an epoch, of a log window, of everything
+        resumed = trainer(tmp_path / "parts", config)
+        resumed.run(until)
+    assert resumed.resumed_from == 6
+    assert_same_state(tmp_path / "whole", tmp_path / "parts")
+
+
+def test_training_changes_the_network_and_the_rows_say_so(tmp_path) -> None:
+    run = trainer(tmp_path)
+    before = [p.detach().clone() for p in run.objective.parameters()]
+    run.run(8)
+    assert any(not torch.equal(a, b) for a, b in zip(before, run.objective.parameters(), strict=True))
+    rows = [json.loads(line) for line in (tmp_path / STATS_FILE).read_text().splitlines()]
+    assert [row["step"] for row in rows] == [2, 4, 6, 8]
+    for row in rows:
+        assert row["images"] == row["step"] * 8
+        assert row["loss"] > 0
+        assert row["grad_norm"] > 0
+        assert row["nonfinite"] == 0
+        assert row["images_per_second"] > 0
+        assert 0 <= row["at_s"] <= 1
+        assert len(row["t_bin_loss"]) == 4
+    assert rows[0]["lr"] == pytest.approx(1e-3 * 2 / 3)
+    assert rows[-1]["lr"] == 1e-3
+
+
+def test_every_image_is_seen_once_an_epoch(tmp_path) -> None:
+    run = trainer(tmp_path, dataclasses.replace(CONFIG, batch=12))
+    seen = []
+    for run.step in range(25):  # 300 images: six epochs of 50
+        seen.append(run._indices())
+    for epoch in torch.cat(seen).reshape(6, 50):
+        assert sorted(epoch.tolist()) == list(range(50))
+    assert not torch.equal(torch.cat(seen)[:50], torch.cat(seen)[50:100])
+
+
+def test_ema_follows_the_rule(tmp_path) -> None:
+    live = torch.nn.Linear(2, 2)
+    live.register_buffer("count", torch.zeros(1))
+    ema = EMA(live, 0.9)
+    start = live.weight.detach().clone()
+    with torch.no_grad():
+        live.weight.add_(1.0)
+        live.count.add_(1)
+    ema.update(live)
+    torch.testing.assert_close(ema.network.weight, start + 0.1)
+    assert float(ema.network.count) == 1.0
+    assert not ema.network.weight.requires_grad
+
+
+def test_snapshots_hold_the_average(tmp_path) -> None:
+    run = trainer(tmp_path)
+    run.run(4)
+    loaded = checkpoints.load(tmp_path / "snapshot-0000004.safetensors")
+    for mine, averaged, live in zip(
+        loaded.network.parameters(), run.ema.network.parameters(), run.objective.parameters(), strict=True
+    ):
+        assert torch.equal(mine, averaged)
+        assert live.shape == mine.shape
+    assert checkpoints.read_file(tmp_path / "snapshot-0000004.safetensors", "flow_map")[1]["extra"]["step"] == 4
+
+
+def test_fp16_has_a_loss_scale_that_is_kept(tmp_path) -> None:
+    config = dataclasses.replace(CONFIG, precision="fp16")
+    trainer(tmp_path, config).run(2)
+    assert state(tmp_path)[1]["scaler"]["scale"] > 1
+    rows = [json.loads(line) for line in (tmp_path / STATS_FILE).read_text().splitlines()]
+    assert rows[0]["loss_scale"] > 1
+
+
+def test_a_time_limit_and_a_stop_keep_the_state(tmp_path) -> None:
+    run = trainer(tmp_path)
+    run.run(100000, max_seconds=0.5)
+    assert 0 < run.step < 100000
+    assert state(tmp_path)[1]["step"] == run.step
+    again = trainer(tmp_path)
+    again.stop = True
+    again.run(100000)
+    assert again.step == run.step
+
+
+def test_nonfinite_losses_stop_the_run_and_spare_the_state(tmp_path) -> None:
+    run = trainer(tmp_path)
+    run.run(4)
+    with torch.no_grad():
+        next(run.objective.parameters()).fill_(float("nan"))
+    with pytest.raises(TrainingError, match=r"not finite in \d+ groups before step 6; the saved state goes on from step 4"):
+        run.run(20)
+    assert all(torch.isfinite(v).all() for v in state(tmp_path)[0].values())
+    trainer(tmp_path).run(6)
+
+
+def test_half_written_rows_are_dropped(tmp_path) -> None:
+    trainer(tmp_path).run(4)
+    stats = tmp_path / STATS_FILE
+    kept = stats.read_text()
+    stats.write_text(kept + '{"step": 6, "loss": 1}\n{"step": 8, "lo')
+    trainer(tmp_path)
+    assert stats.read_text() == kept
+
+
+def test_other_settings_or_data_do_not_resume(tmp_path) -> None:
+    trainer(tmp_path).run(2)
+    for change in (
+        {"config": dataclasses.replace(CONFIG, lr=2e-3)},
+        {"k": 10},
+        {"dropout": 0.0},
+        {"data": images(60)},
+    ):
+        with pytest.raises(
+            checkpoints.CheckpointError, match=r"expected the settings of the run to resume, got others: .* was "
+        ):
+            trainer(tmp_path, **change)
+    trainer(tmp_path, dataclasses.replace(CONFIG, log_every=1)).run(3)  # how often it is logged is free
+
+
+def test_a_broken_state_is_refused(tmp_path) -> None:
+    trainer(tmp_path).run(2)
+    path = tmp_path / STATE_FILE
+    path.write_bytes(path.read_bytes()[:-10])
+    with pytest.raises(checkpoints.CheckpointError, match="expected a whole safetensors file"):
+        trainer(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("change", "text"),
+    [
+        ({"batch": 6}, "batch: expected a multiple of particles = 4, got 6"),
+        ({"lr": 0.0}, "lr: expected a positive rate"),
+        ({"optimizer": "sgd"}, r"unknown optimizer 'sgd'; expected one of \['adamw', 'radam'\]"),
+        ({"precision": "int8"}, "unknown precision"),
+        ({"ema": 1.0}, r"ema: expected beta in \[0, 1\)"),
+        ({"log_every": 0}, "at least 1"),
+    ],
+)
+def test_bad_settings_are_refused(change, text, tmp_path) -> None:
+    with pytest.raises(ValueError, match=text):
+        trainer(tmp_path, dataclasses.replace(CONFIG, **change))
+
+
+def test_bad_data_is_refused(tmp_path) -> None:
+    good = images()
+    broken = good.images.clone()
+    broken[3] = float("nan")
+    for data, text in (
+        (dataclasses.replace(good, images=broken), "expected finite images, got NaN"),
+        (dataclasses.replace(good, labels=None, num_classes=0), "expected labels of at most 3 classes"),
+        (dataclasses.replace(good, num_classes=7), "at most 3 classes, got 7"),
+    ):
+        with pytest.raises(ValueError, match=text):
+            trainer(tmp_path, data=data)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ValueError, match="outdir: expected a folder that can be written to"):
+        trainer(tmp_path / "file" / "below")
+
+
+SCRIPT = """
+import sys
+sys.path.insert(0, {tests!r})
+import test_training
+run = test_training.trainer(__import__("pathlib").Path({folder!r}), test_training.CONFIG)
+run.run(int(sys.argv[1]))
+"""
+
+
+def test_killed_at_any_moment_it_resumes_exactly(tmp_path) -> None:
+    trainer(tmp_path / "whole").run(30)
+    code = SCRIPT.format(tests=os.path.dirname(__file__), folder=str(tmp_path / "killed"))
+    path = tmp_path / "killed" / STATE_FILE
+    for wait in (0.0, 0.07):
+        process = subprocess.Popen([sys.executable, "-c", code, "100000"])
+        deadline = time.monotonic() + 60
+        before = path.stat().st_mtime_ns if path.exists() else 0
+        while (path.stat().st_mtime_ns if path.exists() else 0) == before:
+            assert time.monotonic() < deadline
+            assert process.poll() is None
+            time.sleep(0.001)
+        time.sleep(wait)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    step = state(tmp_path / "killed")[1]["step"]
+    assert step % CONFIG.snapshot_every == 0
+    trainer(tmp_path / "whole").run(max(30, step))
+    subprocess.run([sys.executable, "-c", code, str(max(30, step))], check=True)
+    assert_same_state(tmp_path / "whole", tmp_path / "killed")
