@@ -6,8 +6,9 @@ mmd_loss compares sets of particles group by group; the gradient goes to the fir
 import argparse
 
 import torch
-from imm.functional import mmd_loss
 from torch import nn
+
+from imm.functional import mmd_loss
 
 
 def main() -> None:

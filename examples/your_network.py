@@ -6,9 +6,10 @@ Here: an MLP learns a ring of eight Gaussians, unconditionally, and samples it i
 import argparse
 import math
 
-import imm
 import torch
 from torch import nn
+
+import imm
 
 
 class MLP(nn.Module):

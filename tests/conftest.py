@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+
 from imm.flow_map import FlowMap
 from imm.networks import UNet
 

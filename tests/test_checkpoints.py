@@ -9,11 +9,12 @@ import pickle
 import parity
 import pytest
 import torch
+from safetensors.torch import save_file
+from torch import nn
+
 from imm import FlowMap, checkpoints
 from imm.checkpoints import CheckpointError, from_published
 from imm.networks import DiT
-from safetensors.torch import save_file
-from torch import nn
 
 
 def test_round_trip(small_flow_map, tmp_path) -> None:

@@ -14,10 +14,11 @@ import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
+from PIL import Image
+
 from imm import FlowMap, checkpoints
 from imm.cli import main
 from imm.networks import DiT, UNet
-from PIL import Image
 
 IMM = [sys.executable, "-c", "from imm.cli import main; main()"]
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from imm.data import load, mnist_5k
 from PIL import Image
+
+from imm.data import load, mnist_5k
 
 
 def test_the_packaged_digits() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+
 from imm.data import mnist_5k
 from imm.evaluation import PixelReference
 from imm.evaluation.pictures import grid, to_uint8

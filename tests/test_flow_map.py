@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from imm import FlowMap
 from torch import nn
+
+from imm import FlowMap
 
 
 class Recorder(nn.Module):

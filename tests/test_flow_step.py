@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import imm
 import pytest
 import torch
-from imm import functional as F
 from tolerance import assert_close
+
+import imm
+from imm import functional as F
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 

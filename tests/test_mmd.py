@@ -9,10 +9,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from imm import functional as F
 from parity import DATA
 from tolerance import assert_close
 from torch import Tensor
+
+from imm import functional as F
 
 #: G1: one group; M: alone, even, odd; D: one feature, prime, one above a vector, CIFAR. Large sizes are in the full suite.
 SHAPES = [(1, 1, 1), (2, 2, 37), (3, 4, 257), (2, 7, 64), (5, 4, 3072)]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import parity
 import pytest
 import torch
+
 from imm.networks import NETWORKS, DiT, UNet
 from imm.networks.embeddings import timestep_embedding
 

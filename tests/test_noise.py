@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import math
 
-import imm
 import pytest
 import torch
+
+import imm
 from imm.ops.noise import philox_4x32
 
 

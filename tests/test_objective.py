@@ -7,11 +7,12 @@ import math
 
 import pytest
 import torch
+from parity import DATA
+from torch import nn
+
 from imm import FlowMap, IMMObjective
 from imm.networks import DiT
 from imm.objective import MAPPINGS, T_BINS
-from parity import DATA
-from torch import nn
 
 ROWS = json.loads((DATA / "training_weights.json").read_text())
 

@@ -9,9 +9,10 @@ import op_samples
 import pytest
 import torch
 import torch._dynamo.testing
+from op_samples import SAMPLES, VARIANTS
+
 from imm.ops import dispatch
 from imm.ops.schemas import SCHEMAS
-from op_samples import SAMPLES, VARIANTS
 
 OPS = [schema.partition("(")[0] for schema in SCHEMAS]
 DIFFERENTIABLE = ["mmd_loss", "mmd_gram", "flow_step"]

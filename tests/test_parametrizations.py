@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+
 from imm.parametrizations import PARAMETRIZATIONS, get_parametrization
 from imm.schedules import SCHEDULES, Schedule, get_schedule
 

@@ -5,10 +5,11 @@ from __future__ import annotations
 import parity
 import pytest
 import torch
+from torch import nn
+
 from imm import FlowMap, noise, sampling
 from imm.checkpoints import from_published
 from imm.networks import DiT
-from torch import nn
 
 CASES = ["dit_s_2_stride_1step", "dit_s_2_stride_4step", "dit_s_4_identity_2step_nocfg"]
 

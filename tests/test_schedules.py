@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+
 from imm.schedules import SCHEDULES, get_schedule
 
 TIMES = torch.linspace(0.001, 0.999, 101, dtype=torch.float64)

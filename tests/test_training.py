@@ -12,6 +12,7 @@ import time
 
 import pytest
 import torch
+
 from imm import FlowMap, IMMObjective, checkpoints
 from imm.data import ImageData
 from imm.networks import UNet
