@@ -12,7 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from imm.ops import dispatch, triton_kernels
 from imm.ops.mmd import accumulate_dtype
+from imm.ops.noise import check as check_noise
 from imm.ops.registry import no_second_derivative, register
 
 
@@ -127,6 +129,20 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     return grad_x, grad_g, None, None, None if no_guidance else grad_uncond, None, None, None, None
 
 
+def _triton(x: Tensor, g: Tensor, *rest: Any) -> Tensor:
+    _check(x, g, *rest)
+    seeds, step = rest[-2:]
+    if seeds is not None:
+        check_noise(seeds, 0, step)
+    if g.dtype not in triton_kernels.FLOATING:
+        raise TypeError(f"g: expected one of {list(triton_kernels.FLOATING)}, got {g.dtype}")
+    triton_kernels.check_device(x, g, *rest)
+    from imm_kernels.flow_step import flow_step as launch
+
+    return launch(x, g, *rest)
+
+
+dispatch.add("flow_step", dispatch.Implementation("triton", _triton, triton_kernels.refuses(*triton_kernels.FLOATING)))
 register("flow_step", reference=flow_step, fake=_fake)
 register("flow_step_bwd", reference=flow_step_bwd, fake=_fake_bwd)
 torch.library.register_autograd("imm::flow_step", _backward, setup_context=_setup)

@@ -17,6 +17,7 @@ import math
 import torch
 from torch import Tensor
 
+from imm.ops import dispatch, triton_kernels
 from imm.ops.registry import register
 
 _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
@@ -36,7 +37,8 @@ def philox_4x32(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[Tenso
     return [c0, c1, c2, c3]
 
 
-def _check(seeds: Tensor, numel: int, step: int) -> None:
+def check(seeds: Tensor, numel: int, step: int) -> None:
+    """Raises ValueError unless seeds is int64 [B] and the counts are not negative."""
     if seeds.dtype != torch.int64 or seeds.dim() != 1:
         raise ValueError(f"seeds: expected a [B] int64 tensor, got {list(seeds.shape)} of {seeds.dtype}")
     if numel < 0 or step < 0:
@@ -45,7 +47,7 @@ def _check(seeds: Tensor, numel: int, step: int) -> None:
 
 def noise(seeds: Tensor, numel: int, step: int) -> Tensor:
     """Reference of imm::noise: seeds [B] int64 -> [B, numel] float32, N(0, 1)."""
-    _check(seeds, numel, step)
+    check(seeds, numel, step)
     blocks = torch.arange((numel + 3) // 4, dtype=torch.int64, device=seeds.device)[None]  # [1, Q]
     seeds = seeds[:, None]  # [B, 1]
     step_words = torch.full_like(blocks, step & _MASK), torch.full_like(blocks, step >> 32)
@@ -59,8 +61,16 @@ def noise(seeds: Tensor, numel: int, step: int) -> Tensor:
 
 
 def _fake(seeds: Tensor, numel: int, step: int) -> Tensor:
-    _check(seeds, numel, step)
+    check(seeds, numel, step)
     return seeds.new_empty((seeds.shape[0], numel), dtype=torch.float32)
 
 
+def _triton(seeds: Tensor, numel: int, step: int) -> Tensor:
+    check(seeds, numel, step)
+    from imm_kernels.flow_step import noise as launch
+
+    return launch(seeds, numel, step)
+
+
+dispatch.add("noise", dispatch.Implementation("triton", _triton, triton_kernels.refuses(torch.int64)))
 register("noise", reference=noise, fake=_fake)

@@ -1,0 +1,40 @@
+"""When the kernels of imm_kernels can run. Nothing here imports triton: that happens in the first call that uses one."""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from imm.ops.dispatch import Request
+
+FLOATING = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+
+@functools.cache
+def _installed() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
+def refuses(*dtypes: torch.dtype) -> Callable[[Request], str | None]:
+    """The predicate of a Triton implementation whose first tensor may have these dtypes."""
+
+    def reason(request: Request) -> str | None:
+        if request.device.type != "cuda":
+            return f"needs a CUDA tensor, got one on {request.device.type}"
+        if request.dtype not in dtypes:
+            return f"supports {', '.join(str(d) for d in dtypes)}, got {request.dtype}"
+        return None if _installed() else "triton is not installed"
+
+    return reason
+
+
+def check_device(first: Tensor, *rest: Any) -> None:
+    """Raises ValueError unless every tensor is where the first one is: a kernel would read a foreign address."""
+    for value in rest:
+        if isinstance(value, Tensor) and value.device != first.device:
+            raise ValueError(f"expected all tensors on {first.device}, got one on {value.device}")
