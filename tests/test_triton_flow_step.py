@@ -144,6 +144,35 @@ def test_noise_has_the_bits_of_the_reference(numel: int, step: int) -> None:
         assert torch.equal(noise(chosen, numel, step).cpu(), reference_noise(chosen.cpu(), numel, step))
 
 
+def run(op: str, *args: Any) -> Tensor:
+    """The op through the dispatch table, as a CUDA tensor would go."""
+    request = dispatch.Request(torch.device("cuda"), args[0].dtype)
+    chosen = dispatch.select(op, request)
+    assert chosen.name == "triton"
+    return chosen.run(*args)
+
+
+@kernel_test
+def test_the_table_chooses_it_and_its_errors_are_the_reference_ones() -> None:
+    x, g, c_skip, c_out, *tail = arguments((2, 37), torch.float32, torch.bfloat16, guided=False, noisy=True)
+    *_, c_noise, seeds, step = tail
+    truth = reference(x, g, c_skip, c_out, *tail)
+    torch.testing.assert_close(run("flow_step", x, g, c_skip, c_out, *tail), truth)
+    assert torch.equal(run("noise", seeds, 37, step), reference_noise(seeds, 37, step))
+    wrong = [
+        (x, g[:1], c_skip, c_out, *tail),
+        (x, g, c_skip.float(), c_out, *tail),
+        (x, g, c_skip, c_out, None, None, c_noise, seeds.int(), step),
+        (x, g, c_skip, c_out, None, None, c_noise, seeds, -1),
+    ]
+    for args in wrong:
+        with pytest.raises((ValueError, TypeError)) as expected:
+            reference(*args)
+        with pytest.raises(expected.type) as got:
+            run("flow_step", *args)
+        assert str(got.value) == str(expected.value)
+
+
 @pytest.mark.parametrize("op", ["flow_step", "noise"])
 def test_the_predicate_names_its_reason(op: str) -> None:
     dtype = torch.int64 if op == "noise" else torch.float32

@@ -133,7 +133,7 @@ def _triton(x: Tensor, g: Tensor, *rest: Any) -> Tensor:
     _check(x, g, *rest)
     seeds, step = rest[-2:]
     if seeds is not None:
-        check_noise(seeds, 0, step)
+        check_noise(seeds, x[0].numel() if len(x) else 0, step)
     if g.dtype not in triton_kernels.FLOATING:
         raise TypeError(f"g: expected one of {list(triton_kernels.FLOATING)}, got {g.dtype}")
     triton_kernels.check_device(x, g, *rest)
