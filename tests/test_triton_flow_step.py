@@ -175,14 +175,13 @@ def test_the_table_chooses_it_and_its_errors_are_the_reference_ones() -> None:
 
 @pytest.mark.parametrize("op", ["flow_step", "noise"])
 def test_the_predicate_names_its_reason(op: str) -> None:
-    dtype = torch.int64 if op == "noise" else torch.float32
-    rows = dict(dispatch.explain(op, dispatch.Request(torch.device("cpu"), dtype)))
-    assert rows["triton"] == "needs a CUDA tensor, got one on cpu"
-    rows = dict(dispatch.explain(op, dispatch.Request(torch.device("cuda"), dtype)))
-    assert rows["triton"] is None
-    rows = dict(dispatch.explain(op, dispatch.Request(torch.device("cuda"), torch.float8_e4m3fn)))
-    assert rows["triton"] is not None
-    assert "got torch.float8_e4m3fn" in rows["triton"]
+    def reason(device: str, dtype: torch.dtype = torch.float32) -> str | None:
+        return dict(dispatch.explain(op, dispatch.Request(torch.device(device), dtype)))["triton"]
+
+    assert reason("cpu") == "needs a CUDA tensor, got one on cpu"
+    assert reason("cuda") is None
+    if op == "flow_step":
+        assert str(reason("cuda", torch.float8_e4m3fn)).endswith("got torch.float8_e4m3fn")
 
 
 def test_foreign_devices_are_refused() -> None:

@@ -72,5 +72,5 @@ def _triton(seeds: Tensor, numel: int, step: int) -> Tensor:
     return launch(seeds, numel, step)
 
 
-dispatch.add("noise", dispatch.Implementation("triton", _triton, triton_kernels.refuses(torch.int64)))
+dispatch.add("noise", dispatch.Implementation("triton", _triton, triton_kernels.refuses()))
 register("noise", reference=noise, fake=_fake)

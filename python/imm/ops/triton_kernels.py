@@ -21,12 +21,12 @@ def _installed() -> bool:
 
 
 def refuses(*dtypes: torch.dtype) -> Callable[[Request], str | None]:
-    """The predicate of a Triton implementation whose first tensor may have these dtypes."""
+    """The predicate of a Triton implementation whose first tensor may have these dtypes; none given: any."""
 
     def reason(request: Request) -> str | None:
         if request.device.type != "cuda":
             return f"needs a CUDA tensor, got one on {request.device.type}"
-        if request.dtype not in dtypes:
+        if dtypes and request.dtype not in dtypes:
             return f"supports {', '.join(str(d) for d in dtypes)}, got {request.dtype}"
         return None if _installed() else "triton is not installed"
 
