@@ -12,22 +12,25 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
+
 from imm.ops import dispatch, triton_kernels
 from imm.ops.flow_step import flow_step as reference
 from imm.ops.noise import noise as reference_noise
-from torch import Tensor
 
 pytest.importorskip("triton")
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cpu" if INTERPRETED else "cuda"
-kernel_test = pytest.mark.skipif(
-    not INTERPRETED and not torch.cuda.is_available(), reason="no CUDA device; test_in_the_interpreter runs this in a child"
-)
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 # Below, at and above a Philox block of four and a program's 1024 elements; images; vectorizable and not.
 SHAPES = [(1, 1), (3, 3), (2, 37), (3, 1, 8, 8), (2, 1024), (2, 1025), (1, 2500)]
 SEEDS = [2**33 + 1, 7, -3]
+
+
+def kernel_test(function: Any) -> Any:
+    """Collected where kernels can run: on a GPU, and in the child of :func:`test_in_the_interpreter`."""
+    return function if INTERPRETED or torch.cuda.is_available() else None
 
 
 @pytest.mark.skipif(INTERPRETED or torch.cuda.is_available(), reason="the tests of this file run directly")
