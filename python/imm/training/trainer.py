@@ -141,6 +141,7 @@ class Trainer:
         """
         start = time.perf_counter()
         self.objective.train()
+        torch.backends.cudnn.deterministic = True  # a resumed run repeats an unbroken one, on a GPU too
         window = _Window()
         while self.step < steps and not self.stop:
             if max_seconds is not None and time.perf_counter() - start > max_seconds:
