@@ -10,15 +10,15 @@ import click
 import torch
 
 from imm.cli.options import device_line
-from imm.ops import dispatch
+from imm.ops import dispatch, native
 from imm.version import __version__
 
 
 def op_lines(device: torch.device, dtype: torch.dtype = torch.float32) -> list[str]:
-    """One line per op (backwards go with their op): the implementation that runs, and why not a better one."""
+    """One line per op (backwards and out= forms go with their op): the implementation that runs, and why not a better one."""
     lines = []
     for op in dispatch.names():
-        if op.endswith("_bwd"):
+        if op.endswith(("_bwd", ".out")):
             continue
         request = dispatch.Request(device, dtype)
         rows = dispatch.explain(op, request)
@@ -44,6 +44,12 @@ def command() -> None:
     click.echo(f"torch {torch.__version__}, built for CUDA {torch.version.cuda or '(none)'}")
     for name in ("triton", "safetensors", "numpy", "PIL", "matplotlib", "mlxtend"):
         click.echo(f"{name}: {_package('pillow' if name == 'PIL' and _package(name) == 'installed' else name)}")
+    info = native.build_info()
+    if info is None:
+        click.echo(f"native library: {native.status()}")
+    else:
+        click.echo(f"native library: loaded; {', '.join(f'{key} {value}' for key, value in info.items())}")
+        click.echo(f"CPU kernels: {torch.backends.cpu.get_cpu_capability()}")
     devices = [torch.device("cpu")]
     if torch.cuda.is_available():
         devices.append(torch.device("cuda"))

@@ -2,7 +2,8 @@
 
 Every op has one or more implementations, best first, the last of them "reference" (plain torch, any device). Each has one
 predicate that answers "yes" (None) or the reason why not; calls, error messages and ``imm doctor`` all ask that predicate.
-``IMM_IMPL=mmd_loss:reference,flow_step:reference`` forces an implementation, for debugging.
+``IMM_IMPL=mmd_loss:reference,flow_step:reference`` forces an implementation, for debugging; set it before importing imm, which
+then takes the native CPU kernels of those ops away (they are registered for the CPU directly and do not pass through here).
 """
 
 from __future__ import annotations
@@ -65,8 +66,8 @@ def forced(op: str) -> str | None:
             known = "; ".join(f"{o}: {', '.join(i.name for i in table)}" for o, table in _TABLE.items())
             raise ValueError(f"{VARIABLE}: expected OP:IMPLEMENTATION[,...] from [{known}], got {item!r}")
         wanted[name] = choice
-    # A backward goes where its op goes unless it is named itself.
-    return wanted.get(op, wanted.get(op.removesuffix("_bwd")))
+    # A backward and an out= form go where their op goes unless they are named themselves.
+    return wanted.get(op, wanted.get(op.removesuffix("_bwd").removesuffix(".out")))
 
 
 def explain(op: str, request: Request) -> list[tuple[str, str | None]]:
@@ -91,6 +92,6 @@ def select(op: str, request: Request) -> Implementation:
     raise RuntimeError(f"imm::{op} has no implementation for {request}: {reasons}")
 
 
-def call(op: str, first: Tensor, *args: Any) -> Any:
+def call(op: str, first: Tensor, *args: Any, **kwargs: Any) -> Any:
     """Run an op through the table."""
-    return select(op, Request.of(first)).run(first, *args)
+    return select(op, Request.of(first)).run(first, *args, **kwargs)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from imm.ops.mmd import accumulate_dtype
-from imm.ops.registry import no_second_derivative, register
+from imm.ops.registry import check_out, no_second_derivative, refuse_gradients, register
 
 
 def _check(
@@ -44,8 +44,13 @@ def _check(
             raise ValueError(f"{name}: expected [1] or [{x.shape[0]}], got {list(value.shape)}")
         if value.dtype != torch.float64:
             raise TypeError(f"{name}: expected float64, got {value.dtype}")
-    if seeds is not None and seeds.shape != x.shape[:1]:
-        raise ValueError(f"seeds: expected one per image, [{x.shape[0]}], got {list(seeds.shape)}")
+    if seeds is not None:
+        if seeds.shape != x.shape[:1]:
+            raise ValueError(f"seeds: expected one per image, [{x.shape[0]}], got {list(seeds.shape)}")
+        if seeds.dtype != torch.int64:
+            raise ValueError(f"seeds: expected int64, got {seeds.dtype}")
+        if step < 0:
+            raise ValueError(f"step: expected a count >= 0, got {step}")
 
 
 def _broadcast(value: Tensor, like: Tensor, dtype: torch.dtype) -> Tensor:
@@ -78,10 +83,31 @@ def flow_step(
     return result.to(x.dtype).contiguous()
 
 
+def flow_step_out(
+    x: Tensor,
+    g: Tensor,
+    c_skip: Tensor,
+    c_out: Tensor,
+    g_uncond: Tensor | None,
+    guidance: Tensor | None,
+    c_noise: Tensor | None,
+    seeds: Tensor | None,
+    step: int,
+    *,
+    out: Tensor,
+) -> Tensor:
+    """Reference of imm::flow_step.out: :func:`flow_step` into ``out``, of the state's shape and dtype; ``out`` may be ``x``."""
+    _check(x, g, c_skip, c_out, g_uncond, guidance, c_noise, seeds, step)
+    check_out("out", out, x.shape, x.dtype, x.device)
+    refuse_gradients("flow_step", x, g, c_skip, c_out, g_uncond, guidance, c_noise, out)
+    return out.copy_(flow_step(x, g, c_skip, c_out, g_uncond, guidance, c_noise, seeds, step))
+
+
 def flow_step_bwd(
     grad: Tensor, g: Tensor, c_skip: Tensor, c_out: Tensor, g_uncond: Tensor | None, guidance: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of :func:`flow_step` to x, g and g_uncond (empty where there is none)."""
+    _check(grad, g, c_skip, c_out, g_uncond, guidance, None, None, 0)
     dtype = accumulate_dtype(grad.dtype)
     up = grad.to(dtype)
     grad_x = (_broadcast(c_skip, grad, dtype) * up).to(grad.dtype).contiguous()
@@ -107,6 +133,12 @@ def _fake(
     return x.new_empty(x.shape)
 
 
+def _fake_out(*args: Any, out: Tensor) -> Tensor:
+    _check(*args)
+    check_out("out", out, args[0].shape, args[0].dtype, args[0].device)
+    return out
+
+
 def _fake_bwd(
     grad: Tensor, g: Tensor, c_skip: Tensor, c_out: Tensor, g_uncond: Tensor | None, guidance: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -127,7 +159,8 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     return grad_x, grad_g, None, None, None if no_guidance else grad_uncond, None, None, None, None
 
 
-register("flow_step", reference=flow_step, fake=_fake)
-register("flow_step_bwd", reference=flow_step_bwd, fake=_fake_bwd)
+register("flow_step", reference=flow_step, fake=_fake, cpu=True)
+register("flow_step.out", reference=flow_step_out, fake=_fake_out, cpu=True)
+register("flow_step_bwd", reference=flow_step_bwd, fake=_fake_bwd, cpu=True)
 torch.library.register_autograd("imm::flow_step", _backward, setup_context=_setup)
 no_second_derivative("flow_step_bwd")

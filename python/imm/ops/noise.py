@@ -17,7 +17,7 @@ import math
 import torch
 from torch import Tensor
 
-from imm.ops.registry import register
+from imm.ops.registry import check_out, register
 
 _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 _WEYL = (0x9E3779B9, 0xBB67AE85)
@@ -58,9 +58,26 @@ def noise(seeds: Tensor, numel: int, step: int) -> Tensor:
     return torch.stack(normals, -1).flatten(1)[:, :numel].float().contiguous()
 
 
+def noise_out(seeds: Tensor, numel: int, step: int, *, out: Tensor) -> Tensor:
+    """Reference of imm::noise.out: :func:`noise` into ``out``, [B, numel] float32."""
+    _check_out(seeds, numel, step, out)
+    return out.copy_(noise(seeds, numel, step))
+
+
+def _check_out(seeds: Tensor, numel: int, step: int, out: Tensor) -> None:
+    _check(seeds, numel, step)
+    check_out("out", out, torch.Size((seeds.shape[0], numel)), torch.float32, seeds.device)
+
+
 def _fake(seeds: Tensor, numel: int, step: int) -> Tensor:
     _check(seeds, numel, step)
     return seeds.new_empty((seeds.shape[0], numel), dtype=torch.float32)
 
 
-register("noise", reference=noise, fake=_fake)
+def _fake_out(seeds: Tensor, numel: int, step: int, *, out: Tensor) -> Tensor:
+    _check_out(seeds, numel, step, out)
+    return out
+
+
+register("noise", reference=noise, fake=_fake, cpu=True)
+register("noise.out", reference=noise_out, fake=_fake_out, cpu=True)

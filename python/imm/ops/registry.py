@@ -8,20 +8,59 @@ from typing import Any
 
 import torch
 
-from imm.ops import dispatch
+from imm.ops import dispatch, native  # loading the native library defines its ops, so it comes first
 from imm.ops.schemas import SCHEMAS
 
 _LIBRARY = torch.library.Library("imm", "FRAGMENT")
+_REPLACED: set[str] = set()  # ops whose native CPU kernel IMM_IMPL took away
+
+
+def _defined(op: str) -> bool:
+    name, _, overload = op.partition(".")
+    return torch._C._get_operation_overload(f"imm::{name}", overload) is not None
+
+
 for _schema in SCHEMAS:
-    if not hasattr(torch.ops.imm, _schema.partition("(")[0]):
+    if not _defined(_schema.partition("(")[0]):
         _LIBRARY.define(_schema)
 
 
-def register(op: str, *, reference: Callable[..., Any], fake: Callable[..., Any]) -> None:
-    """Give ``imm::op`` its reference implementation, its fake and the kernel that chooses between implementations."""
+def _overload(op: str) -> Callable[..., Any]:
+    name, _, overload = op.partition(".")
+    return getattr(getattr(torch.ops.imm, name), overload or "default")
+
+
+def _refuses_cpu(op: str, request: dispatch.Request) -> str | None:
+    if native.status() is not None:
+        return native.status()
+    if request.device.type != "cpu":
+        return f"the tensors are on {request.device.type}, not on the CPU"
+    if op in _REPLACED:
+        return f"{dispatch.VARIABLE} asked for another implementation when imm was imported"
+    return None
+
+
+def register(op: str, *, reference: Callable[..., Any], fake: Callable[..., Any], cpu: bool = False) -> None:
+    """Give ``imm::op`` its reference implementation, its fake and the kernel that chooses between implementations.
+
+    ``cpu`` says that the native library has a CPU kernel; it registers for the CPU itself, so calls reach it without a choice.
+    """
+    if cpu:
+        run = lambda *args, **kwargs: _overload(op)(*args, **kwargs)
+        dispatch.add(op, dispatch.Implementation("cpu", run, functools.partial(_refuses_cpu, op)))
     dispatch.add(op, dispatch.Implementation("reference", reference))
     torch.library.register_kernel(f"imm::{op}", None, functools.partial(dispatch.call, op))
     torch.library.register_fake(f"imm::{op}", fake)
+
+
+def apply_forced() -> None:
+    """Put Python's choice in place of the native CPU kernels that IMM_IMPL sends elsewhere; once, after all ops are known."""
+    for op in dispatch.names():
+        choice = dispatch.forced(op)
+        if choice in (None, "cpu") or not torch._C._dispatch_has_kernel_for_dispatch_key(f"imm::{op}", "CPU"):
+            continue
+        _REPLACED.add(op)
+        _LIBRARY.impl(op, functools.partial(dispatch.call, op), "CPU", allow_override=True)
 
 
 def no_second_derivative(op: str) -> None:
@@ -31,3 +70,19 @@ def no_second_derivative(op: str) -> None:
         raise RuntimeError(f"imm::{op} has no derivative: second derivatives are not supported")
 
     torch.library.register_autograd(f"imm::{op}", backward)
+
+
+def refuse_gradients(op: str, *tensors: torch.Tensor | None) -> None:
+    """Raise RuntimeError where the out= form of an op would lose a gradient."""
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
+        raise RuntimeError(f"{op}: the out= form has no derivative; detach the inputs or use no_grad")
+
+
+def check_out(name: str, out: torch.Tensor, shape: torch.Size, dtype: torch.dtype, device: torch.device) -> None:
+    """Refuse a tensor that a result does not fit: out= forms never resize."""
+    if out.shape != shape:
+        raise ValueError(f"{name}: expected {list(shape)}, got {list(out.shape)}")
+    if out.dtype != dtype:
+        raise TypeError(f"{name}: expected {dtype}, got {out.dtype}")
+    if out.device != device:
+        raise ValueError(f"{name}: expected the device {device}, got {out.device}")
