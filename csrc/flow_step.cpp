@@ -23,26 +23,25 @@ void check_coefficient(const char* name, const Tensor& value, const Tensor& x) {
   check_same_device(name, value, x);
 }
 
-void check_output(const Tensor& x, const Tensor& g, const Optional& g_uncond, const Optional& guidance) {
-  check_same_device("g", g, x);
-  TORCH_CHECK_VALUE(g_uncond.has_value() == guidance.has_value(), "g_uncond and guidance: expected both or neither");
-  if (!g_uncond) return;
-  TORCH_CHECK_VALUE(g_uncond->sizes() == g.sizes() && g_uncond->scalar_type() == g.scalar_type(), "g_uncond: expected ",
-                    g.sizes(), " of ", dtype_name(g), ", got ", g_uncond->sizes(), " of ", dtype_name(*g_uncond));
-  check_same_device("g_uncond", *g_uncond, x);
-  check_coefficient("guidance", *guidance, x);
-}
-
+// The same checks in the same order as the reference.
 void check(const Tensor& x, const Tensor& g, const Tensor& c_skip, const Tensor& c_out, const Optional& g_uncond,
            const Optional& guidance, const Optional& c_noise, const Optional& seeds, int64_t step) {
   TORCH_CHECK_VALUE(x.dim() >= 1 && g.sizes() == x.sizes(), "x and g: expected the same shape [B, ...], got ",
                     x.sizes(), " and ", g.sizes());
   check_kernel_dtype("x", x);
   check_kernel_dtype("g", g);
+  check_same_device("g", g, x);
+  TORCH_CHECK_VALUE(g_uncond.has_value() == guidance.has_value(), "g_uncond and guidance: expected both or neither");
   TORCH_CHECK_VALUE(c_noise.has_value() == seeds.has_value(), "c_noise and seeds: expected both or neither");
-  check_output(x, g, g_uncond, guidance);
+  if (g_uncond) {
+    TORCH_CHECK_VALUE(g_uncond->sizes() == g.sizes() && g_uncond->scalar_type() == g.scalar_type(),
+                      "g_uncond: expected ", g.sizes(), " of ", dtype_name(g), ", got ", g_uncond->sizes(), " of ",
+                      dtype_name(*g_uncond));
+    check_same_device("g_uncond", *g_uncond, x);
+  }
   check_coefficient("c_skip", c_skip, x);
   check_coefficient("c_out", c_out, x);
+  if (guidance) check_coefficient("guidance", *guidance, x);
   if (!seeds) return;
   check_coefficient("c_noise", *c_noise, x);
   TORCH_CHECK_VALUE(seeds->dim() == 1 && seeds->size(0) == x.size(0), "seeds: expected one per image, [", x.size(0),
@@ -117,13 +116,7 @@ Tensor& flow_step_out(const Tensor& x, const Tensor& g, const Tensor& c_skip, co
 std::tuple<Tensor, Tensor, Tensor> flow_step_bwd(const Tensor& grad, const Tensor& g, const Tensor& c_skip,
                                                  const Tensor& c_out, const Optional& g_uncond,
                                                  const Optional& guidance) {
-  TORCH_CHECK_VALUE(grad.dim() >= 1 && g.sizes() == grad.sizes(), "grad and g: expected the same shape [B, ...], got ",
-                    grad.sizes(), " and ", g.sizes());
-  check_kernel_dtype("grad", grad);
-  check_kernel_dtype("g", g);
-  check_output(grad, g, g_uncond, guidance);
-  check_coefficient("c_skip", c_skip, grad);
-  check_coefficient("c_out", c_out, grad);
+  check(grad, g, c_skip, c_out, g_uncond, guidance, std::nullopt, std::nullopt, 0);
   const auto empty = [](const Tensor& like) { return at::empty(like.sizes(), like.scalar_type()); };
   const Tensor grad_x = empty(grad), grad_g = empty(g);
   const Tensor grad_uncond = g_uncond ? empty(g) : at::empty({0}, g.scalar_type());

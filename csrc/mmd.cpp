@@ -139,8 +139,9 @@ Tensor empty_like_particles(const Tensor& x) { return at::empty(x.sizes(), x.sca
 Tensor mmd_loss(const Tensor& y_t, const Tensor& y_r, const Tensor& scale, const std::optional<Tensor>& weight,
                 std::string kernel, double eps) {
   check_loss(y_t, y_r, scale, weight, kernel, eps);
-  const Tensor numbers = group_numbers(scale), loss = empty_loss(y_t);
+  const Tensor numbers = group_numbers(scale);
   check_scale(numbers);
+  const Tensor loss = empty_loss(y_t);
   run_loss(y_t, y_r, numbers, weight_or_ones(weight, y_t), kernel, eps, loss, Tensor());
   return loss;
 }
@@ -159,8 +160,9 @@ Tensor mmd_loss_bwd(const Tensor& grad, const Tensor& y_t, const Tensor& y_r, co
 std::tuple<Tensor, Tensor> mmd_loss_grad(const Tensor& y_t, const Tensor& y_r, const Tensor& scale,
                                          const std::optional<Tensor>& weight, std::string kernel, double eps) {
   check_loss(y_t, y_r, scale, weight, kernel, eps);
-  const Tensor numbers = group_numbers(scale), loss = empty_loss(y_t), grad = empty_like_particles(y_t);
+  const Tensor numbers = group_numbers(scale);
   check_scale(numbers);
+  const Tensor loss = empty_loss(y_t), grad = empty_like_particles(y_t);
   run_loss(y_t, y_r, numbers, weight_or_ones(weight, y_t), kernel, eps, loss, grad);
   return {loss, grad};
 }
@@ -212,10 +214,11 @@ void run_gram(const MmdGramArgs& args, int64_t G) {
 
 Tensor mmd_gram(const Tensor& x, const Tensor& y, const Tensor& scale, std::string kernel, double eps) {
   check_particles("x", "y", x, y, scale, kernel, eps);
+  const Tensor numbers = group_numbers(scale);
+  check_scale(numbers);
   const int64_t G = x.size(0);
   const Tensor gram = at::empty({G, x.size(1), y.size(1)}, accumulate_dtype(x.scalar_type()));
-  const Tensor numbers = group_numbers(scale), xs = with_contiguous_rows(x), ys = with_contiguous_rows(y);
-  check_scale(numbers);
+  const Tensor xs = with_contiguous_rows(x), ys = with_contiguous_rows(y);
   if (G == 0) return gram;
   MmdGramArgs args = gram_args(xs, ys, numbers, kernel, eps);
   args.gram = gram.mutable_data_ptr();

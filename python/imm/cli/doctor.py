@@ -32,7 +32,7 @@ def _package(name: str) -> str:
     if importlib.util.find_spec(name) is None:
         return "not installed"
     try:
-        return version(name)
+        return version({"PIL": "pillow"}.get(name, name))
     except PackageNotFoundError:
         return "installed"
 
@@ -43,7 +43,7 @@ def command() -> None:
     click.echo(f"imm {__version__}, Python {platform.python_version()}, {platform.platform()}")
     click.echo(f"torch {torch.__version__}, built for CUDA {torch.version.cuda or '(none)'}")
     for name in ("triton", "safetensors", "numpy", "PIL", "matplotlib", "mlxtend"):
-        click.echo(f"{name}: {_package('pillow' if name == 'PIL' and _package(name) == 'installed' else name)}")
+        click.echo(f"{name}: {_package(name)}")
     info = native.build_info()
     if info is None:
         click.echo(f"native library: {native.status()}")

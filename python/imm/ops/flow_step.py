@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from imm.ops.mmd import accumulate_dtype
+from imm.ops.mmd import DTYPES, accumulate_dtype
 from imm.ops.registry import check_out, no_second_derivative, refuse_gradients, register
 
 
@@ -29,8 +29,8 @@ def _check(
 ) -> None:
     if x.dim() < 1 or g.shape != x.shape:
         raise ValueError(f"x and g: expected the same shape [B, ...], got {list(x.shape)} and {list(g.shape)}")
-    if not (x.is_floating_point() and g.is_floating_point()):
-        raise TypeError(f"x and g: expected floating dtypes, got {x.dtype} and {g.dtype}")
+    if x.dtype not in DTYPES or g.dtype not in DTYPES:
+        raise TypeError(f"x and g: expected floating dtypes of 16, 32 or 64 bits, got {x.dtype} and {g.dtype}")
     if (g_uncond is None) != (guidance is None):
         raise ValueError("g_uncond and guidance: expected both or neither")
     if (c_noise is None) != (seeds is None):

@@ -20,6 +20,7 @@ from torch import Tensor
 from imm.ops.registry import check_out, no_second_derivative, refuse_gradients, register
 
 KERNELS = ("laplace", "rbf")
+DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -44,8 +45,8 @@ def _check_particles(names: tuple[str, str], x: Tensor, y: Tensor, scale: Tensor
     for name, value in zip(names, (x, y), strict=True):
         if value.dim() != 3 or value.shape[1] == 0 or value.shape[2] == 0:
             raise ValueError(f"{name}: expected [G, M, D] with M, D > 0, got {list(value.shape)}")
-        if not value.is_floating_point():
-            raise TypeError(f"{name}: expected a floating dtype, got {value.dtype}")
+        if value.dtype not in DTYPES:
+            raise TypeError(f"{name}: expected a floating dtype of 16, 32 or 64 bits, got {value.dtype}")
     if x.shape[0] != y.shape[0] or x.shape[2] != y.shape[2]:
         raise ValueError(f"{names[0]} and {names[1]}: expected the same G and D, got {list(x.shape)} and {list(y.shape)}")
     if x.dtype != y.dtype or x.device != y.device:
@@ -69,7 +70,7 @@ def _check_gram(x: Tensor, y: Tensor, scale: Tensor, kernel: str, eps: float) ->
 
 def check_scale(scale: Tensor) -> None:
     """Refuse a negative or NaN scale where looking at it costs no device synchronisation."""
-    if scale.device.type == "cpu" and not bool((scale >= 0).all()):
+    if scale.device.type == "cpu" and not bool((scale.double() >= 0).all()):
         raise ValueError(f"scale: expected numbers >= 0, got {scale.tolist()[:8]}")
 
 
@@ -181,6 +182,8 @@ def mmd_gram_bwd(grad: Tensor, x: Tensor, y: Tensor, scale: Tensor, kernel: str,
     expected = (x.shape[0], x.shape[1], y.shape[1])
     if grad.shape != expected:
         raise ValueError(f"grad: expected {list(expected)}, got {list(grad.shape)}")
+    if not grad.is_floating_point():
+        raise TypeError(f"grad: expected a floating dtype, got {grad.dtype}")
     dtype = accumulate_dtype(x.dtype)
     xs, ys = x.to(dtype), y.to(dtype)
     coefficient = grad.double() * _slope(_distance(xs, ys), _kappa(scale, x.shape[2]), kernel, eps)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -60,7 +61,9 @@ def apply_forced() -> None:
         if choice in (None, "cpu") or not torch._C._dispatch_has_kernel_for_dispatch_key(f"imm::{op}", "CPU"):
             continue
         _REPLACED.add(op)
-        _LIBRARY.impl(op, functools.partial(dispatch.call, op), "CPU", allow_override=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch warns that a kernel is replaced, which is what was asked for
+            _LIBRARY.impl(op, functools.partial(dispatch.call, op), "CPU", allow_override=True)
 
 
 def no_second_derivative(op: str) -> None:
