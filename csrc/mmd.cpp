@@ -79,6 +79,7 @@ class Workspace {
     const bool widened = dtype == at::kBFloat16 || dtype == at::kHalf;
     dist2_ = at::empty({threads, matrices, Mx, My}, at::kDouble);
     coefficient_ = at::empty({threads, 2, Mx, My}, accumulate_dtype(dtype));
+    pointers_ = at::empty({threads, Mx + My}, at::kLong);
     rows_ = at::empty({threads, widened ? Mx + My : 0, D}, at::kFloat);
     grad_ = at::empty({threads, widened ? std::max(Mx, My) : 0, kMmdBlock}, at::kFloat);
   }
@@ -88,12 +89,13 @@ class Workspace {
     const auto mine = [thread](const Tensor& all) {
       return static_cast<char*>(all.mutable_data_ptr()) + thread * all.stride(0) * all.element_size();
     };
-    return {reinterpret_cast<double*>(mine(dist2_)), mine(coefficient_), reinterpret_cast<float*>(mine(rows_)),
+    return {reinterpret_cast<double*>(mine(dist2_)), mine(coefficient_),
+            reinterpret_cast<const void**>(mine(pointers_)), reinterpret_cast<float*>(mine(rows_)),
             reinterpret_cast<float*>(mine(grad_))};
   }
 
  private:
-  Tensor dist2_, coefficient_, rows_, grad_;
+  Tensor dist2_, coefficient_, pointers_, rows_, grad_;
 };
 
 // Runs loop(groups) over threads. Groups do not depend on each other, so any split gives the same bits.

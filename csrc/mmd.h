@@ -30,10 +30,11 @@ struct Particles {
 
 // What one thread needs beside its registers.
 struct MmdWork {
-  double* dist2;      // squared distances, then slopes: [3, M, M], gram [Mx, My]
-  void* coefficient;  // of the differences in the gradient, accumulate dtype: [2, M, M], gram [2, Mx, My]
-  float* rows;        // 16-bit particles widened: [2, M, D], gram [Mx + My, D]
-  float* grad;        // a block of the widened gradient: [M, kMmdBlock], gram [max(Mx, My), kMmdBlock]
+  double* dist2;          // squared distances, then slopes: [3, M, M], gram [Mx, My]
+  void* coefficient;      // of the differences in the gradient, accumulate dtype: [M, 2 M], gram [2, Mx, My]
+  const void** pointers;  // to rows: [2 M], gram [Mx + My]
+  float* rows;            // 16-bit particles widened: [2, M, D], gram [Mx + My, D]
+  float* grad;            // a block of the widened gradient: [M, kMmdBlock], gram [max(Mx, My), kMmdBlock]
 };
 
 constexpr int64_t kMmdBlock = 512;  // features of the gradient worked on at a time: 9 rows of float32 fit 24 KiB of L1

@@ -16,16 +16,11 @@ namespace {
 template <int kRows>
 using Rows = std::integral_constant<int, kRows>;
 
-// Calls f(Rows<R>, first row) for tiles of 4, 2 and 1 rows that cover [0, n).
-template <typename F>
-void for_tiles(int64_t n, const F& f) {
-  int64_t i = 0;
-  for (; i + 4 <= n; i += 4) f(Rows<4>{}, i);
-  if (i + 2 <= n) {
-    f(Rows<2>{}, i);
-    i += 2;
-  }
-  if (i < n) f(Rows<1>{}, i);
+// Calls f(Rows<R>, first row) for tiles of kLargest, ..., 2, 1 rows that cover [0, n).
+template <int kLargest, typename F>
+void for_tiles(int64_t n, const F& f, int64_t first = 0) {
+  for (; first + kLargest <= n; first += kLargest) f(Rows<kLargest>{}, first);
+  if constexpr (kLargest > 1) for_tiles<kLargest / 2>(n, f, first);
 }
 
 template <typename T>
@@ -75,8 +70,8 @@ void distance_tile(Matrix<const T> x, Matrix<const T> y, int64_t D, Matrix<doubl
 // Squared distances of all pairs of two sets, [Mx, My].
 template <typename T>
 void distances(Matrix<const T> x, int64_t Mx, Matrix<const T> y, int64_t My, int64_t D, Matrix<double> dist2) {
-  for_tiles(Mx, [&](auto R, int64_t j) {
-    for_tiles(My, [&](auto C, int64_t k) {
+  for_tiles<4>(Mx, [&](auto R, int64_t j) {
+    for_tiles<4>(My, [&](auto C, int64_t k) {
       distance_tile<R(), C(), false, T>({x.row(j), x.stride}, {y.row(k), y.stride}, D,
                                         {dist2.row(j) + k, dist2.stride});
     });
@@ -87,8 +82,8 @@ void distances(Matrix<const T> x, int64_t Mx, Matrix<const T> y, int64_t My, int
 // is 0 unless the particle is not finite.
 template <typename T>
 void self_distances(Matrix<const T> x, int64_t M, int64_t D, Matrix<double> dist2) {
-  for_tiles(M, [&](auto R, int64_t j) {
-    for_tiles(M, [&](auto C, int64_t k) {
+  for_tiles<4>(M, [&](auto R, int64_t j) {
+    for_tiles<4>(M, [&](auto C, int64_t k) {
       const Matrix<const T> rows{x.row(j), x.stride}, columns{x.row(k), x.stride};
       const Matrix<double> target{dist2.row(j) + k, dist2.stride};
       if (j == k) {
@@ -131,14 +126,15 @@ double evaluate(double* dist2, int64_t n, double kappa, MmdKernel kernel, double
   return sum_lanes(sum);
 }
 
-// grad_j (+)= sum_k c_jk (x_j - y_k) for a tile of rows and features [begin, end); grad starts at feature begin.
+// grad_j (+)= sum_k c_jk (x_j - y_k) for a tile of rows and features [begin, end); y has a pointer per row, grad starts
+// at feature begin.
 template <int R, int C, typename T>
-void gradient_tile(Matrix<const T> x, Matrix<const T> y, Matrix<const T> coefficient, int64_t begin, int64_t end,
+void gradient_tile(Matrix<const T> x, const T* const* y, Matrix<const T> coefficient, int64_t begin, int64_t end,
                    Matrix<T> grad, bool fresh) {
   using V = Vectorized<T>;
-  V c[R][C];
-  for (int j = 0; j < R; ++j) {
-    for (int k = 0; k < C; ++k) c[j][k] = V(coefficient.row(j)[k]);
+  T c[C][R];
+  for (int k = 0; k < C; ++k) {
+    for (int j = 0; j < R; ++j) c[k][j] = coefficient.row(j)[k];
   }
   const auto step = [&](int64_t d, const auto& load, const auto& store) {
     V x_tile[R], sum[R];
@@ -147,8 +143,8 @@ void gradient_tile(Matrix<const T> x, Matrix<const T> y, Matrix<const T> coeffic
       sum[j] = fresh ? V(T(0)) : load(grad.row(j) + d - begin);
     }
     for (int k = 0; k < C; ++k) {
-      const V y_row = load(y.row(k) + d);
-      for (int j = 0; j < R; ++j) sum[j] = at::vec::fmadd(c[j][k], x_tile[j] - y_row, sum[j]);
+      const V y_row = load(y[k] + d);
+      for (int j = 0; j < R; ++j) sum[j] = at::vec::fmadd(V(c[k][j]), x_tile[j] - y_row, sum[j]);
     }
     for (int j = 0; j < R; ++j) store(sum[j], grad.row(j) + d - begin);
   };
@@ -162,16 +158,21 @@ void gradient_tile(Matrix<const T> x, Matrix<const T> y, Matrix<const T> coeffic
   }
 }
 
+// grad_j = sum_k c_jk (x_j - y_k), [M, end - begin], for the given rows y; coefficient is [M, columns].
 template <typename T>
-void gradient_block(Matrix<const T> x, int64_t Mx, Matrix<const T> y, int64_t My, Matrix<const T> coefficient,
-                    int64_t begin, int64_t end, Matrix<T> grad, bool fresh) {
-  for_tiles(Mx, [&](auto R, int64_t j) {
-    for_tiles(My, [&](auto C, int64_t k) {
-      gradient_tile<R(), C(), T>({x.row(j), x.stride}, {y.row(k), y.stride},
-                                 {coefficient.row(j) + k, coefficient.stride}, begin, end, {grad.row(j), grad.stride},
-                                 fresh && k == 0);
+void gradient_block(Matrix<const T> x, int64_t M, const T* const* y, int64_t columns, const T* coefficient,
+                    int64_t begin, int64_t end, Matrix<T> grad) {
+  for_tiles<4>(M, [&](auto R, int64_t j) {
+    for_tiles<8>(columns, [&](auto C, int64_t k) {
+      gradient_tile<R(), C(), T>({x.row(j), x.stride}, y + k, {coefficient + j * columns + k, columns}, begin, end,
+                                 {grad.row(j), grad.stride}, k == 0);
     });
   });
+}
+
+template <typename T>
+void row_pointers(Matrix<const T> x, int64_t M, const T** rows) {
+  for (int64_t j = 0; j < M; ++j) rows[j] = x.row(j);
 }
 
 // Calls add(begin, end, block) for blocks of features of a group's gradient [M, D] and brings each to its dtype.
@@ -212,8 +213,8 @@ template <typename T>
 void loss_groups(const MmdLossArgs& args, const MmdWork& work, int64_t begin, int64_t end) {
   const int64_t M = args.M, D = args.D, pairs = M * M;
   double *tt = work.dist2, *tr = tt + pairs, *rr = tr + pairs;
-  T* c_tt = static_cast<T*>(work.coefficient);
-  T* c_tr = c_tt + pairs;
+  T* coefficient = static_cast<T*>(work.coefficient);  // [M, 2 M]: of t_j - t_k, of t_j - r_k
+  const T** rows = reinterpret_cast<const T**>(work.pointers);
   const Replace replace = args.grad ? Replace::kBySlope : Replace::kNothing;
   for (int64_t g = begin; g < end; ++g) {
     const auto y_t = group_rows<T>(args.y_t, args.dtype, g, M, D, work.rows);
@@ -230,14 +231,17 @@ void loss_groups(const MmdLossArgs& args, const MmdWork& work, int64_t begin, in
       static_cast<T*>(args.loss)[g] = static_cast<T>(weight * (sum_tt + sum_rr - 2.0 * sum_tr));
     }
     if (!args.grad) continue;
-    for (int64_t i = 0; i < pairs; ++i) {
-      c_tt[i] = static_cast<T>(2.0 * weight * tt[i]);
-      c_tr[i] = static_cast<T>(-2.0 * weight * tr[i]);
+    for (int64_t j = 0; j < M; ++j) {
+      for (int64_t k = 0; k < M; ++k) {
+        coefficient[j * 2 * M + k] = static_cast<T>(2.0 * weight * tt[j * M + k]);
+        coefficient[j * 2 * M + M + k] = static_cast<T>(-2.0 * weight * tr[j * M + k]);
+      }
     }
+    row_pointers<T>(y_t, M, rows);
+    row_pointers<T>(y_r, M, rows + M);
     void* grad = at_element(args.grad, args.dtype, g * M * D);
     for_gradient_blocks<T>(grad, args.dtype, M, D, work.grad, [&](int64_t from, int64_t to, Matrix<T> block) {
-      gradient_block<T>(y_t, M, y_t, M, {c_tt, M}, from, to, block, true);
-      gradient_block<T>(y_t, M, y_r, M, {c_tr, M}, from, to, block, false);
+      gradient_block<T>(y_t, M, rows, 2 * M, coefficient, from, to, block);
     });
   }
 }
@@ -247,6 +251,7 @@ void gram_groups(const MmdGramArgs& args, const MmdWork& work, int64_t begin, in
   const int64_t Mx = args.Mx, My = args.My, D = args.D, pairs = Mx * My;
   T* c_xy = static_cast<T*>(work.coefficient);
   T* c_yx = c_xy + pairs;
+  const T** rows = reinterpret_cast<const T**>(work.pointers);
   for (int64_t g = begin; g < end; ++g) {
     const auto x = group_rows<T>(args.x, args.dtype, g, Mx, D, work.rows);
     const auto y = group_rows<T>(args.y, args.dtype, g, My, D, work.rows + Mx * D);
@@ -263,13 +268,15 @@ void gram_groups(const MmdGramArgs& args, const MmdWork& work, int64_t begin, in
         c_xy[j * My + k] = c_yx[k * Mx + j] = static_cast<T>(c);
       }
     }
+    row_pointers<T>(x, Mx, rows);
+    row_pointers<T>(y, My, rows + Mx);
     void* grad_x = at_element(args.grad_x, args.dtype, g * Mx * D);
     for_gradient_blocks<T>(grad_x, args.dtype, Mx, D, work.grad, [&](int64_t from, int64_t to, Matrix<T> block) {
-      gradient_block<T>(x, Mx, y, My, {c_xy, My}, from, to, block, true);
+      gradient_block<T>(x, Mx, rows + Mx, My, c_xy, from, to, block);
     });
     void* grad_y = at_element(args.grad_y, args.dtype, g * My * D);
     for_gradient_blocks<T>(grad_y, args.dtype, My, D, work.grad, [&](int64_t from, int64_t to, Matrix<T> block) {
-      gradient_block<T>(y, My, x, Mx, {c_yx, Mx}, from, to, block, true);
+      gradient_block<T>(y, My, rows, Mx, c_yx, from, to, block);
     });
   }
 }
