@@ -39,6 +39,10 @@ double sum_lanes(const Vectorized<T>& v) {
   return sum;
 }
 
+// How far ahead rows are fetched. The hardware's own prefetching starts anew at every 4 KiB page, which a row of D =
+// 4096 has four of; measured at M = 4 this is worth 10 % of loss and gradient, and 1 to 4 KiB a little less.
+constexpr int64_t kPrefetchBytes = 512;
+
 // dist2[j][k] = sum_d (x_jd - y_kd)^2 for a tile of pairs; where x and y are one set's same rows, only k >= j.
 template <int R, int C, bool kSameRows, typename T>
 void distance_tile(Matrix<const T> x, Matrix<const T> y, int64_t D, Matrix<double> dist2) {
@@ -47,11 +51,12 @@ void distance_tile(Matrix<const T> x, Matrix<const T> y, int64_t D, Matrix<doubl
   for (auto& row : acc) {
     for (V& sum : row) sum = V(T(0));
   }
-  const auto step = [&](const auto& load) {
+  const auto step = [&](int64_t d, const auto& load) {
     V x_tile[R];
-    for (int j = 0; j < R; ++j) x_tile[j] = load(x.row(j));
+    for (int j = 0; j < R; ++j) x_tile[j] = load(x.row(j) + d);
     for (int k = 0; k < C; ++k) {
-      const V y_row = load(y.row(k));
+      __builtin_prefetch(reinterpret_cast<const char*>(y.row(k) + d) + kPrefetchBytes);
+      const V y_row = load(y.row(k) + d);
       for (int j = 0; j < R; ++j) {
         if (kSameRows && k < j) continue;
         const V difference = x_tile[j] - y_row;
@@ -60,8 +65,8 @@ void distance_tile(Matrix<const T> x, Matrix<const T> y, int64_t D, Matrix<doubl
     }
   };
   int64_t d = 0;
-  for (; d + V::size() <= D; d += V::size()) step([d](const T* row) { return V::loadu(row + d); });
-  if (d < D) step([d, D](const T* row) { return V::loadu(row + d, D - d); });  // fills with zeros
+  for (; d + V::size() <= D; d += V::size()) step(d, [](const T* p) { return V::loadu(p); });
+  if (d < D) step(d, [d, D](const T* p) { return V::loadu(p, D - d); });  // fills with zeros
   for (int j = 0; j < R; ++j) {
     for (int k = kSameRows ? j : 0; k < C; ++k) dist2.row(j)[k] = sum_lanes(acc[j][k]);
   }
