@@ -24,7 +24,7 @@ test-sanitize: $(STAMP)
 	    -DIMM_TORCH_DIR=$$($(BIN)/python -c "import torch; print(torch.__path__[0])")
 	cmake --build $(SANITIZE) --parallel 2
 	cmake --install $(SANITIZE) --prefix $(SANITIZE)/native
-	IMM_NATIVE_DIR=$(abspath $(SANITIZE))/native ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
+	IMM_NATIVE_DIR=$(abspath $(SANITIZE))/native ASAN_OPTIONS=detect_leaks=0:allocator_may_return_null=1 UBSAN_OPTIONS=print_stacktrace=1 \
 	    LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libubsan.so)" \
 	    $(BIN)/python -m pytest tests/test_native.py -k "not other_instruction and not switches"
 
