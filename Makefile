@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 PIP := $(BIN)/python -m pip install --disable-pip-version-check --quiet --constraint constraints.txt
 
-.PHONY: demo test test-full lint format bench clean
+.PHONY: demo test test-full test-sanitize lint format bench clean
 
 demo: $(STAMP)
 	$(BIN)/imm demo
@@ -16,6 +16,17 @@ test: $(STAMP)
 
 test-full: $(STAMP)
 	$(BIN)/python -m pytest -m "full or not full"
+
+# The native tests on a library built with AddressSanitizer and UndefinedBehaviorSanitizer; torch itself is not instrumented.
+SANITIZE := build/sanitize
+test-sanitize: $(STAMP)
+	cmake -S . -B $(SANITIZE) -G Ninja -DIMM_SANITIZE=ON -DPython_EXECUTABLE=$(abspath $(BIN)/python) \
+	    -DIMM_TORCH_DIR=$$($(BIN)/python -c "import torch; print(torch.__path__[0])")
+	cmake --build $(SANITIZE) --parallel 2
+	cmake --install $(SANITIZE) --prefix $(SANITIZE)/native
+	IMM_NATIVE_DIR=$(abspath $(SANITIZE))/native ASAN_OPTIONS=detect_leaks=0:allocator_may_return_null=1 UBSAN_OPTIONS=print_stacktrace=1 \
+	    LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libubsan.so)" \
+	    $(BIN)/python -m pytest tests/test_native.py -k "not other_instruction and not switches"
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

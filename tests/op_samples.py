@@ -1,4 +1,7 @@
-"""Arguments for every op in several memory layouts. An op without an entry fails ``test_ops.py``."""
+"""Arguments for every op in several memory layouts. An op without an entry fails ``test_ops.py``.
+
+An out= overload's last argument is the dictionary of its outputs.
+"""
 
 from __future__ import annotations
 
@@ -42,6 +45,11 @@ def mmd_loss_bwd(variant: str, dtype: torch.dtype, device: str, kernel: str = "l
     return grad, y_t.detach(), *rest
 
 
+def mmd_loss_grad(variant: str, dtype: torch.dtype, device: str) -> tuple[Any, ...]:
+    y_t, *rest = mmd_loss(variant, dtype, device)
+    return y_t.detach(), *rest
+
+
 def mmd_gram(variant: str, dtype: torch.dtype, device: str, kernel: str = "laplace") -> tuple[Any, ...]:
     x, y = tensor((3, 4, 17), variant, dtype, device), tensor((3, 5, 17), variant, dtype, device)
     return x, y, coefficients(3, variant, device), kernel, 1e-8
@@ -72,12 +80,28 @@ def noise(variant: str, dtype: torch.dtype, device: str) -> tuple[Any, ...]:
     return seeds, 7, 2
 
 
+def out_form(sample: Callable[..., tuple[Any, ...]], op: str, *names: str) -> Callable[..., tuple[Any, ...]]:
+    """A sample of an out= overload: the functional op's arguments without gradients, and tensors like its results."""
+
+    def make(variant: str, dtype: torch.dtype, device: str) -> tuple[Any, ...]:
+        arguments = [a.detach() if isinstance(a, Tensor) else a for a in sample(variant, dtype, device)]
+        results = getattr(torch.ops.imm, op).default(*arguments)
+        results = results if isinstance(results, tuple) else (results,)
+        return (*arguments, {name: torch.empty_like(r) for name, r in zip(names, results, strict=True)})
+
+    return make
+
+
 SAMPLES: dict[str, Callable[..., tuple[Any, ...]]] = {
     "mmd_loss": mmd_loss,
     "mmd_loss_bwd": mmd_loss_bwd,
+    "mmd_loss_grad": mmd_loss_grad,
+    "mmd_loss_grad.out": out_form(mmd_loss_grad, "mmd_loss_grad", "loss", "grad"),
     "mmd_gram": mmd_gram,
     "mmd_gram_bwd": mmd_gram_bwd,
     "flow_step": flow_step,
+    "flow_step.out": out_form(flow_step, "flow_step", "out"),
     "flow_step_bwd": flow_step_bwd,
     "noise": noise,
+    "noise.out": out_form(noise, "noise", "out"),
 }

@@ -200,6 +200,30 @@ def test_finite_gradient_with_r_equal_s_and_duplicated_images() -> None:
     assert torch.isfinite(target.flow_map.network.a.grad)
 
 
+def test_losses_may_be_added_before_one_backward() -> None:
+    """The gradient's memory is kept across steps, but not while a backward pass still has to read it."""
+    target, x = objective(), torch.randn(8, 6)
+
+    def gradient(*seeds: int, together: bool) -> torch.Tensor:
+        target.flow_map.network.a.grad = None
+        losses = []
+        for seed in seeds:
+            losses.append(target(x, generator=torch.Generator().manual_seed(seed))[0])
+            if not together:
+                losses.pop().backward()
+        if together:
+            torch.stack(losses).sum().backward()
+        return target.flow_map.network.a.grad
+
+    torch.testing.assert_close(gradient(1, 2, 3, together=True), gradient(1, 2, 3, together=False))
+    kept = target._kept
+    loss, _ = target(x)
+    assert target._kept is kept
+    (3 * loss).backward()
+    with torch.no_grad():
+        assert target(x)[0].requires_grad is False
+
+
 def test_no_gradient_through_the_target() -> None:
     target = objective()
     calls = []

@@ -19,7 +19,14 @@ DIFFERENTIABLE = ["mmd_loss", "mmd_gram", "flow_step"]
 
 
 def op(name: str):
-    return getattr(torch.ops.imm, name).default
+    name, _, overload = name.partition(".")
+    return getattr(getattr(torch.ops.imm, name), overload or "default")
+
+
+def sample(name: str, variant: str, dtype: torch.dtype, device: str) -> tuple[tuple, dict]:
+    """Positional and keyword arguments."""
+    arguments = SAMPLES[name](variant, dtype, device)
+    return (arguments[:-1], arguments[-1]) if name.endswith(".out") else (arguments, {})
 
 
 def test_every_op_has_samples_and_an_implementation() -> None:
@@ -30,7 +37,7 @@ def test_every_op_has_samples_and_an_implementation() -> None:
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("name", OPS)
 def test_opcheck(name: str, variant: str, dtype: torch.dtype, device: str) -> None:
-    torch.library.opcheck(op(name), SAMPLES[name](variant, dtype, device))
+    torch.library.opcheck(op(name), *sample(name, variant, dtype, device))
 
 
 @pytest.mark.parametrize("variant", VARIANTS[:3])
@@ -81,10 +88,23 @@ def test_compiles_whole_and_once(name: str, device: str) -> None:
 
 @pytest.mark.parametrize("name", OPS)
 def test_two_runs_give_the_same_bits(name: str, device: str) -> None:
-    arguments = SAMPLES[name]("contiguous", torch.float32, device)
-    first, second = op(name)(*arguments), op(name)(*arguments)
-    for a, b in zip(*((v if isinstance(v, tuple) else (v,)) for v in (first, second)), strict=True):
+    arguments, keywords = sample(name, "contiguous", torch.float32, device)
+
+    def results() -> list[torch.Tensor]:
+        out = op(name)(*arguments, **keywords)
+        return [r.clone() for r in (keywords.values() if out is None else out if isinstance(out, tuple) else (out,))]
+
+    for a, b in zip(results(), results(), strict=True):
         assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("name", [name for name in OPS if name.endswith(".out")])
+def test_out_forms_equal_the_functional_ones(name: str, device: str) -> None:
+    arguments, keywords = sample(name, "contiguous", torch.float32, device)
+    expected = op(name.removesuffix(".out"))(*arguments)
+    op(name)(*arguments, **keywords)
+    for value, out in zip(expected if isinstance(expected, tuple) else (expected,), keywords.values(), strict=True):
+        assert torch.equal(value, out)
 
 
 def test_autocast_keeps_the_loss_in_float32(device: str) -> None:
@@ -114,9 +134,9 @@ def test_import_is_quiet_and_light() -> None:
 def test_forced_implementation() -> None:
     code = (
         "import torch; from imm.ops import dispatch; r = dispatch.Request(torch.device('cpu'), torch.float32);"
-        "print(dispatch.select('mmd_loss', r).name, dispatch.select('mmd_loss_bwd', r).name)"
+        "print(*(dispatch.select(op, r).name for op in ('mmd_loss', 'mmd_loss_bwd', 'mmd_loss_grad.out')))"
     )
-    assert run(code, IMM_IMPL="mmd_loss:reference").stdout.split() == ["reference", "reference"]
+    assert run(code, IMM_IMPL="mmd_loss:reference").stdout.split() == ["reference"] * 3
     wrong = run(code, IMM_IMPL="mmd_loss:fastest")
     assert wrong.returncode != 0
     assert "IMM_IMPL: expected OP:IMPLEMENTATION" in wrong.stderr

@@ -9,9 +9,9 @@
 #include <torch/library.h>
 
 #include <optional>
-#include <string>
 #include <tuple>
 
+#include "../checks.h"
 #include "launch.h"
 
 namespace imm::cuda {
@@ -19,92 +19,44 @@ namespace {
 
 using at::Tensor;
 
-std::string name_of(at::ScalarType dtype) { return "torch." + std::string(c10::getDtypeNames(dtype).first); }
-
-Type type_of(const char* name, const Tensor& tensor) {
+Type type_of(const Tensor& tensor) {
   switch (tensor.scalar_type()) {
-    case at::kFloat:
-      return Type::kFloat32;
     case at::kDouble:
       return Type::kFloat64;
     case at::kBFloat16:
       return Type::kBFloat16;
     case at::kHalf:
       return Type::kFloat16;
-    default:
-      TORCH_CHECK_TYPE(false, name, ": expected float32, float64, bfloat16 or float16, got ",
-                       name_of(tensor.scalar_type()));
+    default:  // the checks leave float32
+      return Type::kFloat32;
   }
 }
 
-void check_device(const char* name, const Tensor& value, const Tensor& like) {
-  TORCH_CHECK_VALUE(value.device() == like.device(), name, ": expected the state's device ", like.device(), ", got ",
-                    value.device());
-}
-
-void check_output(const char* name, const Tensor& value, const Tensor& g) {
-  TORCH_CHECK_VALUE(value.sizes() == g.sizes() && value.scalar_type() == g.scalar_type(), name, ": expected ",
-                    g.sizes(), " of ", name_of(g.scalar_type()), ", got ", value.sizes(), " of ",
-                    name_of(value.scalar_type()));
-  check_device(name, value, g);
-}
-
-// A [1] or [B] float64 tensor as the kernels take it; absent is a null pointer.
-PerImage<double> coefficient(const char* name, const std::optional<Tensor>& value, const Tensor& x) {
+// A [1] or [B] tensor as the kernels take it; absent is a null pointer.
+template <typename T>
+PerImage<T> per_image(const std::optional<Tensor>& value) {
   if (!value) return {};
-  TORCH_CHECK_VALUE(value->dim() == 1 && (value->size(0) == 1 || value->size(0) == x.size(0)), name,
-                    ": expected [1] or [", x.size(0), "], got ", value->sizes());
-  TORCH_CHECK_TYPE(value->scalar_type() == at::kDouble, name, ": expected float64, got ",
-                   name_of(value->scalar_type()));
-  check_device(name, *value, x);
-  return {value->const_data_ptr<double>(), value->size(0) == 1 ? 0 : value->stride(0)};
-}
-
-PerImage<int64_t> seeds_of(const Tensor& seeds) {
-  TORCH_CHECK_VALUE(seeds.scalar_type() == at::kLong && seeds.dim() == 1, "seeds: expected a [B] int64 tensor, got ",
-                    seeds.sizes(), " of ", name_of(seeds.scalar_type()));
-  return {seeds.const_data_ptr<int64_t>(), seeds.stride(0)};
-}
-
-void check_counts(int64_t numel, int64_t step) {
-  TORCH_CHECK_VALUE(numel >= 0 && step >= 0, "numel and step: expected counts >= 0, got ", numel, " and ", step);
+  return {value->const_data_ptr<T>(), value->size(0) == 1 ? 0 : value->stride(0)};
 }
 
 int64_t row_length(const Tensor& x) { return x.size(0) == 0 ? 0 : x.numel() / x.size(0); }
-
-void check_pair(const char* names, const Tensor& x, const Tensor& g) {
-  TORCH_CHECK_VALUE(x.dim() >= 1 && g.sizes() == x.sizes(), names, ": expected the same shape [B, ...], got ",
-                    x.sizes(), " and ", g.sizes());
-  TORCH_CHECK_TYPE(at::isFloatingType(x.scalar_type()) && at::isFloatingType(g.scalar_type()), names,
-                   ": expected floating dtypes, got ", name_of(x.scalar_type()), " and ", name_of(g.scalar_type()));
-}
 
 // x and g [B, ...] of any two of the four floating dtypes -> [B, ...] of x's dtype, contiguous.
 Tensor flow_step(const Tensor& x, const Tensor& g, const Tensor& c_skip, const Tensor& c_out,
                  const std::optional<Tensor>& g_uncond, const std::optional<Tensor>& guidance,
                  const std::optional<Tensor>& c_noise, const std::optional<Tensor>& seeds, int64_t step) {
-  check_pair("x and g", x, g);
-  TORCH_CHECK_VALUE(g_uncond.has_value() == guidance.has_value(), "g_uncond and guidance: expected both or neither");
-  TORCH_CHECK_VALUE(c_noise.has_value() == seeds.has_value(), "c_noise and seeds: expected both or neither");
-  check_device("g", g, x);
-  if (g_uncond) check_output("g_uncond", *g_uncond, g);
+  check_flow_step(x, g, c_skip, c_out, g_uncond, guidance, c_noise, seeds, step);
   FlowStepForward p;
   p.B = x.size(0);
   p.D = row_length(x);
-  p.state = type_of("x", x);
-  p.output = type_of("g", g);
-  p.c_skip = coefficient("c_skip", c_skip, x);
-  p.c_out = coefficient("c_out", c_out, x);
-  p.guidance = coefficient("guidance", guidance, x);
-  p.c_noise = coefficient("c_noise", c_noise, x);
-  if (seeds) {
-    TORCH_CHECK_VALUE(seeds->dim() == 1 && seeds->size(0) == p.B, "seeds: expected one per image, [", p.B, "], got ",
-                      seeds->sizes());
-    p.seeds = seeds_of(*seeds);
-    check_device("seeds", *seeds, x);
-    check_counts(p.D, step);
-    p.step = static_cast<uint64_t>(step);
-  }
+  p.state = type_of(x);
+  p.output = type_of(g);
+  p.c_skip = per_image<double>(c_skip);
+  p.c_out = per_image<double>(c_out);
+  p.guidance = per_image<double>(guidance);
+  p.c_noise = per_image<double>(c_noise);
+  p.seeds = per_image<int64_t>(seeds);
+  p.step = static_cast<uint64_t>(step);
   // These hold the contiguous copies, where copies are needed, until the kernel is queued.
   const Tensor x_rows = x.contiguous(), g_rows = g.contiguous();
   const Tensor g_uncond_rows = g_uncond ? g_uncond->contiguous() : Tensor();
@@ -121,18 +73,15 @@ Tensor flow_step(const Tensor& x, const Tensor& g, const Tensor& c_skip, const T
 std::tuple<Tensor, Tensor, Tensor> flow_step_bwd(const Tensor& grad, const Tensor& g, const Tensor& c_skip,
                                                  const Tensor& c_out, const std::optional<Tensor>& g_uncond,
                                                  const std::optional<Tensor>& guidance) {
-  check_pair("grad and g", grad, g);
-  TORCH_CHECK_VALUE(g_uncond.has_value() == guidance.has_value(), "g_uncond and guidance: expected both or neither");
-  check_device("g", g, grad);
-  if (g_uncond) check_output("g_uncond", *g_uncond, g);
+  check_flow_step(grad, g, c_skip, c_out, g_uncond, guidance, std::nullopt, std::nullopt, 0);
   FlowStepBackward p;
   p.B = grad.size(0);
   p.D = row_length(grad);
-  p.state = type_of("grad", grad);
-  p.output = type_of("g", g);
-  p.c_skip = coefficient("c_skip", c_skip, grad);
-  p.c_out = coefficient("c_out", c_out, grad);
-  p.guidance = coefficient("guidance", guidance, grad);
+  p.state = type_of(grad);
+  p.output = type_of(g);
+  p.c_skip = per_image<double>(c_skip);
+  p.c_out = per_image<double>(c_out);
+  p.guidance = per_image<double>(guidance);
   const Tensor grad_rows = grad.contiguous();
   Tensor grad_x = at::empty(grad.sizes(), grad.options());
   Tensor grad_g = at::empty(g.sizes(), g.options());
@@ -147,9 +96,9 @@ std::tuple<Tensor, Tensor, Tensor> flow_step_bwd(const Tensor& grad, const Tenso
 
 // seeds [B] int64 -> [B, numel] float32, N(0, 1).
 Tensor noise(const Tensor& seeds, int64_t numel, int64_t step) {
+  check_noise(seeds, numel, step);
   Noise p;
-  p.seeds = seeds_of(seeds);
-  check_counts(numel, step);
+  p.seeds = per_image<int64_t>(seeds);
   p.B = seeds.size(0);
   p.D = numel;
   p.step = static_cast<uint64_t>(step);

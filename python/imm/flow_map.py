@@ -101,6 +101,18 @@ class FlowMap(nn.Module):
         Raises:
             ValueError, TypeError: shapes, dtypes, times or labels other than these.
         """
+        return self.jump(x, t, s, labels, guidance)
+
+    def jump(
+        self,
+        x: Tensor,
+        t: Time,
+        s: Time,
+        labels: Tensor | None = None,
+        guidance: Time | None = None,
+        out: Tensor | None = None,
+    ) -> Tensor:
+        """:meth:`forward` into ``out``, which may be ``x`` itself; without gradients where ``out`` is given."""
         x, t, s, labels = self._checked(x, t, s, labels, guidance)
         g, g_uncond = self.network_output(x, t, s, labels, with_uncond=guidance is not None)
         return functional.flow_step(
@@ -110,6 +122,7 @@ class FlowMap(nn.Module):
             self.parametrization.c_out(s, t),
             g_uncond=g_uncond,
             guidance=guidance,
+            out=out,
         )
 
     def network_output(

@@ -84,6 +84,7 @@ def flow_step(
     c_noise: Time | None = None,
     seeds: Tensor | None = None,
     step: int = 0,
+    out: Tensor | None = None,
 ) -> Tensor:
     """One step of a flow map: ``c_skip x + c_out (g_uncond + guidance (g - g_uncond)) + c_noise n(seed, step)``.
 
@@ -92,14 +93,15 @@ def flow_step(
         c_skip, c_out, guidance, c_noise: numbers or ``[B]`` tensors, taken as float64.
         seeds: ``[B]`` int64 image seeds for the noise (see :func:`noise`); given with ``c_noise``.
         step: the sampling step that the noise belongs to.
+        out: where to write, the state's shape and dtype; it may be ``x`` itself. Without gradients only.
 
     Returns:
-        ``[B, ...]`` in the state's dtype, differentiable in x, g and g_uncond.
+        ``out``, or a new ``[B, ...]`` in the state's dtype, differentiable in x, g and g_uncond.
 
     Raises:
         ValueError, TypeError: shapes or dtypes other than these; g_uncond without guidance, c_noise without seeds.
     """
-    return torch.ops.imm.flow_step(
+    arguments = (
         x,
         g,
         _coefficient(c_skip, x.device),
@@ -110,6 +112,10 @@ def flow_step(
         seeds,
         step,
     )
+    if out is None:
+        return torch.ops.imm.flow_step(*arguments)
+    torch.ops.imm.flow_step.out(*arguments, out=out)
+    return out
 
 
 def as_seeds(seeds: Tensor | Sequence[int] | range, device: torch.device | str | None = None) -> Tensor:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -95,6 +96,7 @@ class IMMObjective(nn.Module):
         self.target_labels = target_labels
         self.share_dropout = share_dropout
         self.eps = float(eps)
+        self._kept: _Workspace | None = None
 
     def mapping(self, t: Time, s: Time) -> Tensor:
         """r(s, t) in float64 (section C.6): s <= r < t. Raises ValueError unless s < t (tensors off the CPU are not read)."""
@@ -186,11 +188,20 @@ class IMMObjective(nn.Module):
             y_t = branch(t, dropped)
             with torch.no_grad(), replay(), torch.autocast(x.device.type, enabled=False):
                 y_r = branch(r, dropped if self.target_labels == "dropped" else labels)
-        per_group = functional.mmd_loss(
-            y_t, y_r, self.kernel_scale(t, s), weight=self.weight(t), kernel=self.kernel, eps=self.eps
-        )
-        loss = per_group.mean()
-        return loss, self._statistics(per_group.detach(), t, s, r)
+        scale, weight = self.kernel_scale(t, s), self.weight(t)
+        if y_t.requires_grad:
+            loss, per_group = _MeanLoss.apply(y_t, y_r, scale, weight, self.kernel, self.eps, self._workspace(y_t))
+        else:
+            per_group = functional.mmd_loss(y_t, y_r, scale, weight=weight, kernel=self.kernel, eps=self.eps)
+            loss = per_group.mean()
+        return loss, self._statistics(per_group, t, s, r)
+
+    def _workspace(self, y_t: Tensor) -> _Workspace:
+        """Memory for losses and gradient, kept across steps: on a CPU fresh pages cost more than the kernel."""
+        kept = self._kept
+        if kept is None or kept.waiting or not kept.fits(y_t):
+            self._kept = kept = _Workspace(y_t)
+        return kept
 
     def _drop_labels(self, labels: Tensor | None, generator: torch.Generator | None) -> Tensor | None:
         if labels is None or self.label_dropout == 0.0:
@@ -211,6 +222,43 @@ class IMMObjective(nn.Module):
             "t_bin_count": count,
             "nonfinite": (~torch.isfinite(per_group)).sum(),
         }
+
+
+class _Workspace:
+    """Where a loss and its gradient are written; ``waiting`` from the forward pass until its backward pass has read them."""
+
+    def __init__(self, y_t: Tensor) -> None:
+        self.loss = y_t.new_empty(len(y_t), dtype=torch.promote_types(y_t.dtype, torch.float32))  # [G]
+        self.grad = y_t.new_empty(y_t.shape)  # [G, M, D]
+        self.waiting = False
+
+    def fits(self, y_t: Tensor) -> bool:
+        grad = self.grad
+        return grad.shape == y_t.shape and grad.dtype == y_t.dtype and grad.device == y_t.device
+
+
+class _MeanLoss(torch.autograd.Function):
+    """(mean over groups, losses of the groups) of the MMD, its gradient finished in the forward pass."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, y_t: Tensor, y_r: Tensor, scale: Tensor, weight: Tensor, kernel: str, eps: float, workspace: _Workspace
+    ) -> tuple[Tensor, Tensor]:
+        loss, grad, groups = workspace.loss, workspace.grad, len(weight)
+        # The mean's 1 / G goes in with the weights, so that the gradient leaves the kernel finished.
+        torch.ops.imm.mmd_loss_grad.out(y_t, y_r, scale, weight / groups, kernel, eps, loss=loss, grad=grad)
+        ctx.save_for_backward(grad)  # torch refuses a second backward after the memory was used again
+        ctx.workspace, workspace.waiting = workspace, True
+        per_group = loss * groups
+        ctx.mark_non_differentiable(per_group)
+        return loss.sum(), per_group
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+        (grad,) = ctx.saved_tensors
+        ctx.workspace.waiting = False
+        finished = upstream.device.type == "cpu" and float(upstream) == 1.0
+        return grad if finished else grad * upstream, None, None, None, None, None, None
 
 
 def _check_order(t: Tensor, s: Tensor) -> None:

@@ -99,9 +99,9 @@ def pushforward(
         ValueError: times that do not decrease or leave the flow map's range; what :class:`FlowMap` refuses.
     """
     times = _checked_times(flow_map, times, decreasing=True)
-    state = x.to(dtype)
+    state, out = x.to(dtype), None
     for t, s in zip(times[:-1].tolist(), times[1:].tolist(), strict=True):
-        state = flow_map(state, t, s, labels, guidance)
+        state = out = flow_map.jump(state, t, s, labels, guidance, out)  # in place from the second step on
     return state
 
 
@@ -142,9 +142,9 @@ def restart(
                 f"noise: expected {steps - 1} tensors of shape {list(x.shape)}, got {[list(n.shape) for n in noise]}"
             )
     schedule, end = flow_map.schedule, float(times[-1])
-    state = x.to(dtype)
+    state, out = x.to(dtype), None
     for i, t in enumerate(times[:-1].tolist()):
-        state = flow_map(state, t, end, labels, guidance)
+        state = out = flow_map.jump(state, t, end, labels, guidance, out)
         if i + 1 == steps:
             break
         if noise is not None:
@@ -153,5 +153,6 @@ def restart(
             fresh = functional.noise(seeds, x.shape[1:], i + 1, device=x.device).to(dtype) * flow_map.sigma_data
         else:
             fresh = torch.randn_like(state) * flow_map.sigma_data
-        state = functional.flow_step(state, fresh, schedule.alpha(times[i + 1]), schedule.sigma(times[i + 1]))
+        alpha, sigma = schedule.alpha(times[i + 1]), schedule.sigma(times[i + 1])
+        functional.flow_step(state, fresh, alpha, sigma, out=state)
     return state

@@ -10,29 +10,22 @@ import click
 import torch
 
 from imm.cli.options import device_line
-from imm.ops import dispatch
+from imm.ops import dispatch, native
 from imm.version import __version__
 
 
 def op_lines(device: torch.device, dtype: torch.dtype = torch.float32) -> list[str]:
-    """One line per op (backwards go with their op): the implementation that runs, and why not a better one."""
-    lines = []
-    for op in dispatch.names():
-        if op.endswith("_bwd"):
-            continue
-        request = dispatch.Request(device, dtype)
-        rows = dispatch.explain(op, request)
-        chosen = dispatch.select(op, request).name
-        refused = "; ".join(f"{name}: {reason}" for name, reason in rows if reason is not None)
-        lines.append(f"{op}: {chosen} ({refused or 'the only implementation so far'})")
-    return lines
+    """One line per op (backwards and out= forms go with their op): the implementation that runs, and why not a better one."""
+    request = dispatch.Request(device, dtype)
+    ops = [op for op in dispatch.names() if not op.endswith(("_bwd", ".out"))]
+    return [f"{op}: {dispatch.describe(op, request)}" for op in ops]
 
 
 def _package(name: str) -> str:
     if importlib.util.find_spec(name) is None:
         return "not installed"
     try:
-        return version(name)
+        return version({"PIL": "pillow"}.get(name, name))
     except PackageNotFoundError:
         return "installed"
 
@@ -43,7 +36,13 @@ def command() -> None:
     click.echo(f"imm {__version__}, Python {platform.python_version()}, {platform.platform()}")
     click.echo(f"torch {torch.__version__}, built for CUDA {torch.version.cuda or '(none)'}")
     for name in ("triton", "safetensors", "numpy", "PIL", "matplotlib", "mlxtend"):
-        click.echo(f"{name}: {_package('pillow' if name == 'PIL' and _package(name) == 'installed' else name)}")
+        click.echo(f"{name}: {_package(name)}")
+    info = native.build_info()
+    if info is None:
+        click.echo(f"native library: {native.status()}")
+    else:
+        click.echo(f"native library: loaded; {', '.join(f'{key} {value}' for key, value in info.items())}")
+        click.echo(f"CPU kernels: {torch.backends.cpu.get_cpu_capability()}")
     devices = [torch.device("cpu")]
     if torch.cuda.is_available():
         devices.append(torch.device("cuda"))

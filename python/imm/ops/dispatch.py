@@ -2,7 +2,8 @@
 
 Every op has one or more implementations, best first, the last of them "reference" (plain torch, any device). Each has one
 predicate that answers "yes" (None) or the reason why not; calls, error messages and ``imm doctor`` all ask that predicate.
-``IMM_IMPL=mmd_loss:reference,flow_step:reference`` forces an implementation, for debugging.
+``IMM_IMPL=mmd_loss:reference,flow_step:reference`` forces an implementation, for debugging; set it before importing imm, which
+then takes the native CPU kernels of those ops away (they are registered for the CPU directly and do not pass through here).
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import torch
 from torch import Tensor
 
 VARIABLE = "IMM_IMPL"
+_ELSEWHERE = "needs tensors on "
 
 
 @dataclass(frozen=True)
@@ -38,6 +40,11 @@ class Implementation:
     name: str
     run: Callable[..., Any]
     refuses: Callable[[Request], str | None] = field(default=lambda request: None)
+
+
+def elsewhere(device_type: str, request: Request) -> str | None:
+    """The reason of an implementation of ``device_type`` where the tensors are somewhere else, else None."""
+    return None if request.device.type == device_type else f"{_ELSEWHERE}{device_type}, got {request.device.type}"
 
 
 _TABLE: dict[str, list[Implementation]] = {}
@@ -65,8 +72,12 @@ def forced(op: str) -> str | None:
             known = "; ".join(f"{o}: {', '.join(i.name for i in table)}" for o, table in _TABLE.items())
             raise ValueError(f"{VARIABLE}: expected OP:IMPLEMENTATION[,...] from [{known}], got {item!r}")
         wanted[name] = choice
-    # A backward goes where its op goes unless it is named itself.
-    return wanted.get(op, wanted.get(op.removesuffix("_bwd")))
+    # mmd_loss_bwd, mmd_loss_grad, mmd_loss_grad.out, ... go where mmd_loss goes, unless named themselves, if they can.
+    owners = [name for name in wanted if op == name or op.startswith((f"{name}_", f"{name}."))]
+    if not owners:
+        return None
+    choice = wanted[max(owners, key=len)]
+    return choice if choice in [i.name for i in _TABLE[op]] else None
 
 
 def explain(op: str, request: Request) -> list[tuple[str, str | None]]:
@@ -81,6 +92,18 @@ def explain(op: str, request: Request) -> list[tuple[str, str | None]]:
     return rows
 
 
+def describe(op: str, request: Request) -> str:
+    """The implementation that runs, and why none of the better ones for the device does."""
+    chosen = select(op, request).name
+    reasons = []
+    for name, reason in explain(op, request):
+        if name == chosen:
+            break
+        if reason is not None and not reason.startswith(_ELSEWHERE):
+            reasons.append(f"{name}: {reason}")
+    return f"{chosen} ({'; '.join(reasons) or 'first choice'})"
+
+
 def select(op: str, request: Request) -> Implementation:
     """The first implementation that accepts. Raises RuntimeError with every reason where none does."""
     rows = explain(op, request)
@@ -91,6 +114,6 @@ def select(op: str, request: Request) -> Implementation:
     raise RuntimeError(f"imm::{op} has no implementation for {request}: {reasons}")
 
 
-def call(op: str, first: Tensor, *args: Any) -> Any:
+def call(op: str, first: Tensor, *args: Any, **kwargs: Any) -> Any:
     """Run an op through the table."""
-    return select(op, Request.of(first)).run(first, *args)
+    return select(op, Request.of(first)).run(first, *args, **kwargs)

@@ -12,10 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from imm.ops import dispatch, triton_kernels
-from imm.ops.mmd import accumulate_dtype
+from imm.ops import triton_kernels
+from imm.ops.dtypes import DTYPES, accumulate_dtype
 from imm.ops.noise import check as check_noise
-from imm.ops.registry import no_second_derivative, register
+from imm.ops.registry import check_out, no_second_derivative, refuse_gradients, register
 
 
 def _check(
@@ -31,8 +31,8 @@ def _check(
 ) -> None:
     if x.dim() < 1 or g.shape != x.shape:
         raise ValueError(f"x and g: expected the same shape [B, ...], got {list(x.shape)} and {list(g.shape)}")
-    if not (x.is_floating_point() and g.is_floating_point()):
-        raise TypeError(f"x and g: expected floating dtypes, got {x.dtype} and {g.dtype}")
+    if x.dtype not in DTYPES or g.dtype not in DTYPES:
+        raise TypeError(f"x and g: expected floating dtypes of 16, 32 or 64 bits, got {x.dtype} and {g.dtype}")
     if (g_uncond is None) != (guidance is None):
         raise ValueError("g_uncond and guidance: expected both or neither")
     if (c_noise is None) != (seeds is None):
@@ -46,8 +46,10 @@ def _check(
             raise ValueError(f"{name}: expected [1] or [{x.shape[0]}], got {list(value.shape)}")
         if value.dtype != torch.float64:
             raise TypeError(f"{name}: expected float64, got {value.dtype}")
-    if seeds is not None and seeds.shape != x.shape[:1]:
-        raise ValueError(f"seeds: expected one per image, [{x.shape[0]}], got {list(seeds.shape)}")
+    if seeds is not None:
+        if seeds.shape != x.shape[:1]:
+            raise ValueError(f"seeds: expected one per image, [{x.shape[0]}], got {list(seeds.shape)}")
+        check_noise(seeds, x.numel(), step)
 
 
 def _broadcast(value: Tensor, like: Tensor, dtype: torch.dtype) -> Tensor:
@@ -80,10 +82,31 @@ def flow_step(
     return result.to(x.dtype).contiguous()
 
 
+def flow_step_out(
+    x: Tensor,
+    g: Tensor,
+    c_skip: Tensor,
+    c_out: Tensor,
+    g_uncond: Tensor | None,
+    guidance: Tensor | None,
+    c_noise: Tensor | None,
+    seeds: Tensor | None,
+    step: int,
+    *,
+    out: Tensor,
+) -> None:
+    """Reference of imm::flow_step.out: :func:`flow_step` into ``out``, of the state's shape and dtype; ``out`` may be ``x``."""
+    _check(x, g, c_skip, c_out, g_uncond, guidance, c_noise, seeds, step)
+    check_out("out", out, x.shape, x.dtype, x.device)
+    refuse_gradients("flow_step", x, g, c_skip, c_out, g_uncond, guidance, c_noise, out)
+    out.copy_(torch.ops.imm.flow_step(x, g, c_skip, c_out, g_uncond, guidance, c_noise, seeds, step))
+
+
 def flow_step_bwd(
     grad: Tensor, g: Tensor, c_skip: Tensor, c_out: Tensor, g_uncond: Tensor | None, guidance: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of :func:`flow_step` to x, g and g_uncond (empty where there is none)."""
+    _check(grad, g, c_skip, c_out, g_uncond, guidance, None, None, 0)
     dtype = accumulate_dtype(grad.dtype)
     up = grad.to(dtype)
     grad_x = (_broadcast(c_skip, grad, dtype) * up).to(grad.dtype).contiguous()
@@ -109,6 +132,11 @@ def _fake(
     return x.new_empty(x.shape)
 
 
+def _fake_out(*args: Any, out: Tensor) -> None:
+    _check(*args)
+    check_out("out", out, args[0].shape, args[0].dtype, args[0].device)
+
+
 def _fake_bwd(
     grad: Tensor, g: Tensor, c_skip: Tensor, c_out: Tensor, g_uncond: Tensor | None, guidance: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -131,19 +159,20 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 
 def _triton(x: Tensor, g: Tensor, *rest: Any) -> Tensor:
     _check(x, g, *rest)
-    seeds, step = rest[-2:]
-    if seeds is not None:
-        check_noise(seeds, x[0].numel() if len(x) else 0, step)
-    if g.dtype not in triton_kernels.FLOATING:
-        raise TypeError(f"g: expected one of {list(triton_kernels.FLOATING)}, got {g.dtype}")
     triton_kernels.check_device(x, g, *rest)
     from imm_kernels.flow_step import flow_step as launch
 
     return launch(x, g, *rest)
 
 
-dispatch.add("flow_step", dispatch.Implementation("triton", _triton, triton_kernels.refuses(*triton_kernels.FLOATING)))
-register("flow_step", reference=flow_step, fake=_fake)
-register("flow_step_bwd", reference=flow_step_bwd, fake=_fake_bwd)
+register(
+    "flow_step",
+    reference=flow_step,
+    fake=_fake,
+    native=("cpu", "cuda"),
+    triton=triton_kernels.implementation(_triton, *DTYPES),
+)
+register("flow_step.out", reference=flow_step_out, fake=_fake_out, native=("cpu",))
+register("flow_step_bwd", reference=flow_step_bwd, fake=_fake_bwd, native=("cpu", "cuda"))
 torch.library.register_autograd("imm::flow_step", _backward, setup_context=_setup)
 no_second_derivative("flow_step_bwd")

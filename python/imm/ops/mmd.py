@@ -1,4 +1,4 @@
-"""imm::mmd_loss and imm::mmd_gram: the batched MMD loss and Gram matrix (paper eq. 67, sections 4.2 and C.8).
+"""imm::mmd_loss, imm::mmd_loss_grad, imm::mmd_gram: the batched MMD loss and Gram matrix (paper eq. 67, sections 4.2, C.8).
 
 With d = max(||x - y||, eps) and kappa = scale / D per group:
     laplace  k = exp(-kappa d)            dk/dx = -kappa k (x - y) / d
@@ -17,14 +17,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from imm.ops.registry import no_second_derivative, register
+from imm.ops.dtypes import DTYPES, accumulate_dtype
+from imm.ops.registry import check_out, no_second_derivative, refuse_gradients, register
 
 KERNELS = ("laplace", "rbf")
-
-
-def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
-    """float64 for float64, float32 for everything narrower."""
-    return torch.promote_types(dtype, torch.float32)
 
 
 def _check_groups(name: str, value: Tensor, x: Tensor) -> None:
@@ -44,8 +40,8 @@ def _check_particles(names: tuple[str, str], x: Tensor, y: Tensor, scale: Tensor
     for name, value in zip(names, (x, y), strict=True):
         if value.dim() != 3 or value.shape[1] == 0 or value.shape[2] == 0:
             raise ValueError(f"{name}: expected [G, M, D] with M, D > 0, got {list(value.shape)}")
-        if not value.is_floating_point():
-            raise TypeError(f"{name}: expected a floating dtype, got {value.dtype}")
+        if value.dtype not in DTYPES:
+            raise TypeError(f"{name}: expected a floating dtype of 16, 32 or 64 bits, got {value.dtype}")
     if x.shape[0] != y.shape[0] or x.shape[2] != y.shape[2]:
         raise ValueError(f"{names[0]} and {names[1]}: expected the same G and D, got {list(x.shape)} and {list(y.shape)}")
     if x.dtype != y.dtype or x.device != y.device:
@@ -69,7 +65,7 @@ def _check_gram(x: Tensor, y: Tensor, scale: Tensor, kernel: str, eps: float) ->
 
 def check_scale(scale: Tensor) -> None:
     """Refuse a negative or NaN scale where looking at it costs no device synchronisation."""
-    if scale.device.type == "cpu" and not bool((scale >= 0).all()):
+    if scale.device.type == "cpu" and not bool((scale.double() >= 0).all()):
         raise ValueError(f"scale: expected numbers >= 0, got {scale.tolist()[:8]}")
 
 
@@ -122,6 +118,7 @@ def mmd_loss_bwd(
 ) -> Tensor:
     """Gradient of :func:`mmd_loss` to y_t: [G, M, D] in y_t's dtype."""
     _check_loss(y_t, y_r, scale, weight, kernel, eps)
+    _check_groups("grad", grad, y_t)
     particles = y_t.shape[1]
     upstream = (grad.double() if weight is None else grad.double() * weight.double())[:, None, None]
     upstream = upstream * (2.0 / particles**2)
@@ -132,6 +129,39 @@ def mmd_loss_bwd(
     _accumulate(grad_y, upstream * _slope(_distance(x, x), kappa, kernel, eps), x, x)
     _accumulate(grad_y, -upstream * _slope(_distance(x, target), kappa, kernel, eps), x, target)
     return grad_y.to(y_t.dtype)
+
+
+def mmd_loss_grad(
+    y_t: Tensor, y_r: Tensor, scale: Tensor, weight: Tensor | None, kernel: str, eps: float
+) -> tuple[Tensor, Tensor]:
+    """Reference of imm::mmd_loss_grad: the loss [G] and the finished gradient of its sum to y_t, [G, M, D] in y_t's dtype."""
+    loss = mmd_loss(y_t, y_r, scale, weight, kernel, eps)
+    return loss, mmd_loss_bwd(torch.ones_like(loss), y_t, y_r, scale, weight, kernel, eps)
+
+
+def mmd_loss_grad_out(
+    y_t: Tensor,
+    y_r: Tensor,
+    scale: Tensor,
+    weight: Tensor | None,
+    kernel: str,
+    eps: float,
+    *,
+    loss: Tensor,
+    grad: Tensor,
+) -> None:
+    """Reference of imm::mmd_loss_grad.out: :func:`mmd_loss_grad` into tensors that the caller keeps across steps."""
+    _check_loss(y_t, y_r, scale, weight, kernel, eps)
+    _check_loss_out(y_t, loss, grad)
+    refuse_gradients("mmd_loss_grad", y_t, y_r, scale, weight, loss, grad)
+    values = torch.ops.imm.mmd_loss_grad(y_t, y_r, scale, weight, kernel, eps)
+    loss.copy_(values[0])
+    grad.copy_(values[1])
+
+
+def _check_loss_out(y_t: Tensor, loss: Tensor, grad: Tensor) -> None:
+    check_out("loss", loss, y_t.shape[:1], accumulate_dtype(y_t.dtype), y_t.device)
+    check_out("grad", grad, y_t.shape, y_t.dtype, y_t.device)
 
 
 def mmd_gram(x: Tensor, y: Tensor, scale: Tensor, kernel: str, eps: float) -> Tensor:
@@ -145,6 +175,11 @@ def mmd_gram(x: Tensor, y: Tensor, scale: Tensor, kernel: str, eps: float) -> Te
 def mmd_gram_bwd(grad: Tensor, x: Tensor, y: Tensor, scale: Tensor, kernel: str, eps: float) -> tuple[Tensor, Tensor]:
     """Gradients of :func:`mmd_gram` to x and y."""
     _check_gram(x, y, scale, kernel, eps)
+    expected = (x.shape[0], x.shape[1], y.shape[1])
+    if grad.shape != expected:
+        raise ValueError(f"grad: expected {list(expected)}, got {list(grad.shape)}")
+    if not grad.is_floating_point():
+        raise TypeError(f"grad: expected a floating dtype, got {grad.dtype}")
     dtype = accumulate_dtype(x.dtype)
     xs, ys = x.to(dtype), y.to(dtype)
     coefficient = grad.double() * _slope(_distance(xs, ys), _kappa(scale, x.shape[2]), kernel, eps)
@@ -164,6 +199,17 @@ def _fake_loss_bwd(
     grad: Tensor, y_t: Tensor, y_r: Tensor, scale: Tensor, weight: Tensor | None, kernel: str, eps: float
 ) -> Tensor:
     return y_t.new_empty(y_t.shape)
+
+
+def _fake_loss_grad(
+    y_t: Tensor, y_r: Tensor, scale: Tensor, weight: Tensor | None, kernel: str, eps: float
+) -> tuple[Tensor, Tensor]:
+    return _fake_loss(y_t, y_r, scale, weight, kernel, eps), y_t.new_empty(y_t.shape)
+
+
+def _fake_loss_grad_out(*args: Any, loss: Tensor, grad: Tensor) -> None:
+    _check_loss(*args)
+    _check_loss_out(args[0], loss, grad)
 
 
 def _fake_gram(x: Tensor, y: Tensor, scale: Tensor, kernel: str, eps: float) -> Tensor:
@@ -197,14 +243,16 @@ def _backward_gram(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     return *torch.ops.imm.mmd_gram_bwd(grad, *ctx.saved_tensors, ctx.kernel, ctx.eps), None, None, None
 
 
-register("mmd_loss", reference=mmd_loss, fake=_fake_loss)
-register("mmd_loss_bwd", reference=mmd_loss_bwd, fake=_fake_loss_bwd)
-register("mmd_gram", reference=mmd_gram, fake=_fake_gram)
-register("mmd_gram_bwd", reference=mmd_gram_bwd, fake=_fake_gram_bwd)
+register("mmd_loss", reference=mmd_loss, fake=_fake_loss, native=("cpu",))
+register("mmd_loss_bwd", reference=mmd_loss_bwd, fake=_fake_loss_bwd, native=("cpu",))
+register("mmd_loss_grad", reference=mmd_loss_grad, fake=_fake_loss_grad, native=("cpu",))
+register("mmd_loss_grad.out", reference=mmd_loss_grad_out, fake=_fake_loss_grad_out, native=("cpu",))
+register("mmd_gram", reference=mmd_gram, fake=_fake_gram, native=("cpu",))
+register("mmd_gram_bwd", reference=mmd_gram_bwd, fake=_fake_gram_bwd, native=("cpu",))
 torch.library.register_autograd("imm::mmd_loss", _backward_loss, setup_context=_setup_loss)
 torch.library.register_autograd("imm::mmd_gram", _backward_gram, setup_context=_setup_gram)
-no_second_derivative("mmd_loss_bwd")
-no_second_derivative("mmd_gram_bwd")
+for _op in ("mmd_loss_bwd", "mmd_loss_grad", "mmd_gram_bwd"):
+    no_second_derivative(_op)
 for _op in ("imm::mmd_loss", "imm::mmd_gram"):
     for _device in ("cpu", "cuda"):
         # Distances between close particles need float32 whatever precision the network runs in.

@@ -17,8 +17,8 @@ import math
 import torch
 from torch import Tensor
 
-from imm.ops import dispatch, triton_kernels
-from imm.ops.registry import register
+from imm.ops import triton_kernels
+from imm.ops.registry import check_out, register
 
 _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 _WEYL = (0x9E3779B9, 0xBB67AE85)
@@ -60,6 +60,17 @@ def noise(seeds: Tensor, numel: int, step: int) -> Tensor:
     return torch.stack(normals, -1).flatten(1)[:, :numel].float().contiguous()
 
 
+def noise_out(seeds: Tensor, numel: int, step: int, *, out: Tensor) -> None:
+    """Reference of imm::noise.out: :func:`noise` into ``out``, [B, numel] float32."""
+    _check_out(seeds, numel, step, out)
+    out.copy_(torch.ops.imm.noise(seeds, numel, step))
+
+
+def _check_out(seeds: Tensor, numel: int, step: int, out: Tensor) -> None:
+    check(seeds, numel, step)
+    check_out("out", out, torch.Size((seeds.shape[0], numel)), torch.float32, seeds.device)
+
+
 def _fake(seeds: Tensor, numel: int, step: int) -> Tensor:
     check(seeds, numel, step)
     return seeds.new_empty((seeds.shape[0], numel), dtype=torch.float32)
@@ -72,5 +83,15 @@ def _triton(seeds: Tensor, numel: int, step: int) -> Tensor:
     return launch(seeds, numel, step)
 
 
-dispatch.add("noise", dispatch.Implementation("triton", _triton, triton_kernels.refuses()))
-register("noise", reference=noise, fake=_fake)
+def _fake_out(seeds: Tensor, numel: int, step: int, *, out: Tensor) -> None:
+    _check_out(seeds, numel, step, out)
+
+
+register(
+    "noise",
+    reference=noise,
+    fake=_fake,
+    native=("cpu", "cuda"),
+    triton=triton_kernels.implementation(_triton),
+)
+register("noise.out", reference=noise_out, fake=_fake_out, native=("cpu",))

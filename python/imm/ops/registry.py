@@ -3,25 +3,80 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 
-from imm.ops import dispatch
+from imm.ops import dispatch, native  # loading the native library defines its ops, so it comes first
 from imm.ops.schemas import SCHEMAS
 
 _LIBRARY = torch.library.Library("imm", "FRAGMENT")
+_REPLACED: set[tuple[str, str]] = set()  # (op, device) whose native kernel IMM_IMPL took away
+
+
+def _defined(op: str) -> bool:
+    name, _, overload = op.partition(".")
+    return torch._C._get_operation_overload(f"imm::{name}", overload) is not None
+
+
 for _schema in SCHEMAS:
-    if not hasattr(torch.ops.imm, _schema.partition("(")[0]):
+    if not _defined(_schema.partition("(")[0]):
         _LIBRARY.define(_schema)
 
 
-def register(op: str, *, reference: Callable[..., Any], fake: Callable[..., Any]) -> None:
-    """Give ``imm::op`` its reference implementation, its fake and the kernel that chooses between implementations."""
+def _overload(op: str) -> Callable[..., Any]:
+    name, _, overload = op.partition(".")
+    return getattr(getattr(torch.ops.imm, name), overload or "default")
+
+
+def _refuses_native(op: str, device_type: str, request: dispatch.Request) -> str | None:
+    if reason := native.status() or dispatch.elsewhere(device_type, request):
+        return reason
+    if (op, device_type) in _REPLACED:
+        return f"{dispatch.VARIABLE} asked for another implementation when imm was imported"
+    if not torch._C._dispatch_has_kernel_for_dispatch_key(f"imm::{op}", device_type.upper()):
+        return f"the native library was built without {device_type}"
+    return None
+
+
+def register(
+    op: str,
+    *,
+    reference: Callable[..., Any],
+    fake: Callable[..., Any],
+    native: Sequence[str] = (),
+    triton: dispatch.Implementation | None = None,
+) -> None:
+    """Give ``imm::op`` its row of implementations, its fake and the kernel that chooses between them.
+
+    ``native``: devices that the native library has kernels for. It registers them for the device itself, so that calls reach
+    them without a choice in Python.
+    """
+    for device_type in native:
+        run = lambda *args, **kwargs: _overload(op)(*args, **kwargs)
+        refuses = functools.partial(_refuses_native, op, device_type)
+        dispatch.add(op, dispatch.Implementation(device_type, run, refuses))
+    if triton is not None:
+        dispatch.add(op, triton)
     dispatch.add(op, dispatch.Implementation("reference", reference))
     torch.library.register_kernel(f"imm::{op}", None, functools.partial(dispatch.call, op))
     torch.library.register_fake(f"imm::{op}", fake)
+
+
+def apply_forced() -> None:
+    """Put Python's choice in place of the native kernels that IMM_IMPL sends elsewhere; once, after all ops are known."""
+    for op in dispatch.names():
+        choice = dispatch.forced(op)
+        for device_type in ("cpu", "cuda"):
+            key = device_type.upper()
+            if choice in (None, device_type) or not torch._C._dispatch_has_kernel_for_dispatch_key(f"imm::{op}", key):
+                continue
+            _REPLACED.add((op, device_type))
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # torch warns that a kernel is replaced, which is what was asked for
+                _LIBRARY.impl(op, functools.partial(dispatch.call, op), key, allow_override=True)
 
 
 def no_second_derivative(op: str) -> None:
@@ -31,3 +86,19 @@ def no_second_derivative(op: str) -> None:
         raise RuntimeError(f"imm::{op} has no derivative: second derivatives are not supported")
 
     torch.library.register_autograd(f"imm::{op}", backward)
+
+
+def refuse_gradients(op: str, *tensors: torch.Tensor | None) -> None:
+    """Raise RuntimeError where the out= form of an op would lose a gradient."""
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
+        raise RuntimeError(f"{op}: the out= form has no derivative; detach the inputs or use no_grad")
+
+
+def check_out(name: str, out: torch.Tensor, shape: torch.Size, dtype: torch.dtype, device: torch.device) -> None:
+    """Refuse a tensor that a result does not fit: out= forms never resize."""
+    if out.shape != shape:
+        raise ValueError(f"{name}: expected {list(shape)}, got {list(out.shape)}")
+    if out.dtype != dtype:
+        raise TypeError(f"{name}: expected {dtype}, got {out.dtype}")
+    if out.device != device:
+        raise ValueError(f"{name}: expected the device {device}, got {out.device}")

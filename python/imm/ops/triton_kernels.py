@@ -10,9 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from imm.ops.dispatch import Request
-
-FLOATING = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+from imm.ops.dispatch import Implementation, Request, elsewhere
 
 
 @functools.cache
@@ -20,17 +18,17 @@ def _installed() -> bool:
     return importlib.util.find_spec("triton") is not None
 
 
-def refuses(*dtypes: torch.dtype) -> Callable[[Request], str | None]:
-    """The predicate of a Triton implementation whose first tensor may have these dtypes; none given: any."""
+def implementation(run: Callable[..., Any], *dtypes: torch.dtype) -> Implementation:
+    """A Triton row of the table, for first tensors of these dtypes; none given: any."""
 
-    def reason(request: Request) -> str | None:
-        if request.device.type != "cuda":
-            return f"needs a CUDA tensor, got one on {request.device.type}"
+    def refuses(request: Request) -> str | None:
+        if reason := elsewhere("cuda", request):
+            return reason
         if dtypes and request.dtype not in dtypes:
             return f"supports {', '.join(str(d) for d in dtypes)}, got {request.dtype}"
         return None if _installed() else "triton is not installed"
 
-    return reason
+    return Implementation("triton", run, refuses)
 
 
 def check_device(first: Tensor, *rest: Any) -> None:

@@ -1,0 +1,103 @@
+// Rows of any of the four dtypes seen as the dtype that arithmetic runs in.
+#pragma once
+
+#include <ATen/cpu/vec/functional.h>
+#include <ATen/cpu/vec/vec.h>
+#include <c10/core/ScalarType.h>
+
+#include <cstdint>
+
+namespace imm {
+namespace {
+
+using at::vec::Vectorized;
+
+inline int64_t element_size(c10::ScalarType dtype) { return dtype == c10::kDouble ? 8 : dtype == c10::kFloat ? 4 : 2; }
+
+// The address of element `offset` of an array of `dtype`.
+inline const void* at_element(const void* data, c10::ScalarType dtype, int64_t offset) {
+  return static_cast<const char*>(data) + offset * element_size(dtype);
+}
+
+inline void* at_element(void* data, c10::ScalarType dtype, int64_t offset) {
+  return static_cast<char*>(data) + offset * element_size(dtype);
+}
+
+template <typename Narrow>
+void widen(const Narrow* source, float* target, int64_t n) {
+  constexpr int64_t kLanes = Vectorized<Narrow>::size();
+  for (int64_t i = 0; i < n; i += kLanes) {
+    const int64_t count = n - i < kLanes ? n - i : kLanes;
+    const auto narrow = Vectorized<Narrow>::loadu(source + i, count);
+    const auto [low, high] = at::vec::convert_to_float<Narrow>(narrow);
+    const int64_t half = count < kLanes / 2 ? count : kLanes / 2;
+    low.store(target + i, half);
+    if (count > half) high.store(target + i + half, count - half);
+  }
+}
+
+template <typename Narrow>
+void narrow(const float* source, Narrow* target, int64_t n) {
+  constexpr int64_t kLanes = Vectorized<Narrow>::size();
+  using Wide = Vectorized<float>;
+  for (int64_t i = 0; i < n; i += kLanes) {
+    const int64_t count = n - i < kLanes ? n - i : kLanes;
+    const int64_t half = count < kLanes / 2 ? count : kLanes / 2;
+    const Wide low = Wide::loadu(source + i, half);
+    const Wide high = count > half ? Wide::loadu(source + i + half, count - half) : Wide(0.0f);
+    at::vec::convert_from_float<Narrow>(low, high).store(target + i, count);
+  }
+}
+
+template <typename To, typename From>
+void cast(const From* source, To* target, int64_t n) {
+  for (int64_t i = 0; i < n; ++i) target[i] = static_cast<To>(source[i]);
+}
+
+// n elements at `source` as T: `source` itself where it holds T, else converted into `buffer`.
+template <typename T>
+const T* as_compute(const void* source, c10::ScalarType dtype, int64_t n, T* buffer) {
+  if (dtype == c10::CppTypeToScalarType<T>::value) return static_cast<const T*>(source);
+  if constexpr (std::is_same_v<T, float>) {
+    if (dtype == c10::kBFloat16) {
+      widen(static_cast<const c10::BFloat16*>(source), buffer, n);
+    } else if (dtype == c10::kHalf) {
+      widen(static_cast<const c10::Half*>(source), buffer, n);
+    } else {
+      cast(static_cast<const double*>(source), buffer, n);
+    }
+  } else {
+    if (dtype == c10::kBFloat16) {
+      cast(static_cast<const c10::BFloat16*>(source), buffer, n);
+    } else if (dtype == c10::kHalf) {
+      cast(static_cast<const c10::Half*>(source), buffer, n);
+    } else {
+      cast(static_cast<const float*>(source), buffer, n);
+    }
+  }
+  return buffer;
+}
+
+// Where to compute n elements of T that end in `target`: `target` itself where it holds T, else `buffer`.
+template <typename T>
+T* compute_target(void* target, c10::ScalarType dtype, T* buffer) {
+  return dtype == c10::CppTypeToScalarType<T>::value ? static_cast<T*>(target) : buffer;
+}
+
+// Brings what compute_target gave to its dtype.
+template <typename T>
+void finish(const T* computed, void* target, c10::ScalarType dtype, int64_t n) {
+  if (computed == target) return;
+  if constexpr (std::is_same_v<T, float>) {
+    if (dtype == c10::kBFloat16) return narrow(computed, static_cast<c10::BFloat16*>(target), n);
+    if (dtype == c10::kHalf) return narrow(computed, static_cast<c10::Half*>(target), n);
+    cast(computed, static_cast<double*>(target), n);
+  } else {
+    if (dtype == c10::kBFloat16) return cast(computed, static_cast<c10::BFloat16*>(target), n);
+    if (dtype == c10::kHalf) return cast(computed, static_cast<c10::Half*>(target), n);
+    cast(computed, static_cast<float*>(target), n);
+  }
+}
+
+}  // namespace
+}  // namespace imm

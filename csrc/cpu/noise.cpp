@@ -1,0 +1,25 @@
+// The loop of imm::noise, compiled once per instruction set (see capability.h).
+#include "../noise.h"
+
+#include "normals.h"
+
+namespace imm {
+namespace {
+
+void noise(const NoiseArgs& args, int64_t begin, int64_t end) {
+  const int64_t pieces = (args.numel + kNoiseBlock - 1) / kNoiseBlock;  // per image
+  for (int64_t i = begin; i < end; ++i) {
+    const int64_t image = i / pieces, first = i % pieces * kNoiseBlock;
+    const int64_t count = args.numel - first < kNoiseBlock ? args.numel - first : kNoiseBlock;
+    normals(static_cast<uint64_t>(args.seeds[image]), static_cast<uint64_t>(args.step), first, count,
+            args.out + image * args.numel + first);
+  }
+}
+
+}  // namespace
+
+namespace CPU_CAPABILITY {
+const NoiseFunctions noise_functions{noise};
+}
+
+}  // namespace imm

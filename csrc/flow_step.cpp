@@ -1,0 +1,110 @@
+// Checks, allocation and threads of imm::flow_step on the CPU; the loops are in cpu/flow_step.cpp.
+#include "flow_step.h"
+
+#include <ATen/Parallel.h>
+#include <ATen/ops/empty.h>
+#include <torch/library.h>
+
+#include <optional>
+#include <tuple>
+
+#include "checks.h"
+
+namespace imm {
+namespace {
+
+using at::Tensor;
+
+Coefficient coefficient_of(const Tensor& value) {
+  return {value.const_data_ptr<double>(), value.size(0) == 1 ? 0 : value.stride(0)};
+}
+
+// Elements do not depend on each other, so any split over threads gives the same bits.
+template <typename Args>
+void run_pieces(void (*loop)(const Args&, int64_t, int64_t), const Args& args, int64_t images, int64_t grain) {
+  at::parallel_for(0, images * at::divup(args.numel, kFlowBlock), grain,
+                   [&](int64_t begin, int64_t end) { loop(args, begin, end); });
+}
+
+void run(const Tensor& x, const Tensor& g, const Tensor& c_skip, const Tensor& c_out, const Optional& g_uncond,
+         const Optional& guidance, const Optional& c_noise, const Optional& seeds, int64_t step, const Tensor& out) {
+  if (x.numel() == 0) return;
+  const Tensor xs = x.contiguous(), gs = g.contiguous();
+  const Tensor base = g_uncond ? g_uncond->contiguous() : Tensor(), keys = seeds ? seeds->contiguous() : Tensor();
+  const FlowStepArgs args{.x_dtype = x.scalar_type(),
+                          .g_dtype = g.scalar_type(),
+                          .numel = x.numel() / x.size(0),
+                          .x = xs.const_data_ptr(),
+                          .g = gs.const_data_ptr(),
+                          .g_uncond = g_uncond ? base.const_data_ptr() : nullptr,
+                          .c_skip = coefficient_of(c_skip),
+                          .c_out = coefficient_of(c_out),
+                          .guidance = guidance ? coefficient_of(*guidance) : Coefficient{},
+                          .c_noise = c_noise ? coefficient_of(*c_noise) : Coefficient{},
+                          .seeds = seeds ? keys.const_data_ptr<int64_t>() : nullptr,
+                          .step = step,
+                          .out = out.mutable_data_ptr()};
+  run_pieces(IMM_CHOOSE(flow_step_functions).forward, args, x.size(0), seeds ? 2 : 32);
+}
+
+Tensor flow_step(const Tensor& x, const Tensor& g, const Tensor& c_skip, const Tensor& c_out, const Optional& g_uncond,
+                 const Optional& guidance, const Optional& c_noise, const Optional& seeds, int64_t step) {
+  check_flow_step(x, g, c_skip, c_out, g_uncond, guidance, c_noise, seeds, step);
+  const Tensor out = at::empty(x.sizes(), x.scalar_type());
+  run(x, g, c_skip, c_out, g_uncond, guidance, c_noise, seeds, step, out);
+  return out;
+}
+
+void flow_step_out(const Tensor& x, const Tensor& g, const Tensor& c_skip, const Tensor& c_out,
+                   const Optional& g_uncond, const Optional& guidance, const Optional& c_noise, const Optional& seeds,
+                   int64_t step, const Tensor& out) {
+  check_flow_step(x, g, c_skip, c_out, g_uncond, guidance, c_noise, seeds, step);
+  check_out("out", out, x.sizes(), x.scalar_type(), x);
+  refuse_gradients("flow_step", {x, g, c_skip, c_out, g_uncond.value_or(Tensor()), guidance.value_or(Tensor()),
+                                 c_noise.value_or(Tensor()), out});
+  bool direct = out.is_contiguous();
+  for (const Tensor& input : {x, g, g_uncond.value_or(Tensor())}) {
+    // An element is read before it is written, so the state may be stepped in place.
+    const bool in_place = input.defined() && input.is_same(out);
+    direct = direct && (in_place || apart(out, input));
+  }
+  for (const Optional& input : {Optional(c_skip), Optional(c_out), guidance, c_noise, seeds}) {
+    direct = direct && (!input || apart(out, *input));
+  }
+  const Tensor target = direct ? out : at::empty(x.sizes(), x.scalar_type());
+  run(x, g, c_skip, c_out, g_uncond, guidance, c_noise, seeds, step, target);
+  if (!direct) out.copy_(target);
+}
+
+std::tuple<Tensor, Tensor, Tensor> flow_step_bwd(const Tensor& grad, const Tensor& g, const Tensor& c_skip,
+                                                 const Tensor& c_out, const Optional& g_uncond,
+                                                 const Optional& guidance) {
+  check_flow_step(grad, g, c_skip, c_out, g_uncond, guidance, std::nullopt, std::nullopt, 0);
+  const auto empty = [](const Tensor& like) { return at::empty(like.sizes(), like.scalar_type()); };
+  const Tensor grad_x = empty(grad), grad_g = empty(g);
+  const Tensor grad_uncond = g_uncond ? empty(g) : at::empty({0}, g.scalar_type());
+  if (grad.numel() == 0) return {grad_x, grad_g, grad_uncond};
+  const Tensor up = grad.contiguous();
+  const FlowStepBwdArgs args{.x_dtype = grad.scalar_type(),
+                             .g_dtype = g.scalar_type(),
+                             .numel = grad.numel() / grad.size(0),
+                             .grad = up.const_data_ptr(),
+                             .c_skip = coefficient_of(c_skip),
+                             .c_out = coefficient_of(c_out),
+                             .guidance = guidance ? coefficient_of(*guidance) : Coefficient{},
+                             .grad_x = grad_x.mutable_data_ptr(),
+                             .grad_g = grad_g.mutable_data_ptr(),
+                             .grad_uncond = g_uncond ? grad_uncond.mutable_data_ptr() : nullptr};
+  run_pieces(IMM_CHOOSE(flow_step_functions).backward, args, grad.size(0), 32);
+  return {grad_x, grad_g, grad_uncond};
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(imm, CPU, m) {
+  m.impl("flow_step", flow_step);
+  m.impl("flow_step.out", flow_step_out);
+  m.impl("flow_step_bwd", flow_step_bwd);
+}
+
+}  // namespace imm
