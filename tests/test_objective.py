@@ -325,6 +325,7 @@ def test_autocast_and_half_networks(device) -> None:
         ({"target_labels": "both"}, "unknown target_labels"),
         ({"particles": 0}, "particles: expected at least 1, got 0"),
         ({"k": 0}, "k: expected"),
+        ({"a": -1}, "a: expected an exponent"),
         ({"label_dropout": 1.5}, "expected a probability, got 1.5"),
         ({"min_gap": 0.0}, "min_gap"),
         ({"t_max": 1.0}, "mapping_kind 'eta': expected t_max < 1"),
@@ -344,6 +345,7 @@ def test_bad_batches_are_refused(small_flow_map) -> None:
         (x[:6], None, "multiple of particles = 4, got 6"),
         (x[:0], None, "multiple of particles = 4, got 0"),
         (torch.full_like(x, float("nan")), None, "expected finite data, got NaN"),
+        (x.long(), None, r"expected a floating \[B, ...\], got \[8, 1, 8, 8\] of torch.int64"),
         (x, torch.full((8,), 9), r"classes 0\.\.2 or 3 for none"),
         (x, torch.zeros(4, dtype=torch.int64), r"labels: expected \[8\]"),
     ):

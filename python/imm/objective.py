@@ -74,6 +74,8 @@ class IMMObjective(nn.Module):
                 raise ValueError(f"unknown {name} {value!r}; expected one of {list(known)}")
         if particles < 1:
             raise ValueError(f"particles: expected at least 1, got {particles}")
+        if a < 0:
+            raise ValueError(f"a: expected an exponent >= 0, got {a}")
         if k < 1:
             raise ValueError(f"k: expected at least 1, got {k}")
         if not 0.0 <= label_dropout <= 1.0:
@@ -168,6 +170,8 @@ class IMMObjective(nn.Module):
                 CPU only; on a GPU look at ``nonfinite``).
         """
         flow_map, particles = self.flow_map, self.particles
+        if x.dim() < 2 or not x.is_floating_point():
+            raise ValueError(f"x: expected a floating [B, ...], got {list(x.shape)} of {x.dtype}")
         batch = x.shape[0]
         if batch == 0 or batch % particles:
             raise ValueError(f"x: expected a batch that is a multiple of particles = {particles}, got {batch}")
