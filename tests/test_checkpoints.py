@@ -14,7 +14,7 @@ from torch import nn
 
 from imm import FlowMap, checkpoints
 from imm.checkpoints import CheckpointError, from_published
-from imm.networks import DiT
+from imm.networks import DiT, UNet
 
 
 def test_round_trip(small_flow_map, tmp_path) -> None:
@@ -28,6 +28,21 @@ def test_round_trip(small_flow_map, tmp_path) -> None:
     assert torch.equal(loaded(x, 0.8, 0.1, torch.tensor([0, 2])), flow_map(x, 0.8, 0.1, torch.tensor([0, 2])))
     assert os.listdir(tmp_path) == ["a.safetensors"]
     assert checkpoints.read_file(path, "flow_map")[1]["extra"] == {"note": "x"}
+
+
+def test_dtype_and_compiled_networks_survive(small_unet, tmp_path) -> None:
+    path = tmp_path / "a.safetensors"
+    for network in (small_unet.bfloat16(), torch.compile(small_unet)):
+        checkpoints.save(path, FlowMap(network))
+        loaded = checkpoints.load(path)
+        assert type(loaded.network) is UNet
+        assert loaded.network_dtype == torch.bfloat16
+
+
+def test_what_a_killed_write_left_is_overwritten(small_flow_map, tmp_path) -> None:
+    (tmp_path / ".a.safetensors.part").write_bytes(b"half")
+    checkpoints.save(tmp_path / "a.safetensors", small_flow_map)
+    assert os.listdir(tmp_path) == ["a.safetensors"]
 
 
 class Own(nn.Module):

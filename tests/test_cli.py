@@ -99,7 +99,11 @@ def test_sample_refusals(net, tmp_path) -> None:
     assert "labels: expected classes 0..2 or 3 for none, got 4" in refused(*base, "--labels", "4")
     assert "grid: expected COLUMNSxROWS" in refused(*base, "--grid", "8")
     assert "steps - 1 = 1 noise levels, got 0" in refused(*base, "--kind", "eta")
-    assert "device" in refused(*base, "--device", "tpu9")
+    for device in ("tpu9", "meta"):
+        assert "device: expected auto or a device of this machine" in refused(*base, "--device", device)
+    assert "mid-eta: expected numbers such as 1.4,0.5, got 'x'" in refused(*base, "--kind", "eta", "--mid-eta", "x")
+    assert "cfg: expected a finite number" in refused(*base, "--cfg", "nan")
+    assert "below 2^63" in refused(*base, "--seeds", str(2**63))
     assert "found none" in refused("sample", "--net", tmp_path / "absent", "--outdir", out)
     assert not out.exists()
     (tmp_path / "file").write_text("")
@@ -218,6 +222,14 @@ def test_demo_in_small(tmp_path) -> None:
     assert again.exit_code == 1
     resumed = call("demo", "--steps", "31", "--outdir", out, "--resume", ok=False)
     assert "resuming at step 30" in resumed.output
+
+
+def test_demo_leaves_other_runs_alone(digits, tmp_path) -> None:
+    out = tmp_path / "run"
+    call("train", "--data", digits, "--outdir", out, "--steps", "4", *TRAIN)
+    before = {p.name: p.read_bytes() for p in out.glob("*.safetensors")}
+    call("demo", "--steps", "1", "--outdir", out, ok=False)
+    assert {name: (out / name).read_bytes() for name in before} == before
 
 
 def test_demo_verdict() -> None:

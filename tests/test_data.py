@@ -91,13 +91,16 @@ def test_bad_npz(tmp_path) -> None:
         ({"images": images[:0]}, "of uint8"),
         ({"images": images, "labels": np.zeros(3, int)}, r"expected labels \[2\]"),
         ({"images": images, "labels": np.array([-1, 0])}, "integers >= 0"),
+        ({"images": images, "labels": np.array([0, 2**40])}, "integers >= 0"),
         ({"images": np.array([object()])}, "expected an .npz file"),
     ):
         np.savez(path, **arrays)
         with pytest.raises(ValueError, match=text):
             load(str(path))
-    path.write_bytes(b"nothing")
-    with pytest.raises(ValueError, match=r"expected an .npz file"):
-        load(str(path))
+    whole = path.read_bytes()
+    for content in (b"nothing", b"", whole[: len(whole) // 2], whole[:-10]):
+        path.write_bytes(content)
+        with pytest.raises(ValueError, match=r"expected an .npz file"):
+            load(str(path))
     with pytest.raises(FileNotFoundError, match=r"expected 'mnist5k', a folder or an .npz file, got 'nowhere'"):
         load("nowhere")

@@ -80,6 +80,13 @@ def test_s_equal_t_is_the_identity(small_flow_map) -> None:
     assert torch.equal(flow_map(x, 0.0, 0.0), x)
 
 
+def test_float32_times_reach_the_ends(small_flow_map) -> None:
+    x = torch.randn(2, 1, 8, 8)
+    rounded = torch.full((2,), 0.994)
+    assert float(rounded[0].double()) > 0.994
+    torch.testing.assert_close(small_flow_map(x, rounded, torch.zeros(1)), small_flow_map(x, 0.994, 0.0))
+
+
 def test_compiles_whole(small_flow_map) -> None:
     x, t, labels = torch.randn(4, 1, 8, 8), torch.rand(4, dtype=torch.float64) * 0.5 + 0.4, torch.tensor([0, 1, 2, 3])
     compiled = torch.compile(small_flow_map, fullgraph=True, backend="aot_eager")
@@ -92,20 +99,25 @@ def test_compiles_whole(small_flow_map) -> None:
     ("arguments", "text"),
     [
         (("x4", 0.4, 0.9), "expected s <= t"),
-        (("x4", 0.999, 0.1), r"expected 0.0 <= s <= t <= 0.994, got t = 0.999"),
-        (("x4", 0.5, -0.1), "expected 0.0 <= s <= t"),
-        (("x4", float("nan"), 0.1), "expected s <= t"),
+        (("x4", 0.999, 0.1), r"t: expected times from 0.0 to 0.994, got 0.999"),
+        (("x4", 0.5, -0.1), "s: expected times from 0.0 to 0.994, got -0.1"),
+        (("x4", float("nan"), 0.1), "t: expected times from"),
+        (("x4", 0.5, 0.1, None, float("nan")), "guidance: expected finite numbers"),
+        (("x4", 0.5, 0.1, torch.zeros(4, dtype=torch.int64, device="meta")), "int64 on cpu, got .* on meta"),
+        (("float8", 0.5, 0.1), "of 16, 32 or 64 bits, got .*float8"),
         (("x4", torch.rand(3), 0.0), r"t: expected a number or \[4\], got \[3\]"),
         (("x4", 0.5, 0.1, torch.tensor([0, 1, 2, 4])), r"classes 0\.\.2 or 3 for none, got 0\.\.4"),
         (("x4", 0.5, 0.1, torch.tensor([0, 1, 2, -1])), r"got -1\.\.2"),
         (("x4", 0.5, 0.1, torch.tensor([0, 1, 2])), r"labels: expected \[4\] int64"),
-        (("x4", 0.5, 0.1, torch.ones(4)), "int64, got"),
+        (("x4", 0.5, 0.1, torch.ones(4)), r"labels: expected \[4\] int64 on cpu, got .* of torch.float32"),
         (("x4", 0.5, 0.1, None, torch.ones(3)), r"guidance: expected a number or \[4\]"),
         (("long", 0.5, 0.1), "x: expected a floating"),
     ],
 )
 def test_bad_calls_are_refused(arguments, text) -> None:
-    x = torch.randn(4, 6) if arguments[0] == "x4" else torch.ones(4, 6).long()
+    x = {"x4": torch.randn(4, 6), "long": torch.ones(4, 6).long(), "float8": torch.ones(4, 6).to(torch.float8_e4m3fn)}[
+        arguments[0]
+    ]
     with pytest.raises(ValueError, match=text):
         FlowMap(Recorder())(x, *arguments[1:])
 

@@ -66,6 +66,21 @@ def test_bfloat16_weights(name) -> None:
     assert network(torch.randn(1, 3, 8, 8).bfloat16(), t, t, torch.tensor([0])).dtype == torch.bfloat16
 
 
+@pytest.mark.parametrize("width", [4, 12, 20, 28, 36])
+def test_any_allowed_width(width) -> None:
+    network = UNet(resolution=8, width=width, multipliers=(1, 2))
+    t = torch.tensor([500.0])
+    assert network(torch.randn(1, 1, 8, 8), t, t, torch.tensor([0])).shape == (1, 1, 8, 8)
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_wrong_images_are_refused(name) -> None:
+    t = torch.tensor([500.0])
+    for shape in ((1, 1, 8, 8), (1, 3, 8, 4), (3, 8, 8)):
+        with pytest.raises(ValueError, match=r"x: expected \[B, 3, 8, 8\], got"):
+            make(name)(torch.randn(shape), t, t, torch.tensor([0]))
+
+
 def test_demo_unet_is_small() -> None:
     assert sum(p.numel() for p in UNet().parameters()) == pytest.approx(150_000, rel=0.15)
 
@@ -86,7 +101,8 @@ def test_timestep_embedding() -> None:
         (lambda: DiT("M"), r"unknown DiT size 'M'; expected one of"),
         (lambda: DiT("S", patch=3), "patch: expected a divisor of resolution = 32, got 3"),
         (lambda: UNet(resolution=10), "resolution: expected a multiple of 4 for 3 levels, got 10"),
-        (lambda: UNet(width=6), "width: expected a multiple of 4, got 6"),
+        (lambda: UNet(width=6), "width: expected a positive multiple of 4, got 6"),
+        (lambda: UNet(width=0), "width: expected a positive multiple of 4, got 0"),
     ],
 )
 def test_bad_settings_are_refused(make_it, text) -> None:

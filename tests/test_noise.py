@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import pytest
 import torch
 
@@ -80,6 +81,10 @@ def test_it_is_standard_normal() -> None:
     assert abs(correlation) < 4 / math.sqrt(n)
 
 
+def test_numpy_seeds() -> None:
+    assert torch.equal(imm.noise(np.arange(3), (5,)), imm.noise(range(3), (5,)))
+
+
 def test_empty() -> None:
     assert imm.noise([], (3, 4)).shape == (0, 3, 4)
     assert imm.noise([3], (0,)).shape == (1, 0)
@@ -90,6 +95,8 @@ def test_empty() -> None:
     [
         (([-1], (3,)), "integers in"),
         (([2**63], (3,)), "integers in"),
+        (([True], (3,)), "integers in"),
+        ((torch.tensor([-1]), (3,)), "integers in"),
         (([1.5], (3,)), "integers in"),
         ((torch.zeros(3), (3,)), "int64 tensor"),
         ((torch.zeros(3, 1, dtype=torch.int64), (3,)), r"\[B\] int64"),

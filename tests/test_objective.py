@@ -224,6 +224,16 @@ def test_losses_may_be_added_before_one_backward() -> None:
         assert target(x)[0].requires_grad is False
 
 
+def test_a_second_backward_after_the_next_step_is_refused() -> None:
+    """The gradient's memory was used again: torch must notice, whichever implementation wrote it."""
+    target, x = objective(), torch.randn(8, 6)
+    loss, _ = target(x)
+    loss.backward(retain_graph=True)
+    target(x)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
 def test_no_gradient_through_the_target() -> None:
     target = objective()
     calls = []
@@ -323,9 +333,13 @@ def test_autocast_and_half_networks(device) -> None:
         ({"kernel": "gauss"}, r"unknown kernel 'gauss'; expected one of \['laplace', 'rbf'\]"),
         ({"mapping_kind": "lambda"}, "unknown mapping_kind"),
         ({"target_labels": "both"}, "unknown target_labels"),
-        ({"particles": 0}, "particles: expected at least 1, got 0"),
-        ({"k": 0}, "k: expected"),
-        ({"a": -1}, "a: expected an exponent"),
+        ({"particles": 0}, "particles: expected a whole number >= 1, got 0"),
+        ({"k": 0}, "k: expected a whole number from 1 to 30"),
+        ({"k": 31}, "k: expected a whole number from 1 to 30"),
+        ({"particles": 2.0}, "particles: expected a whole number"),
+        ({"b": float("nan")}, "b: expected"),
+        ({"b": 800.0}, "b: expected"),
+        ({"a": -1}, "a: expected a whole exponent"),
         ({"label_dropout": 1.5}, "expected a probability, got 1.5"),
         ({"min_gap": 0.0}, "min_gap"),
         ({"t_max": 1.0}, "mapping_kind 'eta': expected t_max < 1"),
@@ -345,7 +359,7 @@ def test_bad_batches_are_refused(small_flow_map) -> None:
         (x[:6], None, "multiple of particles = 4, got 6"),
         (x[:0], None, "multiple of particles = 4, got 0"),
         (torch.full_like(x, float("nan")), None, "expected finite data, got NaN"),
-        (x.long(), None, r"expected a floating \[B, ...\], got \[8, 1, 8, 8\] of torch.int64"),
+        (x.long(), None, r"expected a floating \[B, \.\.\.\], got \[8, 1, 8, 8\] of torch.int64"),
         (x, torch.full((8,), 9), r"classes 0\.\.2 or 3 for none"),
         (x, torch.zeros(4, dtype=torch.int64), r"labels: expected \[8\]"),
     ):

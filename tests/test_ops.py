@@ -102,7 +102,9 @@ def test_two_runs_give_the_same_bits(name: str, device: str) -> None:
 def test_out_forms_equal_the_functional_ones(name: str, device: str) -> None:
     arguments, keywords = sample(name, "contiguous", torch.float32, device)
     expected = op(name.removesuffix(".out"))(*arguments)
+    versions = [out._version for out in keywords.values()]
     op(name)(*arguments, **keywords)
+    assert all(out._version > before for out, before in zip(keywords.values(), versions, strict=True))
     for value, out in zip(expected if isinstance(expected, tuple) else (expected,), keywords.values(), strict=True):
         assert torch.equal(value, out)
 

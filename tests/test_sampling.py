@@ -59,6 +59,7 @@ def test_eta_and_edm_grids(exact, small_unet) -> None:
         ((2, "uniform", (1.4,)), "mid_eta: expected none"),
         ((3, "eta", (1.4, 2.0)), "strictly decreasing"),
         ((2, "eta", (1000.0,)), "strictly decreasing"),
+        ((2, "eta", (-1.4,)), "mid_eta: expected positive noise levels"),
     ],
 )
 def test_bad_grids_are_refused(arguments, text, exact) -> None:
@@ -140,7 +141,7 @@ def test_restart_noise(small_flow_map) -> None:
         ([0.5], "at least two times"),
         ([0.1, 0.5], "strictly decreasing|above the last"),
         ([0.5, 0.5], "strictly decreasing|above the last"),
-        ([0.999, 0.1], r"expected times in \[0\.0, 0\.994\]"),
+        ([0.999, 0.1], r"times: expected times from 0\.0 to 0\.994"),
     ],
 )
 def test_bad_times_are_refused(method, times, text, small_flow_map) -> None:
@@ -154,6 +155,7 @@ def test_bad_noise_is_refused(small_flow_map) -> None:
         ({"noise": [x]}, r"expected 2 tensors of shape \[2, 1, 8, 8\], got \[\[2, 1, 8, 8\]\]"),
         ({"noise": [x, x[:1]]}, "expected 2 tensors"),
         ({"noise": [x, x], "seeds": [0, 1]}, "one of them at most"),
+        ({"seeds": [0]}, "seeds: expected one per image, 2, got 1"),
     ):
         with pytest.raises(ValueError, match=text):
             sampling.restart(small_flow_map, x, grid, **options)

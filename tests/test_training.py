@@ -30,7 +30,7 @@ def images(count: int = 50) -> ImageData:
 def trainer(folder, config: TrainConfig = CONFIG, data: ImageData | None = None, dropout: float = 0.3, **options) -> Trainer:
     torch.manual_seed(0)
     network = UNet(channels=1, resolution=8, num_classes=3, width=8, multipliers=(1, 2), dropout=dropout)
-    return Trainer(IMMObjective(FlowMap(network), **options), data or images(), folder, config)
+    return Trainer(IMMObjective(FlowMap(network), **options), images() if data is None else data, folder, config)
 
 
 def state(folder) -> tuple[dict, dict]:
@@ -136,10 +136,49 @@ def test_nonfinite_losses_stop_the_run_and_spare_the_state(tmp_path) -> None:
     run.run(4)
     with torch.no_grad():
         next(run.objective.parameters()).fill_(float("nan"))
-    with pytest.raises(TrainingError, match=r"not finite in \d+ groups before step 6; the saved state goes on from step 4"):
+    with pytest.raises(TrainingError, match=r"not finite before step 6 \(\d+ groups\); the saved state of step 4 is good"):
         run.run(20)
     assert all(torch.isfinite(v).all() for v in state(tmp_path)[0].values())
     trainer(tmp_path).run(6)
+
+
+def test_a_broken_gradient_is_not_saved(tmp_path) -> None:
+    """The loss may still be finite when the gradient, and so the weights of the snapshot, are not."""
+    run = trainer(tmp_path)
+    run.run(4)
+    parameter = next(run.objective.parameters())
+    parameter.register_hook(lambda grad: grad * float("nan") if run.step == 7 else grad)
+    with pytest.raises(TrainingError, match="the saved state of step 4 is good"):
+        run.run(20)
+    assert all(torch.isfinite(v).all() for v in state(tmp_path)[0].values())
+
+
+def test_fp16_stops_when_every_loss_is_broken(tmp_path) -> None:
+    run = trainer(tmp_path, dataclasses.replace(CONFIG, precision="fp16"))
+    run.run(4)
+    with torch.no_grad():
+        next(run.objective.parameters()).fill_(float("nan"))
+    with pytest.raises(TrainingError, match="not finite before step 6"):
+        run.run(20)
+
+
+def test_a_run_cannot_go_back(tmp_path) -> None:
+    trainer(tmp_path).run(4)
+    with pytest.raises(ValueError, match="steps: expected at least the 4 steps already made, got 2"):
+        trainer(tmp_path).run(2)
+
+
+def test_the_same_data_under_another_name_resumes(tmp_path) -> None:
+    trainer(tmp_path).run(2)
+    trainer(tmp_path, data=dataclasses.replace(images(), source="moved")).run(3)
+
+
+def test_a_foreign_stats_file_is_not_touched(tmp_path) -> None:
+    text = '{"epoch": 3}\n'
+    (tmp_path / STATS_FILE).write_text(text)
+    with pytest.raises(ValueError, match="expected rows of a training run"):
+        trainer(tmp_path)
+    assert (tmp_path / STATS_FILE).read_text() == text
 
 
 def test_half_written_rows_are_dropped(tmp_path) -> None:
@@ -198,6 +237,8 @@ def test_bad_data_is_refused(tmp_path) -> None:
         (dataclasses.replace(good, images=broken), "expected finite images, got NaN"),
         (dataclasses.replace(good, labels=None, num_classes=0), "expected labels of at most 3 classes"),
         (dataclasses.replace(good, num_classes=7), "at most 3 classes, got 7"),
+        (dataclasses.replace(good, images=good.images[:0]), "expected images, got none"),
+        (dataclasses.replace(good, images=good.images.repeat(1, 3, 1, 1)), r"expected images of \[1, 8\] .*, got \[3, 8, 8\]"),
     ):
         with pytest.raises(ValueError, match=text):
             trainer(tmp_path, data=data)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from imm import functional
+from imm.ops.dtypes import DTYPES
 from imm.parametrizations import get_parametrization
 from imm.schedules import Time, as_time, get_schedule
 
@@ -153,31 +154,26 @@ class FlowMap(nn.Module):
     def _checked(
         self, x: Tensor, t: Time, s: Time, labels: Tensor | None, guidance: Time | None
     ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-        if x.dim() < 2 or not x.is_floating_point():
-            raise ValueError(f"x: expected a floating [B, ...], got {list(x.shape)} of {x.dtype}")
-        batch = x.shape[0]
-        t, s = self._checked_time("t", t, x), self._checked_time("s", s, x)
-        if _readable(t, s):
-            if not bool((s <= t).all()):
-                raise ValueError(f"times: expected s <= t, got t = {t.tolist()} and s = {s.tolist()}")
-            if not bool(((s >= self.t_min - 1e-9) & (t <= self.t_max + 1e-9)).all()):
-                raise ValueError(
-                    f"times: expected {self.t_min} <= s <= t <= {self.t_max}, got t = {t.tolist()} and s = {s.tolist()}"
-                )
-        labels = self.checked_labels(labels, batch, x.device)
+        if not isinstance(x, Tensor) or x.dim() < 2 or x.dtype not in DTYPES:
+            got = f"{list(x.shape)} of {x.dtype}" if isinstance(x, Tensor) else type(x).__name__
+            raise ValueError(f"x: expected a floating tensor [B, ...] of 16, 32 or 64 bits, got {got}")
+        t, s = (self.checked_times(name, _one_or_each(name, value, x)) for name, value in (("t", t), ("s", s)))
+        if _readable(t, s) and not bool((s <= t).all()):
+            raise ValueError(f"times: expected s <= t, got t = {t.tolist()} and s = {s.tolist()}")
+        labels = self.checked_labels(labels, x.shape[0], x.device)
         if guidance is not None:
             if labels is None:
                 raise ValueError("guidance: expected a class-conditional network, got one with num_classes = 0")
-            w = as_time(guidance)
-            if w.dim() > 1 or (w.dim() == 1 and w.shape[0] != batch):
-                raise ValueError(f"guidance: expected a number or [{batch}], got {list(w.shape)}")
+            w = _one_or_each("guidance", guidance, x)
+            if _readable(w) and not bool(torch.isfinite(w).all()):
+                raise ValueError(f"guidance: expected finite numbers, got {w.tolist()}")
         return x, t, s, labels
 
-    def _checked_time(self, name: str, value: Time, x: Tensor) -> Tensor:
-        time = as_time(value, x.device)
-        if time.dim() > 1 or (time.dim() == 1 and time.shape[0] not in (1, x.shape[0])):
-            raise ValueError(f"{name}: expected a number or [{x.shape[0]}], got {list(time.shape)}")
-        return time
+    def checked_times(self, name: str, times: Tensor) -> Tensor:
+        """Times in [t_min, t_max] as float64; what a float32 time is off at the ends is taken off."""
+        if _readable(times) and not bool(((times >= self.t_min - 1e-6) & (times <= self.t_max + 1e-6)).all()):
+            raise ValueError(f"{name}: expected times from {self.t_min} to {self.t_max}, got {times.tolist()}")
+        return times.clamp(self.t_min, self.t_max)
 
     def checked_labels(self, labels: Tensor | None, batch: int, device: torch.device) -> Tensor | None:
         """Labels as the network takes them: ``[B]`` int64, all "none" for None, None for an unconditional network."""
@@ -187,8 +183,12 @@ class FlowMap(nn.Module):
             return None
         if labels is None:
             return torch.full((batch,), self.num_classes, dtype=torch.int64, device=device)
-        if labels.dtype != torch.int64 or labels.shape != (batch,):
-            raise ValueError(f"labels: expected [{batch}] int64, got {list(labels.shape)} of {labels.dtype}")
+        if not isinstance(labels, Tensor):
+            raise TypeError(f"labels: expected a tensor, got {type(labels).__name__}")
+        if labels.dtype != torch.int64 or labels.shape != (batch,) or labels.device != device:
+            raise ValueError(
+                f"labels: expected [{batch}] int64 on {device}, got {list(labels.shape)} of {labels.dtype} on {labels.device}"
+            )
         if _readable(labels) and not bool(((labels >= 0) & (labels <= self.num_classes)).all()):
             raise ValueError(
                 f"labels: expected classes 0..{self.num_classes - 1} or {self.num_classes} for none, "
@@ -199,6 +199,14 @@ class FlowMap(nn.Module):
     def add_noise(self, x: Tensor, eps: Tensor, t: Time) -> Tensor:
         """x_t = alpha_t x + sigma_t eps for ``eps`` of standard deviation sigma_data (paper section 4.1)."""
         return functional.flow_step(x, eps, self.schedule.alpha(t), self.schedule.sigma(t))
+
+
+def _one_or_each(name: str, value: Time, x: Tensor) -> Tensor:
+    """A number, [1] or [B] as float64 on x's device."""
+    tensor = as_time(value, x.device)
+    if tensor.dim() > 1 or (tensor.dim() == 1 and tensor.shape[0] not in (1, x.shape[0])):
+        raise ValueError(f"{name}: expected a number or [{x.shape[0]}], got {list(tensor.shape)}")
+    return tensor
 
 
 def _readable(*tensors: Tensor) -> bool:

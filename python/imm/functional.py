@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Sequence
 
 import torch
@@ -123,11 +124,17 @@ def as_seeds(seeds: Tensor | Sequence[int] | range, device: torch.device | str |
     if isinstance(seeds, Tensor):
         if seeds.dtype != torch.int64 or seeds.dim() != 1:
             raise ValueError(f"seeds: expected a [B] int64 tensor, got {list(seeds.shape)} of {seeds.dtype}")
+        if seeds.device.type == "cpu" and not torch.compiler.is_compiling() and bool((seeds < 0).any()):
+            raise ValueError(f"seeds: expected integers in [0, 2^63), got {seeds.tolist()[:8]}")
         return seeds.to(device) if device is not None else seeds
     values = list(seeds)
-    if not all(isinstance(v, int) and 0 <= v < 2**63 for v in values):
+    try:
+        integers = [operator.index(v) for v in values]
+    except TypeError as error:
+        raise ValueError(f"seeds: expected integers in [0, 2^63), got {values[:8]}") from error
+    if any(isinstance(v, bool) for v in values) or not all(0 <= v < 2**63 for v in integers):
         raise ValueError(f"seeds: expected integers in [0, 2^63), got {values[:8]}")
-    return torch.tensor(values, dtype=torch.int64, device=device)
+    return torch.tensor(integers, dtype=torch.int64, device=device)
 
 
 def noise(

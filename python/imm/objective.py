@@ -35,8 +35,8 @@ class IMMObjective(nn.Module):
         kernel: "laplace" (the paper's) or "rbf".
         mapping_kind: how r(s, t) is found (section C.6), r = max(s, .) of a constant step of (range) / 2^k in "eta" (decrement;
             the paper's), "t" (decrement), "log_snr" (increment) or "inverse_eta" (increment).
-        k: step exponent: 12 for ImageNet-256, 15 for CIFAR-10.
-        a, b: of the weighting (eq. 13): a in {1, 2}.
+        k: step exponent, 1 to 30: 12 for ImageNet-256, 15 for CIFAR-10.
+        a, b: of the weighting (eq. 13); the paper uses a = 1 or 2 and b = 4 or 5.
         min_gap: smallest t - r (unless s is nearer), 1e-4 in half precision (section I.6); None for none.
         label_dropout: probability that an image's label is replaced by "none".
         target_labels: labels of the target branch: "kept" as given (the null-label network then learns from conditional
@@ -72,12 +72,16 @@ class IMMObjective(nn.Module):
         ):
             if value not in known:
                 raise ValueError(f"unknown {name} {value!r}; expected one of {list(known)}")
-        if particles < 1:
-            raise ValueError(f"particles: expected at least 1, got {particles}")
-        if a < 0:
-            raise ValueError(f"a: expected an exponent >= 0, got {a}")
-        if k < 1:
-            raise ValueError(f"k: expected at least 1, got {k}")
+        if not isinstance(flow_map, FlowMap):
+            raise TypeError(f"flow_map: expected a FlowMap, got {type(flow_map).__name__}")
+        if not isinstance(particles, int) or particles < 1:
+            raise ValueError(f"particles: expected a whole number >= 1, got {particles}")
+        if not isinstance(a, int) or a < 0:
+            raise ValueError(f"a: expected a whole exponent >= 0, got {a}")
+        if not isinstance(k, int) or not 1 <= k <= 30:
+            raise ValueError(f"k: expected a whole number from 1 to 30, got {k}")
+        if not abs(b) <= 100:
+            raise ValueError(f"b: expected a number from -100 to 100, got {b}")
         if not 0.0 <= label_dropout <= 1.0:
             raise ValueError(f"label_dropout: expected a probability, got {label_dropout}")
         if min_gap is not None and not 0.0 < min_gap < 1.0:
@@ -273,13 +277,13 @@ def _check_order(t: Tensor, s: Tensor) -> None:
 @contextlib.contextmanager
 def _replayed_rng(device: torch.device, enabled: bool) -> Iterator:
     """Yields a context in which torch's default generator of the device starts again from where this one began."""
-    module = torch.cuda if device.type == "cuda" else torch
-    state = module.get_rng_state() if enabled else None
+    cuda = device.type == "cuda"
+    state = None if not enabled else torch.cuda.get_rng_state(device) if cuda else torch.get_rng_state()
 
     @contextlib.contextmanager
     def replay() -> Iterator[None]:
         if state is not None:
-            module.set_rng_state(state)
+            torch.cuda.set_rng_state(state, device) if cuda else torch.set_rng_state(state)
         yield
 
     yield replay

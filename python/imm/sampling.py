@@ -38,6 +38,10 @@ def time_grid(flow_map: FlowMap, steps: int, kind: str = "uniform", mid_eta: Seq
     if kind != "eta" and len(mid_eta):
         raise ValueError(f'mid_eta: expected none for kind {kind!r}; it belongs to kind "eta"')
     schedule, low, high = flow_map.schedule, flow_map.t_min, flow_map.t_max
+    if any(not eta > 0 for eta in mid_eta):
+        raise ValueError(f"mid_eta: expected positive noise levels, got {list(mid_eta)}")
+    if kind == "edm" and bool(torch.isinf(schedule.eta(high))):
+        raise ValueError(f'kind "edm": expected t_max < 1, where eta is finite, got {high}')
     if kind == "uniform":
         times = torch.linspace(high, low, steps + 1, dtype=torch.float64)
     elif kind == "edm":
@@ -62,9 +66,7 @@ def _checked_times(flow_map: FlowMap, times: Time, decreasing: bool) -> Tensor:
         raise ValueError(f"times: expected strictly decreasing times, got {times.tolist()}")
     if not bool((times[:-1] > times[-1]).all()):
         raise ValueError(f"times: expected every time above the last one, got {times.tolist()}")
-    if times.max() > flow_map.t_max + 1e-9 or times.min() < flow_map.t_min - 1e-9:
-        raise ValueError(f"times: expected times in [{flow_map.t_min}, {flow_map.t_max}], got {times.tolist()}")
-    return times
+    return flow_map.checked_times("times", times)
 
 
 def initial_state(
@@ -141,6 +143,8 @@ def restart(
             raise ValueError(
                 f"noise: expected {steps - 1} tensors of shape {list(x.shape)}, got {[list(n.shape) for n in noise]}"
             )
+    if seeds is not None and len(seeds) != len(x):
+        raise ValueError(f"seeds: expected one per image, {len(x)}, got {len(seeds)}")
     schedule, end = flow_map.schedule, float(times[-1])
     state, out = x.to(dtype), None
     for i, t in enumerate(times[:-1].tolist()):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ from torch import Tensor, nn
 
 from imm.flow_map import FlowMap
 from imm.networks import NETWORKS
+from imm.ops.dtypes import DTYPES
 
 FORMAT_VERSION = 1
 _KEY = "imm"
@@ -37,28 +37,15 @@ def write_file(path: str | os.PathLike[str], tensors: Mapping[str, Tensor], sett
     target = Path(path)
     metadata = {_KEY: json.dumps({"format_version": FORMAT_VERSION, **settings}, allow_nan=False)}
     plain = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
+    part = target.with_name(f".{target.name}.part")  # one name: what a killed run left is overwritten by the next write
     try:
-        handle, name = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.", suffix=".part")
-    except OSError as error:
-        raise CheckpointError(f"cannot write {target}: {error.strerror or error}") from error
-    part = Path(name)
-    try:
-        os.close(handle)
         save_file(plain, part, metadata=metadata)
         with open(part, "rb") as file:
             os.fsync(file.fileno())
-        os.chmod(part, 0o666 & ~_umask())
         os.replace(part, target)
     except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"cannot write {target}: {error}") from error
-    finally:
         part.unlink(missing_ok=True)
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
+        raise CheckpointError(f"cannot write {target}: {error}") from error
 
 
 def read_file(path: str | os.PathLike[str], kind: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -99,10 +86,19 @@ def read_file(path: str | os.PathLike[str], kind: str) -> tuple[dict[str, Tensor
 
 def describe(flow_map: FlowMap) -> dict[str, Any]:
     """The settings that :func:`build` makes the flow map from; a network of another class is called "custom"."""
-    network = flow_map.network
+    network = _unwrapped(flow_map.network)
     name = next((n for n, cls in NETWORKS.items() if type(network) is cls), "custom")
     settings = dict(network.settings) if name != "custom" else {"num_classes": flow_map.num_classes}  # type: ignore[arg-type]
-    return {"network": {"name": name, **settings}, "flow_map": flow_map.settings}
+    return {"network": {"name": name, **settings}, "dtype": _name(flow_map.network_dtype), "flow_map": flow_map.settings}
+
+
+def _unwrapped(network: nn.Module) -> nn.Module:
+    """The network itself where torch.compile wrapped it."""
+    return getattr(network, "_orig_mod", network)
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def build(settings: Mapping[str, Any], network: nn.Module | None = None) -> FlowMap:
@@ -118,6 +114,8 @@ def build(settings: Mapping[str, Any], network: nn.Module | None = None) -> Flow
             if name not in NETWORKS:
                 raise CheckpointError(f"network: expected one of {sorted(NETWORKS)} or the argument network=, got {name!r}")
             network = NETWORKS[name](**arguments)
+        dtype = {_name(dtype): dtype for dtype in DTYPES}[settings["dtype"]]
+        network = network.to(dtype)
         return FlowMap(network, **settings["flow_map"])
     except CheckpointError:
         raise
@@ -136,7 +134,7 @@ def save(path: str | os.PathLike[str], flow_map: FlowMap, *, extra: Mapping[str,
         CheckpointError: the folder cannot be written to.
     """
     settings = {"kind": "flow_map", **describe(flow_map), "extra": dict(extra or {})}
-    write_file(path, flow_map.network.state_dict(), settings)
+    write_file(path, _unwrapped(flow_map.network).state_dict(), settings)
 
 
 def load(path: str | os.PathLike[str], *, network: nn.Module | None = None) -> FlowMap:

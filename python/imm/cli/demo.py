@@ -96,7 +96,7 @@ def table(rows: dict[str, PixelScores]) -> list[str]:
 @click.option("--outdir", default="runs/demo", show_default=True, metavar="DIR", help="Where to write.")
 @click.option("--steps", default=3000, show_default=True, type=click.IntRange(min=1), help="Training steps.")
 @click.option("--minutes", type=click.FloatRange(min=0), help="Stop training after this long, whatever --steps says.")
-@click.option("--seed", default=0, show_default=True, type=click.IntRange(min=0))
+@click.option("--seed", default=0, show_default=True, type=click.IntRange(0, 2**63 - 1))
 @click.option("--resume", is_flag=True, help="Go on with the run found in --outdir instead of starting afresh.")
 @click.option("--device", default="auto", show_default=True)
 def command(outdir: str, steps: int, minutes: float | None, seed: int, resume: bool, device: str) -> None:
@@ -118,11 +118,11 @@ def command(outdir: str, steps: int, minutes: float | None, seed: int, resume: b
         f"plan: {steps} steps of 64 images, then {SAMPLES} samples in each of {', '.join(map(str, STEP_COUNTS))} steps",
     ]
     click.echo("\n".join(header))
-    if not resume:
-        for path in (*folder.glob("snapshot-*.safetensors"), folder / STATE_FILE, folder / STATS_FILE):
-            path.unlink(missing_ok=True)
+    training = folder / "training"
+    if not resume and training.exists():
+        shutil.rmtree(training)
     start = time.perf_counter()
-    trainer = Trainer(objective, data, folder, make_config(seed))
+    trainer = Trainer(objective, data, training, make_config(seed))
     if trainer.resumed_from is not None:
         click.echo(f"resuming at step {trainer.resumed_from}")
     signal_number = progress.run(trainer, steps, None if minutes is None else 60.0 * minutes)
@@ -132,6 +132,7 @@ def command(outdir: str, steps: int, minutes: float | None, seed: int, resume: b
     train_seconds = time.perf_counter() - start
     checkpoint = folder / "checkpoint.safetensors"
     shutil.copyfile(trainer.snapshot_path, checkpoint)
+    shutil.copyfile(training / STATS_FILE, folder / STATS_FILE)
     click.echo(f"trained {trainer.step} steps in {train_seconds:.0f} s; sampling from {checkpoint}")
 
     flow_map = checkpoints.load(checkpoint).to(target)

@@ -17,8 +17,18 @@ def parse_integers(text: str, name: str) -> list[int]:
         first, last = (int(match[1]), int(match[2] or match[1])) if match else (1, 0)
         if last < first:
             raise ValueError(f"{name}: expected numbers and ranges such as 0-63,70, got {text!r}")
+        if last >= 2**63 or last - first >= 10**8:
+            raise ValueError(f"{name}: expected numbers below 2^63, at most 10^8 of them, got {text!r}")
         out.extend(range(first, last + 1))
     return out
+
+
+def parse_floats(text: str, name: str) -> list[float]:
+    """ "1.4,0.5" -> [1.4, 0.5]; empty for an empty text. Raises ValueError for anything else."""
+    try:
+        return [float(item) for item in text.split(",")] if text else []
+    except ValueError as error:
+        raise ValueError(f"{name}: expected numbers such as 1.4,0.5, got {text!r}") from error
 
 
 def parse_grid(text: str) -> tuple[int, int]:
@@ -35,6 +45,8 @@ def pick_device(name: str) -> torch.device:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(name)
+        if device.type not in ("cpu", "cuda"):
+            raise RuntimeError("only cpu and cuda are supported")
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"device: expected auto or a device of this machine, got {name!r}: {error}") from error

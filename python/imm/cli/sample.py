@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import math
+
 import click
 import numpy as np
 import torch
 from torch import Tensor
 
 from imm import checkpoints, sampling
-from imm.cli.options import device_line, parse_grid, parse_integers, pick_device, writable_folder
+from imm.cli.options import device_line, parse_floats, parse_grid, parse_integers, pick_device, writable_folder
 from imm.evaluation.pictures import grid, save_picture, to_picture
 from imm.flow_map import FlowMap
 
@@ -45,11 +47,12 @@ def command(
     layout = parse_grid(grid_size) if grid_size else None
     target = pick_device(device)
     flow_map = checkpoints.load(net).to(target)
-    etas = [float(v) for v in mid_eta.split(",")] if mid_eta else []
-    times = sampling.time_grid(flow_map, steps, kind, etas)
+    times = sampling.time_grid(flow_map, steps, kind, parse_floats(mid_eta, "mid-eta"))
     all_labels = pick_labels(flow_map, labels, len(seed_list))
     if cfg is not None and flow_map.num_classes == 0:
         raise ValueError("cfg: expected a class-conditional checkpoint, got one without classes")
+    if cfg is not None and not math.isfinite(cfg):
+        raise ValueError(f"cfg: expected a finite number, got {cfg}")
     folder = writable_folder(outdir)
     shape = image_shape(flow_map)
     click.echo(f"{net} on {device_line(target)}: {len(seed_list)} images of {shape}, {steps} steps, {method}")

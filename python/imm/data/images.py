@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import importlib.util
+import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -86,9 +87,10 @@ def _to_range(images: Tensor, resolution: int | None) -> Tensor:
 
 
 def _folder(path: Path, resolution: int | None) -> ImageData:
-    from PIL import Image, UnidentifiedImageError
+    from PIL import Image, ImageOps, UnidentifiedImageError
 
-    files = sorted(p for p in path.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES)
+    found = (p for p in path.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES)
+    files = sorted(p for p in found if not any(part.startswith(".") for part in p.relative_to(path).parts))
     if not files:
         raise ValueError(f"data: expected images ({', '.join(sorted(IMAGE_SUFFIXES))}) in {path}, found none")
     classes = sorted({p.relative_to(path).parts[0] for p in files if len(p.relative_to(path).parts) > 1})
@@ -99,7 +101,8 @@ def _folder(path: Path, resolution: int | None) -> ImageData:
     for file in files:
         try:
             with Image.open(file) as picture:
-                array = np.asarray(picture.convert("L" if picture.mode in ("1", "L") else "RGB"))
+                upright = ImageOps.exif_transpose(picture)
+                array = np.asarray(upright.convert("L" if upright.mode in ("1", "L") else "RGB"))
         except (UnidentifiedImageError, OSError) as error:
             raise ValueError(f"data: expected an image, got {file}: {error}") from error
         pixels = torch.from_numpy(array.copy())
@@ -123,7 +126,7 @@ def _npz(path: Path, resolution: int | None) -> ImageData:
         with np.load(path, allow_pickle=False) as archive:
             images = archive["images"]
             labels = archive["labels"] if "labels" in archive.files else None
-    except (KeyError, OSError, ValueError) as error:
+    except (KeyError, OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
         raise ValueError(f"data: expected an .npz file with an array called images, got {path}: {error}") from error
     if images.ndim == 3:
         images = images[..., None]
@@ -133,7 +136,7 @@ def _npz(path: Path, resolution: int | None) -> ImageData:
         )
     target, classes = None, 0
     if labels is not None:
-        if labels.shape != images.shape[:1] or labels.dtype.kind not in "iu" or labels.min() < 0:
+        if labels.shape != images.shape[:1] or labels.dtype.kind not in "iu" or labels.min() < 0 or labels.max() >= 2**31:
             raise ValueError(
                 f"data: expected labels [{len(images)}] of integers >= 0, got {list(labels.shape)} of {labels.dtype}"
             )

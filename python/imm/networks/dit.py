@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from imm.networks.embeddings import LabelEmbedder, TimestepEmbedder
+from imm.networks.embeddings import LabelEmbedder, TimestepEmbedder, check_image
 
 #: size -> (hidden features, blocks, heads)
 SIZES = {"S": (384, 12, 6), "B": (768, 12, 12), "L": (1024, 24, 16), "XL": (1152, 28, 16)}
@@ -153,6 +153,7 @@ class DiT(nn.Module):
 
     def forward(self, x: Tensor, t: Tensor, s: Tensor, labels: Tensor | None) -> Tensor:
         """x ``[B, channels, resolution, resolution]``, scaled times ``[B]``, labels ``[B]`` int64 or None -> x's shape."""
+        check_image(x, self.channels, self.resolution)
         condition = self.t_embedder(t) + self.s_embedder(s)
         if self.y_embedder is not None:
             condition = condition + self.y_embedder(labels)

@@ -1,4 +1,4 @@
-"""Embeddings shared by the networks."""
+"""What the networks share: embeddings of times and labels, and the check of their input."""
 
 from __future__ import annotations
 
@@ -23,6 +23,12 @@ def timestep_embedding(t: Tensor, dim: int, max_period: float = 10000.0) -> Tens
     index = torch.arange(half, dtype=torch.float64, device=t.device)
     phase = t.double()[:, None] * torch.exp(-math.log(max_period) / half * index)
     return torch.cat([phase.cos(), phase.sin()], dim=1)
+
+
+def check_image(x: Tensor, channels: int, resolution: int) -> None:
+    """Raises ValueError unless x is ``[B, channels, resolution, resolution]``."""
+    if x.dim() != 4 or tuple(x.shape[1:]) != (channels, resolution, resolution):
+        raise ValueError(f"x: expected [B, {channels}, {resolution}, {resolution}], got {list(x.shape)}")
 
 
 class TimestepEmbedder(nn.Module):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -9,11 +10,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from imm.networks.embeddings import LabelEmbedder, TimestepEmbedder
+from imm.networks.embeddings import LabelEmbedder, TimestepEmbedder, check_image
 
 
 def _norm(channels: int) -> nn.GroupNorm:
-    return nn.GroupNorm(min(8, channels // 4), channels)
+    return nn.GroupNorm(math.gcd(min(8, channels // 4), channels), channels)
 
 
 class ResidualBlock(nn.Module):
@@ -48,7 +49,7 @@ class UNet(nn.Module):
         blocks: residual blocks per level and side.
         dropout: in the residual blocks.
 
-    The output is 0 at initialisation. The default for 16x16 grey images has about 150 k parameters.
+    The output is 0 at initialisation. The default, for 16x16 grey images, has 169 k parameters.
     """
 
     def __init__(
@@ -67,8 +68,8 @@ class UNet(nn.Module):
                 f"resolution: expected a multiple of {2 ** (len(multipliers) - 1)} for {len(multipliers)} levels, "
                 f"got {resolution}"
             )
-        if width % 4:
-            raise ValueError(f"width: expected a multiple of 4, got {width}")
+        if width < 4 or width % 4:
+            raise ValueError(f"width: expected a positive multiple of 4, got {width}")
         self.settings: dict[str, Any] = {
             "channels": channels,
             "resolution": resolution,
@@ -107,6 +108,7 @@ class UNet(nn.Module):
 
     def forward(self, x: Tensor, t: Tensor, s: Tensor, labels: Tensor | None) -> Tensor:
         """x ``[B, channels, resolution, resolution]``, scaled times ``[B]``, labels ``[B]`` int64 or None -> x's shape."""
+        check_image(x, self.channels, self.resolution)
         condition = self.t_embedder(t) + self.s_embedder(s)
         if self.y_embedder is not None:
             condition = condition + self.y_embedder(labels)

@@ -24,6 +24,7 @@ from imm.training.ema import EMA
 
 STATE_FILE = "training-state.safetensors"
 STATS_FILE = "stats.jsonl"
+_SHAPE = ("channels", "resolution")
 PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {"adamw": torch.optim.AdamW, "radam": torch.optim.RAdam}
 
@@ -38,7 +39,7 @@ class TrainConfig:
 
     Attributes:
         batch: images per step, a multiple of the objective's particles.
-        optimizer: "adamw" or "radam". lr: its rate, after ``warmup`` steps of linear growth. betas, weight_decay: likewise.
+        optimizer: "adamw" or "radam", with lr (after ``warmup`` steps of linear growth), betas and weight_decay.
         ema: beta of the exponential moving average.
         precision: "fp32", "bf16" or "fp16" (autocast; fp16 with a loss scale). The target branch always runs in float32.
         seed: of data order, times, noise and dropout.
@@ -88,6 +89,14 @@ class Trainer:
 
     def __init__(self, objective: IMMObjective, data: ImageData, outdir: str | os.PathLike[str], config: TrainConfig) -> None:
         flow_map = objective.flow_map
+        if len(data) == 0:
+            raise ValueError(f"data: expected images, got none in {data.source}")
+        parameter = next(flow_map.network.parameters(), None)
+        if parameter is None:
+            raise ValueError("network: expected parameters to train, got none")
+        wanted = [getattr(flow_map.network, name, size) for name, size in zip(_SHAPE, data.shape, strict=False)]
+        if wanted != list(data.shape[:2]):
+            raise ValueError(f"data: expected images of {wanted} ({', '.join(_SHAPE)}), got {list(data.shape)} ({data.source})")
         if config.batch % objective.particles:
             raise ValueError(f"batch: expected a multiple of particles = {objective.particles}, got {config.batch}")
         if not bool(torch.isfinite(data.images).all()):
@@ -97,13 +106,14 @@ class Trainer:
                 f"data: expected labels of at most {flow_map.num_classes} classes, got {data.num_classes} ({data.source})"
             )
         self.objective, self.config, self.outdir = objective, config, Path(outdir)
-        self.device = next(flow_map.network.parameters()).device
+        self.device = parameter.device
         self._images = data.images.to(self.device)
         labels = data.labels if flow_map.num_classes else None
         self._labels = None if labels is None else labels.to(self.device)
         self._settings = self._describe(data)
         self.step = 0
         self.resumed_from: int | None = None
+        self._saved_step: int | None = None
         self.stop = False  # set it to end the run after the step under way
         self.ema = EMA(flow_map.network, config.ema)
         self._parameters = list(flow_map.network.parameters())
@@ -141,7 +151,23 @@ class Trainer:
         """
         start = time.perf_counter()
         self.objective.train()
+        if self.step > steps:
+            raise ValueError(f"steps: expected at least the {self.step} steps already made, got {steps}")
+        deterministic = torch.backends.cudnn.deterministic
         torch.backends.cudnn.deterministic = True  # a resumed run repeats an unbroken one, on a GPU too
+        try:
+            self._run(steps, start, max_seconds, on_step, on_log)
+        finally:
+            torch.backends.cudnn.deterministic = deterministic
+
+    def _run(
+        self,
+        steps: int,
+        start: float,
+        max_seconds: float | None,
+        on_step: Callable[[int], None] | None,
+        on_log: Callable[[dict[str, Any]], None] | None,
+    ) -> None:
         window = _Window()
         while self.step < steps and not self.stop:
             if max_seconds is not None and time.perf_counter() - start > max_seconds:
@@ -167,7 +193,7 @@ class Trainer:
 
     def save(self) -> None:
         """Write the averaged flow map as a snapshot and the state to resume from, each atomically."""
-        if self.step == self.resumed_from and self.snapshot_path.exists():
+        if self.step == self._saved_step:
             return
         checkpoints.save(self.snapshot_path, self.ema_flow_map, extra={"step": self.step, **self._settings})
         tensors: dict[str, Tensor] = {}
@@ -183,6 +209,7 @@ class Trainer:
             "settings": self._settings,
         }
         checkpoints.write_file(self.outdir / STATE_FILE, tensors, settings)
+        self._saved_step = self.step
 
     def _step(self) -> tuple[dict[str, Tensor], Tensor]:
         config = self.config
@@ -224,24 +251,21 @@ class Trainer:
             "lr": self._optimizer.param_groups[0]["lr"],
             **window.row(self.config.batch),
         }
+        broken = row["nonfinite"] > 0 or row["grad_norm"] is None
         if self._scaler.is_enabled():
             row["loss_scale"] = self._scaler.get_scale()
-        elif row["nonfinite"]:
-            at = f"step {self.resumable}" if self.resumable else "the beginning"
+            # A loss scale skips single steps; a network that is broken for good never recovers.
+            broken = row["nonfinite"] == window.count * (self.config.batch // self.objective.particles)
+        if broken:
+            state = "no state was saved" if self._saved_step is None else f"the saved state of step {self._saved_step} is good"
             raise TrainingError(
-                f"the loss was not finite in {row['nonfinite']} groups before step {self.step}; "
-                f"the saved state goes on from {at}: try a smaller lr"
+                f"loss or gradient not finite before step {self.step} ({row['nonfinite']} groups); {state}; "
+                "a new run in another folder may want a smaller lr"
             )
         with open(self.outdir / STATS_FILE, "a") as file:
             file.write(json.dumps(row) + "\n")
         if on_log is not None:
             on_log(row)
-
-    @property
-    def resumable(self) -> int:
-        """The step of the state on disk; 0 without one."""
-        path = self.outdir / STATE_FILE
-        return checkpoints.read_file(path, "training")[1]["step"] if path.exists() else 0
 
     def _describe(self, data: ImageData) -> dict[str, Any]:
         config = dataclasses.asdict(self.config)
@@ -261,7 +285,7 @@ class Trainer:
     def _load(self) -> None:
         path = self.outdir / STATE_FILE
         tensors, settings = checkpoints.read_file(path, "training")
-        differing = _differences(settings.get("settings"), self._settings)
+        differing = [d for d in _differences(settings.get("settings"), self._settings) if not d.startswith("data.source ")]
         if differing:
             raise checkpoints.CheckpointError(
                 f"{path}: expected the settings of the run to resume, got others: {'; '.join(differing[:4])}"
@@ -278,7 +302,7 @@ class Trainer:
             state.setdefault(int(index), {})[key] = tensor
         self._optimizer.load_state_dict({"state": state, "param_groups": self._optimizer.state_dict()["param_groups"]})
         self._scaler.load_state_dict(settings["scaler"])
-        self.step = self.resumed_from = settings["step"]
+        self.step = self.resumed_from = self._saved_step = settings["step"]
 
     def _trim_stats(self) -> None:
         """Drop the rows after the state's step: a killed run may have written some, the last one in part."""
@@ -287,10 +311,12 @@ class Trainer:
         if path.exists():
             for line in path.read_text().splitlines():
                 try:
-                    row = json.loads(line)
+                    step = json.loads(line)["step"]
                 except json.JSONDecodeError:
                     break
-                if row["step"] > self.step:
+                except (TypeError, KeyError) as error:
+                    raise ValueError(f"outdir: expected rows of a training run in {path}, got {line[:60]!r}") from error
+                if step > self.step:
                     break
                 kept.append(line + "\n")
         part = path.with_suffix(".part")
@@ -331,8 +357,8 @@ class _Window:
 
 
 def _mix(seed: int, step: int) -> int:
-    """One generator seed for (seed, step); steps below 0 are the epochs'."""
-    return (seed * 0x9E3779B97F4A7C15 + step) % 2**63
+    """One generator seed for (seed, step); steps below 0 are the epochs'. A CPU generator takes its low 32 bits only."""
+    return int.from_bytes(hashlib.sha256(f"{seed} {step}".encode()).digest()[:8], "big") >> 1
 
 
 def _differences(old: Any, new: Any, path: str = "") -> list[str]:
