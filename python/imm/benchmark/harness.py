@@ -60,7 +60,7 @@ def refusal(case: Case, found: tuple[float, ...]) -> str | None:
     pairs = enumerate(zip(found, case.tolerances, strict=False))
     wrong = [f"output {i}: {error:.1e} > {bound:.0e}" for i, (error, bound) in pairs if not error <= bound]
     if len(found) != len(case.tolerances):
-        wrong = ["outputs of another shape"]
+        wrong = ["outputs of another number or shape"]
     return f"refused: wrong, {'; '.join(wrong)}" if wrong else None
 
 
@@ -80,9 +80,7 @@ def _ready(
     return ready if row.status == OK else None
 
 
-def measure(
-    case: Case, device: torch.device, effort: Effort = FULL, *, now: Callable[[], float] = time.perf_counter
-) -> list[Row]:
+def measure(case: Case, device: torch.device, effort: Effort = FULL) -> list[Row]:
     """One row per peer, the copy first. A peer that fails or is wrong has a row that says so, without a time."""
     torch.manual_seed(0)
     torch.compiler.reset()  # a peer compiles for this shape, as in a program that uses one
@@ -95,8 +93,8 @@ def measure(
         if ready := _ready(case, peer, sets, truth, device, rows[name]):
             clocks[name] = ready
     samples: dict[str, list[float]] = {name: [] for name in clocks}
-    start, rounds = now(), 0
-    while rounds < effort.least or (rounds < effort.most and now() - start < effort.seconds):
+    start, rounds = time.perf_counter(), 0
+    while rounds < effort.least or (rounds < effort.most and time.perf_counter() - start < effort.seconds):
         for name, ready in clocks.items():
             samples[name].append(ready.sample())
         rounds += 1

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -86,9 +86,13 @@ def append(folder: Path, rows: Iterable[Row]) -> None:
         file.writelines(json.dumps(value) + "\n" for value in values)
 
 
+_PARSERS: dict[Any, Callable[[str], Any]] = {"str": str, "int": int, "float | None": lambda text: float(text) if text else None}
+
+
 def read(path: Path) -> list[Row]:
-    """The rows of a ``rows.jsonl``; of rows with the same op, mode, shape, dtype, device, peer and commit the last."""
-    rows = [Row(**json.loads(line)) for line in path.read_text().splitlines()]
+    """The rows of a ``rows.csv``; of rows with the same op, mode, shape, dtype, device, peer and commit the last."""
+    with path.open(newline="") as file:
+        rows = [Row(**{f.name: _PARSERS[f.type](line[f.name]) for f in fields(Row)}) for line in csv.DictReader(file)]
     return list({(r.op, r.mode, r.shape, r.dtype, r.device, r.peer, r.commit): r for r in rows}.values())
 
 
