@@ -1,6 +1,6 @@
 """Builds the native library into python/imm/_native with whatever tools there are; installs nothing.
 
-    python bench/build_in_place.py [--cuda] [--out FOLDER] [--by-hand]
+    python bench/build_in_place.py [--cuda] [--out FOLDER] [--by-hand]      (IMM_TORCH_DIR as in setup.py)
 
 setup.py where it can run (setuptools, CMake, Ninja); else the same steps by hand with the compilers alone. CMakeLists.txt is
 the definition: the flags here that decide numbers (no contraction, one object per instruction set) are its own.
@@ -55,7 +55,7 @@ def with_setup(cuda: bool) -> int:
 
 def by_hand(cuda: bool, out: Path) -> None:
     """Compile every source and link. Raises RuntimeError with the compiler's output."""
-    compiler, package = os.environ.get("CXX", "c++"), Path(torch.__file__).parent
+    compiler, package = os.environ.get("CXX", "c++"), Path(os.environ.get("IMM_TORCH_DIR") or Path(torch.__file__).parent)
     schemas = ROOT / "python" / "imm" / "ops" / "schemas.py"
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)

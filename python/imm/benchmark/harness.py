@@ -28,7 +28,7 @@ class Effort:
 
 
 QUICK = Effort(4.0, 7, 100)
-FULL = Effort(12.0, 15, 300)
+FULL = Effort(12.0, 11, 300)
 
 
 def copy_peer(case: Case, device: torch.device) -> Peer:
