@@ -54,7 +54,7 @@ def section(folder: Path) -> str:
     versions = f"torch {e['torch']}, triton {e['triton'] or 'none'}, Python {e['python']}, imm {e['imm']}"
     parts = [
         f"## {'GPU' if e['cuda'] else 'CPU'}: {machine}",
-        f"{versions}, commit {e['commit'][:10]}{dirty}, {e['time'][:10]}.",
+        f"{versions}, commit {e['commit'][:10]}{dirty}, {e['time'][:10]}, {load}.",
     ]
     for _, of_op in groupby(read(folder / "rows.csv"), key=lambda row: row.op):
         cases = [list(rows) for _, rows in groupby(of_op, key=lambda row: (row.mode, row.shape, row.dtype))]
