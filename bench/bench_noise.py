@@ -1,0 +1,86 @@
+"""noise: standard normal numbers of each image's own. Every peer gives the same numbers, so torch.randn is none of them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from imm.benchmark.case import Case, Peer, Step
+from imm.functional import noise
+from imm.ops import noise as ops
+
+#: Images of CIFAR-10 and latents of ImageNet.
+SHAPES = ((256, 3 * 32 * 32), (256, 4 * 32 * 32))
+STEP = 3
+
+
+def preallocated(seeds: Tensor, numel: int) -> Step:
+    out = torch.empty(len(seeds), numel, device=seeds.device)
+
+    def step() -> tuple[Tensor, ...]:
+        torch.ops.imm.noise.out(seeds, numel, STEP, out=out)
+        return (out,)
+
+    return step
+
+
+def fresh(seeds: Tensor, numel: int) -> Step:
+    return lambda: (torch.ops.imm.noise(seeds, numel, STEP),)
+
+
+def user(seeds: Tensor, numel: int) -> Step:
+    return lambda: (noise(seeds, (numel,), STEP),)
+
+
+def reference(seeds: Tensor, numel: int) -> Step:
+    return lambda: (ops.noise(seeds, numel, STEP),)
+
+
+def compiled(seeds: Tensor, numel: int) -> Step:
+    form = torch.compile(ops.noise)
+    return lambda: (form(seeds, numel, STEP),)
+
+
+def triton(seeds: Tensor, numel: int) -> Step:
+    from imm_kernels.flow_step import noise as launch
+
+    return lambda: (launch(seeds, numel, STEP),)
+
+
+def case(B: int, D: int, device: torch.device) -> Case:
+    def inputs() -> tuple[Any, ...]:
+        return torch.randint(2**62, (B,), device=device), D
+
+    peers: dict[str, Peer] = {
+        "imm out=": preallocated,
+        "imm": fresh,
+        "imm as a user calls it": user,
+        "torch.compile of the reference": compiled,
+        "reference": reference,
+    }
+    if device.type == "cuda":
+        peers["triton"] = triton
+    return Case(
+        op="noise",
+        mode="normal",
+        shape={"B": B, "D": D},
+        dtype=torch.float32,
+        # I/O: read one int64 seed per image; write [B, D]. The arithmetic, not the bytes, is what takes the time.
+        bytes=4 * B * D + 8 * B,
+        # Per two numbers in float64: two uniforms (add, multiply), log, product, root, product, cos, sin, two products; the
+        # integer rounds of Philox are not counted.
+        flops=6 * B * D,
+        inputs=inputs,
+        # On the CPU, where the reference's arithmetic is float64 until the last rounding.
+        truth=lambda seeds, numel: (ops.noise(seeds.cpu(), numel, STEP).double().to(seeds.device),),
+        tolerances=(1e-6,),
+        peers=peers,
+    )
+
+
+def cases(device: torch.device, quick: bool) -> Iterator[Case]:
+    for shape in SHAPES[:1] if quick else SHAPES:
+        yield case(*shape, device)

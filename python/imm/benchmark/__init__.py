@@ -1,0 +1,10 @@
+"""The benchmark harness: op files in ``bench/`` declare inputs, peers, bytes and flops; what is here measures them.
+
+``case`` is what an op file declares, ``timing`` the clocks, ``harness`` the measurement, ``rows`` the table and the files,
+``environment`` the machine, ``docs`` the page made from committed rows.
+"""
+
+from imm.benchmark.case import Case, Claim, load, operations
+from imm.benchmark.harness import measure, run
+
+__all__ = ["Case", "Claim", "load", "measure", "operations", "run"]

@@ -1,0 +1,93 @@
+"""What an op file ``bench/bench_<op>.py`` declares.
+
+cases(device, quick)   its Cases, real shapes first; ``quick``: the first one only
+CLAIMS                 ratios of two peers that are published with their bound (optional)
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+#: One call of what is measured; returns what the accuracy check looks at.
+Step = Callable[[], tuple[Tensor, ...]]
+#: Takes the inputs and returns a Step. What a peer keeps across calls (preallocated outputs, compiled code) is made here.
+Peer = Callable[..., Step]
+COPY = "copy of the same bytes"
+
+
+@dataclass(frozen=True)
+class Case:
+    """One op at one shape.
+
+    inputs: makes one independent set of tensors; called once on the CPU, many times where buffers rotate.
+    truth: the inputs -> the right outputs in float64.
+    tolerances: per output, the largest error accepted of a peer, relative to the output's largest number.
+    bytes: what the algorithm must read and write once, whatever a peer does. flops: its arithmetic.
+    """
+
+    op: str
+    mode: str
+    shape: Mapping[str, int]
+    dtype: torch.dtype
+    bytes: int
+    flops: int
+    inputs: Callable[[], tuple[Any, ...]]
+    truth: Callable[..., tuple[Tensor, ...]]
+    tolerances: tuple[float, ...]
+    peers: Mapping[str, Peer]
+
+    @property
+    def size(self) -> str:
+        """The shape in words: "G=256 M=4 D=3072"."""
+        return " ".join(f"{name}={n}" for name, n in self.shape.items())
+
+
+@dataclass(frozen=True)
+class Claim:
+    """``slow`` takes ``at_least`` times (or at most ``at_most`` times) as long as ``fast``, on the CPU."""
+
+    slow: str
+    fast: str
+    at_least: float | None = None
+    at_most: float | None = None
+
+    def holds(self, ratio: float) -> bool:
+        return (self.at_least is None or ratio >= self.at_least) and (self.at_most is None or ratio <= self.at_most)
+
+    @property
+    def bound(self) -> str:
+        """The bound in words."""
+        return f"at least {self.at_least}" if self.at_least is not None else f"at most {self.at_most}"
+
+
+def folder() -> Path:
+    """The checkout's ``bench``. Raises FileNotFoundError where imm is an installed package without one."""
+    path = Path(__file__).resolve().parents[3] / "bench"
+    if not (path / "bench_mmd.py").is_file():
+        raise FileNotFoundError("bench: needs a checkout of the project (its folder bench/ declares what is measured)")
+    return path
+
+
+def operations() -> list[str]:
+    """The ops that have a file, by name."""
+    return sorted(path.stem.removeprefix("bench_") for path in folder().glob("bench_*.py"))
+
+
+def load(op: str) -> ModuleType:
+    """The op's file as a module. Raises ValueError for an op without one."""
+    if op not in operations():
+        raise ValueError(f"op: expected one of {operations()} or all, got {op!r}")
+    spec = importlib.util.spec_from_file_location(f"bench_{op}", folder() / f"bench_{op}.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module

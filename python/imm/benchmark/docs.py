@@ -1,0 +1,82 @@
+"""docs/performance.md from committed rows: nothing in it is typed by hand.
+
+python -m imm.benchmark.docs [FOLDER ...] > docs/performance.md      (default: every folder of bench/results)
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterable, Sequence
+from itertools import groupby
+from pathlib import Path
+
+from imm.benchmark.case import folder as bench_folder
+from imm.benchmark.case import load
+from imm.benchmark.rows import HEADINGS, Row, cells, ratios, read, title
+
+_HEAD = """# Performance
+
+Made by `python -m imm.benchmark.docs > docs/performance.md` from the rows in `bench/results`; figures are not edited by hand.
+
+Every row is the median of many calls; peers take turns (A B C A B C ...) in one process with a fixed number of threads. GB/s
+counts the bytes that the algorithm must move, whatever the peer moves. "x copy" is the time over that of a copy that moves as
+many bytes, measured in the same turns: 1 is the ceiling for work limited by memory. "error" is the largest difference from
+float64, relative to the largest number; a peer that is wrong is not timed. `imm bench all` measures your machine.
+"""
+
+
+def _markdown(lines: Iterable[Sequence[str]]) -> str:
+    first, *rest = (f"| {' | '.join(line)} |" for line in lines)
+    return "\n".join([first, f"|{'---|' * (first.count('|') - 1)}", *rest])
+
+
+def _claims(cases: Sequence[Sequence[Row]]) -> str:
+    """The published ratios of an op, one column per shape; empty for an op without any."""
+    asked = getattr(load(cases[0][0].op), "CLAIMS", ())
+    if not asked:
+        return ""
+    lines = [["ratio of medians", "bound", *(rows[0].shape for rows in cases)]]
+    for i, claim in enumerate(asked):
+        values = [ratios(rows, asked)[i][1] for rows in cases]
+        texts = ["not measured" if v is None else f"{v:.2f}{'' if claim.holds(v) else ' (missed)'}" for v in values]
+        lines.append([f"{claim.slow} / {claim.fast}", claim.bound, *texts])
+    return _markdown(lines) + "\n"
+
+
+def section(folder: Path) -> str:
+    """One results folder: the machine, then per op the published ratios and a table per case."""
+    e = json.loads((folder / "environment.json").read_text())
+    machine = f"{e['machine']}, {e['threads']} threads of {e['cores']} cores, {e['capability']}"
+    if e["cuda"]:
+        machine = f"{e['cuda']['name']}, driver {(e['cuda']['before'] or {}).get('driver_version', 'unknown')}"
+    dirty = " with changes" if e["dirty"] else ""
+    versions = f"torch {e['torch']}, triton {e['triton'] or 'none'}, Python {e['python']}, imm {e['imm']}"
+    parts = [
+        f"## {'GPU' if e['cuda'] else 'CPU'}: {machine}",
+        f"{versions}, commit {e['commit'][:10]}{dirty}, {e['time'][:10]}, {load}.",
+    ]
+    for _, of_op in groupby(read(folder / "rows.csv"), key=lambda row: row.op):
+        cases = [list(rows) for _, rows in groupby(of_op, key=lambda row: (row.mode, row.shape, row.dtype))]
+        if e["device"] == "cpu" and (text := _claims(cases)):
+            parts.append(text.rstrip())
+        for rows in cases:
+            parts += [f"### {title(rows[0])}", _markdown([HEADINGS, *(cells(row) for row in rows)])]
+    return "\n\n".join(parts) + "\n"
+
+
+def render(folders: Sequence[Path]) -> str:
+    """The page for these results folders."""
+    measured = {json.loads((folder / "environment.json").read_text())["device"] for folder in folders}
+    names = {"cpu": "CPU", "cuda": "GPU"}
+    absent = [f"## {name}\n\nnot measured\n" for device, name in names.items() if device not in measured]
+    return "\n".join([_HEAD, *map(section, folders), *absent])
+
+
+def committed() -> list[Path]:
+    """The results folders of the checkout."""
+    return sorted(path.parent for path in (bench_folder() / "results").glob("*/rows.csv"))
+
+
+if __name__ == "__main__":
+    print(render([Path(argument) for argument in sys.argv[1:]] or committed()), end="")

@@ -1,0 +1,129 @@
+"""Measures a Case: checks every peer against float64, then times the peers in turns (A B C A B C ...)."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from imm.benchmark import environment
+from imm.benchmark.case import COPY, Case, Peer, Step, load, operations
+from imm.benchmark.rows import OK, Row, append, claims, table
+from imm.benchmark.timing import Clock, clock, sets_of_buffers
+
+
+@dataclass(frozen=True)
+class Effort:
+    """How long a case is measured: rounds until ``seconds`` are over, within the bounds."""
+
+    seconds: float
+    least: int
+    most: int
+
+
+QUICK = Effort(4.0, 7, 100)
+FULL = Effort(12.0, 11, 300)
+
+
+def copy_peer(case: Case, device: torch.device) -> Peer:
+    """A copy that reads and writes as many bytes in all as the case must move: the ceiling of the same run."""
+
+    def prepare(*inputs: Any) -> Step:
+        source = torch.randn(max(1, case.bytes // 8), device=device)
+        target = torch.empty_like(source)
+        return lambda: (target.copy_(source),)
+
+    return prepare
+
+
+def errors(outputs: tuple[Tensor, ...], truth: tuple[Tensor, ...]) -> tuple[float, ...]:
+    """Per output the largest error relative to the largest true number; infinite for a wrong count, shape or NaN."""
+    if len(outputs) != len(truth):
+        return (float("inf"),)
+    found = []
+    for output, exact in zip(outputs, truth, strict=True):
+        if output.shape != exact.shape:
+            return (float("inf"),)
+        error = (output.detach().double() - exact).abs().max() / exact.abs().max()
+        found.append(float(error) if bool(torch.isfinite(error)) else float("inf"))
+    return tuple(found)
+
+
+def refusal(case: Case, found: tuple[float, ...]) -> str | None:
+    """Why a peer with these errors is not timed, or None."""
+    pairs = enumerate(zip(found, case.tolerances, strict=False))
+    wrong = [f"output {i}: {error:.1e} > {bound:.0e}" for i, (error, bound) in pairs if not error <= bound]
+    if len(found) != len(case.tolerances):
+        wrong = ["outputs of another number or shape"]
+    return f"refused: wrong, {'; '.join(wrong)}" if wrong else None
+
+
+def _ready(
+    case: Case, peer: Peer, sets: list[tuple[Any, ...]], truth: tuple[Tensor, ...], device: torch.device, row: Row
+) -> Clock | None:
+    """A peer's clock; None, with the reason in its row, where the peer does not run or is wrong."""
+    try:
+        ready = clock(device, [peer(*inputs) for inputs in sets])
+        found = errors(ready.outputs, truth)
+    except Exception as error:  # a peer may fail in any way; the others are still measured
+        reason = next(iter(str(error).splitlines()), "")
+        row.status = f"refused: {type(error).__name__}: {reason[:120]}"
+        return None
+    row.method, row.error = ready.method, max(found)
+    row.status = refusal(case, found) or OK
+    return ready if row.status == OK else None
+
+
+def measure(case: Case, device: torch.device, effort: Effort = FULL) -> list[Row]:
+    """One row per peer, the copy first. A peer that fails or is wrong has a row that says so, without a time."""
+    torch.manual_seed(0)
+    torch.compiler.reset()  # a peer compiles for this shape, as in a program that uses one
+    sets = [case.inputs() for _ in range(sets_of_buffers(device, case.bytes))]
+    truth = case.truth(*sets[0])
+    clocks: dict[str, Clock] = {COPY: clock(device, [copy_peer(case, device)(*inputs) for inputs in sets])}
+    rows = {COPY: Row.of(case, device, peer=COPY, status=OK, method=clocks[COPY].method)}
+    for name, peer in case.peers.items():
+        rows[name] = Row.of(case, device, peer=name)
+        if ready := _ready(case, peer, sets, truth, device, rows[name]):
+            clocks[name] = ready
+    samples: dict[str, list[float]] = {name: [] for name in clocks}
+    start, rounds = time.perf_counter(), 0
+    while rounds < effort.least or (rounds < effort.most and time.perf_counter() - start < effort.seconds):
+        for name, ready in clocks.items():
+            samples[name].append(ready.sample())
+        rounds += 1
+    copy = statistics.median(samples[COPY])
+    for name, seconds in samples.items():
+        rows[name].timed(seconds, copy)
+    return list(rows.values())
+
+
+def run(op: str, device: torch.device, out: Path | None, *, quick: bool, say: Callable[[str], None] = print) -> list[Row]:
+    """Measure an op ("all": every one), print a table per case, and append rows and the environment to the folder ``out``.
+
+    Raises ValueError for an op without a file, FileNotFoundError outside a checkout.
+    """
+    chosen = operations() if op == "all" else [op]
+    modules = {name: load(name) for name in chosen}
+    torch.set_num_threads(torch.get_num_threads())  # from here on a fixed number
+    recorded = environment.record(device)
+    rows: list[Row] = []
+    for module in modules.values():
+        for case in module.cases(device, quick):
+            measured = measure(case, device, QUICK if quick else FULL)
+            for row in measured:
+                row.commit, row.machine = recorded["commit"], recorded["machine"]
+            rows += measured
+            say(table(measured))
+            say(claims(measured, getattr(module, "CLAIMS", ())))
+            if out is not None:
+                append(out, measured)
+    if out is not None:
+        environment.write(out, {**recorded, "after": environment.clocks(device)})
+    return rows

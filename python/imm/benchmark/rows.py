@@ -1,0 +1,148 @@
+"""Rows, their files and the tables made of them."""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from imm.benchmark.case import COPY, Case, Claim
+
+OK = "ok"
+
+
+@dataclass
+class Row:
+    """One peer at one case. Times in microseconds; None where there is none: refused, or not applicable.
+
+    error: the largest relative error against float64. ratio_to_copy: median over that of the copy in the same run.
+    """
+
+    op: str
+    mode: str
+    shape: str
+    dtype: str
+    device: str
+    peer: str = ""
+    status: str = ""
+    method: str = ""
+    threads: int = 0
+    rounds: int = 0
+    median_us: float | None = None
+    p20_us: float | None = None
+    p80_us: float | None = None
+    bytes: int = 0
+    gb_per_s: float | None = None
+    ratio_to_copy: float | None = None
+    flops: int = 0
+    gflop_per_s: float | None = None
+    error: float | None = None
+    machine: str = ""
+    commit: str = ""
+
+    @classmethod
+    def of(cls, case: Case, device: torch.device, **values: Any) -> Row:
+        """A row of a case, not timed yet."""
+        dtype = str(case.dtype).removeprefix("torch.")
+        threads = torch.get_num_threads()
+        known: dict[str, Any] = {
+            "bytes": case.bytes,
+            "flops": case.flops,
+            "threads": threads,
+            "device": device.type,
+            "dtype": dtype,
+        }
+        return cls(op=case.op, mode=case.mode, shape=case.size, **known, **values)
+
+    def timed(self, seconds: Sequence[float], copy: float) -> None:
+        """Fill in the times, from samples and the median of the copy, in seconds."""
+        ordered = torch.tensor(sorted(seconds), dtype=torch.float64)
+        p20, median, p80 = (float(torch.quantile(ordered, q)) for q in (0.2, 0.5, 0.8))
+        self.rounds = len(seconds)
+        self.p20_us, self.median_us, self.p80_us = (round(1e6 * t, 3) for t in (p20, median, p80))
+        self.gb_per_s = round(self.bytes / median * 1e-9, 4)
+        self.ratio_to_copy = round(median / copy, 4)
+        self.gflop_per_s = None if self.peer == COPY else round(self.flops / median * 1e-9, 4)
+
+
+COLUMNS = tuple(field.name for field in fields(Row))
+
+
+def append(folder: Path, rows: Iterable[Row]) -> None:
+    """Add rows to ``rows.csv`` and ``rows.jsonl`` of the folder."""
+    folder.mkdir(parents=True, exist_ok=True)
+    values = [asdict(row) for row in rows]
+    with (folder / "rows.csv").open("a", newline="") as file:
+        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
+        if file.tell() == 0:
+            writer.writeheader()
+        writer.writerows(values)
+    with (folder / "rows.jsonl").open("a") as file:
+        file.writelines(json.dumps(value) + "\n" for value in values)
+
+
+_PARSERS: dict[Any, Callable[[str], Any]] = {"str": str, "int": int, "float | None": lambda text: float(text) if text else None}
+
+
+def read(path: Path) -> list[Row]:
+    """The rows of a ``rows.csv``; of rows with the same op, mode, shape, dtype, device, peer and commit the last."""
+    with path.open(newline="") as file:
+        rows = [Row(**{f.name: _PARSERS[f.type](line[f.name]) for f in fields(Row)}) for line in csv.DictReader(file)]
+    return list({(r.op, r.mode, r.shape, r.dtype, r.device, r.peer, r.commit): r for r in rows}.values())
+
+
+def duration(us: float | None) -> str:
+    """A time with a unit that suits it."""
+    if us is None:
+        return "-"
+    return f"{us / 1e3:.2f} ms" if us >= 1e3 else f"{us:.1f} us"
+
+
+def cells(row: Row) -> list[str]:
+    """A row as text: peer, median, p20 to p80, GB/s, ratio to the copy, error."""
+    if row.median_us is None:
+        return [row.peer, row.status, "", "", "", ""]
+    error = "" if row.error is None else f"{row.error:.0e}"
+    spread = f"{duration(row.p20_us)} to {duration(row.p80_us)}"
+    return [row.peer, duration(row.median_us), spread, f"{row.gb_per_s:.1f}", f"{row.ratio_to_copy:.2f}", error]
+
+
+HEADINGS = ("peer", "median", "p20 to p80", "GB/s", "x copy", "error")
+
+
+def title(row: Row) -> str:
+    """What the rows of a case share, in words."""
+    where = f"{row.device}, {row.threads} threads" if row.device == "cpu" else row.device
+    return f"{row.op} {row.mode}, {row.shape}, {row.dtype}, {where}, {row.bytes / 1e6:.1f} MB compulsory"
+
+
+def table(rows: Sequence[Row]) -> str:
+    """The rows of one case, aligned."""
+    lines = [list(HEADINGS), *(cells(row) for row in rows)]
+    # A reason is longer than a time and has its line to itself.
+    widths = [max(len(line[i]) for line in lines if i != 1 or line[2]) for i in range(len(HEADINGS))]
+    texts = []
+    for line in lines:
+        first, *others = (cell.rjust(width) for cell, width in zip(line, widths, strict=True))
+        texts.append("  ".join(["  " + first.strip().ljust(widths[0]), *others]).rstrip())
+    return "\n".join([title(rows[0]), *texts])
+
+
+def ratios(rows: Sequence[Row], asked: Sequence[Claim]) -> list[tuple[Claim, float | None]]:
+    """Each claim with its measured ratio of medians, None where one of the two was not timed."""
+    times = {row.peer: row.median_us for row in rows if row.median_us is not None}
+    return [(c, times[c.slow] / times[c.fast] if c.slow in times and c.fast in times else None) for c in asked]
+
+
+def claims(rows: Sequence[Row], asked: Sequence[Claim]) -> str:
+    """The published ratios of one case, a line each; they are about the CPU."""
+    lines = []
+    for claim, ratio in ratios(rows, asked) if rows[0].device == "cpu" else []:
+        verdict = "not measured" if ratio is None else f"{ratio:.2f} ({'holds' if claim.holds(ratio) else 'DOES NOT HOLD'})"
+        lines.append(f"  {claim.slow} / {claim.fast}, {claim.bound}: {verdict}")
+    return "\n".join([*lines, ""])

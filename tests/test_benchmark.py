@@ -1,0 +1,261 @@
+"""The harness: who is refused, whose turn it is, what the rows say; the op files on small shapes; the page made of rows.
+
+The CUDA clock is tested on its structure, with the calls into CUDA replaced: no figure of a GPU comes from here.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import csv
+import itertools
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from click.testing import CliRunner
+from torch import Tensor
+
+from imm.benchmark import Case, Claim, case, docs, environment, harness, load, measure, operations, rows, timing
+from imm.cli import main
+
+CPU = torch.device("cpu")
+BRIEF = harness.Effort(0.0, 5, 5)
+SMALL = {"mmd": (2, 4, 24), "flow_step": (2, 3, 4, 4), "noise": (3, 10)}
+
+
+def doubling(**peers: Callable[..., Any]) -> Case:
+    """An op that doubles 1000 numbers."""
+    return Case(
+        op="double",
+        mode="forward",
+        shape={"N": 1000},
+        dtype=torch.float32,
+        bytes=8000,
+        flops=1000,
+        inputs=lambda: (torch.randn(1000),),
+        truth=lambda x: (2.0 * x.double(),),
+        tolerances=(1e-6,),
+        peers=peers,
+    )
+
+
+def by(function: Callable[[Tensor], Tensor]) -> Callable[..., Any]:
+    return lambda x: lambda: (function(x),)
+
+
+def broken(x: Tensor) -> Tensor:
+    raise RuntimeError("no such luck\nsecond line")
+
+
+def late(x: Tensor) -> Tensor:
+    time.sleep(0.005)
+    return 2 * x
+
+
+def test_wrong_and_broken_peers_are_refused_and_a_slow_one_is_slower() -> None:
+    peers = {"right": lambda x: 2 * x, "late": late, "wrong": lambda x: 2.001 * x, "nan": lambda x: x * float("nan")}
+    peers |= {"short": lambda x: 2 * x[1:], "broken": broken}
+    found = {row.peer: row for row in measure(doubling(**{name: by(f) for name, f in peers.items()}), CPU, BRIEF)}
+    assert list(found) == [case.COPY, *peers]
+    assert found["wrong"].status == "refused: wrong, output 0: 5.0e-04 > 1e-06"
+    assert found["nan"].status == "refused: wrong, output 0: inf > 1e-06"
+    assert found["short"].status.startswith("refused: wrong")
+    assert found["broken"].status == "refused: RuntimeError: no such luck"
+    for name in ("wrong", "nan", "short", "broken"):
+        assert found[name].median_us is None
+        assert found[name].ratio_to_copy is None
+    right, slow = found["right"], found["late"]
+    assert right.status == slow.status == rows.OK
+    assert right.median_us is not None
+    assert slow.median_us is not None
+    assert slow.median_us > max(5000.0, 2 * right.median_us)
+    assert right.gb_per_s == pytest.approx(8000 / right.median_us * 1e-3, rel=0.01)
+    assert found[case.COPY].ratio_to_copy == 1.0
+    assert "refused: wrong" in rows.table(list(found.values()))
+
+
+def test_outputs_of_another_number_are_refused() -> None:
+    (row,) = [r for r in measure(doubling(two=lambda x: lambda: (2 * x, x)), CPU, BRIEF) if r.peer == "two"]
+    assert row.status.startswith("refused: wrong")
+
+
+def test_peers_take_turns() -> None:
+    calls: list[str] = []
+
+    def noting(name: str) -> Callable[..., Any]:
+        return by(lambda x: (calls.append(name), 2 * x)[1])
+
+    found = measure(doubling(a=noting("a"), b=noting("b"), c=noting("c")), CPU, BRIEF)
+    assert "".join(calls[-15:]) == "abc" * 5
+    assert all(row.rounds == 5 and row.threads == torch.get_num_threads() for row in found)
+
+
+def test_csv_has_the_columns_and_comes_back(tmp_path: Path) -> None:
+    measured = measure(doubling(right=by(lambda x: 2 * x), broken=by(broken)), CPU, BRIEF)
+    rows.append(tmp_path, measured[:1])
+    rows.append(tmp_path, measured[1:])
+    with (tmp_path / "rows.csv").open(newline="") as file:
+        reader = csv.DictReader(file)
+        lines = list(reader)
+    wanted = {"op", "peer", "mode", "shape", "dtype", "machine", "commit", "median_us", "p20_us", "p80_us", "bytes", "threads"}
+    assert tuple(reader.fieldnames or ()) == rows.COLUMNS
+    assert wanted <= set(rows.COLUMNS)
+    assert [line["peer"] for line in lines] == [case.COPY, "right", "broken"]
+    assert rows.read(tmp_path / "rows.csv") == measured
+    assert [json.loads(text)["peer"] for text in (tmp_path / "rows.jsonl").read_text().splitlines()] == [
+        r.peer for r in measured
+    ]
+    rows.append(tmp_path, measured)  # measured again: the last counts
+    assert len(rows.read(tmp_path / "rows.csv")) == 3
+
+
+def test_every_op_file_declares_right_peers() -> None:
+    assert set(operations()) == set(SMALL)
+    for op, shape in SMALL.items():
+        declared = load(op).case(*shape, CPU)
+        inputs = declared.inputs()
+        truth = declared.truth(*inputs)
+        assert len(declared.tolerances) == len(truth)
+        for name, peer in declared.peers.items():
+            if "compile" not in name:
+                assert harness.refusal(declared, harness.errors(peer(*inputs)(), truth)) is None, (op, name)
+        assert next(iter(load(op).cases(CPU, quick=True))).op == op
+
+
+def test_compulsory_bytes_and_flops() -> None:
+    """3 G M D and 4 B D numbers of 4 bytes, besides what each group or image has one of."""
+    mmd = load("mmd").case(256, 4, 3072, CPU)
+    assert mmd.bytes == 4 * (3 * 256 * 4 * 3072 + 2 * 256)
+    assert mmd.flops == 6 * 256 * 3072 * 28
+    assert load("flow_step").case(2, 3, 4, 5, CPU).bytes == 4 * 4 * 2 * 60 + 3 * 8 * 2
+    assert load("noise").case(3, 10, CPU).bytes == 4 * 30 + 8 * 3
+    source, target = (t.nbytes for t in _copied(mmd))
+    assert source + target == pytest.approx(mmd.bytes, abs=8)
+
+
+def _copied(declared: Case) -> tuple[Tensor, Tensor]:
+    step = harness.copy_peer(declared, CPU)()
+    return step()[0], step()[0]
+
+
+def test_claims() -> None:
+    fast, slow = Claim("b", "a", at_least=2.0), Claim("b", "a", at_most=2.0)
+    assert (fast.holds(2.5), fast.holds(1.5), slow.holds(1.5), slow.holds(2.5)) == (True, False, True, False)
+    measured = measure(doubling(a=by(lambda x: 2 * x), b=by(late)), CPU, BRIEF)
+    text = rows.claims(measured, (fast, slow, Claim("b", "nobody", at_least=1.0)))
+    assert "b / a, at least 2.0: " in text
+    assert "(holds)" in text
+    assert "DOES NOT HOLD" in text
+    assert "b / nobody, at least 1.0: not measured" in text
+
+
+def test_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    module = SimpleNamespace(cases=lambda device, quick: [doubling(right=by(lambda x: 2 * x))], CLAIMS=())
+    monkeypatch.setattr(harness, "load", lambda op: module)
+    monkeypatch.setattr(harness, "QUICK", BRIEF)
+    result = CliRunner().invoke(main, ["bench", "noise", "--quick", "--device=cpu", "--out", str(tmp_path)])
+    assert result.exit_code == 0, result.output
+    assert "double forward, N=1000" in result.output
+    assert {p.name for p in tmp_path.iterdir()} == {"rows.csv", "rows.jsonl", "environment.json"}
+    recorded = json.loads((tmp_path / "environment.json").read_text())
+    assert {"machine", "threads", "torch", "triton", "imm", "commit", "dirty", "capability", "implementations"} <= set(recorded)
+    assert {row.commit for row in rows.read(tmp_path / "rows.csv")} == {recorded["commit"]}
+    wrong = CliRunner().invoke(main, ["bench", "nothing"])
+    assert wrong.exit_code == 1
+    assert wrong.output.startswith("Error: op: expected one of ['flow_step', 'mmd', 'noise'] or all")
+
+
+def test_without_a_checkout_one_line_says_so(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(case, "__file__", str(tmp_path / "site-packages" / "imm" / "benchmark" / "case.py"))
+    result = CliRunner().invoke(main, ["bench", "all", "--device=cpu"])
+    assert result.exit_code == 1
+    assert result.output == "Error: bench: needs a checkout of the project (its folder bench/ declares what is measured)\n"
+
+
+def test_environment_names_the_commit_without_git(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(environment, "_ROOT", tmp_path)
+    monkeypatch.setenv("IMM_COMMIT", "abc")
+    assert environment.commit() == ("abc", None)
+
+
+def test_the_page_is_made_of_the_committed_rows() -> None:
+    page = Path(docs.__file__).parents[3] / "docs" / "performance.md"
+    assert page.read_text() == docs.render(docs.committed())
+    assert "not measured" in docs.render([])
+
+
+class _FakeCuda:
+    """Records the calls of the CUDA clock; a replay runs the captured steps' effects by itself."""
+
+    def __init__(self, capturable: bool) -> None:
+        self.log: list[str] = []
+        self.now = itertools.count()
+        self.capturable, self.kept = capturable, torch.zeros(3)
+        outer = self
+
+        class Event:
+            def __init__(self, enable_timing: bool) -> None:
+                assert enable_timing
+
+            def record(self) -> None:
+                outer.log.append("event")
+
+            def synchronize(self) -> None:
+                outer.log.append("wait")
+
+            def elapsed_time(self, end: Event) -> float:
+                return 8.0
+
+        self.Event = Event
+        self.Stream = lambda: SimpleNamespace(wait_stream=lambda other: None)
+        self.current_stream = self.Stream
+        self.stream = lambda side: contextlib.nullcontext()
+        self.synchronize = lambda: None
+        self.CUDAGraph = lambda: SimpleNamespace(replay=self.replay)
+
+    def replay(self) -> None:
+        self.log.append("replay")
+        self.kept.fill_(7.0)
+
+    @contextlib.contextmanager
+    def graph(self, graph: Any) -> Any:
+        self.log.append("capture")
+        if not self.capturable:
+            raise RuntimeError("operation not permitted when stream is capturing\nmore")
+        yield
+
+
+def test_cuda_clock_replays_a_graph_of_rotating_sets(monkeypatch: pytest.MonkeyPatch) -> None:
+    fake = _FakeCuda(capturable=True)
+    monkeypatch.setattr(torch, "cuda", fake)
+    steps = [lambda: (fake.kept,), *([lambda: (torch.zeros(3),)] * 7)]
+    clock = timing.clock(torch.device("cuda"), steps)
+    assert clock.method == "graph of 8 sets"
+    assert clock.outputs[0].tolist() == [7.0] * 3  # written by a replay, after the captured outputs were cleared
+    fake.log.clear()
+    assert clock.sample() == pytest.approx(1e-3)  # 8 ms over 8 sets
+    assert fake.log == ["event", "replay", "event", "wait"]
+
+
+def test_cuda_clock_without_a_graph_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    fake = _FakeCuda(capturable=False)
+    monkeypatch.setattr(torch, "cuda", fake)
+    clock = timing.clock(torch.device("cuda"), [lambda: (fake.kept,)] * 8)
+    assert clock.method == "events over 8 sets, no graph: operation not permitted when stream is capturing"
+    fake.log.clear()
+    assert clock.sample() == pytest.approx(1e-3)
+    assert fake.log == ["event", "event", "wait"]
+
+
+def test_buffers_exceed_the_cache() -> None:
+    cuda = torch.device("cuda")
+    for size in (1_000, 12_000_000, 10**9):
+        count = timing.sets_of_buffers(cuda, size)
+        assert count >= 8
+        assert count * size >= 400e6
+    assert timing.sets_of_buffers(CPU, 1_000) == 1
