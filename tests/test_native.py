@@ -8,7 +8,6 @@ import itertools
 import json
 import os
 import random
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -360,34 +359,3 @@ def test_a_library_for_another_torch_is_refused(tmp_path: Path) -> None:
     (tmp_path / "build.json").write_text("{")
     assert "unreadable" in str(native.refusal(tmp_path))
     assert native.refusal(tmp_path / "nowhere") == "not built: this is the pure install"
-
-
-@pytest.mark.full
-def test_build_switches(tmp_path: Path) -> None:
-    """A broken compiler gives the pure install in auto and an error in 1; 0 builds nothing; a misspelt switch is refused."""
-    root = Path(__file__).parent.parent
-    if not (root / "setup.py").exists():
-        pytest.skip("needs the source tree")
-    ignore = shutil.ignore_patterns("build", ".git", ".venv", "*.so", "build.json", "*.egg-info")
-    tree = shutil.copytree(root, tmp_path / "tree", ignore=ignore)
-
-    def build(**environment: str) -> subprocess.CompletedProcess[str]:
-        command = [sys.executable, "setup.py", "-q", "build_ext", "--inplace"]
-        env = {**os.environ, "CXX": "/bin/false", "IMM_BUILD_CUDA": "0", **environment}
-        return subprocess.run(command, cwd=tree, env=env, capture_output=True, text=True, check=False)
-
-    def files() -> list[Path]:
-        return [*(tree / "python/imm/_native").glob("*.so"), *(tree / "python/imm/_native").glob("build.json")]
-
-    auto, demanded, none, misspelt = (build(IMM_BUILD_NATIVE=value) for value in ("auto", "1", "0", "yes"))
-    assert auto.returncode == 0, auto.stderr
-    assert "imm: pure install: the native build failed" in auto.stderr
-    assert demanded.returncode != 0
-    assert "asked for and failed" in demanded.stderr
-    assert none.returncode == 0, none.stderr
-    assert "imm: pure install: IMM_BUILD_NATIVE=0" in none.stderr
-    assert "expected auto, 0 or 1, got 'yes'" in misspelt.stderr
-    assert not files()
-    cuda = build(IMM_BUILD_CUDA="1", IMM_TORCH_DIR="")
-    if torch.version.cuda is None:
-        assert "IMM_BUILD_CUDA=1, but torch" in cuda.stderr

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import op_samples
 import pytest
@@ -31,6 +33,15 @@ def sample(name: str, variant: str, dtype: torch.dtype, device: str) -> tuple[tu
 
 def test_every_op_has_samples_and_an_implementation() -> None:
     assert set(OPS) == set(SAMPLES) == set(dispatch.names())
+
+
+def test_the_documented_table_is_the_dispatch_table() -> None:
+    text = (Path(__file__).parents[1] / "docs" / "architecture.md").read_text()
+    rows = re.findall(r"^\| `imm::(\w+)` \|.*\| ([\w, ]+) \|$", text, re.MULTILINE)
+    documented = {name: implementations.split(", ") for name, implementations in rows}
+    request = dispatch.Request(torch.device("cpu"), torch.float32)
+    ops = [op for op in dispatch.names() if not op.endswith(("_bwd", ".out"))]
+    assert documented == {op: [name for name, _ in dispatch.explain(op, request)] for op in ops}
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)

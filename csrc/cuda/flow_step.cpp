@@ -1,7 +1,7 @@
-// imm::flow_step, imm::flow_step_bwd and imm::noise on CUDA: checks, allocation, registration. The kernels are in
+// imm::flow_step and imm::flow_step_bwd on CUDA: checks, allocation, registration. The kernels are in
 // flow_step.cu.
 //
-// python/imm/ops/flow_step.py and noise.py are the reference, error texts included. Nothing here waits for the device.
+// python/imm/ops/flow_step.py is the reference, error texts included. Nothing here waits for the device.
 #include "flow_step.h"
 
 #include <ATen/core/Tensor.h>
@@ -30,13 +30,6 @@ Type type_of(const Tensor& tensor) {
     default:  // the checks leave float32
       return Type::kFloat32;
   }
-}
-
-// A [1] or [B] tensor as the kernels take it; absent is a null pointer.
-template <typename T>
-PerImage<T> per_image(const std::optional<Tensor>& value) {
-  if (!value) return {};
-  return {value->const_data_ptr<T>(), value->size(0) == 1 ? 0 : value->stride(0)};
 }
 
 int64_t row_length(const Tensor& x) { return x.size(0) == 0 ? 0 : x.numel() / x.size(0); }
@@ -94,26 +87,11 @@ std::tuple<Tensor, Tensor, Tensor> flow_step_bwd(const Tensor& grad, const Tenso
   return {grad_x, grad_g, grad_uncond};
 }
 
-// seeds [B] int64 -> [B, numel] float32, N(0, 1).
-Tensor noise(const Tensor& seeds, int64_t numel, int64_t step) {
-  check_noise(seeds, numel, step);
-  Noise p;
-  p.seeds = per_image<int64_t>(seeds);
-  p.B = seeds.size(0);
-  p.D = numel;
-  p.step = static_cast<uint64_t>(step);
-  Tensor normal = at::empty({p.B, p.D}, seeds.options().dtype(at::kFloat));
-  p.normal = normal.mutable_data_ptr<float>();
-  launch_on_device_of(seeds, [&](cudaStream_t stream) { return launch_noise_kernel(p, stream); });
-  return normal;
-}
-
 }  // namespace
 
 TORCH_LIBRARY_IMPL(imm, CUDA, m) {
   m.impl("flow_step", TORCH_FN(flow_step));
   m.impl("flow_step_bwd", TORCH_FN(flow_step_bwd));
-  m.impl("noise", TORCH_FN(noise));
 }
 
 }  // namespace imm::cuda

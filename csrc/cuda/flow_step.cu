@@ -2,38 +2,15 @@
 //
 // Rows are images: x, x_s [B, D] of the state's type, g, g_u [B, D] of the network's type; coefficients float64, one
 // per image or one for all, read from device memory (a captured graph follows them). n is the Philox noise of
-// ../philox.h. Arithmetic is float32, float64 for a float64 state. Moves 3 B D elements, 4 with guidance, once; a chunk
+// normals.cuh. Arithmetic is float32, float64 for a float64 state. Moves 3 B D elements, 4 with guidance, once; a chunk
 // of a row per thread.
-#include "../philox.h"
 #include "flow_step.h"
 #include "launch.cuh"
+#include "normals.cuh"
 #include "vectors.cuh"
 
 namespace imm::cuda {
 namespace {
-
-template <typename T>
-__device__ __forceinline__ T at(const PerImage<T>& values, int64_t b) {
-  return values.ptr[b * values.stride];
-}
-
-// The elements of chunk q that lie in the row.
-template <bool kVector, int N>
-__device__ __forceinline__ int count_in_row(int64_t q, int64_t D) {
-  if constexpr (kVector) return N;
-  return static_cast<int>(D - q * N < N ? D - q * N : N);
-}
-
-// n of chunk q, rounded to float32 as imm::noise returns it.
-template <int N>
-__device__ __forceinline__ void normals(uint64_t seed, uint64_t step, int64_t q, float (&n)[N]) {
-#pragma unroll
-  for (int i = 0; i < N; i += 4) {
-    const NormalBlock block = philox_normals(philox_block(seed, step, static_cast<uint64_t>(q * (N / 4) + i / 4)));
-#pragma unroll
-    for (int j = 0; j < 4; ++j) n[i + j] = static_cast<float>(block.value[j]);
-  }
-}
 
 template <typename State, typename Output, bool kHasNoise, bool kVector>
 __global__ void __launch_bounds__(kMaxThreads) flow_step_fwd_kernel(const FlowStepForward p) {
@@ -99,19 +76,6 @@ __global__ void __launch_bounds__(kMaxThreads) flow_step_bwd_kernel(const FlowSt
   });
 }
 
-template <bool kVector>
-__global__ void __launch_bounds__(kMaxThreads) noise_kernel(const Noise p) {
-  constexpr int N = kChunk<float>;
-  for_each_row(p.B, [&](int64_t b) {
-    const uint64_t seed = static_cast<uint64_t>(at(p.seeds, b));
-    for_each_chunk(ceil_div(p.D, N), [&](int64_t q) {
-      float n[N];
-      normals(seed, p.step, q, n);
-      store_chunk<kVector>(p.normal + b * p.D + q * N, count_in_row<kVector, N>(q, p.D), n);
-    });
-  });
-}
-
 // Calls launch(T{}) with the type that a tag names.
 template <typename Launch>
 cudaError_t with_type(Type type, Launch&& launch) {
@@ -132,12 +96,6 @@ cudaError_t with_type(Type type, Launch&& launch) {
 template <typename Launch>
 cudaError_t with_types(Type state, Type output, Launch&& launch) {
   return with_type(state, [&](auto s) { return with_type(output, [&](auto o) { return launch(s, o); }); });
-}
-
-// Calls launch(std::true_type or std::false_type): a run-time choice between two kernels.
-template <typename Launch>
-cudaError_t with_flag(bool flag, Launch&& launch) {
-  return flag ? launch(std::true_type{}) : launch(std::false_type{});
 }
 
 }  // namespace
@@ -164,13 +122,6 @@ cudaError_t launch_flow_step_bwd_kernel(const FlowStepBackward& p, cudaStream_t 
       const auto kernel = flow_step_bwd_kernel<decltype(state), decltype(output), decltype(wide)::value>;
       return launch_rows(kernel, p.B, ceil_div(p.D, N), stream, p);
     });
-  });
-}
-
-cudaError_t launch_noise_kernel(const Noise& p, cudaStream_t stream) {
-  constexpr int N = kChunk<float>;
-  return with_flag(p.D % N == 0 && aligned16(p.normal), [&](auto wide) {
-    return launch_rows(noise_kernel<decltype(wide)::value>, p.B, ceil_div(p.D, N), stream, p);
   });
 }
 

@@ -6,16 +6,11 @@
 
 #include <cstdint>
 
+#include "per_image.h"
+
 namespace imm::cuda {
 
 enum class Type : uint8_t { kFloat32, kFloat64, kBFloat16, kFloat16 };
-
-// One number per image in device memory, or one for all (stride 0).
-template <typename T>
-struct PerImage {
-  const T* ptr = nullptr;
-  int64_t stride = 0;
-};
 
 struct FlowStepForward {
   const void* x = nullptr;         // [B, D] of type state
@@ -39,15 +34,7 @@ struct FlowStepBackward {
   Type state = Type::kFloat32, output = Type::kFloat32;
 };
 
-struct Noise {
-  float* normal = nullptr;  // [B, D]
-  PerImage<int64_t> seeds;
-  uint64_t step = 0;
-  int64_t B = 0, D = 0;
-};
-
 cudaError_t launch_flow_step_fwd_kernel(const FlowStepForward& p, cudaStream_t stream);
 cudaError_t launch_flow_step_bwd_kernel(const FlowStepBackward& p, cudaStream_t stream);
-cudaError_t launch_noise_kernel(const Noise& p, cudaStream_t stream);
 
 }  // namespace imm::cuda

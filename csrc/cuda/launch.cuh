@@ -10,6 +10,7 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <type_traits>
 
 namespace imm::cuda {
 
@@ -36,6 +37,12 @@ cudaError_t launch_rows(void (*kernel)(Params...), int64_t rows, int64_t chunks,
                   static_cast<unsigned>(std::min(rows, kMaxGridY)));
   kernel<<<grid, static_cast<unsigned>(threads), 0, stream>>>(args...);
   return cudaGetLastError();
+}
+
+// Calls launch(std::true_type or std::false_type): a run-time choice between two kernels.
+template <typename Launch>
+cudaError_t with_flag(bool flag, Launch&& launch) {
+  return flag ? launch(std::true_type{}) : launch(std::false_type{});
 }
 
 // Calls row(b) for this block's rows.

@@ -1,4 +1,5 @@
-// Number types and the memory accesses of one chunk: 16 bytes at a time, or one element at a time with a bound.
+// Number types, coefficients and the memory accesses of one chunk: 16 bytes at a time, or one element at a time with a
+// bound.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -7,6 +8,8 @@
 #include <algorithm>
 #include <cstring>
 #include <type_traits>
+
+#include "per_image.h"
 
 namespace imm::cuda {
 
@@ -33,6 +36,19 @@ __device__ __forceinline__ To convert(From value) {
   } else {
     return static_cast<To>(value);
   }
+}
+
+// The number of image b.
+template <typename T>
+__device__ __forceinline__ T at(const PerImage<T>& values, int64_t b) {
+  return values.ptr[b * values.stride];
+}
+
+// The elements of chunk q that lie in the row.
+template <bool kVector, int N>
+__device__ __forceinline__ int count_in_row(int64_t q, int64_t D) {
+  if constexpr (kVector) return N;
+  return static_cast<int>(D - q * N < N ? D - q * N : N);
 }
 
 // Reads value[i] = ptr[i] for i < count, with 16-byte accesses (and count == N) where kVector; the rest is 0.

@@ -31,21 +31,22 @@ def _check(
 ) -> None:
     if x.dim() < 1 or g.shape != x.shape:
         raise ValueError(f"x and g: expected the same shape [B, ...], got {list(x.shape)} and {list(g.shape)}")
-    if x.dtype not in DTYPES or g.dtype not in DTYPES:
-        raise TypeError(f"x and g: expected floating dtypes of 16, 32 or 64 bits, got {x.dtype} and {g.dtype}")
+    for name, value in (("x", x), ("g", g)):
+        if value.dtype not in DTYPES:
+            raise TypeError(f"{name}: expected a floating dtype of 16, 32 or 64 bits, got {value.dtype}")
     if (g_uncond is None) != (guidance is None):
         raise ValueError("g_uncond and guidance: expected both or neither")
     if (c_noise is None) != (seeds is None):
         raise ValueError("c_noise and seeds: expected both or neither")
     if g_uncond is not None and (g_uncond.shape != g.shape or g_uncond.dtype != g.dtype):
         raise ValueError(f"g_uncond: expected {list(g.shape)} of {g.dtype}, got {list(g_uncond.shape)} of {g_uncond.dtype}")
-    for name, value in (("c_skip", c_skip), ("c_out", c_out), ("guidance", guidance), ("c_noise", c_noise)):
-        if value is None:
+    for name, number in (("c_skip", c_skip), ("c_out", c_out), ("guidance", guidance), ("c_noise", c_noise)):
+        if number is None:
             continue
-        if value.dim() != 1 or value.shape[0] not in (1, x.shape[0]):
-            raise ValueError(f"{name}: expected [1] or [{x.shape[0]}], got {list(value.shape)}")
-        if value.dtype != torch.float64:
-            raise TypeError(f"{name}: expected float64, got {value.dtype}")
+        if number.dim() != 1 or number.shape[0] not in (1, x.shape[0]):
+            raise ValueError(f"{name}: expected [1] or [{x.shape[0]}], got {list(number.shape)}")
+        if number.dtype != torch.float64:
+            raise TypeError(f"{name}: expected float64, got {number.dtype}")
     if seeds is not None:
         if seeds.shape != x.shape[:1]:
             raise ValueError(f"seeds: expected one per image, [{x.shape[0]}], got {list(seeds.shape)}")

@@ -1,6 +1,7 @@
 """Loads the native library, once; importing this never raises.
 
-``build.json`` beside the library says what it was built for and is read first: a library for another torch is not loaded.
+``build.json`` beside the library says what it was built for, or why it was not, and is read first: a library for another torch
+is not loaded.
 ``IMM_NATIVE=0`` asks for none; ``IMM_NATIVE_DIR`` names another folder to load from (a sanitizer build).
 """
 
@@ -30,6 +31,8 @@ def refusal(folder: Path) -> str | None:
         return "IMM_NATIVE=0 asks for none"
     try:
         built = json.loads((folder / "build.json").read_text())
+        if "reason" in built:
+            return f"not built: {built['reason']}"
         torch_version, schemas = built["torch"], built["schemas"]
     except FileNotFoundError:
         return "not built: this is the pure install"

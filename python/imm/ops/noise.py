@@ -78,7 +78,7 @@ def _fake(seeds: Tensor, numel: int, step: int) -> Tensor:
 
 def _triton(seeds: Tensor, numel: int, step: int) -> Tensor:
     check(seeds, numel, step)
-    from imm_kernels.flow_step import noise as launch
+    from imm_kernels.noise import noise as launch
 
     return launch(seeds, numel, step)
 

@@ -1,0 +1,215 @@
+"""The installs, each from a clean clone of HEAD in a clean environment, and what they say about themselves.
+
+    python tests/builds.py [pure] [native] [cuda] [fallback] [broken] [--all-tests]
+
+pure      IMM_BUILD_NATIVE=0: the tests of the ops pass on the reference
+native    IMM_BUILD_NATIVE=1: the library is loaded, the tests of its kernels pass (--all-tests: the whole suite)
+cuda      with IMM_BUILD_CUDA=1 against a CUDA build of torch, fetched once where this torch has none: everything compiles and
+          links, no kernel spills; where this torch cannot load the result, doctor says so and the reference runs
+fallback  nvcc fails in auto: the CPU library comes out
+broken    the C++ compiler fails: the pure install in auto, an error in 1
+
+Needs git, a C++ compiler and an environment with the dev extra; a stage that cannot run here says why. With CI=true and nvcc on
+the path, a CUDA build of torch that cannot be fetched is an error.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+import venv
+import zipfile
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+TORCH = Path(torch.__file__).parent
+# Of the CUDA wheel: what a compiler and a linker read.
+NEEDED = ("torch/include/", "torch/lib/", "torch/share/cmake/", "torch/version.py")
+
+
+class Skipped(Exception):
+    """A stage cannot run on this machine."""
+
+
+def run(*command: str | Path, cwd: Path = ROOT, fails: bool = False, **environment: str) -> str:
+    """A command's output, both streams. Raises RuntimeError with it where the command does not end as expected."""
+    # The switches of the caller are not those of the stages.
+    env = {k: v for k, v in os.environ.items() if not k.startswith("IMM_") and k != "PYTHONPATH"} | environment
+    done = subprocess.run(
+        [str(c) for c in command], cwd=cwd, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False
+    )
+    if (done.returncode != 0) != fails:
+        raise RuntimeError(f"{' '.join(map(str, command))}\n{done.stdout}\nexit status {done.returncode}")
+    return done.stdout
+
+
+def expect(text: str, where: str) -> None:
+    if text not in where:
+        raise RuntimeError(f"expected {text!r} in\n{where}")
+
+
+class Install:
+    """A clone of HEAD and a virtual environment that sees this one's libraries, but no imm until pip has installed it."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.clone = folder, folder / "clone"
+        run("git", "clone", "--quiet", ROOT, self.clone)
+        run("git", "checkout", "--quiet", "--detach", run("git", "rev-parse", "HEAD").strip(), cwd=self.clone)
+        venv.create(folder / "env", with_pip=True)
+        self.bin = folder / "env" / "bin"
+        # The setuptools that Python bundles may be too old for the metadata; the libraries' own one is used.
+        run(self.bin / "python", "-m", "pip", "uninstall", "--quiet", "--yes", "setuptools")
+        (self.site,) = (folder / "env" / "lib").glob("python*/site-packages")
+        (self.site / "libraries.pth").write_text(f"{TORCH.parent}\n")
+
+    def pip(self, fails: bool = False, **environment: str) -> str:
+        options = ("-v", "--no-deps", "--no-build-isolation", "--force-reinstall")
+        # Outside the clone: imm_kernels lies in its root.
+        text = run(
+            self.bin / "python", "-m", "pip", "install", *options, self.clone, cwd=self.folder, fails=fails, **environment
+        )
+        for line in text.splitlines():
+            if line.strip().startswith(("imm: ", "IMM_")):
+                print(f"  {line.strip()}")
+        return text
+
+    def doctor(self) -> str:
+        """What doctor says about the native library."""
+        text = run(self.bin / "imm", "doctor", cwd=self.folder)
+        (line,) = (line for line in text.splitlines() if line.startswith("native library: "))
+        print(f"  doctor: {line}")
+        return line.removeprefix("native library: ")
+
+    def test(self, *arguments: str) -> str:
+        """Tests of the clone on the installed package; pytest's last line."""
+        where = run(self.bin / "python", "-c", "import imm; print(imm.__file__)", cwd=self.folder)
+        expect(str(self.site), where)
+        command = ("-m", "pytest", "-c", self.clone / "pyproject.toml", "--rootdir", self.clone, "-p", "no:cacheprovider")
+        paths = [self.clone / "tests" / a if a.endswith(".py") else a for a in arguments] or [self.clone / "tests"]
+        return run(self.bin / "python", *command, *paths, cwd=self.folder).strip().splitlines()[-1]
+
+
+def pure(folder: Path, options: argparse.Namespace) -> str:
+    install = Install(folder)
+    install.pip(IMM_BUILD_NATIVE="0")
+    expect("not built: this is the pure install", install.doctor())
+    return install.test("test_ops.py", "test_mmd.py", "test_noise.py", "test_flow_step.py")
+
+
+def native(folder: Path, options: argparse.Namespace) -> str:
+    install = Install(folder)
+    install.pip(IMM_BUILD_NATIVE="1")
+    expect("loaded; ", install.doctor())
+    return install.test() if options.all_tests else install.test("test_native.py", "-k", "not other_instruction")
+
+
+def cuda_torch() -> Path:
+    """The package folder of a CUDA build of this torch, kept from one run to the next."""
+    if torch.version.cuda is not None:
+        return TORCH
+    version = torch.__version__.partition("+")[0]
+    caches = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "imm-ci"
+    kept = caches / f"torch-{version}-cuda"
+    if not kept.is_dir():
+        caches.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=caches) as text:
+            folder = Path(text)
+            print(f"  fetching the CUDA build of torch {version}, once", flush=True)
+            # === takes no local version, such as +cpu.
+            download = ("download", "--quiet", "--no-cache-dir", "--no-deps", f"torch==={version}", "--dest", folder)
+            run(sys.executable, "-m", "pip", *download)
+            (wheel,) = folder.glob("torch-*.whl")
+            with zipfile.ZipFile(wheel) as archive:
+                archive.extractall(folder / "kept", [name for name in archive.namelist() if name.startswith(NEEDED)])
+            (folder / "kept").rename(kept)
+    return kept / "torch"
+
+
+def cuda(folder: Path, options: argparse.Namespace) -> str:
+    if shutil.which("nvcc") is None:
+        raise Skipped("nvcc not found")
+    try:
+        torch_folder = cuda_torch()
+    except RuntimeError as error:
+        if os.environ.get("CI") == "true":
+            raise
+        raise Skipped(f"no CUDA build of torch could be fetched: {error}") from error
+    install = Install(folder)
+    install.pip(IMM_BUILD_NATIVE="1", IMM_BUILD_CUDA="1", IMM_TORCH_DIR=str(torch_folder))
+    built = json.loads((install.site / "imm" / "_native" / "build.json").read_text())
+    if not built["cuda"]:
+        raise RuntimeError(f"expected a library with CUDA, got {built}")
+    loads = built["torch"] == torch.__version__
+    expect("loaded; " if loads else f"built for torch {built['torch']}, this is torch {torch.__version__}", install.doctor())
+    result = install.test("test_noise.py", "test_flow_step.py")
+    print(run(sys.executable, install.clone / "tests" / "cuda_build.py", "--torch-dir", torch_folder.parent))
+    return result
+
+
+def fallback(folder: Path, options: argparse.Namespace) -> str:
+    # This torch, but built for CUDA as far as version.py says, and an nvcc that fails.
+    (folder / "torch").mkdir()
+    for name in ("include", "lib", "share"):
+        (folder / "torch" / name).symlink_to(TORCH / name)
+    (folder / "torch" / "version.py").write_text(f"__version__ = '{torch.__version__}'\ncuda = '13.0'\n")
+    (folder / "tools").mkdir()
+    (folder / "tools" / "nvcc").write_text("#!/bin/sh\nexit 1\n")
+    (folder / "tools" / "nvcc").chmod(0o755)
+    install = Install(folder)
+    path = f"{folder / 'tools'}{os.pathsep}{os.environ['PATH']}"
+    text = install.pip(PATH=path, IMM_BUILD_NATIVE="auto", IMM_TORCH_DIR=str(folder / "torch"))
+    expect("without CUDA (configuring the native library with CUDA failed)", text)
+    expect("loaded; ", install.doctor())
+    return install.test("test_noise.py")
+
+
+def broken(folder: Path, options: argparse.Namespace) -> str:
+    install = Install(folder)
+    reason = "configuring the native library without CUDA failed"
+    settings = {"CXX": "/bin/false", "IMM_BUILD_CUDA": "0"}
+    expect(f"imm: pure install: {reason}", install.pip(IMM_BUILD_NATIVE="auto", **settings))
+    expect(f"not built: {reason}", install.doctor())
+    result = install.test("test_noise.py")
+    expect(f"IMM_BUILD_NATIVE=1, but {reason}", install.pip(fails=True, IMM_BUILD_NATIVE="1", **settings))
+    return result
+
+
+STAGES = {stage.__name__: stage for stage in (pure, native, cuda, fallback, broken)}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("stages", nargs="*", metavar="STAGE", help=f"{', '.join(STAGES)}; default: all")
+    parser.add_argument("--all-tests", action="store_true", help="in native, every test instead of those of the kernels")
+    options = parser.parse_args()
+    if unknown := set(options.stages) - set(STAGES):
+        parser.error(f"expected {', '.join(STAGES)}, got {', '.join(unknown)}")
+    if run("git", "status", "--porcelain"):
+        print("HEAD is built: what is not committed is left out")
+    results = []
+    for name in options.stages or STAGES:
+        print(f"{name}:", flush=True)
+        start = time.monotonic()
+        try:
+            with tempfile.TemporaryDirectory() as folder:
+                result = STAGES[name](Path(folder).resolve(), options)
+        except Skipped as reason:
+            result = f"SKIPPED: {reason}"
+        except RuntimeError as error:
+            print(error)
+            result = "FAILED"
+        results.append(f"{name:9s} {time.monotonic() - start:5.0f} s  {result}")
+    print("\n".join(["", *results]))
+    return 1 if any(line.endswith("FAILED") for line in results) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
