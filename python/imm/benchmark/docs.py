@@ -52,9 +52,10 @@ def section(folder: Path) -> str:
         machine = f"{e['cuda']['name']}, driver {(e['cuda']['before'] or {}).get('driver_version', 'unknown')}"
     dirty = " with changes" if e["dirty"] else ""
     versions = f"torch {e['torch']}, triton {e['triton'] or 'none'}, Python {e['python']}, imm {e['imm']}"
+    busy = f"load average {e['load']} before the first row, {e['after']['load']} after the last"
     parts = [
         f"## {'GPU' if e['cuda'] else 'CPU'}: {machine}",
-        f"{versions}, commit {e['commit'][:10]}{dirty}, {e['time'][:10]}, {load}.",
+        f"{versions}, commit {e['commit'][:10]}{dirty}, {e['time'][:10]}, {busy}.",
     ]
     for _, of_op in groupby(read(folder / "rows.csv"), key=lambda row: row.op):
         cases = [list(rows) for _, rows in groupby(of_op, key=lambda row: (row.mode, row.shape, row.dtype))]

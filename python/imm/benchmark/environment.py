@@ -54,6 +54,16 @@ def clocks(device: torch.device) -> dict[str, str] | None:
     return dict(zip(_CLOCKS, (value.strip() for value in text.split(",")), strict=False)) if text else None
 
 
+def load() -> float:
+    """How many processes wanted to run in the last minute."""
+    return round(os.getloadavg()[0], 2)
+
+
+def after(device: torch.device) -> dict[str, Any]:
+    """What may have changed since the first row."""
+    return {"load": load(), "clocks": clocks(device)}
+
+
 def _triton() -> str | None:
     try:
         return version("triton") if importlib.util.find_spec("triton") else None
@@ -82,7 +92,7 @@ def record(device: torch.device) -> dict[str, Any]:
         "cpu": cpu_model(),
         "capability": torch.backends.cpu.get_cpu_capability(),
         "cores": os.cpu_count(),
-        "load": [round(value, 2) for value in os.getloadavg()],
+        "load": load(),
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),
         "torch": torch.__version__,

@@ -125,5 +125,5 @@ def run(op: str, device: torch.device, out: Path | None, *, quick: bool, say: Ca
             if out is not None:
                 append(out, measured)
     if out is not None:
-        environment.write(out, {**recorded, "after": environment.clocks(device)})
+        environment.write(out, {**recorded, "after": environment.after(device)})
     return rows
