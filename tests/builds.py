@@ -9,8 +9,8 @@ cuda      with IMM_BUILD_CUDA=1 against a CUDA build of torch, fetched once wher
 fallback  nvcc fails in auto: the CPU library comes out
 broken    the C++ compiler fails: the pure install in auto, an error in 1
 
-Needs git, a C++ compiler and an environment with the dev extra; a stage that cannot run here says why. With CI set and nvcc on the
-path, a CUDA build of torch that cannot be fetched is an error.
+Needs git, a C++ compiler and an environment with the dev extra; a stage that cannot run here says why. With CI set and nvcc on
+the path, a CUDA build of torch that cannot be fetched is an error.
 """
 
 from __future__ import annotations
