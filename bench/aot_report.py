@@ -21,7 +21,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from imm_kernels import flow_step
+from imm_kernels import flow_step, noise
 
 ARCHITECTURES = (80, 90, 100)
 SHIPPED = 90
@@ -73,8 +73,7 @@ def _flow_step(state: str, output: str, guided: bool, noisy: bool) -> Configurat
 
 def _noise() -> Configuration:
     signature = {"seeds_ptr": "*i64", "normal_ptr": "*fp32", "seeds_stride": "i32", "step": "i32", "D": "i32"}
-    constexprs = {"BLOCK": flow_step.BLOCK}
-    return Configuration("noise", flow_step._noise_kernel, signature, constexprs, flow_step.NUM_WARPS, ("normal_ptr", "D"))
+    return Configuration("noise", noise._noise_kernel, signature, {"BLOCK": noise.BLOCK}, noise.NUM_WARPS, ("normal_ptr", "D"))
 
 
 _PAIRS = (("fp32", "fp32"), ("bf16", "bf16"), ("fp16", "fp16"), ("fp64", "fp64"), ("fp32", "bf16"), ("bf16", "fp32"))

@@ -42,23 +42,40 @@ def check(name: str, run: Callable[..., Any], given: tuple[Any, ...], right: Any
     return good
 
 
+def flow_step_in_place(x: Tensor, *rest: Any) -> Tensor:
+    x = x.clone()
+    torch.ops.imm.flow_step.out(x, *rest, out=x)
+    return x
+
+
+def noise_into(seeds: Tensor, numel: int, step: int) -> Tensor:
+    out = torch.empty(len(seeds), numel, device=seeds.device)
+    torch.ops.imm.noise.out(seeds, numel, step, out=out)
+    return out
+
+
 def main() -> int:
     if not torch.cuda.is_available():
         print("no CUDA device: nothing to check")
         return 0
-    from imm_kernels import flow_step as triton
+    from imm_kernels.flow_step import flow_step as triton_flow_step
+    from imm_kernels.noise import noise as triton_noise
 
     ops, good = torch.ops.imm, True
     for shape in SHAPES:
         for dtype in (torch.float32, torch.bfloat16):
             given, eps = arguments(shape, dtype), torch.finfo(dtype).eps
             right = ops.flow_step(*given)
-            for name, run in (("imm::flow_step", ops.flow_step), ("triton flow_step", triton.flow_step)):
+            for name, run in (
+                ("imm::flow_step", ops.flow_step),
+                ("imm::flow_step in place", flow_step_in_place),
+                ("triton flow_step", triton_flow_step),
+            ):
                 good &= check(f"{name} {shape} {dtype}", run, given, right, eps)
             back = given[:6]
             good &= check(f"imm::flow_step_bwd {shape} {dtype}", ops.flow_step_bwd, back, ops.flow_step_bwd(*back), eps)
         seeds = (torch.arange(shape[0]) + 2**40, shape[1], 3)
-        for name, run in (("imm::noise", ops.noise), ("triton noise", triton.noise)):
+        for name, run in (("imm::noise", ops.noise), ("imm::noise out=", noise_into), ("triton noise", triton_noise)):
             good &= check(f"{name} {shape}", run, seeds, ops.noise(*seeds), torch.finfo(torch.float32).eps)
     torch.cuda.synchronize()
     return 0 if good else 1

@@ -92,4 +92,18 @@ inline bool apart(const at::Tensor& out, const at::Tensor& input) {
   return !input.defined() || at::get_overlap_status(out, input) == at::MemOverlapStatus::No;
 }
 
+// The same for flow_step, on any device: an element is read before it is written, so the state may be stepped in place.
+inline bool writes_flow_step_directly(const at::Tensor& out, std::initializer_list<at::Tensor> images,
+                                      std::initializer_list<Optional> coefficients) {
+  if (!out.is_contiguous()) return false;
+  for (const at::Tensor& image : images) {
+    const bool in_place = image.defined() && image.is_same(out);
+    if (!in_place && !apart(out, image)) return false;
+  }
+  for (const Optional& coefficient : coefficients) {
+    if (coefficient && !apart(out, *coefficient)) return false;
+  }
+  return true;
+}
+
 }  // namespace imm

@@ -62,15 +62,8 @@ void flow_step_out(const Tensor& x, const Tensor& g, const Tensor& c_skip, const
   check_out("out", out, x.sizes(), x.scalar_type(), x);
   refuse_gradients("flow_step", {x, g, c_skip, c_out, g_uncond.value_or(Tensor()), guidance.value_or(Tensor()),
                                  c_noise.value_or(Tensor()), out});
-  bool direct = out.is_contiguous();
-  for (const Tensor& input : {x, g, g_uncond.value_or(Tensor())}) {
-    // An element is read before it is written, so the state may be stepped in place.
-    const bool in_place = input.defined() && input.is_same(out);
-    direct = direct && (in_place || apart(out, input));
-  }
-  for (const Optional& input : {Optional(c_skip), Optional(c_out), guidance, c_noise, seeds}) {
-    direct = direct && (!input || apart(out, *input));
-  }
+  const bool direct =
+      writes_flow_step_directly(out, {x, g, g_uncond.value_or(Tensor())}, {c_skip, c_out, guidance, c_noise, seeds});
   const Tensor target = direct ? out : at::empty(x.sizes(), x.scalar_type());
   run(x, g, c_skip, c_out, g_uncond, guidance, c_noise, seeds, step, target);
   if (!direct) out.copy_(target);

@@ -15,7 +15,6 @@ import triton.language as tl
 from torch import Tensor
 
 from imm_kernels.noise import BLOCK, NUM_WARPS, normals, stride
-from imm_kernels.noise import _noise_kernel as _noise_kernel  # bench/aot_report.py takes both kernels from here
 
 # Compiling once more for each stride, step or alignment of these would gain nothing.
 _COEFFICIENTS = ("c_skip", "c_out", "guidance", "c_noise", "seeds")

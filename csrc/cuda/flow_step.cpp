@@ -8,7 +8,6 @@
 #include <ATen/ops/empty.h>
 #include <torch/library.h>
 
-#include <optional>
 #include <tuple>
 
 #include "../checks.h"
@@ -34,11 +33,9 @@ Type type_of(const Tensor& tensor) {
 
 int64_t row_length(const Tensor& x) { return x.size(0) == 0 ? 0 : x.numel() / x.size(0); }
 
-// x and g [B, ...] of any two of the four floating dtypes -> [B, ...] of x's dtype, contiguous.
-Tensor flow_step(const Tensor& x, const Tensor& g, const Tensor& c_skip, const Tensor& c_out,
-                 const std::optional<Tensor>& g_uncond, const std::optional<Tensor>& guidance,
-                 const std::optional<Tensor>& c_noise, const std::optional<Tensor>& seeds, int64_t step) {
-  check_flow_step(x, g, c_skip, c_out, g_uncond, guidance, c_noise, seeds, step);
+// x_s is contiguous; the arguments are checked.
+void run(const Tensor& x, const Tensor& g, const Tensor& c_skip, const Tensor& c_out, const Optional& g_uncond,
+         const Optional& guidance, const Optional& c_noise, const Optional& seeds, int64_t step, const Tensor& x_s) {
   FlowStepForward p;
   p.B = x.size(0);
   p.D = row_length(x);
@@ -53,19 +50,40 @@ Tensor flow_step(const Tensor& x, const Tensor& g, const Tensor& c_skip, const T
   // These hold the contiguous copies, where copies are needed, until the kernel is queued.
   const Tensor x_rows = x.contiguous(), g_rows = g.contiguous();
   const Tensor g_uncond_rows = g_uncond ? g_uncond->contiguous() : Tensor();
-  Tensor x_s = at::empty(x.sizes(), x.options());
   p.x = x_rows.const_data_ptr();
   p.g = g_rows.const_data_ptr();
   p.g_uncond = g_uncond ? g_uncond_rows.const_data_ptr() : nullptr;
   p.x_s = x_s.mutable_data_ptr();
   launch_on_device_of(x, [&](cudaStream_t stream) { return launch_flow_step_fwd_kernel(p, stream); });
+}
+
+// x and g [B, ...] of any two of the four floating dtypes -> [B, ...] of x's dtype, contiguous.
+Tensor flow_step(const Tensor& x, const Tensor& g, const Tensor& c_skip, const Tensor& c_out, const Optional& g_uncond,
+                 const Optional& guidance, const Optional& c_noise, const Optional& seeds, int64_t step) {
+  check_flow_step(x, g, c_skip, c_out, g_uncond, guidance, c_noise, seeds, step);
+  Tensor x_s = at::empty(x.sizes(), x.options());
+  run(x, g, c_skip, c_out, g_uncond, guidance, c_noise, seeds, step, x_s);
   return x_s;
+}
+
+void flow_step_out(const Tensor& x, const Tensor& g, const Tensor& c_skip, const Tensor& c_out,
+                   const Optional& g_uncond, const Optional& guidance, const Optional& c_noise, const Optional& seeds,
+                   int64_t step, const Tensor& out) {
+  check_flow_step(x, g, c_skip, c_out, g_uncond, guidance, c_noise, seeds, step);
+  check_out("out", out, x.sizes(), x.scalar_type(), x);
+  refuse_gradients("flow_step", {x, g, c_skip, c_out, g_uncond.value_or(Tensor()), guidance.value_or(Tensor()),
+                                 c_noise.value_or(Tensor()), out});
+  const bool direct =
+      writes_flow_step_directly(out, {x, g, g_uncond.value_or(Tensor())}, {c_skip, c_out, guidance, c_noise, seeds});
+  const Tensor target = direct ? out : at::empty(x.sizes(), x.options());
+  run(x, g, c_skip, c_out, g_uncond, guidance, c_noise, seeds, step, target);
+  if (!direct) out.copy_(target);
 }
 
 // The gradients of flow_step to x, g and g_uncond (empty where there is none), contiguous.
 std::tuple<Tensor, Tensor, Tensor> flow_step_bwd(const Tensor& grad, const Tensor& g, const Tensor& c_skip,
-                                                 const Tensor& c_out, const std::optional<Tensor>& g_uncond,
-                                                 const std::optional<Tensor>& guidance) {
+                                                 const Tensor& c_out, const Optional& g_uncond,
+                                                 const Optional& guidance) {
   check_flow_step(grad, g, c_skip, c_out, g_uncond, guidance, std::nullopt, std::nullopt, 0);
   FlowStepBackward p;
   p.B = grad.size(0);
@@ -91,6 +109,7 @@ std::tuple<Tensor, Tensor, Tensor> flow_step_bwd(const Tensor& grad, const Tenso
 
 TORCH_LIBRARY_IMPL(imm, CUDA, m) {
   m.impl("flow_step", TORCH_FN(flow_step));
+  m.impl("flow_step.out", TORCH_FN(flow_step_out));
   m.impl("flow_step_bwd", TORCH_FN(flow_step_bwd));
 }
 

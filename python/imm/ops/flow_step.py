@@ -173,7 +173,7 @@ register(
     native=("cpu", "cuda"),
     triton=triton_kernels.implementation(_triton, *DTYPES),
 )
-register("flow_step.out", reference=flow_step_out, fake=_fake_out, native=("cpu",))
+register("flow_step.out", reference=flow_step_out, fake=_fake_out, native=("cpu", "cuda"))
 register("flow_step_bwd", reference=flow_step_bwd, fake=_fake_bwd, native=("cpu", "cuda"))
 torch.library.register_autograd("imm::flow_step", _backward, setup_context=_setup)
 no_second_derivative("flow_step_bwd")

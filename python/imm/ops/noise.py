@@ -94,4 +94,4 @@ register(
     native=("cpu", "cuda"),
     triton=triton_kernels.implementation(_triton),
 )
-register("noise.out", reference=noise_out, fake=_fake_out, native=("cpu",))
+register("noise.out", reference=noise_out, fake=_fake_out, native=("cpu", "cuda"))
