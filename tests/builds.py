@@ -1,9 +1,9 @@
 """The installs, each from a clean clone of HEAD in a clean environment, and what they say about themselves.
 
-    python tests/builds.py [pure] [native] [cuda] [fallback] [broken] [--all-tests]
+    python tests/builds.py [pure] [native] [cuda] [fallback] [broken]
 
 pure      IMM_BUILD_NATIVE=0: the tests of the ops pass on the reference
-native    IMM_BUILD_NATIVE=1: the library is loaded, the tests of its kernels pass (--all-tests: the whole suite)
+native    IMM_BUILD_NATIVE=1: the library is loaded, the tests of its kernels pass
 cuda      with IMM_BUILD_CUDA=1 against a CUDA build of torch, fetched once where this torch has none: everything compiles and
           links, no kernel spills; where this torch cannot load the result, doctor says so and the reference runs
 fallback  nvcc fails in auto: the CPU library comes out
@@ -97,18 +97,18 @@ class Install:
         return run(self.bin / "python", *command, *paths, cwd=self.folder).strip().splitlines()[-1]
 
 
-def pure(folder: Path, options: argparse.Namespace) -> str:
+def pure(folder: Path) -> str:
     install = Install(folder)
     install.pip(IMM_BUILD_NATIVE="0")
     expect("not built: this is the pure install", install.doctor())
     return install.test("test_ops.py", "test_mmd.py", "test_noise.py", "test_flow_step.py")
 
 
-def native(folder: Path, options: argparse.Namespace) -> str:
+def native(folder: Path) -> str:
     install = Install(folder)
     install.pip(IMM_BUILD_NATIVE="1")
     expect("loaded; ", install.doctor())
-    return install.test() if options.all_tests else install.test("test_native.py", "-k", "not other_instruction")
+    return install.test("test_native.py", "-k", "not other_instruction")
 
 
 def cuda_torch() -> Path:
@@ -133,7 +133,7 @@ def cuda_torch() -> Path:
     return kept / "torch"
 
 
-def cuda(folder: Path, options: argparse.Namespace) -> str:
+def cuda(folder: Path) -> str:
     if shutil.which("nvcc") is None:
         raise Skipped("nvcc not found")
     try:
@@ -154,7 +154,7 @@ def cuda(folder: Path, options: argparse.Namespace) -> str:
     return result
 
 
-def fallback(folder: Path, options: argparse.Namespace) -> str:
+def fallback(folder: Path) -> str:
     # This torch, but built for CUDA as far as version.py says, and an nvcc that fails.
     (folder / "torch").mkdir()
     for name in ("include", "lib", "share"):
@@ -171,7 +171,7 @@ def fallback(folder: Path, options: argparse.Namespace) -> str:
     return install.test("test_noise.py")
 
 
-def broken(folder: Path, options: argparse.Namespace) -> str:
+def broken(folder: Path) -> str:
     install = Install(folder)
     reason = "configuring the native library without CUDA failed"
     settings = {"CXX": "/bin/false", "IMM_BUILD_CUDA": "0"}
@@ -188,7 +188,6 @@ STAGES = {stage.__name__: stage for stage in (pure, native, cuda, fallback, brok
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("stages", nargs="*", metavar="STAGE", help=f"{', '.join(STAGES)}; default: all")
-    parser.add_argument("--all-tests", action="store_true", help="in native, every test instead of those of the kernels")
     options = parser.parse_args()
     if unknown := set(options.stages) - set(STAGES):
         parser.error(f"expected {', '.join(STAGES)}, got {', '.join(unknown)}")
@@ -200,7 +199,7 @@ def main() -> int:
         start = time.monotonic()
         try:
             with tempfile.TemporaryDirectory() as folder:
-                result = STAGES[name](Path(folder).resolve(), options)
+                result = STAGES[name](Path(folder).resolve())
         except Skipped as reason:
             result = f"SKIPPED: {reason}"
         except RuntimeError as error:
