@@ -1,18 +1,23 @@
-"""What every shipped Triton kernel uses, compiled without a GPU: registers, spills, shared memory, access widths.
+"""What every shipped Triton kernel uses, compiled without a GPU: registers, spills, shared memory, occupancy, access widths.
 
-    python bench/aot_report.py [--arch 90]
+    python bench/aot_report.py [--arch 90] [--only resident]
 
-Fails where a configuration spills registers on sm_90. A new kernel adds its configurations to CONFIGURATIONS.
+Fails where a configuration spills registers on sm_90 or moves fewer bytes an access than it should. A new kernel adds its
+configurations to CONFIGURATIONS.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
+import multiprocessing
+import os
 import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,9 +26,10 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from imm_kernels import flow_step, noise
+from imm_kernels import flow_step, mmd, mmd_direct, mmd_dot, mmd_gram, noise
 
-ARCHITECTURES = (80, 90, 100)
+#: Shared memory of a multiprocessor in bytes, by architecture.
+ARCHITECTURES = {80: 164 * 1024, 90: 228 * 1024, 100: 228 * 1024}
 SHIPPED = 90
 _TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 
@@ -33,7 +39,8 @@ class Configuration:
     """One compilation of a kernel as its launcher asks for it.
 
     signature: every run-time argument's type ("*bf16", "i32"). aligned: those the launcher passes divisible by 16 in the case
-    that matters. constexprs: flags and block sizes, and None for absent pointers.
+    that matters. constexprs: flags and block sizes, and None for absent pointers. wide: the least loads and stores of 16 bytes.
+    only_wide: nothing else but numbers of 8 bytes is read or written.
     """
 
     name: str
@@ -42,6 +49,10 @@ class Configuration:
     constexprs: Mapping[str, Any]
     num_warps: int
     aligned: tuple[str, ...] = ()
+    num_stages: int = 3
+    maxnreg: int | None = None
+    wide: tuple[int, int] = (0, 0)
+    only_wide: bool = False
 
 
 @dataclass(frozen=True)
@@ -55,6 +66,11 @@ class Usage:
     loads: Mapping[int, int]
     stores: Mapping[int, int]
 
+    def occupancy(self, num_warps: int, arch: int) -> int:
+        """Programs of a multiprocessor at once, by registers (64 Ki, in units of 256 a warp), threads and shared memory."""
+        by_registers = 65536 // (num_warps * 32 * -(-self.registers // 8) * 8)
+        return min(by_registers, 2048 // (32 * num_warps), 32, ARCHITECTURES[arch] // (self.shared + 1024))
+
 
 def _flow_step(state: str, output: str, guided: bool, noisy: bool) -> Configuration:
     signature = {"x_ptr": f"*{state}", "g_ptr": f"*{output}", "x_s_ptr": f"*{state}"}
@@ -67,19 +83,135 @@ def _flow_step(state: str, output: str, guided: bool, noisy: bool) -> Configurat
     signature |= {f"{name}_stride": "i32" for name in ("c_skip", "c_out", "guidance", "c_noise", "seeds")}
     signature |= {"step": "i32", "D": "i32"}
     name = f"flow_step {state} {output}{' guided' * guided}{' noisy' * noisy}"
-    aligned = tuple(a for a in ("x_ptr", "g_ptr", "g_uncond_ptr", "x_s_ptr", "D") if a in signature)
-    return Configuration(name, flow_step._flow_step_fwd_kernel, signature, constexprs, flow_step.NUM_WARPS, aligned)
+    tensors = tuple(a for a in ("x_ptr", "g_ptr", "g_uncond_ptr") if a in signature)
+    aligned = (*tensors, "x_s_ptr", "D")
+    return Configuration(
+        name,
+        flow_step._flow_step_fwd_kernel,
+        signature,
+        constexprs,
+        flow_step.NUM_WARPS,
+        aligned,
+        wide=(len(tensors), 1),
+        only_wide=True,
+    )
 
 
 def _noise() -> Configuration:
     signature = {"seeds_ptr": "*i64", "normal_ptr": "*fp32", "seeds_stride": "i32", "step": "i32", "D": "i32"}
-    return Configuration("noise", noise._noise_kernel, signature, {"BLOCK": noise.BLOCK}, noise.NUM_WARPS, ("normal_ptr", "D"))
+    constexprs, aligned = {"BLOCK": noise.BLOCK}, ("normal_ptr", "D")
+    return Configuration(
+        "noise", noise._noise_kernel, signature, constexprs, noise.NUM_WARPS, aligned, wide=(0, 1), only_wide=True
+    )
+
+
+#: Of the MMD kernels' pointers: types that do not depend on the particles'.
+_NUMBERS = {
+    **dict.fromkeys(("loss_ptr", "slopes_ptr", "partial_ptr", "products_ptr", "norms_ptr"), "*fp32"),
+    **dict.fromkeys(("out_ptr", "coefficient_ptr"), "*fp32"),
+}
+_STATES, _PARTICLES = ("x_t_ptr", "x_r_ptr"), ("t_ptr", "r_ptr", "x_ptr", "y_ptr", "grad_ptr")
+
+
+def _mmd(
+    name: str,
+    kernel: Any,
+    element: str,
+    state: str | None,
+    constexprs: Mapping[str, Any],
+    num_warps: int,
+    wide: tuple[int, int],
+    num_stages: int = 3,
+    maxnreg: int | None = None,
+) -> Configuration:
+    """An MMD kernel for contiguous particles of a dtype, formed from states of another where that is given."""
+    given = {"KERNEL": "laplace", "BANDWIDTHS": (1.0,), "UNBIASED": False, "HAS_WEIGHT": True, "HAS_UPSTREAM": True}
+    given |= {"HAS_MIX": state is not None, **constexprs}
+    fixed: dict[str, Any] = {n: v for n, v in given.items() if n in kernel.arg_names}
+    signature: dict[str, str] = {}
+    aligned = []
+    for n in kernel.arg_names:
+        if n in fixed:
+            continue
+        if state is None and (n in _STATES or n.startswith("c_")):
+            fixed[n] = None
+        elif n in _STATES:
+            signature[n] = f"*{state}"
+        elif n in _PARTICLES:
+            signature[n] = f"*{element}"
+        elif n.endswith("_ptr"):
+            signature[n] = _NUMBERS.get(n, "*fp64")
+        else:
+            signature[n] = "fp32" if n == "eps" else "i32"
+        if n in (*_STATES, *_PARTICLES, "D", "slice_features") or (n.endswith("stride") and n[0] in "trxy"):
+            aligned += [n] if n in signature else []
+    of = f"{element}{f' of {state}' if state else ''}"
+    return Configuration(f"{name} {of}", kernel, signature, fixed, num_warps, tuple(aligned), num_stages, maxnreg, wide)
+
+
+_SETS = (("fp32", None), ("bf16", None), ("fp16", None), ("fp32", "fp32"), ("bf16", "fp32"))
+_BITS = {"fp32": 32, "bf16": 16, "fp16": 16}
+
+
+def _direct() -> Iterator[Configuration]:
+    """Every size that mmd.direct_sizes chooses."""
+    for element, state in _SETS:
+        for M in range(1, mmd.largest_direct(mix=state is not None) + 1):
+            for sizes in {mmd.direct_sizes(M, D, _BITS[element], mix=state is not None) for D in (1024, 2048, 4096)}:
+                given = {"M": M, "BLOCK": sizes.BLOCK, "EACH": sizes.EACH}
+                options = {"num_warps": sizes.num_warps, "maxnreg": sizes.maxnreg}
+                # From M = 5 a thread has four features, of which 16 bits each make 8 bytes.
+                narrow = M > 4 and _BITS[element] == 16
+                loads, stores = (2 * M if state else 0, 0) if narrow else (2 * M * (2 if state else 1), M)
+                for name, kernel, wide in (
+                    ("resident", mmd_direct._resident_kernel, (2 * loads, stores)),
+                    ("partial", mmd_direct._partial_kernel, (loads, 0)),
+                    ("gradient", mmd_direct._gradient_kernel, (loads, stores)),
+                ):
+                    yield _mmd(f"mmd {name} M={M} {sizes.BLOCK}", kernel, element, state, given, wide=wide, **options)
+    for M in range(1, mmd.largest_direct(mix=False) + 1):
+        yield _mmd(f"mmd combine M={M}", mmd_direct._combine_kernel, "fp32", None, {"M": M}, 1, (0, 0))
+
+
+def _products() -> Iterator[Configuration]:
+    """Every size that mmd.dot_sizes chooses."""
+    for M, (element, state) in itertools.product((16, 32, 64, 256), _SETS):
+        exact = element == "bf16" and state is None
+        sizes = mmd.dot_sizes(M, exact_bf16=exact, mix=state is not None)
+        block = {"EXACT_BF16": exact, "ONE_BLOCK": M <= 64, "BLOCK_M": sizes.rows, "BLOCK_D": sizes.features}
+        name = f"{sizes.rows}x{sizes.features}{'' if M <= 64 else ' many'}"
+        kernel, warps = mmd_dot._products_kernel, sizes.warps
+        loads = 0 if element == "fp16" else 2
+        yield _mmd(f"mmd products {name}", kernel, element, state, block, warps, (loads, 0), sizes.stages)
+        if M <= 64:
+            block = {"EXACT_BF16": exact, "BLOCK_M": sizes.rows, "BLOCK_K": 16, "BLOCK_D": sizes.gradient_features}
+            name = f"{sizes.rows}x{sizes.gradient_features}"
+            warps = sizes.gradient_warps
+            yield _mmd(f"mmd products gradient {name}", mmd_dot._gradient_kernel, element, state, block, warps, (2, 1), 2)
+    for columns, (element, state) in itertools.product((16, 32, 64, 128, 256), _SETS):
+        block = {"ROWS": mmd._ROWS, "COLUMNS": columns, "BLOCK_D": mmd._FEATURES}
+        warps = 8 if columns > 128 else 4
+        yield _mmd(f"mmd pairs {columns}", mmd_dot._pairs_kernel, element, state, block, warps, (2, 0), maxnreg=255)
+
+
+def _gram() -> Iterator[Configuration]:
+    for element in _BITS:
+        exact = element == "bf16"
+        block = {"EXACT_BF16": exact, "ROWS": mmd_gram.ROWS, "BLOCK_D": mmd_gram.FEATURES if exact else mmd_gram.FEATURES // 2}
+        for name, grad in (("gram", {"grad_ptr": None}), ("gram slopes", {})):
+            yield _mmd(f"mmd {name}", mmd_gram._gram_kernel, element, None, {**block, **grad}, mmd_gram.NUM_WARPS, (2, 0))
+        block = {"ROWS": mmd_gram.GRADIENT_ROWS, "BLOCK_D": mmd_gram.GRADIENT_FEATURES}
+        kernel, warps = mmd_gram._gram_gradient_kernel, mmd_gram.GRADIENT_WARPS
+        yield _mmd("mmd gram gradient", kernel, element, None, block, warps, (1, 1))
 
 
 _PAIRS = (("fp32", "fp32"), ("bf16", "bf16"), ("fp16", "fp16"), ("fp64", "fp64"), ("fp32", "bf16"), ("bf16", "fp32"))
 CONFIGURATIONS: tuple[Configuration, ...] = (
     *(_flow_step(*pair, guided, noisy) for pair in _PAIRS for guided in (False, True) for noisy in (False, True)),
     _noise(),
+    *_direct(),
+    *_products(),
+    *_gram(),
 )
 
 
@@ -89,9 +221,9 @@ def _run(*command: str | Path) -> str:
 
 
 def _widths(sass: str, access: str) -> dict[int, int]:
-    """How many global accesses ("LDG" or "STG") of each width in bits."""
+    """How many global accesses ("LDG|LDGSTS" or "STG") of each width in bits."""
     counts: dict[int, int] = {}
-    for suffixes in re.findall(rf"\b{access}\.E((?:\.\w+)*)", sass):
+    for suffixes in re.findall(rf"\b(?:{access})\.E((?:\.\w+)*)", sass):
         width = re.search(r"\.[US]?(8|16|64|128|256)(?=\.|$)", suffixes)
         bits = int(width[1]) if width else 32
         counts[bits] = counts.get(bits, 0) + 1
@@ -107,7 +239,11 @@ def usage(configuration: Configuration, arch: int = SHIPPED) -> Usage:
         constexprs={(names.index(name),): value for name, value in c.constexprs.items()},
         attrs={(names.index(name),): [["tt.divisibility", 16]] for name in c.aligned},
     )
-    compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options={"num_warps": c.num_warps})
+    compiled = triton.compile(
+        source,
+        target=GPUTarget("cuda", arch, 32),
+        options={"num_warps": c.num_warps, "num_stages": c.num_stages, "maxnreg": c.maxnreg},
+    )
     ptx = compiled.asm["ptx"]
     target = re.search(r"^\.target (sm_\w+)", ptx, re.MULTILINE)
     assert target is not None
@@ -123,25 +259,49 @@ def usage(configuration: Configuration, arch: int = SHIPPED) -> Usage:
     stack = re.search(r"(\d+) bytes cumulative stack", text)
     spills = sum(int(n) for n in re.findall(r"(\d+) bytes spill", text))
     shared = compiled.metadata.shared
-    return Usage(int(registers[1]), int(stack[1]) if stack else 0, spills, shared, _widths(sass, "LDG"), _widths(sass, "STG"))
+    return Usage(
+        int(registers[1]), int(stack[1]) if stack else 0, spills, shared, _widths(sass, "LDG|LDGSTS"), _widths(sass, "STG")
+    )
+
+
+def problems(configuration: Configuration, found: Usage) -> list[str]:
+    """What a shipped configuration may not do."""
+    wrong = []
+    if found.spills:
+        wrong.append(f"spills {found.spills} bytes")
+    for kind, counts, least in (("loads", found.loads, configuration.wide[0]), ("stores", found.stores, configuration.wide[1])):
+        if counts.get(128, 0) < least:
+            wrong.append(f"expected {least} or more {kind} of 16 bytes, got {dict(counts)}")
+    # Coefficients, seeds and the tables of log, sin and cos have 8 bytes.
+    if configuration.only_wide and not (set(found.loads) <= {64, 128} and set(found.stores) == {128}):
+        wrong.append(f"expected no narrow access, got loads {dict(found.loads)} and stores {dict(found.stores)}")
+    return wrong
+
+
+def _row(index: int, arch: int) -> tuple[str, list[str]]:
+    """A line of the report, and what is wrong; for a worker process."""
+    c = CONFIGURATIONS[index]
+    u = usage(c, arch)
+    accesses = "; ".join(", ".join(f"{bits}: {n}" for bits, n in kind.items()) for kind in (u.loads, u.stores))
+    numbers = f"{u.registers:5d} {u.spills:7d} {u.shared:7d} {u.stack:6d} {u.occupancy(c.num_warps, arch):9d}"
+    return f"{c.name:42s} {c.num_warps:5d} {arch:5d} {numbers}  {accesses}", [f"{c.name}: {p}" for p in problems(c, u)]
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--arch", type=int, action="append", choices=ARCHITECTURES, help="default: all three")
+    parser.add_argument("--arch", type=int, action="append", choices=list(ARCHITECTURES), help="default: all three")
+    parser.add_argument("--only", default="", help="configurations whose name contains this")
     options = parser.parse_args()
+    named = [i for i, c in enumerate(CONFIGURATIONS) if options.only in c.name]
+    jobs = [(i, arch) for i in named for arch in options.arch or ARCHITECTURES]
     failed = []
-    print(f"{'configuration':34s}  arch  regs  spills  shared  stack  loads; stores (bits: count)")
-    for configuration in CONFIGURATIONS:
-        for arch in options.arch or ARCHITECTURES:
-            u = usage(configuration, arch)
-            accesses = "; ".join(", ".join(f"{bits}: {n}" for bits, n in kind.items()) for kind in (u.loads, u.stores))
-            numbers = f"{u.registers:5d} {u.spills:7d} {u.shared:7d} {u.stack:6d}"
-            print(f"{configuration.name:34s} {arch:5d} {numbers}  {accesses}", flush=True)
-            if u.spills and arch == SHIPPED:
-                failed.append(configuration.name)
-    for name in failed:
-        print(f"{name}: spills on sm_{SHIPPED}", file=sys.stderr)
+    print(f"{'configuration':42s} warps  arch  regs  spills  shared  stack occupancy  loads; stores (bits: count)")
+    with ProcessPoolExecutor(os.cpu_count(), multiprocessing.get_context("spawn")) as pool:
+        for (_, arch), (line, wrong) in zip(jobs, pool.map(_row, *zip(*jobs, strict=True)), strict=True):
+            print(line, flush=True)
+            failed += wrong if arch == SHIPPED else []
+    for line in failed:
+        print(line, file=sys.stderr)
     return 1 if failed else 0
 
 
