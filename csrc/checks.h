@@ -22,10 +22,13 @@ inline void check_same_device(const char* name, const at::Tensor& value, const a
 }
 
 // The four dtypes that the kernels read and write.
+inline bool is_kernel_dtype(at::ScalarType dtype) {
+  return dtype == at::kFloat || dtype == at::kDouble || dtype == at::kBFloat16 || dtype == at::kHalf;
+}
+
 inline void check_kernel_dtype(const char* name, const at::Tensor& x) {
-  const auto dtype = x.scalar_type();
-  TORCH_CHECK_TYPE(dtype == at::kFloat || dtype == at::kDouble || dtype == at::kBFloat16 || dtype == at::kHalf, name,
-                   ": expected a floating dtype of 16, 32 or 64 bits, got ", dtype_name(x));
+  TORCH_CHECK_TYPE(is_kernel_dtype(x.scalar_type()), name, ": expected a floating dtype of 16, 32 or 64 bits, got ",
+                   dtype_name(x));
 }
 
 inline void check_out(const char* name, const at::Tensor& out, at::IntArrayRef sizes, at::ScalarType dtype,

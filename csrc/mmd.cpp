@@ -7,34 +7,36 @@
 #include <ATen/ops/ones.h>
 #include <torch/library.h>
 
-#include <optional>
-#include <string>
-#include <tuple>
+#include <algorithm>
+#include <cmath>
+#include <iterator>
 
-#include "checks.h"
+#include "mmd_loss.h"
 
 namespace imm {
 namespace {
 
 using at::Tensor;
 
-MmdKernel kernel_of(const std::string& name) {
-  TORCH_CHECK_VALUE(name == "laplace" || name == "rbf", "kernel: expected one of ['laplace', 'rbf'], got '", name, "'");
-  return name == "laplace" ? MmdKernel::kLaplace : MmdKernel::kRbf;
-}
+constexpr const char* kKernels[] = {"laplace", "rbf", "imq", "energy"};  // in the order of MmdKernel
 
-void check_groups(const char* name, const Tensor& value, const Tensor& x) {
-  TORCH_CHECK_VALUE(value.dim() == 1 && value.size(0) == x.size(0), name, ": expected one number per group, [",
-                    x.size(0), "], got ", value.sizes());
-  TORCH_CHECK_TYPE(value.is_floating_point(), name, ": expected a floating dtype, got ", dtype_name(value));
-  TORCH_CHECK_VALUE(value.device() == x.device(), name, ": expected the particles' device ", x.device(), ", got ",
-                    value.device());
-}
-
-void check_particles(const char* x_name, const char* y_name, const Tensor& x, const Tensor& y, const Tensor& scale,
-                     const std::string& kernel, double eps) {
-  kernel_of(kernel);
+void check_kernel(const std::string& kernel, at::ArrayRef<double> bandwidths, double eps) {
+  TORCH_CHECK_VALUE(std::find(std::begin(kKernels), std::end(kKernels), kernel) != std::end(kKernels),
+                    "kernel: expected one of ['laplace', 'rbf', 'imq', 'energy'], got '", kernel, "'");
   TORCH_CHECK_VALUE(eps > 0, "eps: expected a positive floor on the norm, got ", eps);
+  const auto fits = [](double factor) { return factor > 0 && std::isfinite(factor); };
+  TORCH_CHECK_VALUE(!bandwidths.empty() && std::all_of(bandwidths.begin(), bandwidths.end(), fits),
+                    "bandwidths: expected one or more positive factors, got ", bandwidths);
+  TORCH_CHECK_VALUE(kernel != "energy" || bandwidths.size() == 1,
+                    "bandwidths: expected one for the energy kernel, which is linear in it, got ", bandwidths);
+}
+
+MmdKernelArgs kernel_args(const std::string& kernel, at::ArrayRef<double> bandwidths, double eps) {
+  const auto index = std::find(std::begin(kKernels), std::end(kKernels), kernel) - std::begin(kKernels);
+  return {static_cast<MmdKernel>(index), bandwidths.data(), static_cast<int64_t>(bandwidths.size()), eps};
+}
+
+void check_particles(const char* x_name, const char* y_name, const Tensor& x, const Tensor& y, const Tensor& scale) {
   for (const auto& [name, value] : {std::pair(x_name, x), std::pair(y_name, y)}) {
     TORCH_CHECK_VALUE(value.dim() == 3 && value.size(1) > 0 && value.size(2) > 0, name,
                       ": expected [G, M, D] with M, D > 0, got ", value.sizes());
@@ -48,54 +50,111 @@ void check_particles(const char* x_name, const char* y_name, const Tensor& x, co
   check_groups("scale", scale, x);
 }
 
-void check_loss(const Tensor& y_t, const Tensor& y_r, const Tensor& scale, const std::optional<Tensor>& weight,
-                const std::string& kernel, double eps) {
-  check_particles("y_t", "y_r", y_t, y_r, scale, kernel, eps);
-  TORCH_CHECK_VALUE(y_t.sizes() == y_r.sizes(), "y_t and y_r: expected the same shape, got ", y_t.sizes(), " and ",
-                    y_r.sizes());
+void check_sets(const char* t_name, const char* r_name, const Tensor& y_t, const Tensor& y_r, const Optional& weight,
+                bool unbiased) {
+  TORCH_CHECK_VALUE(y_t.sizes() == y_r.sizes(), t_name, " and ", r_name, ": expected the same shape, got ", y_t.sizes(),
+                    " and ", y_r.sizes());
+  TORCH_CHECK_VALUE(!unbiased || y_t.size(1) >= 2, "unbiased: expected M >= 2 particles, got ", y_t.size(1));
   if (weight) check_groups("weight", *weight, y_t);
 }
 
-// One float64 per group, contiguous.
-Tensor group_numbers(const Tensor& value) { return value.to(at::kDouble).contiguous(); }
-
-void check_scale(const Tensor& numbers) {
-  const double* scale = numbers.const_data_ptr<double>();
-  for (int64_t g = 0; g < numbers.numel(); ++g) {
-    TORCH_CHECK_VALUE(scale[g] >= 0, "scale: expected numbers >= 0, got ", scale[g], " for group ", g);
-  }
+// One float64 per group, contiguous; `value` has one number for each or one for all.
+Tensor group_numbers(const Optional& value, int64_t G) {
+  return value ? value->to(at::kDouble).expand({G}).contiguous() : at::ones({G}, at::kDouble);
 }
 
-// The tensor itself where features are contiguous within a row, else a contiguous copy.
-Tensor with_contiguous_rows(const Tensor& x) { return x.size(2) == 1 || x.stride(2) == 1 ? x : x.contiguous(); }
+// The scale as group_numbers.
+Tensor checked_scale(const Tensor& scale) {
+  const Tensor numbers = group_numbers(scale, scale.size(0));
+  const double* values = numbers.const_data_ptr<double>();
+  for (int64_t g = 0; g < numbers.numel(); ++g) {
+    TORCH_CHECK_VALUE(values[g] >= 0, "scale: expected numbers >= 0, got ", values[g], " for group ", g);
+  }
+  return numbers;
+}
 
-Particles particles_of(const Tensor& x) { return {x.const_data_ptr(), x.stride(0), x.stride(1)}; }
+// A branch as the loops read it, and what keeps that in memory.
+class Operand {
+ public:
+  explicit Operand(const Branch& branch) : x_(with_contiguous_rows(branch.x)) {
+    if (!branch.g.defined()) return;
+    g_ = with_contiguous_rows(branch.g);
+    c_skip_ = branch.c_skip.contiguous();
+    c_out_ = branch.c_out.contiguous();
+  }
+
+  MmdParticles particles() const {
+    MmdParticles result{.M = x_.size(1), .x = rows(x_), .g = {}, .c_skip = nullptr, .c_out = nullptr};
+    if (g_.defined()) {
+      result.g = rows(g_);
+      result.c_skip = c_skip_.const_data_ptr<double>();
+      result.c_out = c_out_.const_data_ptr<double>();
+    }
+    return result;
+  }
+
+ private:
+  // The tensor itself where features are contiguous within a row, else a contiguous copy.
+  static Tensor with_contiguous_rows(const Tensor& x) {
+    return x.size(2) == 1 || x.stride(2) == 1 ? x : x.contiguous();
+  }
+
+  static MmdRows rows(const Tensor& x) { return {x.const_data_ptr(), x.scalar_type(), x.stride(0), x.stride(1)}; }
+
+  Tensor x_, g_, c_skip_, c_out_;
+};
+
+MmdPlan plan_of(const MmdParticles& x, const MmdParticles& y, int64_t D) {
+  // More rows than these do not stay in the innermost cache while they are worked on; where they lie 4 KiB x n apart,
+  // as real shapes do, they share a few of its sets.
+  constexpr int64_t kFewRows = 16;
+  const bool many = x.M + y.M > kFewRows;
+  const auto dtype = accumulate_dtype(x.x.dtype);
+  const int64_t features = std::min<int64_t>(D, 16384 / c10::elementSize(dtype)), line = 64 / c10::elementSize(dtype);
+  return {.packed = x.x.dtype != dtype || x.g.data,
+          .gathered = many,
+          .products = many,
+          .features = many ? features : D,
+          .stride = (at::divup(D, line) | 1) * line};  // an odd number of lines: rows begin in different sets
+}
 
 // The work space of every thread that may run, allocated where running out of memory is an ordinary error.
 class Workspace {
  public:
-  Workspace(c10::ScalarType dtype, int64_t matrices, int64_t Mx, int64_t My, int64_t D) {
-    const int64_t threads = at::get_num_threads();
-    const bool widened = dtype == at::kBFloat16 || dtype == at::kHalf;
-    dist2_ = at::empty({threads, matrices, Mx, My}, at::kDouble);
-    coefficient_ = at::empty({threads, 2, Mx, My}, accumulate_dtype(dtype));
-    pointers_ = at::empty({threads, Mx + My}, at::kLong);
-    rows_ = at::empty({threads, widened ? Mx + My : 0, D}, at::kFloat);
-    grad_ = at::empty({threads, widened ? std::max(Mx, My) : 0, kMmdBlock}, at::kFloat);
+  Workspace(const MmdPlan& plan, c10::ScalarType dtype, int64_t rows, at::IntArrayRef values, at::IntArrayRef slopes,
+            int64_t coefficients, int64_t grad_rows) {
+    const int64_t threads = at::get_num_threads(), block = std::min(rows, kMmdBlockRows);
+    values_ = at::empty({threads, values[0], values[1]}, at::kDouble);
+    slopes_ = at::empty({threads, slopes[0], slopes[1]}, at::kDouble);
+    coefficient_ = at::empty({threads, coefficients, slopes[0], slopes[1] + 2}, dtype);
+    rows_ = at::empty({threads, rows}, at::kLong);
+    gathered_rows_ = at::empty({threads, rows}, at::kLong);
+    partial_ = at::empty({threads, block + 4, block, 64}, at::kByte);
+    gathered_ = at::empty({threads, rows, kMmdGatherBytes}, at::kByte);
+    if (!plan.packed) return;
+    packed_ = at::empty({threads, rows, plan.stride}, dtype);
+    grad_ = at::empty({threads, grad_rows, kMmdGradFeatures}, dtype);
   }
 
   MmdWork of_this_thread() const {
     const int64_t thread = at::get_thread_num();
     const auto mine = [thread](const Tensor& all) {
+      if (!all.defined()) return static_cast<char*>(nullptr);
       return static_cast<char*>(all.mutable_data_ptr()) + thread * all.stride(0) * all.element_size();
     };
-    return {reinterpret_cast<double*>(mine(dist2_)), mine(coefficient_),
-            reinterpret_cast<const void**>(mine(pointers_)), reinterpret_cast<float*>(mine(rows_)),
-            reinterpret_cast<float*>(mine(grad_))};
+    return {reinterpret_cast<double*>(mine(values_)),
+            reinterpret_cast<double*>(mine(slopes_)),
+            mine(coefficient_),
+            reinterpret_cast<const void**>(mine(rows_)),
+            reinterpret_cast<const void**>(mine(gathered_rows_)),
+            mine(partial_),
+            mine(packed_),
+            mine(gathered_),
+            mine(grad_)};
   }
 
  private:
-  Tensor dist2_, coefficient_, pointers_, rows_, grad_;
+  Tensor values_, slopes_, coefficient_, rows_, gathered_rows_, partial_, packed_, gathered_, grad_;
 };
 
 // Runs loop(groups) over threads. Groups do not depend on each other, so any split gives the same bits.
@@ -109,145 +168,198 @@ void run_groups(void (*loop)(const Args&, const MmdWork&, int64_t, int64_t), con
                    [&](int64_t begin, int64_t end) { loop(args, workspace.of_this_thread(), begin, end); });
 }
 
-// loss and grad are written where they are defined; weight is per group and float64.
-void run_loss(const Tensor& y_t, const Tensor& y_r, const Tensor& scale, const Tensor& weight,
-              const std::string& kernel, double eps, const Tensor& loss, const Tensor& grad) {
-  const int64_t G = y_t.size(0), M = y_t.size(1), D = y_t.size(2);
-  if (G == 0) return;
-  const Tensor t = with_contiguous_rows(y_t), r = with_contiguous_rows(y_r);
-  const Workspace workspace(t.scalar_type(), 3, M, M, D);
-  const MmdLossArgs args{.dtype = t.scalar_type(),
-                         .kernel = kernel_of(kernel),
-                         .eps = eps,
-                         .M = M,
-                         .D = D,
-                         .y_t = particles_of(t),
-                         .y_r = particles_of(r),
-                         .scale = scale.const_data_ptr<double>(),
-                         .weight = weight.const_data_ptr<double>(),
-                         .loss = loss.defined() ? loss.mutable_data_ptr() : nullptr,
-                         .grad = grad.defined() ? grad.mutable_data_ptr() : nullptr};
-  run_groups(IMM_CHOOSE(mmd_functions).loss, args, workspace, G, 4.0 * static_cast<double>(M) * M * D);
-}
+// Where to write what; what is not asked for is undefined.
+struct LossResults {
+  Tensor loss{}, slopes{}, grad{};
+};
 
-Tensor weight_or_ones(const std::optional<Tensor>& weight, const Tensor& x) {
-  return weight ? group_numbers(*weight) : at::ones({x.size(0)}, at::kDouble);
+// arguments.scale is checked_scale; it and the kernel are not read where slopes are saved.
+void run_loss(const Branch& y_t, const Branch& y_r, const LossArguments& arguments, const Tensor& saved_slopes,
+              const LossResults& results) {
+  const int64_t G = y_t.x.size(0), M = y_t.x.size(1), D = y_t.x.size(2);
+  if (G == 0) return;
+  const auto dtype = accumulate_dtype(y_t.x.scalar_type());
+  const Operand t(y_t), r(y_r);
+  const Tensor weight = group_numbers(arguments.weight, G);
+  Tensor grad_weight = weight;
+  if (arguments.upstream) grad_weight = at::mul(grad_weight, group_numbers(arguments.upstream, G));
+  if (y_t.g.defined()) grad_weight = at::mul(grad_weight, y_t.c_out);
+  const Tensor saved = saved_slopes.defined() ? saved_slopes.contiguous() : Tensor();
+  const auto memory = [](const Tensor& result) { return result.defined() ? result.mutable_data_ptr() : nullptr; };
+  const MmdParticles first = t.particles(), second = r.particles();
+  const MmdLossArgs args{.wide = dtype == at::kDouble,
+                         .kernel = kernel_args(arguments.kernel, arguments.bandwidths, arguments.eps),
+                         .unbiased = arguments.unbiased,
+                         .D = D,
+                         .y_t = first,
+                         .y_r = second,
+                         .plan = plan_of(first, second, D),
+                         .scale = saved.defined() ? nullptr : arguments.scale.const_data_ptr<double>(),
+                         .weight = weight.const_data_ptr<double>(),
+                         .grad_weight = grad_weight.const_data_ptr<double>(),
+                         .saved_slopes = saved.defined() ? saved.const_data_ptr() : nullptr,
+                         .loss = memory(results.loss),
+                         .slopes = memory(results.slopes),
+                         .grad = memory(results.grad),
+                         .grad_dtype = (y_t.g.defined() ? y_t.g : y_t.x).scalar_type()};
+  const Workspace workspace(args.plan, dtype, 2 * M, {2 * M, 2 * M}, {M, 2 * M}, 1, M);
+  run_groups(IMM_CHOOSE(mmd_functions).loss, args, workspace, G, 4.0 * static_cast<double>(M) * M * D);
 }
 
 Tensor empty_loss(const Tensor& y_t) { return at::empty({y_t.size(0)}, accumulate_dtype(y_t.scalar_type())); }
 
 Tensor empty_like_particles(const Tensor& x) { return at::empty(x.sizes(), x.scalar_type()); }
 
-Tensor mmd_loss(const Tensor& y_t, const Tensor& y_r, const Tensor& scale, const std::optional<Tensor>& weight,
-                std::string kernel, double eps) {
-  check_loss(y_t, y_r, scale, weight, kernel, eps);
-  const Tensor numbers = group_numbers(scale);
-  check_scale(numbers);
-  const Tensor loss = empty_loss(y_t);
-  run_loss(y_t, y_r, numbers, weight_or_ones(weight, y_t), kernel, eps, loss, Tensor());
-  return loss;
+std::tuple<Tensor, Tensor> mmd_loss(const Tensor& y_t, const Tensor& y_r, const Tensor& scale, const Optional& weight,
+                                    std::string kernel, at::ArrayRef<double> bandwidths, double eps, bool unbiased) {
+  LossArguments arguments{scale, weight, std::nullopt, kernel, bandwidths, eps, unbiased};
+  check_loss("y_t", "y_r", y_t, y_r, arguments);
+  arguments.scale = checked_scale(scale);
+  const Tensor loss = empty_loss(y_t), slopes = at::empty({y_t.size(0), y_t.size(1), 2 * y_t.size(1)}, loss.options());
+  run_loss({.x = y_t}, {.x = y_r}, arguments, Tensor(), {.loss = loss, .slopes = slopes});
+  return {loss, slopes};
 }
 
-Tensor mmd_loss_bwd(const Tensor& grad, const Tensor& y_t, const Tensor& y_r, const Tensor& scale,
-                    const std::optional<Tensor>& weight, std::string kernel, double eps) {
-  check_loss(y_t, y_r, scale, weight, kernel, eps);
-  check_groups("grad", grad, y_t);
-  Tensor upstream = group_numbers(grad);
-  if (weight) upstream = at::mul(upstream, group_numbers(*weight));
+Tensor mmd_loss_bwd(const Tensor& grad, const Tensor& slopes, const Tensor& y_t, const Tensor& y_r,
+                    const Optional& weight, bool unbiased) {
+  check_particles("y_t", "y_r", y_t, y_r, grad);
+  check_sets("y_t", "y_r", y_t, y_r, weight, unbiased);
+  const std::array<int64_t, 3> expected{y_t.size(0), y_t.size(1), 2 * y_t.size(1)};
+  const auto dtype = accumulate_dtype(y_t.scalar_type());
+  TORCH_CHECK_VALUE(
+      slopes.sizes() == at::IntArrayRef(expected) && slopes.scalar_type() == dtype && slopes.device() == y_t.device(),
+      "slopes: expected ", at::IntArrayRef(expected), " of torch.", c10::getDtypeNames(dtype).first, " on ",
+      y_t.device(), ", got ", slopes.sizes(), " of ", dtype_name(slopes), " on ", slopes.device());
   const Tensor grad_y = empty_like_particles(y_t);
-  run_loss(y_t, y_r, group_numbers(scale), upstream, kernel, eps, Tensor(), grad_y);
+  const LossArguments arguments{Tensor(), weight, grad, kKernels[0], {}, 1.0, unbiased};
+  run_loss({.x = y_t}, {.x = y_r}, arguments, slopes, {.grad = grad_y});
   return grad_y;
 }
 
 std::tuple<Tensor, Tensor> mmd_loss_grad(const Tensor& y_t, const Tensor& y_r, const Tensor& scale,
-                                         const std::optional<Tensor>& weight, std::string kernel, double eps) {
-  check_loss(y_t, y_r, scale, weight, kernel, eps);
-  const Tensor numbers = group_numbers(scale);
-  check_scale(numbers);
-  const Tensor loss = empty_loss(y_t), grad = empty_like_particles(y_t);
-  run_loss(y_t, y_r, numbers, weight_or_ones(weight, y_t), kernel, eps, loss, grad);
-  return {loss, grad};
+                                         const Optional& weight, const Optional& upstream, std::string kernel,
+                                         at::ArrayRef<double> bandwidths, double eps, bool unbiased) {
+  const LossArguments arguments{scale, weight, upstream, kernel, bandwidths, eps, unbiased};
+  check_loss("y_t", "y_r", y_t, y_r, arguments);
+  return loss_and_gradient({.x = y_t}, {.x = y_r}, arguments);
 }
 
-void mmd_loss_grad_out(const Tensor& y_t, const Tensor& y_r, const Tensor& scale, const std::optional<Tensor>& weight,
-                       std::string kernel, double eps, const Tensor& loss, const Tensor& grad) {
-  check_loss(y_t, y_r, scale, weight, kernel, eps);
-  check_out("loss", loss, y_t.sizes().slice(0, 1), accumulate_dtype(y_t.scalar_type()), y_t);
-  check_out("grad", grad, y_t.sizes(), y_t.scalar_type(), y_t);
-  refuse_gradients("mmd_loss_grad", {y_t, y_r, scale, weight.value_or(Tensor()), loss, grad});
-  const Tensor numbers = group_numbers(scale);
-  check_scale(numbers);
-  // A gradient row is written while other rows are still read, so memory shared with an input takes a detour.
-  const bool direct = grad.is_contiguous() && loss.is_contiguous() && apart(grad, y_t) && apart(grad, y_r) &&
-                      apart(loss, y_t) && apart(loss, y_r) && apart(loss, grad) && apart(loss, scale) &&
-                      apart(grad, scale) && (!weight || (apart(loss, *weight) && apart(grad, *weight)));
-  const Tensor loss_target = direct ? loss : empty_loss(y_t);
-  const Tensor grad_target = direct ? grad : empty_like_particles(y_t);
-  run_loss(y_t, y_r, numbers, weight_or_ones(weight, y_t), kernel, eps, loss_target, grad_target);
-  if (!direct) {
-    loss.copy_(loss_target);
-    grad.copy_(grad_target);
-  }
+void mmd_loss_grad_out(const Tensor& y_t, const Tensor& y_r, const Tensor& scale, const Optional& weight,
+                       const Optional& upstream, std::string kernel, at::ArrayRef<double> bandwidths, double eps,
+                       bool unbiased, const Tensor& loss, const Tensor& grad) {
+  const LossArguments arguments{scale, weight, upstream, kernel, bandwidths, eps, unbiased};
+  check_loss("y_t", "y_r", y_t, y_r, arguments);
+  loss_and_gradient_out("mmd_loss_grad", {.x = y_t}, {.x = y_r}, arguments, loss, grad);
 }
 
-MmdGramArgs gram_args(const Tensor& x, const Tensor& y, const Tensor& scale, const std::string& kernel, double eps) {
-  return {.dtype = x.scalar_type(),
-          .kernel = kernel_of(kernel),
-          .eps = eps,
-          .Mx = x.size(1),
-          .My = y.size(1),
-          .D = x.size(2),
-          .x = particles_of(x),
-          .y = particles_of(y),
-          .scale = scale.const_data_ptr<double>(),
-          .grad = nullptr,
-          .gram = nullptr,
-          .grad_x = nullptr,
-          .grad_y = nullptr};
+// Results are undefined where they are not asked for; grad [G, Mx, My] is that of the matrices.
+struct GramRun {
+  Tensor grad{}, gram{}, grad_x{}, grad_y{};
+};
+
+void run_gram(const Tensor& x, const Tensor& y, const Tensor& scale, const MmdKernelArgs& kernel, const GramRun& run) {
+  const int64_t G = x.size(0), Mx = x.size(1), My = y.size(1), D = x.size(2);
+  if (G == 0) return;
+  const auto dtype = accumulate_dtype(x.scalar_type());
+  const Operand first({.x = x}), second({.x = y});
+  const Tensor grad = run.grad.defined() ? run.grad.to(at::kDouble).contiguous() : Tensor();
+  const auto memory = [](const Tensor& result) { return result.defined() ? result.mutable_data_ptr() : nullptr; };
+  const MmdParticles xs = first.particles(), ys = second.particles();
+  const MmdGramArgs args{.wide = dtype == at::kDouble,
+                         .kernel = kernel,
+                         .D = D,
+                         .x = xs,
+                         .y = ys,
+                         .plan = plan_of(xs, ys, D),
+                         .scale = scale.const_data_ptr<double>(),
+                         .grad = grad.defined() ? grad.const_data_ptr<double>() : nullptr,
+                         .gram = memory(run.gram),
+                         .grad_x = memory(run.grad_x),
+                         .grad_y = memory(run.grad_y)};
+  const Workspace workspace(args.plan, dtype, Mx + My, {Mx, My}, {Mx, My}, 2, std::max(Mx, My));
+  const double pairs = static_cast<double>(Mx) * static_cast<double>(My);
+  run_groups(IMM_CHOOSE(mmd_functions).gram, args, workspace, G, (args.grad ? 3.0 : 1.0) * pairs * D);
 }
 
-void run_gram(const MmdGramArgs& args, int64_t G) {
-  const Workspace workspace(args.dtype, 1, args.Mx, args.My, args.D);
-  const double pairs = static_cast<double>(args.Mx) * static_cast<double>(args.My);
-  run_groups(IMM_CHOOSE(mmd_functions).gram, args, workspace, G, (args.grad ? 3.0 : 1.0) * pairs * args.D);
-}
-
-Tensor mmd_gram(const Tensor& x, const Tensor& y, const Tensor& scale, std::string kernel, double eps) {
-  check_particles("x", "y", x, y, scale, kernel, eps);
-  const Tensor numbers = group_numbers(scale);
-  check_scale(numbers);
-  const int64_t G = x.size(0);
-  const Tensor gram = at::empty({G, x.size(1), y.size(1)}, accumulate_dtype(x.scalar_type()));
-  const Tensor xs = with_contiguous_rows(x), ys = with_contiguous_rows(y);
-  if (G == 0) return gram;
-  MmdGramArgs args = gram_args(xs, ys, numbers, kernel, eps);
-  args.gram = gram.mutable_data_ptr();
-  run_gram(args, G);
+Tensor mmd_gram(const Tensor& x, const Tensor& y, const Tensor& scale, std::string kernel,
+                at::ArrayRef<double> bandwidths, double eps) {
+  check_kernel(kernel, bandwidths, eps);
+  check_particles("x", "y", x, y, scale);
+  const Tensor numbers = checked_scale(scale);
+  const Tensor gram = at::empty({x.size(0), x.size(1), y.size(1)}, accumulate_dtype(x.scalar_type()));
+  run_gram(x, y, numbers, kernel_args(kernel, bandwidths, eps), {.gram = gram});
   return gram;
 }
 
 std::tuple<Tensor, Tensor> mmd_gram_bwd(const Tensor& grad, const Tensor& x, const Tensor& y, const Tensor& scale,
-                                        std::string kernel, double eps) {
-  check_particles("x", "y", x, y, scale, kernel, eps);
-  const int64_t G = x.size(0);
-  const std::array<int64_t, 3> expected{G, x.size(1), y.size(1)};
+                                        std::string kernel, at::ArrayRef<double> bandwidths, double eps) {
+  check_kernel(kernel, bandwidths, eps);
+  check_particles("x", "y", x, y, scale);
+  const std::array<int64_t, 3> expected{x.size(0), x.size(1), y.size(1)};
   TORCH_CHECK_VALUE(grad.sizes() == at::IntArrayRef(expected), "grad: expected ", at::IntArrayRef(expected), ", got ",
                     grad.sizes());
   TORCH_CHECK_TYPE(grad.is_floating_point(), "grad: expected a floating dtype, got ", dtype_name(grad));
   check_same_device("grad", grad, x);
   const Tensor grad_x = empty_like_particles(x), grad_y = empty_like_particles(y);
-  if (G == 0) return {grad_x, grad_y};
-  const Tensor numbers = group_numbers(scale), xs = with_contiguous_rows(x), ys = with_contiguous_rows(y);
-  const Tensor upstream = grad.to(at::kDouble).contiguous();
-  MmdGramArgs args = gram_args(xs, ys, numbers, kernel, eps);
-  args.grad = upstream.const_data_ptr<double>();
-  args.grad_x = grad_x.mutable_data_ptr();
-  args.grad_y = grad_y.mutable_data_ptr();
-  run_gram(args, G);
+  run_gram(x, y, group_numbers(scale, x.size(0)), kernel_args(kernel, bandwidths, eps),
+           {.grad = grad, .grad_x = grad_x, .grad_y = grad_y});
   return {grad_x, grad_y};
 }
 
 }  // namespace
+
+void check_groups(const char* name, const Tensor& value, const Tensor& x) {
+  TORCH_CHECK_VALUE(value.dim() == 1 && value.size(0) == x.size(0), name, ": expected one number per group, [",
+                    x.size(0), "], got ", value.sizes());
+  TORCH_CHECK_TYPE(value.is_floating_point(), name, ": expected a floating dtype, got ", dtype_name(value));
+  TORCH_CHECK_VALUE(value.device() == x.device(), name, ": expected the particles' device ", x.device(), ", got ",
+                    value.device());
+}
+
+void check_groups_or_one(const char* name, const Tensor& value, const Tensor& x) {
+  const bool for_all = value.dim() == 1 && value.size(0) == 1;
+  check_groups(name, for_all ? value.expand({x.size(0)}) : value, x);
+}
+
+void check_loss(const char* t_name, const char* r_name, const Tensor& y_t, const Tensor& y_r,
+                const LossArguments& arguments) {
+  check_kernel(arguments.kernel, arguments.bandwidths, arguments.eps);
+  check_particles(t_name, r_name, y_t, y_r, arguments.scale);
+  check_sets(t_name, r_name, y_t, y_r, arguments.weight, arguments.unbiased);
+  if (arguments.upstream) check_groups_or_one("upstream", *arguments.upstream, y_t);
+}
+
+std::tuple<Tensor, Tensor> loss_and_gradient(const Branch& y_t, const Branch& y_r, LossArguments arguments) {
+  arguments.scale = checked_scale(arguments.scale);
+  const Tensor loss = empty_loss(y_t.x), grad = empty_like_particles(y_t.g.defined() ? y_t.g : y_t.x);
+  run_loss(y_t, y_r, arguments, Tensor(), {.loss = loss, .grad = grad});
+  return {loss, grad};
+}
+
+void loss_and_gradient_out(const char* op, const Branch& y_t, const Branch& y_r, LossArguments arguments,
+                           const Tensor& loss, const Tensor& grad) {
+  const Tensor& target = y_t.g.defined() ? y_t.g : y_t.x;
+  check_out("loss", loss, y_t.x.sizes().slice(0, 1), accumulate_dtype(y_t.x.scalar_type()), y_t.x);
+  check_out("grad", grad, target.sizes(), target.scalar_type(), target);
+  const Tensor weight = arguments.weight.value_or(Tensor()), upstream = arguments.upstream.value_or(Tensor());
+  const auto inputs = {y_t.x,      y_t.g,     y_t.c_skip,      y_t.c_out, y_r.x,   y_r.g,
+                       y_r.c_skip, y_r.c_out, arguments.scale, weight,    upstream};
+  refuse_gradients(op, inputs);
+  refuse_gradients(op, {loss, grad});
+  arguments.scale = checked_scale(arguments.scale);
+  // A gradient row is written while other rows are still read, so memory shared with an input takes a detour.
+  const auto direct = [&](const Tensor& out) {
+    return out.is_contiguous() &&
+           std::all_of(inputs.begin(), inputs.end(), [&](const Tensor& input) { return apart(out, input); });
+  };
+  if (direct(loss) && direct(grad) && apart(loss, grad)) {
+    run_loss(y_t, y_r, arguments, Tensor(), {.loss = loss, .grad = grad});
+    return;
+  }
+  const auto [loss_value, grad_value] = loss_and_gradient(y_t, y_r, arguments);
+  loss.copy_(loss_value);
+  grad.copy_(grad_value);
+}
 
 TORCH_LIBRARY_IMPL(imm, CPU, m) {
   m.impl("mmd_loss", mmd_loss);

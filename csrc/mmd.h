@@ -1,11 +1,12 @@
-// imm::mmd_loss, imm::mmd_loss_grad and imm::mmd_gram on the CPU: the interface between checks (mmd.cpp) and loops
-// (cpu/mmd.cpp).
+// The MMD ops on the CPU: the interface between checks (mmd.cpp, flow_map_mmd.cpp) and loops (cpu/mmd.cpp).
 //
-// With d = max(||x - y||, eps) and kappa = scale / D per group:
-//     laplace  k = exp(-kappa d)          dk/dx = -kappa k (x - y) / d
-//     rbf      k = exp(-kappa d^2 / 2)    dk/dx = -kappa k (x - y)
-// and dk/dx = 0 for ||x - y|| <= eps. loss_g = weight_g / M^2 sum_jk [k(t_j, t_k) + k(r_j, r_k) - 2 k(t_j, r_k)].
-// python/imm/ops/mmd.py is the reference.
+// With d = max(||x - y||, eps), kappa = scale / D per group, and a mean over the bandwidth factors b (k of scale b):
+//     laplace  k = exp(-kappa d)          slope = kappa k / d
+//     rbf      k = exp(-kappa d^2 / 2)    slope = kappa k
+//     imq      k = 1 / (1 + kappa d^2)    slope = 2 kappa k^2
+//     energy   k = -kappa d               slope = kappa / d
+// dk/dx = -slope (x - y), and slope = 0 for ||x - y|| <= eps. loss_g = weight_g / M^2 sum_jk [k(t_j, t_k) + k(r_j, r_k)
+// - 2 k(t_j, r_k)]; unbiased, over j != k with M (M - 1) in place of M^2. python/imm/ops/mmd.py is the reference.
 //
 // G groups, M particles, D features. Differences are float32 (float64 for float64) in vector partial sums, lanes are
 // summed in float64, and everything M x M is float64.
@@ -19,48 +20,85 @@
 
 namespace imm {
 
-enum class MmdKernel { kLaplace, kRbf };
+enum class MmdKernel { kLaplace, kRbf, kImq, kEnergy };
 
-// Features of a row are contiguous; groups and rows have any stride, in elements.
-struct Particles {
+struct MmdKernelArgs {
+  MmdKernel kind;
+  const double* bandwidths;
+  int64_t bandwidth_count;
+  double eps;
+};
+
+// [G, M, D]: features of a row are contiguous; groups and rows have any stride, in elements.
+struct MmdRows {
   const void* data;
+  c10::ScalarType dtype;
   int64_t group_stride;
   int64_t row_stride;
 };
 
-// What one thread needs beside its registers.
-struct MmdWork {
-  double* dist2;          // squared distances, then slopes: [3, M, M], gram [Mx, My]
-  void* coefficient;      // of the differences in the gradient, accumulate dtype: [M, 2 M], gram [2, Mx, My]
-  const void** pointers;  // to rows: [2 M], gram [Mx + My]
-  float* rows;            // 16-bit particles widened: [2, M, D], gram [Mx + My, D]
-  float* grad;            // a block of the widened gradient: [M, kMmdBlock], gram [max(Mx, My), kMmdBlock]
+// The M particles of each group: the rows of x or, where there is a g, c_skip x + c_out g.
+struct MmdParticles {
+  int64_t M;
+  MmdRows x;
+  MmdRows g;             // data is null without
+  const double* c_skip;  // [G], with g
+  const double* c_out;
 };
 
-constexpr int64_t kMmdBlock = 512;  // features of the gradient worked on at a time: 9 rows of float32 fit 24 KiB of L1
+// How a group is read.
+struct MmdPlan {
+  bool packed;       // in the arithmetic dtype, `stride` elements between rows; else where it lies
+  bool gathered;     // a few features of all rows are brought together for the gradient
+  bool products;     // of a loss: distances and gradient by products where no pairs but the matched ones are close
+  int64_t features;  // whose distances are worked on at a time
+  int64_t stride;
+};
+
+constexpr int64_t kMmdBlockRows = 32;      // rows whose distances to as many others are worked on together
+constexpr int64_t kMmdGatherBytes = 256;   // of a row that are gathered
+constexpr int64_t kMmdGradFeatures = 512;  // of a gradient that is not in the arithmetic dtype, worked on at a time
+
+// What one thread needs beside its registers. z is the rows of a group: both sets, one after the other.
+struct MmdWork {
+  double* values;              // squared distances, then kernel values: loss [2 M, 2 M], gram [Mx, My]
+  double* slopes;              // loss [M, 2 M], gram [Mx, My]
+  void* coefficient;           // of the gradient, arithmetic dtype: as many as slopes and 2 a row, gram twice
+  const void** rows;           // to each of z
+  const void** gathered_rows;  // the same, gathered
+  void* partial;               // sums of a pair of blocks and of tiles of matched pairs, a vector each
+  void* packed;                // z
+  void* gathered;              // z
+  void* grad;                  // [M, kMmdGradFeatures], gram of the larger set
+};
 
 struct MmdLossArgs {
-  c10::ScalarType dtype;
-  MmdKernel kernel;
-  double eps;
-  int64_t M, D;
-  Particles y_t, y_r;    // [G, M, D]
-  const double* scale;   // [G]
-  const double* weight;  // [G], of the loss and of the gradient
-  void* loss;            // [G] in the accumulate dtype, or null
-  void* grad;            // [G, M, D] contiguous in dtype, or null
+  bool wide;  // arithmetic in float64
+  MmdKernelArgs kernel;
+  bool unbiased;
+  int64_t D;
+  MmdParticles y_t, y_r;
+  MmdPlan plan;
+  const double* scale;        // [G]
+  const double* weight;       // [G], of the loss
+  const double* grad_weight;  // [G], of the gradient
+  const void* saved_slopes;   // [G, M, 2 M] in the arithmetic dtype where they are known: nothing but grad is asked for
+  void* loss;                 // [G] in the arithmetic dtype, or null
+  void* slopes;               // [G, M, 2 M] in the arithmetic dtype, or null
+  void* grad;                 // [G, M, D] contiguous, or null
+  c10::ScalarType grad_dtype;
 };
 
 struct MmdGramArgs {
-  c10::ScalarType dtype;
-  MmdKernel kernel;
-  double eps;
-  int64_t Mx, My, D;
-  Particles x, y;       // [G, Mx, D], [G, My, D]
+  bool wide;
+  MmdKernelArgs kernel;
+  int64_t D;
+  MmdParticles x, y;
+  MmdPlan plan;
   const double* scale;  // [G]
   const double* grad;   // [G, Mx, My] contiguous, or null for the forward
-  void* gram;           // [G, Mx, My] in the accumulate dtype, forward only
-  void* grad_x;         // contiguous in dtype, backward only
+  void* gram;           // [G, Mx, My] in the arithmetic dtype, forward only
+  void* grad_x;         // contiguous in the particles' dtype, backward only
   void* grad_y;
 };
 

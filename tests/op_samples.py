@@ -33,30 +33,46 @@ def coefficients(count: int, variant: str, device: str) -> Tensor:
     return torch.rand(0 if variant == "empty" else count, dtype=torch.float64, device=device) + 0.5
 
 
-def mmd_loss(variant: str, dtype: torch.dtype, device: str, kernel: str = "laplace") -> tuple[Any, ...]:
+KERNEL: tuple[Any, ...] = ("laplace", [0.5, 2.0], 1e-8)
+
+
+def mmd_loss(variant: str, dtype: torch.dtype, device: str, kernel: tuple[Any, ...] = KERNEL) -> tuple[Any, ...]:
     y_t = tensor((3, 4, 17), variant, dtype, device)
     y_r = tensor((3, 4, 17), variant, dtype, device, grad=False)
-    return y_t, y_r, coefficients(3, variant, device), coefficients(3, variant, device), kernel, 1e-8
+    return y_t, y_r, coefficients(3, variant, device), coefficients(3, variant, device), *kernel, False
 
 
-def mmd_loss_bwd(variant: str, dtype: torch.dtype, device: str, kernel: str = "laplace") -> tuple[Any, ...]:
-    y_t, *rest = mmd_loss(variant, dtype, device, kernel)
-    grad = coefficients(3, variant, device).to(torch.promote_types(dtype, torch.float32))
-    return grad, y_t.detach(), *rest
+def mmd_loss_bwd(variant: str, dtype: torch.dtype, device: str) -> tuple[Any, ...]:
+    y_t, y_r, _, weight, *_ = mmd_loss(variant, dtype, device)
+    accumulate = torch.promote_types(dtype, torch.float32)
+    slopes = tensor((3, 4, 8), variant, accumulate, device, grad=False)
+    return coefficients(3, variant, device).to(accumulate), slopes, y_t.detach(), y_r, weight, True
 
 
 def mmd_loss_grad(variant: str, dtype: torch.dtype, device: str) -> tuple[Any, ...]:
-    y_t, *rest = mmd_loss(variant, dtype, device)
-    return y_t.detach(), *rest
+    y_t, y_r, scale, weight, *rest = mmd_loss(variant, dtype, device)
+    return y_t.detach(), y_r, scale, weight, coefficients(3, variant, device), *rest
 
 
-def mmd_gram(variant: str, dtype: torch.dtype, device: str, kernel: str = "laplace") -> tuple[Any, ...]:
+def flow_map_mmd(variant: str, dtype: torch.dtype, device: str) -> tuple[Any, ...]:
+    x_t, x_r, g_r = (tensor((3, 4, 17), variant, dtype, device, grad=False) for _ in range(3))
+    g_t = tensor((3, 4, 17), variant, dtype, device)
+    numbers = (coefficients(3, variant, device) for _ in range(6))
+    return x_t, x_r, g_t, g_r, *numbers, coefficients(1, "contiguous", device), *KERNEL, True
+
+
+def flow_map_mmd_bwd(variant: str, dtype: torch.dtype, device: str) -> tuple[Any, ...]:
+    finished = tensor((3, 4, 17), variant, dtype, device, grad=False)
+    return coefficients(3, variant, device), finished, finished.clone(), coefficients(3, variant, device)
+
+
+def mmd_gram(variant: str, dtype: torch.dtype, device: str, kernel: tuple[Any, ...] = KERNEL) -> tuple[Any, ...]:
     x, y = tensor((3, 4, 17), variant, dtype, device), tensor((3, 5, 17), variant, dtype, device)
-    return x, y, coefficients(3, variant, device), kernel, 1e-8
+    return x, y, coefficients(3, variant, device), *kernel
 
 
-def mmd_gram_bwd(variant: str, dtype: torch.dtype, device: str, kernel: str = "laplace") -> tuple[Any, ...]:
-    x, y, *rest = mmd_gram(variant, dtype, device, kernel)
+def mmd_gram_bwd(variant: str, dtype: torch.dtype, device: str) -> tuple[Any, ...]:
+    x, y, *rest = mmd_gram(variant, dtype, device)
     grad = torch.randn(x.shape[0], 4, 5, dtype=torch.promote_types(dtype, torch.float32), device=device)
     return grad, x.detach(), y.detach(), *rest
 
@@ -97,6 +113,9 @@ SAMPLES: dict[str, Callable[..., tuple[Any, ...]]] = {
     "mmd_loss_bwd": mmd_loss_bwd,
     "mmd_loss_grad": mmd_loss_grad,
     "mmd_loss_grad.out": out_form(mmd_loss_grad, "mmd_loss_grad", "loss", "grad"),
+    "flow_map_mmd": flow_map_mmd,
+    "flow_map_mmd.out": out_form(flow_map_mmd, "flow_map_mmd", "loss", "grad"),
+    "flow_map_mmd_bwd": flow_map_mmd_bwd,
     "mmd_gram": mmd_gram,
     "mmd_gram_bwd": mmd_gram_bwd,
     "flow_step": flow_step,

@@ -18,20 +18,47 @@ from imm import functional as F
 #: G1: one group; M: alone, even, odd; D: one feature, prime, one above a vector, CIFAR. Large sizes are in the full suite.
 SHAPES = [(1, 1, 1), (2, 2, 37), (3, 4, 257), (2, 7, 64), (5, 4, 3072)]
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
-KERNELS = ["laplace", "rbf"]
+KERNELS = ["laplace", "rbf", "imq", "energy"]
 
 
-def truth(y_t: Tensor, y_r: Tensor, scale: Tensor, weight: Tensor | None, kernel: str, eps: float) -> Tensor:
+def truth(
+    y_t: Tensor,
+    y_r: Tensor,
+    scale: Tensor,
+    weight: Tensor | None,
+    kernel: str,
+    eps: float,
+    bandwidths: tuple[float, ...] = (1.0,),
+    estimator: str = "v",
+) -> Tensor:
     """The formula, in float64, by broadcasting and autograd."""
-    y_r, scale = y_r.double(), scale.double()
+    y_r, particles = y_r.double(), y_t.shape[1]
 
-    def mean_kernel(x: Tensor, y: Tensor) -> Tensor:
-        square = (x[:, :, None] - y[:, None]).square().sum(-1).clamp_min(eps**2)
-        exponent = square.sqrt() if kernel == "laplace" else 0.5 * square
-        return torch.exp(-scale[:, None, None] * exponent / x.shape[2]).mean((1, 2))
+    def kernel_sum(x: Tensor, y: Tensor) -> Tensor:
+        values = kernel_minus_one(x, y, scale, kernel, eps, bandwidths)
+        return (values if estimator == "v" else values - torch.diag_embed(values.diagonal(0, 1, 2))).sum((1, 2))
 
-    loss = mean_kernel(y_t, y_t) + mean_kernel(y_r, y_r) - 2 * mean_kernel(y_t, y_r)
+    loss = kernel_sum(y_t, y_t) + kernel_sum(y_r, y_r) - 2 * kernel_sum(y_t, y_r)
+    loss = loss / (particles**2 if estimator == "v" else particles * (particles - 1))
     return loss if weight is None else loss * weight.double()
+
+
+def kernel_minus_one(
+    x: Tensor, y: Tensor, scale: Tensor, kernel: str, eps: float = 1e-8, bandwidths: tuple[float, ...] = (1.0,)
+) -> Tensor:
+    """k(x_j, y_k) - 1 (k for energy), the mean over the bandwidths."""
+    square = (x[:, :, None] - y[:, None]).square().sum(-1).clamp_min(eps**2)
+
+    def of_scale(kappa: Tensor) -> Tensor:
+        return {
+            "laplace": lambda: torch.expm1(-kappa * square.sqrt()),
+            "rbf": lambda: torch.expm1(-0.5 * kappa * square),
+            "imq": lambda: -kappa * square / (1 + kappa * square),
+            "energy": lambda: -kappa * square.sqrt(),
+        }[kernel]()
+
+    kappa = scale.double()[:, None, None] / x.shape[2]
+    return torch.stack([of_scale(factor * kappa) for factor in bandwidths]).mean(0)
 
 
 def inputs(shape: tuple[int, int, int], dtype: torch.dtype, device: str, apart: float = 1.0, kernel: str = "laplace"):
@@ -39,7 +66,7 @@ def inputs(shape: tuple[int, int, int], dtype: torch.dtype, device: str, apart: 
     groups, _, features = shape
     y_r = torch.randn(shape, device=device)
     y_t = (y_r + apart * torch.randn(shape, device=device)).to(dtype)
-    scale = (math.sqrt(features) if kernel == "laplace" else 1.0) * (
+    scale = (math.sqrt(features) if kernel in ("laplace", "energy") else 1.0) * (
         torch.rand(groups, dtype=torch.float64, device=device) + 0.2
     )
     return y_t.requires_grad_(), y_r.to(dtype), scale, torch.rand(groups, dtype=torch.float64, device=device) + 0.5
@@ -71,12 +98,99 @@ def test_gram_and_gradients_match_float64(dtype, kernel, device) -> None:
     gram = F.mmd_gram(x, y, scale, kernel=kernel)
     (gram * upstream).sum().backward()
     a, b = x.detach().double().requires_grad_(), y.detach().double().requires_grad_()
-    dist = (a[:, :, None] - b[:, None]).square().sum(-1)
-    dist = dist.sqrt() if kernel == "laplace" else 0.5 * dist
-    expected = torch.exp(-scale[:, None, None] * dist / 129)
+    expected = kernel_minus_one(a, b, scale, kernel) + (kernel != "energy")
     (expected * upstream).sum().backward()
     for value, exact in ((gram, expected), (x.grad, a.grad), (y.grad, b.grad)):
         assert_close(value, exact, 5 * 129)
+
+
+@pytest.mark.parametrize("estimator", F.ESTIMATORS)
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("particles", [2, 4, 7, 9, 20])
+def test_mixtures_and_estimators_match_float64(particles, kernel, estimator, device) -> None:
+    bandwidths = (3.0,) if kernel == "energy" else (0.25, 1.0, 4.0)
+    y_t, y_r, scale, weight = inputs((2, particles, 65), torch.float32, device, kernel=kernel)
+    loss = F.mmd_loss(y_t, y_r, scale, weight=weight, kernel=kernel, bandwidths=bandwidths, estimator=estimator)
+    loss.mean().backward()
+    exact = y_t.detach().double().requires_grad_()
+    expected = truth(exact, y_r, scale, weight, kernel, 1e-8, bandwidths, estimator)
+    expected.mean().backward()
+    # The terms of the loss have size 1 and more, and the unbiased one is near 0.
+    torch.testing.assert_close(loss.double(), expected, rtol=1e-5, atol=2e-6)
+    assert_close(y_t.grad, exact.grad, particles * 65)
+
+
+def test_the_u_statistic_is_unbiased(device) -> None:
+    """Also for particles coupled in pairs; the V-statistic is not."""
+    gen = torch.Generator(device).manual_seed(0)
+    y_t = torch.randn(40_000, 3, 2, dtype=torch.float64, device=device, generator=gen)
+    other = torch.randn(40_000, 3, 2, dtype=torch.float64, device=device, generator=gen)
+    one = torch.ones(len(y_t), device=device)
+    for y_r in (other, 0.8 * y_t + 0.6 * other):  # either way normal, so the distributions are equal
+        u, v = (F.mmd_loss(y_t, y_r, one, kernel="rbf", estimator=estimator) for estimator in ("u", "v"))
+        assert abs(float(u.mean())) < 4 * float(u.std()) / math.sqrt(len(u))
+        assert float(v.mean()) > 20 * float(v.std()) / math.sqrt(len(v))
+
+
+@pytest.mark.parametrize("upstream", [None, 2.0**-12])
+@pytest.mark.parametrize("g_dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("particles", [1, 4, 12])
+def test_flow_map_loss_is_the_loss_of_its_particles(particles, g_dtype, upstream, device) -> None:
+    groups, shape = 3, (3, particles, 2, 5, 5)
+    x_t, x_r, g_t, g_r = (torch.randn(shape, device=device) for _ in range(4))
+    g_t, g_r = g_t.to(g_dtype).requires_grad_(), (0.5 * g_r).to(g_dtype)
+    c = [torch.rand(groups, dtype=torch.float64, device=device) + 0.2 for _ in range(4)]
+    scale, weight = torch.rand(2, groups, dtype=torch.float64, device=device) * 5
+    up = None if upstream is None else torch.full((1,), upstream, device=device)
+    arguments = {"weight": weight, "kernel": "imq", "bandwidths": (1.0, 2.0)}
+    loss = F.flow_map_mmd_loss(x_t, x_r, g_t, g_r, *c, scale, upstream=up, **arguments)
+    for factor in {upstream or 1.0, 0.5}:  # finished for this one, and another
+        g_t.grad = None
+        (factor * loss.sum()).backward(retain_graph=True)
+        exact = g_t.detach().double().requires_grad_()
+        wide = [v.reshape(-1, 1, 1, 1, 1) for v in c]
+        y_t, y_r = wide[0] * x_t.double() + wide[1] * exact, wide[2] * x_r.double() + wide[3] * g_r.double()
+        expected = F.mmd_loss(y_t, y_r, scale, **arguments)
+        (factor * expected.sum()).backward()
+        assert_close(loss, expected, 50 * particles)
+        assert g_t.grad.dtype == g_dtype
+        assert_close(g_t.grad, exact.grad, 50 * particles)
+
+
+def test_flow_map_loss_takes_numbers_and_refuses_other_gradients(device) -> None:
+    x, g = torch.randn(2, 3, 8, device=device), torch.randn(2, 3, 8, device=device)
+    one = torch.ones(2, device=device)
+    assert torch.equal(F.flow_map_mmd_loss(x, x, g, g, 0.5, 0.5, 0.5, 0.5, one), torch.zeros_like(one))
+    with pytest.raises(RuntimeError, match="the gradient goes to g_t only"):
+        F.flow_map_mmd_loss(x.requires_grad_(), x, g, g, 0.5, 0.5, 0.5, 0.5, one)
+    with pytest.raises(ValueError, match=r"c_out_r: expected one number per group, \[2\], got \[3\]"):
+        torch.ops.imm.flow_map_mmd(
+            *[x.detach()] * 2,
+            g,
+            g,
+            *[one.double()] * 3,
+            torch.ones(3, dtype=torch.float64),
+            one,
+            None,
+            None,
+            "rbf",
+            [1.0],
+            1e-8,
+            False,
+        )
+
+
+def test_small_gradients_are_scaled_before_they_are_rounded(device) -> None:
+    """A gradient scaler's factor reaches the kernel: a float16 gradient below its smallest number survives."""
+    x, g = torch.randn(2, 2, 4, 64, device=device), torch.randn(2, 2, 4, 64, device=device).half()
+    one, factor = torch.ones(2, device=device), torch.full((1,), 2.0**16, device=device)
+    g_t, weight = g[0].requires_grad_(), torch.full((2,), 1e-7, device=device)
+    arguments = *x, g_t, g[1], 0.5, 0.5, 0.5, 0.5, one
+    (F.flow_map_mmd_loss(*arguments, weight=weight).sum() * factor).backward()
+    assert int((g_t.grad == 0).sum()) > 0.9 * g_t.numel()
+    g_t.grad = None
+    (F.flow_map_mmd_loss(*arguments, weight=weight, upstream=factor).sum() * factor).backward()
+    assert int((g_t.grad == 0).sum()) < 0.1 * g_t.numel()
 
 
 @pytest.mark.parametrize("index", range(3))
@@ -178,6 +292,8 @@ def test_properties(groups, particles, features, kernel, seed) -> None:
     torch.testing.assert_close(F.mmd_loss(y_t[:, order], y_r, scale, kernel=kernel), loss, rtol=1e-10, atol=1e-14)
     gram = F.mmd_gram(y_t, y_t, scale, kernel=kernel)
     torch.testing.assert_close(gram, gram.transpose(1, 2))
+    if kernel == "energy":  # conditionally positive: for coefficients that sum to 0
+        gram = gram - gram.mean(1, keepdim=True) - gram.mean(2, keepdim=True) + gram.mean((1, 2), keepdim=True)
     assert bool((torch.linalg.eigvalsh(gram) > -1e-9).all())
 
 
@@ -225,7 +341,12 @@ def test_a_zero_scale_is_a_constant_kernel(device) -> None:
         ({"scale": torch.tensor([1.0, -1.0])}, ValueError, "expected numbers >= 0"),
         ({"scale": torch.tensor([1.0, float("nan")])}, ValueError, "expected numbers >= 0"),
         ({"weight": torch.ones(2, 1)}, ValueError, r"weight: expected one number per group"),
-        ({"kernel": "gauss"}, ValueError, r"one of \['laplace', 'rbf'\], got 'gauss'"),
+        ({"kernel": "gauss"}, ValueError, r"one of \['laplace', 'rbf', 'imq', 'energy'\], got 'gauss'"),
+        ({"bandwidths": ()}, ValueError, "one or more positive factors"),
+        ({"bandwidths": (1.0, -1.0)}, ValueError, "one or more positive factors"),
+        ({"bandwidths": (1.0, 2.0), "kernel": "energy"}, ValueError, "expected one for the energy kernel"),
+        ({"estimator": "w"}, ValueError, r"one of \['v', 'u'\], got 'w'"),
+        ({"estimator": "u", "y_t": torch.randn(2, 1, 8), "y_r": torch.randn(2, 1, 8)}, ValueError, "expected M >= 2"),
         ({"eps": 0.0}, ValueError, "positive floor"),
     ],
 )

@@ -1,7 +1,7 @@
 """The native library: every CPU kernel against the float64 reference, equal bits over threads, bad input, loading, switches.
 
-Sizes: M on both sides of the 4-row tiles, D around the vectors (4 to 32 numbers) and the 512-feature blocks. Left out: sizes
-whose M x M part does not fit memory; the fuzz test has them, as errors.
+Sizes: M on both sides of the tiles of 4 and 8 rows, of packing (8) and of a block of 32 rows; D around the vectors (4 to 32
+numbers) and the blocks of features. Left out: sizes whose M x M part does not fit memory; the fuzz test has them, as errors.
 """
 
 import itertools
@@ -11,11 +11,15 @@ import random
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from tolerance import assert_close, bound
+from torch import Tensor
 
 import imm
+from imm.ops import flow_map_mmd as flow_map_ops
 from imm.ops import flow_step as flow_step_ops
 from imm.ops import mmd as mmd_ops
 from imm.ops import native
@@ -26,107 +30,173 @@ pytestmark = pytest.mark.skipif(native.status() is not None, reason=f"native lib
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 OPS = torch.ops.imm
 EPS = 1e-8
+LAPLACE = ("laplace", [1.0], EPS)
+KERNELS = (LAPLACE, ("rbf", [0.5, 2.0], EPS), ("imq", [0.25, 1.0, 3.0], EPS), ("energy", [1.0], EPS))
+kernels = pytest.mark.parametrize("kernel", KERNELS, ids=[name for name, *_ in KERNELS])
 
 
-def particles(M: int, D: int, dtype: torch.dtype, G: int = 3, seed: int = 0) -> tuple[torch.Tensor, ...]:
-    """y_t, y_r (some pairs close, as in training), scale, weight."""
+def particles(M: int, D: int, dtype: torch.dtype, G: int = 3, seed: int = 0, apart: float = 0.3) -> tuple[Tensor, ...]:
+    """y_t, y_r (matched pairs close, as in training), scale, weight."""
     gen = torch.Generator().manual_seed(seed)
-    y_t = torch.randn(G, M, D, generator=gen)
-    y_r = y_t + 0.3 * torch.randn(G, M, D, generator=gen)
+    y_t = torch.randn(G, M, D, generator=gen, dtype=torch.float64)
+    y_r = y_t + apart * torch.randn(G, M, D, generator=gen, dtype=torch.float64)
     return y_t.to(dtype), y_r.to(dtype), 0.5 + torch.rand(G, generator=gen), 0.5 + torch.rand(G, generator=gen)
 
 
-def assert_close(got: torch.Tensor, exact: torch.Tensor, terms: int) -> None:
-    """|got - exact| within the rounding of ``terms`` additions in the arithmetic dtype, plus that of a 16-bit result.
+def double(value: Any) -> Any:
+    return value.double() if isinstance(value, Tensor) else value
 
-    Rounding errors of a sum grow like sqrt(terms) eps; 8 covers the few sums, the exponential and the difference of values.
-    """
+
+def assert_sum(got: Tensor, exact: Tensor, coefficient: Tensor, x: Tensor, y: Tensor) -> None:
+    """got within the rounding of exact_j = sum_k coefficient_jk (x_j - y_k): what cancels counts with its size."""
+    size = torch.zeros_like(exact)
+    for k in range(y.shape[1]):
+        size += coefficient[:, :, k, None].abs() * (x - y[:, k, None]).abs()
     assert got.shape == exact.shape
-    eps = torch.finfo(torch.promote_types(got.dtype, torch.float32)).eps
-    size = exact.abs().max().item() if exact.numel() else 0.0
-    bound = 8 * terms**0.5 * eps * size
-    if got.dtype in (torch.bfloat16, torch.float16):
-        bound += 2 * torch.finfo(got.dtype).eps * size + torch.finfo(got.dtype).smallest_normal
     error = (got.double() - exact).abs().max().item() if exact.numel() else 0.0
-    assert error <= bound, (error, bound, size)
+    limit = bound(got.dtype, size, x.shape[2] + y.shape[1])
+    assert error <= limit, (error, limit)
 
 
-def check_mmd(y_t: torch.Tensor, y_r: torch.Tensor, scale: torch.Tensor, weight: torch.Tensor | None, kernel: str) -> None:
+def check_mmd(
+    y_t: Tensor, y_r: Tensor, scale: Tensor, weight: Tensor | None, kernel: tuple[Any, ...], unbiased: bool = False
+) -> None:
     """All MMD ops on one input, against the references in float64 on the same rounded numbers."""
-    M, D = y_t.shape[1:]
-    wide = y_t.double(), y_r.double(), scale.double(), None if weight is None else weight.double()
-    loss = mmd_ops.mmd_loss(*wide, kernel, EPS)
-    upstream = torch.linspace(0.5, 1.5, len(scale))
-    grad = mmd_ops.mmd_loss_bwd(torch.ones_like(loss), *wide, kernel, EPS)
-    got = OPS.mmd_loss_grad(y_t, y_r, scale, weight, kernel, EPS)
+    G, M, D = y_t.shape
+    options = *kernel, unbiased and M > 1
+    t, r, wide_scale, wide_weight = map(double, (y_t, y_r, scale, weight))
+    exact, exact_slopes = mmd_ops.mmd_loss(t, r, wide_scale, wide_weight, *options)
+    loss, slopes = OPS.mmd_loss(y_t, y_r, scale, weight, *options)
     # The loss is a difference of kernel means of size up to 1 - exp(...), so it is measured against those, not against itself.
-    means = mmd_ops._kernel_minus_one(mmd_ops._distance(wide[0], wide[1]), mmd_ops._kappa(wide[2], D), kernel, EPS)
-    size = means.abs().amax() * (1.0 if weight is None else weight.double().max()) if len(scale) else torch.tensor(0.0)
-    for value in (got[0], OPS.mmd_loss(y_t, y_r, scale, weight, kernel, EPS)):
-        eps = torch.finfo(value.dtype).eps
-        assert value.shape == loss.shape
-        assert ((value.double() - loss).abs() <= 8 * D**0.5 * eps * size).all()
-    assert_close(got[1], grad, D * M)
-    assert_close(
-        OPS.mmd_loss_bwd(upstream, y_t, y_r, scale, weight, kernel, EPS),
-        mmd_ops.mmd_loss_bwd(upstream.double(), *wide, kernel, EPS),
-        D * M,
-    )
-    out_loss, out_grad = torch.empty_like(got[0]), torch.empty(y_t.shape, dtype=y_t.dtype)
-    OPS.mmd_loss_grad(y_t, y_r, scale, weight, kernel, EPS, loss=out_loss, grad=out_grad)
-    assert torch.equal(out_loss, got[0])
-    assert torch.equal(out_grad, got[1])
-    y_r = y_r[:, : max(1, M - 1)]
-    wide = y_t.double(), y_r.double(), scale.double()
-    gram = mmd_ops.mmd_gram(*wide, kernel, EPS)
-    assert_close(OPS.mmd_gram(y_t, y_r, scale, kernel, EPS), gram, D)
-    up = torch.sin(torch.arange(gram.numel())).reshape(gram.shape)
-    for a, b in zip(
-        OPS.mmd_gram_bwd(up, y_t, y_r, scale, kernel, EPS),
-        mmd_ops.mmd_gram_bwd(up.double(), *wide, kernel, EPS),
-        strict=True,
-    ):
-        assert_close(a, b, D * M)
+    means, _ = mmd_ops._value_and_slope(mmd_ops._distance(t, r), wide_scale, D, *kernel)
+    if G:
+        assert (loss - exact).abs().max() <= bound(loss.dtype, means * (1.0 if weight is None else weight.max()), 4 * D)
+    assert loss.dtype == slopes.dtype == torch.promote_types(y_t.dtype, torch.float32)
+    assert slopes.shape == exact_slopes.shape
+    # What is in the exponent, 16 and less here, multiplies the error of a squared distance.
+    assert ((slopes.abs() - exact_slopes).abs() <= bound(slopes.dtype, torch.ones(1), 64 * D) * exact_slopes).all()
+    # Gradients of size 1, so that 16 bits hold them.
+    for upstream in (D**1.5 * torch.linspace(0.5, 1.5, G), torch.full((1,), D**1.5), None):
+        up = torch.ones(1) if upstream is None else upstream
+        factor = (up * (1.0 if weight is None else weight)).double().expand(G)[:, None, None]
+        coefficient = factor * exact_slopes / mmd_ops._pairs(M, options[-1])
+        grad = mmd_ops.mmd_loss_bwd(up.double().expand(G), exact_slopes, t, r, wide_weight, options[-1])
+        got = OPS.mmd_loss_grad(y_t, y_r, scale, weight, upstream, *options)
+        # The signs of slopes are marks: those of others are none, or mean nothing.
+        backward = [OPS.mmd_loss_bwd(up.expand(G), v, y_t, y_r, weight, options[-1]) for v in (slopes, slopes.abs(), -slopes)]
+        assert torch.equal(got[0], loss)
+        if upstream is not None or y_t.dtype != torch.float16:
+            for result in (got[1], *backward):
+                assert_sum(result, grad, 2 * coefficient, t, torch.cat([t, r], 1))
+        out_loss, out_grad = torch.empty_like(got[0]), torch.empty(y_t.shape, dtype=y_t.dtype)
+        OPS.mmd_loss_grad(y_t, y_r, scale, weight, upstream, *options, loss=out_loss, grad=out_grad)
+        assert torch.equal(out_loss, got[0])
+        assert torch.equal(out_grad, got[1])
+    check_gram(y_t, y_r[:, : max(1, M - 1)], scale, kernel)
 
 
-@pytest.mark.parametrize("kernel", mmd_ops.KERNELS)
+def check_gram(x: Tensor, y: Tensor, scale: Tensor, kernel: tuple[Any, ...]) -> None:
+    wide = x.double(), y.double(), scale.double()
+    gram = mmd_ops.mmd_gram(*wide, *kernel)
+    assert_close(OPS.mmd_gram(x, y, scale, *kernel), gram, x.shape[2])
+    up = x.shape[2] ** 1.5 * torch.sin(torch.arange(gram.numel())).reshape(gram.shape)
+    _, slopes = mmd_ops._value_and_slope(mmd_ops._distance(*wide[:2]), wide[2], x.shape[2], *kernel)
+    c = slopes * up
+    got, exact = OPS.mmd_gram_bwd(up, x, y, scale, *kernel), mmd_ops.mmd_gram_bwd(up.double(), *wide, *kernel)
+    assert_sum(got[0], exact[0], c, wide[0], wide[1])
+    assert_sum(got[1], exact[1], c.transpose(1, 2), wide[1], wide[0])
+
+
+@kernels
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("M", [1, 2, 3, 4, 5, 7, 8, 16, 33])
-def test_mmd_against_float64(M: int, dtype: torch.dtype, kernel: str) -> None:
-    for D in (1, 3, 16, 37, 300, 3072):
+@pytest.mark.parametrize("M", [1, 2, 3, 4, 5, 7, 8, 9, 16, 33, 64])
+def test_mmd_against_float64(M: int, dtype: torch.dtype, kernel: tuple[Any, ...]) -> None:
+    for D, unbiased in ((1, False), (3, True), (16, False), (37, False), (300, True), (3072, M % 2 == 0)):
         y_t, y_r, scale, weight = particles(M, D, dtype)
-        check_mmd(y_t, y_r, scale, weight if D != 37 else None, kernel)
+        check_mmd(y_t, y_r, scale, weight if D != 37 else None, kernel, unbiased)
+
+
+@kernels
+@pytest.mark.parametrize("apart", [1.0, 1e-2, 1e-4])
+@pytest.mark.parametrize("M", [4, 16, 40])
+def test_close_pairs_keep_their_digits(M: int, apart: float, kernel: tuple[Any, ...]) -> None:
+    """Matched pairs, and others within and across the sets, far from the origin and close to each other."""
+    for dtype in (torch.float32, torch.float64):
+        y_t, y_r, scale, weight = particles(M, 515, dtype, apart=apart)
+        y_t[:, 1], y_r[:, 0] = y_t[:, 0] + apart * y_t[:, 1], y_r[:, 1] + apart * y_r[:, 0]
+        check_mmd(y_t, y_r, scale, weight, kernel)
+        check_mmd(y_t + 3, y_r + 3, scale, weight, kernel, unbiased=True)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_mmd_strides_and_empty(dtype: torch.dtype) -> None:
-    y_t, y_r, scale, weight = particles(6, 40, dtype, G=4)
+@pytest.mark.parametrize("M", [6, 11])
+def test_mmd_strides_and_empty(M: int, dtype: torch.dtype) -> None:
+    y_t, y_r, scale, weight = particles(M, 40, dtype, G=4)
     permuted = y_t.transpose(0, 2).contiguous().transpose(0, 2)
     swapped = y_r.transpose(0, 1).contiguous().transpose(0, 1)
     sliced = torch.cat([y_t, y_t], 2)[:, ::2, 3:40], torch.cat([y_r, y_r], 2)[:, 1::2, 3:40]
-    check_mmd(permuted, swapped, scale, weight, "laplace")
-    check_mmd(*sliced, scale, weight, "rbf")
-    check_mmd(y_t[..., ::2], y_r[..., 1::2], scale, weight, "laplace")
-    check_mmd(y_t[:1].expand(4, 6, 40), y_r[:, :1].expand(4, 6, 40), scale[:1].expand(4), weight[:1].expand(4), "laplace")
-    check_mmd(y_t[..., :1].expand(4, 6, 40), y_r, scale, None, "laplace")
-    check_mmd(y_t[:0], y_r[:0], scale[:0], weight[:0], "laplace")
+    check_mmd(permuted, swapped, scale, weight, LAPLACE)
+    check_mmd(*(v[:, : M // 2] for v in sliced), scale, weight, KERNELS[1])
+    check_mmd(y_t[..., ::2], y_r[..., 1::2], scale, weight, LAPLACE)
+    expanded = y_t[:1].expand(4, M, 40), y_r[:, :1].expand(4, M, 40), scale[:1].expand(4), weight[:1].expand(4)
+    check_mmd(*expanded, LAPLACE)
+    check_mmd(y_t[..., :1].expand(4, M, 40), y_r, scale, None, LAPLACE)
+    check_mmd(y_t[:0], y_r[:0], scale[:0], weight[:0], LAPLACE)
 
 
-@pytest.mark.parametrize("kernel", mmd_ops.KERNELS)
-def test_mmd_special_values(kernel: str) -> None:
-    y_t, y_r, scale, _ = particles(5, 37, torch.float64)
-    assert torch.equal(OPS.mmd_loss(y_t, y_t.clone(), scale, None, kernel, EPS), torch.zeros(3, dtype=torch.float64))
-    y_t[1, 2, 3] = float("nan")
-    loss, grad = OPS.mmd_loss_grad(y_t, y_r, scale, None, kernel, EPS)
-    assert loss.isnan().tolist() == [False, True, False]
-    assert grad.isnan().any(2).any(1).tolist() == [False, True, False]
-    y_t[1, 2, 3] = float("inf")
-    got, want = (f(y_t, y_r, scale, None, kernel, EPS) for f in (OPS.mmd_loss_grad, mmd_ops.mmd_loss_grad))
-    for a, b in zip(got, want, strict=True):
-        torch.testing.assert_close(a, b, equal_nan=True)
-    # Below the floor on the norm there is no gradient.
-    _, grad = OPS.mmd_loss_grad(y_r, y_r + 1e-6, scale, None, kernel, 1e3)
-    assert torch.equal(grad, torch.zeros_like(grad))
+@kernels
+@pytest.mark.parametrize("M", [5, 19])
+def test_mmd_special_values(M: int, kernel: tuple[Any, ...]) -> None:
+    for dtype in (torch.float32, torch.float64):
+        y_t, y_r, scale, _ = particles(M, 37, dtype)
+        for unbiased in (False, True):
+            assert not OPS.mmd_loss(y_t, y_t.clone(), scale, None, *kernel, unbiased)[0].any()
+            for value in (float("nan"), float("inf")):
+                bad = y_t.clone()
+                bad[1, 2, 3] = value
+                arguments = bad, y_r, scale, None, None, *kernel, unbiased
+                loss, grad = OPS.mmd_loss_grad(*arguments)
+                for got, want in zip((loss, grad), mmd_ops.mmd_loss_grad(*map(double, arguments)), strict=True):
+                    torch.testing.assert_close(got.double(), want, equal_nan=True, rtol=1e-5, atol=1e-5)
+                assert grad.isnan().any(2).any(1).tolist() == [False, True, False]
+                assert loss[1].isnan() or value == float("inf")
+        # Below the floor on the norm there is no gradient.
+        _, grad = OPS.mmd_loss_grad(y_r, y_r + 1e-6, scale, None, None, *kernel[:2], 1e3, False)
+        assert torch.equal(grad, torch.zeros_like(grad))
+
+
+@kernels
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("M", [1, 4, 8, 9, 33])
+def test_flow_map_mmd_against_float64(M: int, dtype: torch.dtype, kernel: tuple[Any, ...]) -> None:
+    """The loss of the particles formed in the arithmetic dtype, for any dtypes of the two outputs."""
+    for (t_dtype, r_dtype), D in zip(itertools.product(DTYPES, repeat=2), itertools.cycle((3, 37, 300)), strict=False):
+        x_t, x_r, scale, weight = particles(M, D, dtype)
+        g_t, g_r, *_ = particles(M, D, torch.float64, seed=1)
+        g_t, g_r = g_t.to(t_dtype), g_r.to(r_dtype).transpose(0, 1).contiguous().transpose(0, 1)
+        c = [torch.rand(3, generator=torch.manual_seed(i), dtype=torch.float64) + 0.2 for i in range(4)]
+        upstream = torch.full((1,), D**1.5)
+        options = weight, upstream, *kernel, D == 37 and M > 1
+        loss, grad = OPS.flow_map_mmd(x_t, x_r, g_t, g_r, *c, scale, *options)
+        assert (loss.dtype, grad.dtype) == (torch.promote_types(dtype, torch.float32), t_dtype)
+        y_t, y_r = (
+            flow_map_ops._particles(x_t, g_t, c[0], c[1], loss.dtype),
+            flow_map_ops._particles(x_r, g_r, c[2], c[3], loss.dtype),
+        )
+        assert torch.equal(loss, OPS.mmd_loss_grad(y_t, y_r, scale, *options)[0])
+        t, r = y_t.double(), y_r.double()
+        _, slopes = mmd_ops.mmd_loss(t, r, scale, weight, *options[2:])
+        exact = mmd_ops.mmd_loss_bwd((upstream * c[1]).double(), slopes, t, r, weight, options[-1])
+        size = 2 * slopes * (D**1.5 * c[1] * weight / mmd_ops._pairs(M, options[-1]))[:, None, None]
+        narrow = grad if loss.dtype == torch.float32 or t_dtype != torch.float32 else grad.float()
+        assert_sum(narrow if torch.finfo(t_dtype).bits < 64 else grad.to(loss.dtype), exact, size, t, torch.cat([t, r], 1))
+        out = torch.empty_like(loss), torch.empty(grad.shape, dtype=t_dtype)
+        OPS.flow_map_mmd(x_t, x_r, g_t, g_r, *c, scale, *options, loss=out[0], grad=out[1])
+        assert torch.equal(out[0], loss)
+        assert torch.equal(out[1], grad)
+        up = torch.rand(3)
+        for given in (upstream, None, up):
+            assert torch.equal(OPS.flow_map_mmd_bwd(up, grad, g_t, given), flow_map_ops.flow_map_mmd_bwd(up, grad, g_t, given))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -161,13 +231,16 @@ def test_noise_has_the_bits_of_the_reference() -> None:
 
 
 def test_bits_do_not_depend_on_the_threads() -> None:
-    def everything() -> list[torch.Tensor]:
+    def everything() -> list[Tensor]:
         results = []
-        for dtype, M in itertools.product(DTYPES, (4, 7)):
-            y_t, y_r, scale, weight = particles(M, 700, dtype, G=37)
-            results += [*OPS.mmd_loss_grad(y_t, y_r, scale, weight, "laplace", EPS)]
-            gram = OPS.mmd_gram(y_t, y_r, scale, "laplace", EPS)
-            results += [gram, *OPS.mmd_gram_bwd(gram, y_t, y_r, scale, "laplace", EPS)]
+        for dtype, M in itertools.product(DTYPES, (4, 7, 12, 40)):
+            y_t, y_r, scale, weight = particles(M, 700, dtype, G=17)
+            loss = scale, weight, None, *LAPLACE, False
+            results += [*OPS.mmd_loss_grad(y_t, y_r, *loss), *OPS.mmd_loss(y_t, y_r, scale, weight, *KERNELS[1], True)]
+            one = torch.ones(17, dtype=torch.float64)
+            results += [*OPS.flow_map_mmd(y_t, y_r, y_r, y_t, *[one] * 4, *loss)]
+            gram = OPS.mmd_gram(y_t, y_r, scale, *LAPLACE)
+            results += [gram, *OPS.mmd_gram_bwd(gram, y_t, y_r, scale, *LAPLACE)]
         one, x, seeds = (
             torch.ones(1, dtype=torch.float64),
             torch.randn(9, 9000, generator=torch.manual_seed(0)),
@@ -188,40 +261,61 @@ def test_bits_do_not_depend_on_the_threads() -> None:
 
 def test_out_may_share_memory_with_inputs() -> None:
     y_t, y_r, scale, _ = particles(4, 64, torch.float32)
-    loss, grad = OPS.mmd_loss_grad(y_t, y_r, scale, None, "laplace", EPS)
+    options = scale, None, None, *LAPLACE, False
+    loss, grad = OPS.mmd_loss_grad(y_t, y_r, *options)
     shared, value = y_t.clone(), torch.empty(3)
-    OPS.mmd_loss_grad(shared, y_r, scale, None, "laplace", EPS, loss=value, grad=shared)
+    OPS.mmd_loss_grad(shared, y_r, *options, loss=value, grad=shared)
     assert torch.equal(shared, grad)
     assert torch.equal(value, loss)
+    c = torch.ones(3, dtype=torch.float64)
+    loss, grad = OPS.flow_map_mmd(y_t, y_r, y_r, y_t, *[c] * 4, *options)
+    shared = y_r.clone()
+    OPS.flow_map_mmd(y_t, y_r, shared, y_t, *[c] * 4, *options, loss=scale, grad=shared)
+    assert torch.equal(shared, grad)
+    assert torch.equal(scale, loss)
     memory, one = torch.arange(101, dtype=torch.float32), torch.ones(1, dtype=torch.float64)
     want = memory[None, :100] * 2
     out = memory[None, 1:]
     OPS.flow_step(memory[None, :100], memory[None, :100].clone(), one, one, None, None, None, None, 0, out=out)
     assert torch.equal(out, want)
-    with pytest.raises(RuntimeError, match="out= form has no derivative"):
-        OPS.mmd_loss_grad(y_t.requires_grad_(), y_r, scale, None, "laplace", EPS, loss=value, grad=shared)
+    for run in (
+        lambda y: OPS.mmd_loss_grad(y, y_r, *options, loss=value, grad=shared),
+        lambda y: OPS.flow_map_mmd(y_t, y_r, y, y_t, *[c] * 4, *options, loss=value, grad=shared),
+    ):
+        with pytest.raises(RuntimeError, match="out= form has no derivative"):
+            run(y_t.clone().requires_grad_())
 
 
 def test_autograd_autocast_and_compile_pass_through_the_kernels() -> None:
     y_t, y_r, scale, weight = particles(3, 20, torch.float64, G=2)
     y_t.requires_grad_()
     assert torch.autograd.gradcheck(lambda y: imm.functional.mmd_loss(y, y_r, scale, weight=weight), y_t)
+    c = [0.5 + torch.rand(2, dtype=torch.float64) for _ in range(4)]
+    flow_map_loss = lambda g: imm.functional.flow_map_mmd_loss(y_r, y_r.flip(1), g, y_r, *c, scale, upstream=weight[:1])
+    assert torch.autograd.gradcheck(flow_map_loss, y_t)
     y_r = y_r.clone().requires_grad_()
     assert torch.autograd.gradcheck(lambda x, y: imm.functional.mmd_gram(x, y, scale), (y_t, y_r))
     with torch.autocast("cpu", torch.bfloat16):
-        assert OPS.mmd_loss(y_t.bfloat16(), y_r.detach().bfloat16(), scale, None, "laplace", EPS).dtype == torch.float32
+        loss, _ = OPS.mmd_loss(y_t.bfloat16(), y_r.detach().bfloat16(), scale, None, *LAPLACE, False)
+        assert loss.dtype == torch.float32
     out = torch.empty(2), torch.empty(2, 3, 20)
-    inputs = y_t.detach().float(), y_r.detach().float(), scale, weight, "laplace", EPS
+    y_t, y_r = y_t.detach().float(), y_r.detach().float()
+    options = scale, weight, None, *LAPLACE, False
+    flow_map = y_t, y_r, y_r, y_t, *c, *options
     for op, args, kwargs in (
-        (OPS.mmd_loss_grad.default, inputs, {}),
-        (OPS.mmd_loss_grad.out, inputs, {"loss": out[0], "grad": out[1]}),
-        (OPS.mmd_loss.default, inputs, {}),
+        (OPS.mmd_loss_grad.default, (y_t, y_r, *options), {}),
+        (OPS.mmd_loss_grad.out, (y_t, y_r, *options), {"loss": out[0], "grad": out[1]}),
+        (OPS.mmd_loss.default, (y_t, y_r, scale, weight, *LAPLACE, True), {}),
+        (OPS.mmd_loss_bwd.default, (weight, torch.ones(2, 3, 6), y_t, y_r, weight, True), {}),
+        (OPS.flow_map_mmd.default, flow_map, {}),
+        (OPS.flow_map_mmd.out, flow_map, {"loss": out[0], "grad": out[1]}),
+        (OPS.flow_map_mmd_bwd.default, (weight, y_t, y_r, None), {}),
         (OPS.noise.out, (torch.arange(2), 9, 1), {"out": torch.empty(2, 9)}),
     ):
         torch.library.opcheck(op, args, kwargs, test_utils=("test_schema", "test_faketensor"))
 
 
-def _pick(rng: random.Random, tensor: torch.Tensor) -> torch.Tensor:
+def _pick(rng: random.Random, tensor: Tensor) -> Tensor:
     """The tensor, or a variation: other strides, sizes, dtype, or huge by expansion."""
     kind = rng.randrange(12)
     if kind == 0 and tensor.dim() > 1:
@@ -243,7 +337,7 @@ def _pick(rng: random.Random, tensor: torch.Tensor) -> torch.Tensor:
 
 def _outcome(run, args):
     try:
-        return run(*[a.clone() if isinstance(a, torch.Tensor) and a.numel() < 10**6 else a for a in args])
+        return run(*[a.clone() if isinstance(a, Tensor) and a.numel() < 10**6 else a for a in args])
     except (ValueError, TypeError, RuntimeError) as error:
         return error
 
@@ -257,28 +351,36 @@ def test_fuzz_raises_or_agrees(seed: int) -> None:
         dtype = rng.choice(DTYPES)
         y_t, y_r, g1, g2 = torch.randn(G, M, D).to(dtype), torch.randn(G, M, D).to(dtype), torch.rand(G), torch.rand(G)
         scale, weight = _pick(rng, g1 - 0.02), rng.choice([None, _pick(rng, g2)])
-        kernel, eps = (
-            rng.choice(["laplace", "rbf", "gauss"][: rng.choice([2, 2, 3])]),
+        kernel = (
+            rng.choice([*mmd_ops.KERNELS, *mmd_ops.KERNELS, "gauss"]),
+            rng.choice([[1.0], [1.0], [0.5, 2.0], rng.choice([[], [-1.0], [float("nan")], [float("inf")]])]),
             rng.choice([1e-8, 1e-8, 0.5, 0.0, float("nan")]),
         )
         x, y = _pick(rng, y_t), _pick(rng, y_r)
+        factors = [_pick(rng, torch.rand(G)), _pick(rng, torch.rand(1))]
+        upstream = rng.choice([None, *(v for v in factors if v.shape != (1,) or v.is_floating_point())])
+        loss = scale, weight, upstream, *kernel, rng.random() < 0.3
+        slopes = _pick(rng, torch.randn(G, M, 2 * M).to(torch.promote_types(dtype, torch.float32)))
         c = [_pick(rng, torch.rand(rng.choice([1, G]), dtype=torch.float64)) for _ in range(4)]
+        numbers = [rng.choice([v, torch.rand(G, dtype=torch.float64)]) for v in c]
         seeds, numel, step = _pick(rng, torch.arange(G)), rng.choice([-1, 0, 1, 9, 2**60]), rng.choice([-1, 0, 5, 2**62])
         g, u = y_r.to(rng.choice(DTYPES)), y_t.to(rng.choice(DTYPES))
         base, extra = rng.choice([(None, None), (u.to(g.dtype), c[2]), (u, None)]), rng.choice([(None, None), (c[3], seeds)])
         gram_up = _pick(rng, torch.randn(G, M, M))
         for name, module, args in (
-            ("mmd_loss", mmd_ops, (x, y, scale, weight, kernel, eps)),
-            ("mmd_loss_grad", mmd_ops, (x, y, scale, weight, kernel, eps)),
-            ("mmd_loss_bwd", mmd_ops, (_pick(rng, g2), x, y, scale, weight, kernel, eps)),
-            ("mmd_gram", mmd_ops, (x, y, scale, kernel, eps)),
-            ("mmd_gram_bwd", mmd_ops, (gram_up, x, y, scale, kernel, eps)),
+            ("mmd_loss", mmd_ops, (x, y, scale, weight, *loss[3:])),
+            ("mmd_loss_grad", mmd_ops, (x, y, *loss)),
+            ("mmd_loss_bwd", mmd_ops, (_pick(rng, g2), slopes, x, y, weight, loss[-1])),
+            ("flow_map_mmd", flow_map_ops, (x, y, g, _pick(rng, u), *numbers, *loss)),
+            ("flow_map_mmd_bwd", flow_map_ops, (_pick(rng, g2), x, y, upstream)),
+            ("mmd_gram", mmd_ops, (x, y, scale, *kernel)),
+            ("mmd_gram_bwd", mmd_ops, (gram_up, x, y, scale, *kernel)),
             ("flow_step", flow_step_ops, (x, g, c[0], c[1], *base, *extra, step)),
             ("flow_step_bwd", flow_step_ops, (x, g, c[0], c[1], *base)),
             ("noise", noise_ops, (seeds, numel, step)),
         ):
             want, got = _outcome(getattr(module, name), args), _outcome(getattr(OPS, name), args)
-            described = name, [(a.shape, a.dtype, a.stride()) if isinstance(a, torch.Tensor) else a for a in args], want, got
+            described = name, [(a.shape, a.dtype, a.stride()) if isinstance(a, Tensor) else a for a in args], want, got
             if isinstance(want, Exception):
                 out_of_memory = "alloc" in str(want)  # the kernel may need none where the result is empty
                 assert isinstance(got, Exception) or (out_of_memory and got.numel() == 0), described
@@ -289,8 +391,8 @@ def test_fuzz_raises_or_agrees(seed: int) -> None:
             assert not isinstance(got, Exception), described
             agreed += 1
             for a, b in zip(
-                (got,) if isinstance(got, torch.Tensor) else got,
-                (want,) if isinstance(want, torch.Tensor) else want,
+                (got,) if isinstance(got, Tensor) else got,
+                (want,) if isinstance(want, Tensor) else want,
                 strict=True,
             ):
                 assert (a.shape, a.dtype) == (b.shape, b.dtype), described
@@ -315,12 +417,13 @@ import torch
 from imm.ops import dispatch, mmd, native
 request = dispatch.Request(torch.device("cpu"), torch.float32)
 y = torch.randn(2, 4, 37, generator=torch.manual_seed(0))
-grad = torch.ops.imm.mmd_loss_grad(y, y.flip(0), torch.ones(2), None, "laplace", 1e-8)[1]
+args = y, y.flip(0), torch.ones(2), None, None, "laplace", [1.0], 1e-8, False
+grad = torch.ops.imm.mmd_loss_grad(*args)[1]
 print(dispatch.select("mmd_loss_grad", request).name, dispatch.select("noise", request).name, native.status(), sep="|")
 print(*(g.item().hex() for g in grad.flatten()[:8]))
 distance, asked = mmd._distance, []
 mmd._distance = lambda x, y: (asked.append(1), distance(x, y))[1]
-torch.ops.imm.mmd_loss_grad(y, y.flip(0), torch.ones(2), None, "laplace", 1e-8)
+torch.ops.imm.mmd_loss_grad(*args)
 print(len(asked) > 0)
 """
 
@@ -341,7 +444,7 @@ def test_imm_impl_switches_the_kernel() -> None:
 def test_other_instruction_sets(capability: str) -> None:
     """The choice at run time follows torch's, and every instruction set passes the same checks."""
     env = {**os.environ, "ATEN_CPU_CAPABILITY": capability}
-    selection = "special or empty or flow_step or noise or threads or against_float64 and 4-"
+    selection = "special or empty or flow_step or noise or threads or against_float64[4- or against_float64[9-"
     command = [sys.executable, "-m", "pytest", __file__, "-p", "no:cacheprovider", "-k", f"({selection}) and not other"]
     result = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stdout

@@ -234,6 +234,33 @@ def test_a_second_backward_after_the_next_step_is_refused() -> None:
         loss.backward()
 
 
+@pytest.mark.parametrize("told", [None, 4096.0, 3.0])
+def test_a_scaled_loss_gives_a_scaled_gradient(told) -> None:
+    """Whether the objective was told of the factor or not, or of another one."""
+    target, x = objective(particles=2), torch.randn(8, 1, 4, 4)
+    gradients = []
+    for factor, scale in ((1.0, None), (4096.0, None if told is None else torch.tensor(told))):
+        target.flow_map.network.a.grad = None
+        loss, _ = target(x, generator=torch.Generator().manual_seed(1), grad_scale=scale)
+        (factor * loss).backward()
+        gradients.append(target.flow_map.network.a.grad)
+    torch.testing.assert_close(gradients[1], 4096 * gradients[0], rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("options", [{"kernel": "imq", "bandwidths": (0.5, 2.0)}, {"kernel": "energy", "estimator": "u"}])
+def test_other_kernels_and_estimators_reach_the_loss(options) -> None:
+    x = torch.randn(8, 1, 4, 4)
+    losses = []
+    for target in (objective(**options), objective()):
+        loss, _ = target(x, generator=torch.Generator().manual_seed(1))
+        loss.backward()
+        assert torch.isfinite(target.flow_map.network.a.grad)
+        with torch.no_grad():  # the same without a gradient
+            assert torch.equal(target(x, generator=torch.Generator().manual_seed(1))[0], loss.detach())
+        losses.append(float(loss.detach()))
+    assert losses[0] != pytest.approx(losses[1], rel=1e-3)
+
+
 def test_no_gradient_through_the_target() -> None:
     target = objective()
     calls = []
@@ -330,7 +357,10 @@ def test_autocast_and_half_networks(device) -> None:
 @pytest.mark.parametrize(
     ("options", "text"),
     [
-        ({"kernel": "gauss"}, r"unknown kernel 'gauss'; expected one of \['laplace', 'rbf'\]"),
+        ({"bandwidths": ()}, "bandwidths: expected one or more"),
+        ({"estimator": "w"}, "unknown estimator 'w'; expected one of"),
+        ({"estimator": "u", "particles": 1}, "expected 2 or more for the unbiased estimator, got 1"),
+        ({"kernel": "gauss"}, "kernel: expected one of .* got 'gauss'"),
         ({"mapping_kind": "lambda"}, "unknown mapping_kind"),
         ({"target_labels": "both"}, "unknown target_labels"),
         ({"particles": 0}, "particles: expected a whole number >= 1, got 0"),

@@ -13,16 +13,26 @@ import torch
 import torch._dynamo.testing
 from op_samples import SAMPLES, VARIANTS
 
+import imm
 from imm.ops import dispatch
 from imm.ops.schemas import SCHEMAS
 
 OPS = [schema.partition("(")[0] for schema in SCHEMAS]
-DIFFERENTIABLE = ["mmd_loss", "mmd_gram", "flow_step"]
+DIFFERENTIABLE = ["mmd_loss", "flow_map_mmd", "mmd_gram", "flow_step"]
 
 
 def op(name: str):
     name, _, overload = name.partition(".")
     return getattr(getattr(torch.ops.imm, name), overload or "default")
+
+
+def first(results):
+    """The differentiable result."""
+    return results[0] if isinstance(results, tuple) else results
+
+
+def learns(arguments):
+    return [a for a in arguments if isinstance(a, torch.Tensor) and a.requires_grad]
 
 
 def sample(name: str, variant: str, dtype: torch.dtype, device: str) -> tuple[tuple, dict]:
@@ -55,19 +65,21 @@ def test_opcheck(name: str, variant: str, dtype: torch.dtype, device: str) -> No
 @pytest.mark.parametrize("name", DIFFERENTIABLE)
 def test_gradcheck(name: str, variant: str, device: str) -> None:
     arguments = SAMPLES[name](variant, torch.float64, device)
-    assert torch.autograd.gradcheck(op(name), arguments)
+    assert torch.autograd.gradcheck(lambda *a: first(op(name)(*a)), arguments)
 
 
+@pytest.mark.parametrize("kernel", ["rbf", "imq", "energy"])
 @pytest.mark.parametrize("name", ["mmd_loss", "mmd_gram"])
-def test_gradcheck_rbf(name: str, device: str) -> None:
-    assert torch.autograd.gradcheck(op(name), SAMPLES[name]("contiguous", torch.float64, device, kernel="rbf"))
+def test_gradcheck_of_the_other_kernels(name: str, kernel: str, device: str) -> None:
+    arguments = SAMPLES[name]("contiguous", torch.float64, device, kernel=(kernel, [2.0], 1e-8))
+    assert torch.autograd.gradcheck(lambda *a: first(op(name)(*a)), arguments)
 
 
 @pytest.mark.parametrize("name", DIFFERENTIABLE)
 def test_second_derivative_is_refused(name: str, device: str) -> None:
     arguments = SAMPLES[name]("contiguous", torch.float64, device)
-    out = op(name)(*arguments).sum()
-    (grad,) = torch.autograd.grad(out, arguments[0], create_graph=True)
+    out = first(op(name)(*arguments)).sum()
+    (grad,) = torch.autograd.grad(out, learns(arguments)[0], create_graph=True)
     with pytest.raises(RuntimeError, match="second derivatives are not supported"):
         grad.sum().backward()
 
@@ -76,17 +88,20 @@ def test_second_derivative_is_refused(name: str, device: str) -> None:
 def test_compiles_whole_and_once(name: str, device: str) -> None:
     """fullgraph, equal to eager in value and gradient, and no recompilation for a second shape."""
     torch._dynamo.reset()
-    compiled = torch.compile(op(name), fullgraph=True, dynamic=True, backend="aot_eager")
+    run = lambda *a: first(op(name)(*a))
+    compiled = torch.compile(run, fullgraph=True, dynamic=True, backend="aot_eager")
     counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
-    counted = torch.compile(lambda *a: op(name)(*a), fullgraph=True, dynamic=True, backend=counter)
+    counted = torch.compile(lambda *a: first(op(name)(*a)), fullgraph=True, dynamic=True, backend=counter)
     compilations = []
     for repeat in (1, 2):
         arguments = [
-            torch.cat([a] * repeat).detach().requires_grad_(a.requires_grad) if isinstance(a, torch.Tensor) else a
+            torch.cat([a] * repeat if len(a) > 1 else [a]).detach().requires_grad_(a.requires_grad)
+            if isinstance(a, torch.Tensor)
+            else a
             for a in SAMPLES[name]("contiguous", torch.float32, device)
         ]
-        inputs = [a for a in arguments if isinstance(a, torch.Tensor) and a.requires_grad]
-        eager = op(name)(*arguments)
+        inputs = learns(arguments)
+        eager = run(*arguments)
         expected = torch.autograd.grad(eager.sum(), inputs)
         out = compiled(*arguments)
         assert torch.equal(out, eager)
@@ -109,6 +124,28 @@ def test_two_runs_give_the_same_bits(name: str, device: str) -> None:
         assert torch.equal(a, b)
 
 
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+@pytest.mark.parametrize("name", OPS)
+def test_replay_of_a_captured_graph_gives_the_bits_of_a_call(name: str) -> None:
+    arguments, keywords = sample(name, "contiguous", torch.float32, "cuda")
+
+    def results() -> list[torch.Tensor]:
+        with torch.no_grad():
+            out = op(name)(*arguments, **keywords)
+        return list(keywords.values() if out is None else out if isinstance(out, tuple) else (out,))
+
+    expected = [r.clone() for r in results()]
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        kept = results()
+    for value in kept:
+        value.zero_()
+    graph.replay()
+    for value, right in zip(kept, expected, strict=True):
+        assert torch.equal(value, right)
+
+
 @pytest.mark.parametrize("name", [name for name in OPS if name.endswith(".out")])
 def test_out_forms_equal_the_functional_ones(name: str, device: str) -> None:
     arguments, keywords = sample(name, "contiguous", torch.float32, device)
@@ -123,7 +160,7 @@ def test_out_forms_equal_the_functional_ones(name: str, device: str) -> None:
 def test_autocast_keeps_the_loss_in_float32(device: str) -> None:
     y_t, y_r, scale, *_ = op_samples.mmd_loss("contiguous", torch.bfloat16, device)
     with torch.autocast(device, torch.bfloat16):
-        assert torch.ops.imm.mmd_loss(y_t, y_r, scale, None, "laplace", 1e-8).dtype == torch.float32
+        assert imm.functional.mmd_loss(y_t, y_r, scale).dtype == torch.float32
         x = torch.randn(2, 3, device=device)
         one = torch.ones(1, dtype=torch.float64, device=device)
         assert torch.ops.imm.flow_step(x, x, one, one, None, None, None, None, 0).dtype == torch.float32

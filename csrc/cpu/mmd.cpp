@@ -1,11 +1,13 @@
 // The loops of the MMD ops, compiled once per instruction set (see capability.h).
 //
-// A group is read twice: once for its distances, once for its gradient; 2 M D numbers stay in L2 in between, so memory
-// sees one read of y_t and y_r and one write of the gradient. Pairs are worked on in tiles of at most 4 x 4 rows whose
-// partial sums stay in registers. Every pair adds its features in the same order, so equal particles give equal bits
-// and the three terms of the loss cancel exactly.
+// A group is read twice: once for its distances, once for its gradient; in between its numbers stay in the cache, so
+// memory sees one read of the particles and one write of the gradient. Every difference is taken directly, in tiles of
+// pairs whose partial sums stay in registers. A pair adds its features in one order wherever its tile lies, so equal
+// particles give equal bits and the three terms of the loss cancel exactly.
 #include "../mmd.h"
 
+#include <algorithm>
+#include <cmath>
 #include <type_traits>
 
 #include "convert.h"
@@ -13,14 +15,24 @@
 namespace imm {
 namespace {
 
-template <int kRows>
-using Rows = std::integral_constant<int, kRows>;
+template <auto kValue>
+using Constant = std::integral_constant<decltype(kValue), kValue>;
 
-// Calls f(Rows<R>, first row) for tiles of kLargest, ..., 2, 1 rows that cover [0, n).
+template <int kValue>
+using Int = Constant<kValue>;
+
+// Calls f(Int<R>, first row) for tiles of kLargest, ..., 2, 1 rows that cover [0, n).
 template <int kLargest, typename F>
 void for_tiles(int64_t n, const F& f, int64_t first = 0) {
-  for (; first + kLargest <= n; first += kLargest) f(Rows<kLargest>{}, first);
+  for (; first + kLargest <= n; first += kLargest) f(Int<kLargest>{}, first);
   if constexpr (kLargest > 1) for_tiles<kLargest / 2>(n, f, first);
+}
+
+// f(Int<0>), ..., f(Int<kCount - 1>). A loop would be unrolled too late for what it indexes to be kept in registers.
+template <int kCount, typename F>
+[[gnu::always_inline]] inline void repeat(const F& f) {
+  [&]<int... kIndex>(std::integer_sequence<int, kIndex...>)
+      __attribute__((always_inline)) { (f(Int<kIndex>{}), ...); }(std::make_integer_sequence<int, kCount>{});
 }
 
 template <typename T>
@@ -32,266 +44,501 @@ struct Matrix {
 
 template <typename T>
 double sum_lanes(const Vectorized<T>& v) {
-  T lane[Vectorized<T>::size()];
+  constexpr int kLanes = Vectorized<T>::size();
+  T lane[kLanes];
   v.store(lane);
-  double sum = 0.0;
-  for (const T value : lane) sum += static_cast<double>(value);
-  return sum;
+  double sum[kLanes];
+  for (int i = 0; i < kLanes; ++i) sum[i] = static_cast<double>(lane[i]);
+  for (int n = kLanes / 2; n > 0; n /= 2) {
+    for (int i = 0; i < n; ++i) sum[i] += sum[i + n];
+  }
+  return sum[0];
 }
 
-// How far ahead rows are fetched. The hardware's own prefetching starts anew at every 4 KiB page, which a row of D =
-// 4096 has four of; measured at M = 4 this is worth 10 % of loss and gradient, and 1 to 4 KiB a little less.
-constexpr int64_t kPrefetchBytes = 512;
+// The rows of a group: those of one set, then those of the other.
+struct Group {
+  const MmdParticles& first;
+  const MmdParticles& second;
+  int64_t index;
+  int64_t rows() const { return first.M + second.M; }
+  const MmdParticles& set(int64_t i) const { return i < first.M ? first : second; }
 
-// dist2[j][k] = sum_d (x_jd - y_kd)^2 for a tile of pairs; where x and y are one set's same rows, only k >= j.
-template <int R, int C, bool kSameRows, typename T>
-void distance_tile(Matrix<const T> x, Matrix<const T> y, int64_t D, Matrix<double> dist2) {
-  using V = Vectorized<T>;
-  V acc[R][C];
-  for (auto& row : acc) {
-    for (V& sum : row) sum = V(T(0));
+  // Where row i of its set's x or g begins.
+  const void* address(MmdRows MmdParticles::* part, int64_t i) const {
+    const MmdRows& rows = set(i).*part;
+    const int64_t row = i < first.M ? i : i - first.M;
+    return at_element(rows.data, rows.dtype, index * rows.group_stride + row * rows.row_stride);
   }
-  const auto step = [&](int64_t d, const auto& load) {
-    V x_tile[R];
-    for (int j = 0; j < R; ++j) x_tile[j] = load(x.row(j) + d);
-    for (int k = 0; k < C; ++k) {
-      __builtin_prefetch(reinterpret_cast<const char*>(y.row(k) + d) + kPrefetchBytes);
-      const V y_row = load(y.row(k) + d);
-      for (int j = 0; j < R; ++j) {
-        if (kSameRows && k < j) continue;
-        const V difference = x_tile[j] - y_row;
-        acc[j][k] = at::vec::fmadd(difference, difference, acc[j][k]);
-      }
-    }
-  };
-  int64_t d = 0;
-  for (; d + V::size() <= D; d += V::size()) step(d, [](const T* p) { return V::loadu(p); });
-  if (d < D) step(d, [d, D](const T* p) { return V::loadu(p, D - d); });  // fills with zeros
-  for (int j = 0; j < R; ++j) {
-    for (int k = kSameRows ? j : 0; k < C; ++k) dist2.row(j)[k] = sum_lanes(acc[j][k]);
-  }
-}
+};
 
-// Squared distances of all pairs of two sets, [Mx, My].
+// Brings row i of a group to T.
 template <typename T>
-void distances(Matrix<const T> x, int64_t Mx, Matrix<const T> y, int64_t My, int64_t D, Matrix<double> dist2) {
-  for_tiles<4>(Mx, [&](auto R, int64_t j) {
-    for_tiles<4>(My, [&](auto C, int64_t k) {
-      distance_tile<R(), C(), false, T>({x.row(j), x.stride}, {y.row(k), y.stride}, D,
-                                        {dist2.row(j) + k, dist2.stride});
-    });
-  });
+void pack_row(const Group& group, int64_t i, int64_t D, T* target) {
+  const MmdParticles& set = group.set(i);
+  const void* source = group.address(&MmdParticles::x, i);
+  if (!set.g.data) {
+    const T* x = as_compute(source, set.x.dtype, D, target);
+    if (x != target) std::copy(x, x + D, target);
+    return;
+  }
+  const void* g_source = group.address(&MmdParticles::g, i);
+  const T c_skip = static_cast<T>(set.c_skip[group.index]), c_out = static_cast<T>(set.c_out[group.index]);
+  constexpr int64_t kPiece = 256;
+  T x_buffer[kPiece], g_buffer[kPiece];
+  for (int64_t begin = 0; begin < D; begin += kPiece) {
+    const int64_t n = std::min(kPiece, D - begin);
+    const T* x = as_compute(at_element(source, set.x.dtype, begin), set.x.dtype, n, x_buffer);
+    const T* g = as_compute(at_element(g_source, set.g.dtype, begin), set.g.dtype, n, g_buffer);
+    for (int64_t d = 0; d < n; ++d) target[begin + d] = c_skip * x[d] + c_out * g[d];
+  }
 }
 
-// Squared distances within a set, [M, M]: the upper triangle is computed and mirrored. The diagonal is computed too: it
-// is 0 unless the particle is not finite.
+// The rows of a group as T, a pointer each: where they lie or packed.
 template <typename T>
-void self_distances(Matrix<const T> x, int64_t M, int64_t D, Matrix<double> dist2) {
-  for_tiles<4>(M, [&](auto R, int64_t j) {
-    for_tiles<4>(M, [&](auto C, int64_t k) {
-      const Matrix<const T> rows{x.row(j), x.stride}, columns{x.row(k), x.stride};
-      const Matrix<double> target{dist2.row(j) + k, dist2.stride};
-      if (j == k) {
-        distance_tile<R(), R(), true, T>(rows, rows, D, target);
-      } else if (j < k) {
-        distance_tile<R(), C(), false, T>(rows, columns, D, target);
-      }
-    });
-  });
-  for (int64_t j = 1; j < M; ++j) {
-    for (int64_t k = 0; k < j; ++k) dist2.row(j)[k] = dist2.row(k)[j];
-  }
-}
-
-enum class Replace { kNothing, kByKernel, kBySlope };
-
-// Sum over n pairs of k - 1 (as expm1: the ones of the three terms cancel exactly), and, in place of the squared
-// distances, k or the c of dk/dx = c (x - y).
-double evaluate(double* dist2, int64_t n, double kappa, MmdKernel kernel, double eps, Replace replace) {
-  using V = Vectorized<double>;
-  const V minus_kappa(-kappa), floor(eps), one(1.0), zero(0.0);
-  V sum = zero;
-  for (int64_t i = 0; i < n; i += V::size()) {
-    const int64_t count = n - i < V::size() ? n - i : V::size();
-    const V dist = V::loadu(dist2 + i, count).sqrt();
-    const V floored = at::vec::maximum(dist, floor);  // a NaN stays NaN
-    const bool laplace = kernel == MmdKernel::kLaplace;
-    const V exponent = laplace ? minus_kappa * floored : V(0.5) * minus_kappa * (floored * floored);
-    const V minus_one = exponent.expm1();
-    sum = sum + V::set(zero, minus_one, count);
-    if (replace == Replace::kNothing) continue;
-    V result = minus_one + one;
-    if (replace == Replace::kBySlope) {
-      result = minus_kappa * result;
-      if (laplace) result = result / floored;
-      result = V::blendv(result, zero, dist <= floor);
-    }
-    result.store(dist2 + i, count);
-  }
-  return sum_lanes(sum);
-}
-
-// grad_j (+)= sum_k c_jk (x_j - y_k) for a tile of rows and features [begin, end); y has a pointer per row, grad starts
-// at feature begin.
-template <int R, int C, typename T>
-void gradient_tile(Matrix<const T> x, const T* const* y, Matrix<const T> coefficient, int64_t begin, int64_t end,
-                   Matrix<T> grad, bool fresh) {
-  using V = Vectorized<T>;
-  T c[C][R];
-  for (int k = 0; k < C; ++k) {
-    for (int j = 0; j < R; ++j) c[k][j] = coefficient.row(j)[k];
-  }
-  const auto step = [&](int64_t d, const auto& load, const auto& store) {
-    V x_tile[R], sum[R];
-    for (int j = 0; j < R; ++j) {
-      x_tile[j] = load(x.row(j) + d);
-      sum[j] = fresh ? V(T(0)) : load(grad.row(j) + d - begin);
-    }
-    for (int k = 0; k < C; ++k) {
-      const V y_row = load(y[k] + d);
-      for (int j = 0; j < R; ++j) sum[j] = at::vec::fmadd(V(c[k][j]), x_tile[j] - y_row, sum[j]);
-    }
-    for (int j = 0; j < R; ++j) store(sum[j], grad.row(j) + d - begin);
-  };
-  int64_t d = begin;
-  for (; d + V::size() <= end; d += V::size()) {
-    step(d, [](const T* p) { return V::loadu(p); }, [](const V& v, T* p) { v.store(p); });
-  }
-  if (d < end) {
-    const int64_t count = end - d;
-    step(d, [count](const T* p) { return V::loadu(p, count); }, [count](const V& v, T* p) { v.store(p, count); });
-  }
-}
-
-// grad_j = sum_k c_jk (x_j - y_k), [M, end - begin], for the given rows y; coefficient is [M, columns].
-template <typename T>
-void gradient_block(Matrix<const T> x, int64_t M, const T* const* y, int64_t columns, const T* coefficient,
-                    int64_t begin, int64_t end, Matrix<T> grad) {
-  for_tiles<4>(M, [&](auto R, int64_t j) {
-    for_tiles<8>(columns, [&](auto C, int64_t k) {
-      gradient_tile<R(), C(), T>({x.row(j), x.stride}, y + k, {coefficient + j * columns + k, columns}, begin, end,
-                                 {grad.row(j), grad.stride}, k == 0);
-    });
-  });
-}
-
-template <typename T>
-void row_pointers(Matrix<const T> x, int64_t M, const T** rows) {
-  for (int64_t j = 0; j < M; ++j) rows[j] = x.row(j);
-}
-
-// Calls add(begin, end, block) for blocks of features of a group's gradient [M, D] and brings each to its dtype.
-template <typename T, typename F>
-void for_gradient_blocks(void* grad, c10::ScalarType dtype, int64_t M, int64_t D, float* buffer, const F& add) {
-  const bool direct = dtype == c10::CppTypeToScalarType<T>::value;
-  for (int64_t begin = 0; begin < D; begin += kMmdBlock) {
-    const int64_t end = D - begin < kMmdBlock ? D : begin + kMmdBlock;
-    if (direct) {
-      add(begin, end, Matrix<T>{static_cast<T*>(grad) + begin, D});
+const T* const* read_rows(const Group& group, int64_t D, const MmdPlan& plan, const MmdWork& work) {
+  const T** rows = reinterpret_cast<const T**>(work.rows);
+  for (int64_t i = 0; i < group.rows(); ++i) {
+    if (!plan.packed) {
+      rows[i] = static_cast<const T*>(group.address(&MmdParticles::x, i));
       continue;
     }
-    if constexpr (std::is_same_v<T, float>) {
-      const Matrix<T> block{buffer, kMmdBlock};
-      add(begin, end, block);
-      for (int64_t j = 0; j < M; ++j) finish(block.row(j), at_element(grad, dtype, j * D + begin), dtype, end - begin);
+    T* target = static_cast<T*>(work.packed) + i * plan.stride;
+    pack_row(group, i, D, target);
+    rows[i] = target;
+  }
+  return rows;
+}
+
+// How far ahead rows are fetched. The hardware's own prefetching starts anew at every 4 KiB page,
+// which a row of D = 4096 has four of; measured at M = 4 this is worth 10 % of loss and gradient, and 1 to 4 KiB a
+// little less.
+constexpr int64_t kPrefetchBytes = 512;
+
+enum class Sum { kSquares, kProducts };  // over features, of (x - y)^2 or of x y
+
+// A block of features.
+struct Block {
+  int64_t begin, end;
+  bool first, last;
+};
+
+enum class Shape { kAll, kUpper, kDiagonal };  // pairs (j, k) of a tile: all, k >= j, k = j
+
+// Adds a block of features to the sums of a tile of pairs. The sums are kept in `partial` between blocks and end in
+// `total`.
+template <Sum kSum, Shape kShape, int R, int C, typename T>
+void pairs_tile(const T* const* x, const T* const* y, const Block& block, T* partial, Matrix<double> total) {
+  using V = Vectorized<T>;
+  V acc[R][C];
+  const auto for_pairs = [&](const auto& f) __attribute__((always_inline)) {
+    repeat<R>([&](auto j) __attribute__((always_inline)) {
+      repeat<C>([&](auto k) __attribute__((always_inline)) {
+        if constexpr (kShape == Shape::kAll || k() == j() || (kShape == Shape::kUpper && k() > j())) f(j(), k());
+      });
+    });
+  };
+  for_pairs([&](int j, int k) { acc[j][k] = block.first ? V(T(0)) : V::loadu(partial + (j * C + k) * V::size()); });
+  const auto step = [&](int64_t d, const auto& load) __attribute__((always_inline)) {
+    V x_tile[R], y_tile[C];
+    repeat<R>([&](auto j) { x_tile[j] = load(x[j] + d); });
+    repeat<C>([&](auto k) {
+      __builtin_prefetch(reinterpret_cast<const char*>(y[k] + d) + kPrefetchBytes);
+      y_tile[k] = load(y[k] + d);
+    });
+    for_pairs([&](int j, int k) {
+      if constexpr (kSum == Sum::kProducts) {
+        acc[j][k] = at::vec::fmadd(x_tile[j], y_tile[k], acc[j][k]);
+      } else {
+        const V difference = x_tile[j] - y_tile[k];
+        acc[j][k] = at::vec::fmadd(difference, difference, acc[j][k]);
+      }
+    });
+  };
+  int64_t d = block.begin;
+  for (; d + V::size() <= block.end; d += V::size()) step(d, [](const T* p) { return V::loadu(p); });
+  if (d < block.end) step(d, [n = block.end - d](const T* p) { return V::loadu(p, n); });  // fills with zeros
+  if (block.last) {
+    for_pairs([&](int j, int k) { total.row(j)[k] = sum_lanes(acc[j][k]); });
+  } else {
+    for_pairs([&](int j, int k) { acc[j][k].store(partial + (j * C + k) * V::size()); });
+  }
+}
+
+// Sums of the pairs of the rows i < x_end of a group with its rows k >= y_begin; of a set with itself (y_begin = 0),
+// those of i <= k. Of kProducts, the matched pairs k = i + M have squares of differences all the same.
+template <Sum kSum, typename T>
+void all_pairs(const T* const* rows, int64_t count, int64_t x_end, int64_t y_begin, int64_t D, const MmdPlan& plan,
+               const MmdWork& work, Matrix<double> total) {
+  for (int64_t i = 0; i < x_end; i += kMmdBlockRows) {
+    const int64_t i_end = std::min(i + kMmdBlockRows, x_end);
+    for (int64_t k = std::max(i, y_begin); k < count; k += kMmdBlockRows) {
+      const int64_t k_end = std::min(k + kMmdBlockRows, count);
+      for (int64_t begin = 0; begin < D; begin += plan.features) {
+        const Block block{begin, std::min(begin + plan.features, D), begin == 0, begin + plan.features >= D};
+        T* partial = static_cast<T*>(work.partial);
+        const auto tile = [&](auto sum, auto shape, auto R, auto C, int64_t x, int64_t y) {
+          const Matrix<double> target{total.row(x) + y - y_begin, total.stride};
+          pairs_tile<sum(), shape(), R(), C()>(rows + x, rows + y, block, partial, target);
+          partial += R() * C() * Vectorized<T>::size();
+        };
+        for_tiles<4>(
+            i_end,
+            [&](auto R, int64_t x) {
+              for_tiles<4>(
+                  k_end,
+                  [&](auto C, int64_t y) {
+                    if (y > x) return tile(Constant<kSum>{}, Constant<Shape::kAll>{}, R, C, x, y);
+                    if (y == x) return tile(Constant<kSum>{}, Constant<Shape::kUpper>{}, R, R, x, y);
+                  },
+                  k);
+            },
+            i);
+        if constexpr (kSum == Sum::kProducts) {
+          const int64_t M = count / 2;
+          for_tiles<4>(
+              std::min({i_end, k_end - M, M}),
+              [&](auto R, int64_t x) { tile(Constant<Sum::kSquares>{}, Constant<Shape::kDiagonal>{}, R, R, x, x + M); },
+              std::max(i, k - M));
+        }
+      }
     }
   }
 }
 
-// A group's rows as T.
-template <typename T>
-Matrix<const T> group_rows(const Particles& particles, c10::ScalarType dtype, int64_t g, int64_t M, int64_t D,
-                           float* buffer) {
-  const void* group = at_element(particles.data, dtype, g * particles.group_stride);
-  if constexpr (std::is_same_v<T, float>) {
-    if (dtype != c10::kFloat) {
-      for (int64_t j = 0; j < M; ++j) {
-        as_compute(at_element(group, dtype, j * particles.row_stride), dtype, D, buffer + j * D);
-      }
-      return {buffer, D};
+double sum(Matrix<double> values, int64_t rows, int64_t columns) {
+  using V = Vectorized<double>;
+  V total(0.0);
+  for (int64_t j = 0; j < rows; ++j) {
+    for (int64_t k = 0; k < columns; k += V::size()) {
+      total = total + V::loadu(values.row(j) + k, std::min<int64_t>(V::size(), columns - k));
     }
   }
-  return {static_cast<const T*>(group), particles.row_stride};
+  return sum_lanes(total);
+}
+
+// Pairs whose squared distance is below this part of |x|^2 + |y|^2 would lose digits in products.
+constexpr double kClose = 0.05;
+
+// Squared distances [2 M, 2 M] of the rows i <= k of a group by products, |x|^2 + |y|^2 - 2 x.y, the matched pairs'
+// directly. False where any other pair is close, or a row not finite.
+template <typename T>
+bool separated_distances(const T* const* rows, int64_t M, int64_t D, const MmdPlan& plan, const MmdWork& work,
+                         Matrix<double> dist2) {
+  all_pairs<Sum::kProducts>(rows, 2 * M, 2 * M, 0, D, plan, work, dist2);
+  double* norms = work.slopes;  // which there are none of yet
+  for (int64_t i = 0; i < 2 * M; ++i) norms[i] = dist2.row(i)[i];
+  bool separated = std::isfinite(sum({norms, 0}, 1, 2 * M));
+  for (int64_t i = 0; i < 2 * M; ++i) {
+    double* row = dist2.row(i);
+    const double matched = i < M ? row[i + M] : 0.0;
+    int close = 0;
+    for (int64_t k = i + 1; k < 2 * M; ++k) {
+      const double both = norms[i] + norms[k];
+      const bool apart = (row[k] = both - 2.0 * row[k]) >= kClose * both;
+      close += k != i + M && !apart;
+    }
+    row[i] = 0.0;
+    if (i < M) row[i + M] = matched;
+    separated = separated && close == 0;
+  }
+  return separated;
+}
+
+// Copies what is above the diagonal to below.
+void mirror(Matrix<double> square, int64_t M) {
+  for (int64_t j = 1; j < M; ++j) {
+    for (int64_t k = 0; k < j; ++k) square.row(j)[k] = square.row(k)[j];
+  }
+}
+
+void clear_diagonal(Matrix<double> square, int64_t M) {
+  for (int64_t j = 0; j < M; ++j) square.row(j)[j] = 0.0;
+}
+
+// Replaces n squared distances by k - 1 (as expm1: the ones of the three terms cancel exactly) or, for energy, k, and
+// writes the slopes where there are any to write.
+void evaluate(double* values, double* slopes, int64_t n, double kappa, const MmdKernelArgs& kernel) {
+  using V = Vectorized<double>;
+  const V floor(kernel.eps), zero(0.0), one(1.0), share(1.0 / static_cast<double>(kernel.bandwidth_count));
+  for (int64_t i = 0; i < n; i += V::size()) {
+    const int64_t count = std::min<int64_t>(V::size(), n - i);
+    const V dist = V::loadu(values + i, count).sqrt();
+    const V floored = at::vec::maximum(dist, floor);  // a NaN stays NaN
+    V value_sum = zero, slope_sum = zero;
+    for (int64_t b = 0; b < kernel.bandwidth_count; ++b) {
+      const V rate(kernel.bandwidths[b] * kappa);
+      V value, slope;
+      switch (kernel.kind) {
+        case MmdKernel::kLaplace:
+          value = (rate.neg() * floored).expm1();
+          slope = rate * (value + one) / floored;
+          break;
+        case MmdKernel::kRbf:
+          value = (V(-0.5) * rate * (floored * floored)).expm1();
+          slope = rate * (value + one);
+          break;
+        case MmdKernel::kImq: {
+          const V u = rate * (floored * floored), denominator = one + u;
+          value = u.neg() / denominator;
+          slope = V(2.0) * rate / (denominator * denominator);
+          break;
+        }
+        case MmdKernel::kEnergy:
+          value = rate.neg() * floored;
+          slope = rate / floored;
+          break;
+      }
+      value_sum = value_sum + value;
+      slope_sum = slope_sum + slope;
+    }
+    (share * value_sum).store(values + i, count);
+    if (slopes) V::blendv(share * slope_sum, zero, dist <= floor).store(slopes + i, count);
+  }
+}
+
+// Rows and vectors of a tile of the gradient: as many as the registers of the instruction set hold.
+constexpr int kGradientRows = 4;
+template <typename T>
+constexpr int kGradientVectors = sizeof(Vectorized<T>) == 64 ? 4 : 2;
+
+// The coefficients of a gradient, in the order in which tiles of rows read them: for each column those of the tile's
+// rows. By products, a tile begins with its rows' sums and the coefficients of its matched pairs.
+template <typename T>
+struct Coefficients {
+  T* data;
+  int64_t columns;
+  bool products;
+  T* tile(int64_t row) const { return data + row * (columns + (products ? 2 : 0)); }
+};
+
+// Writes the coefficients c(j, k) of rows j < M; by products, columns are two sets of M.
+template <typename T, typename F>
+void pack_coefficients(int64_t M, const Coefficients<T>& coefficients, const F& c) {
+  for_tiles<kGradientRows>(M, [&](auto R, int64_t first) {
+    T* target = coefficients.tile(first);
+    T* column = coefficients.products ? target + 2 * R() : target;
+    for (int j = 0; j < R(); ++j) {
+      const int64_t row = first + j;
+      double sum = 0.0;
+      for (int64_t k = 0; k < coefficients.columns; ++k) {
+        const double value = c(row, k);
+        if (!coefficients.products) {
+          column[k * R() + j] = static_cast<T>(value);
+        } else if (k == row + M) {
+          target[R() + j] = static_cast<T>(value);
+          column[k * R() + j] = T(0);
+        } else {
+          sum += value;
+          column[k * R() + j] = static_cast<T>(-value);
+        }
+      }
+      if (coefficients.products) target[j] = static_cast<T>(sum);
+    }
+  });
+}
+
+// grad_j = sum_k c_jk (x_j - y_k) for a tile of rows and n features; by products, matched are the rows whose pairs with
+// x's are taken directly all the same.
+template <int R, typename T>
+void gradient_tile(const T* const* x, const T* const* y, const T* const* matched, const Coefficients<T>& coefficients,
+                   const T* c, int64_t from, int64_t n, Matrix<T> grad) {
+  using V = Vectorized<T>;
+  const auto step = [&](auto vectors, int64_t d, const auto& load, const auto& store) __attribute__((always_inline)) {
+    constexpr int kVectors = vectors();
+    const auto for_tile = [&](const auto& f) __attribute__((always_inline)) {
+      repeat<R>([&](auto j) __attribute__((always_inline)) {
+        repeat<kVectors>([&](auto v) __attribute__((always_inline)) { f(j(), v()); });
+      });
+    };
+    const auto at = [&](const T* row, int v) { return load(row + from + d + v * V::size()); };
+    V x_tile[R][kVectors], sum[R][kVectors], y_row[kVectors];
+    for_tile([&](int j, int v) { x_tile[j][v] = at(x[j], v); });
+    const T* column = c;
+    const auto for_columns = [&](const auto& add) __attribute__((always_inline)) {
+      for (int64_t k = 0; k < coefficients.columns; ++k, column += R) {
+        repeat<kVectors>([&](auto v) { y_row[v] = at(y[k], v); });
+        for_tile(add);
+      }
+    };
+    if (coefficients.products) {
+      for_tile([&](int j, int v) {
+        const V difference = x_tile[j][v] - at(matched[j], v);
+        sum[j][v] = at::vec::fmadd(V(c[R + j]), difference, V(c[j]) * x_tile[j][v]);
+      });
+      column += 2 * R;
+      for_columns([&](int j, int v) { sum[j][v] = at::vec::fmadd(V(column[j]), y_row[v], sum[j][v]); });
+    } else {
+      for_tile([&](int j, int v) { sum[j][v] = V(T(0)); });
+      for_columns([&](int j, int v) { sum[j][v] = at::vec::fmadd(V(column[j]), x_tile[j][v] - y_row[v], sum[j][v]); });
+    }
+    for_tile([&](int j, int v) { store(sum[j][v], grad.row(j) + d + v * V::size()); });
+  };
+  const auto load = [](const T* p) { return V::loadu(p); };
+  const auto store = [](const V& v, T* p) { v.store(p); };
+  constexpr int kVectors = kGradientVectors<T>;
+  int64_t d = 0;
+  for (; d + kVectors * V::size() <= n; d += kVectors * V::size()) step(Int<kVectors>{}, d, load, store);
+  for (; d + V::size() <= n; d += V::size()) step(Int<1>{}, d, load, store);
+  if (d < n) {
+    const int64_t rest = n - d;
+    step(Int<1>{}, d, [rest](const T* p) { return V::loadu(p, rest); }, [rest](const V& v, T* p) { v.store(p, rest); });
+  }
+}
+
+// Copies n features of rows side by side, a pointer each.
+template <typename T>
+const T* const* gather(const T* const* rows, int64_t count, int64_t from, int64_t n, int64_t stride,
+                       const MmdWork& work) {
+  using V = Vectorized<T>;
+  const T** gathered = reinterpret_cast<const T**>(work.gathered_rows);
+  T* target = static_cast<T*>(work.gathered);
+  for (int64_t i = 0; i < count; ++i, target += stride) {
+    gathered[i] = target;
+    for (int64_t d = 0; d < n; d += V::size()) {
+      const int64_t lanes = std::min<int64_t>(V::size(), n - d);
+      V::loadu(rows[i] + from + d, lanes).store(target + d, lanes);
+    }
+  }
+  return gathered;
+}
+
+// What a gradient is of: the sum of c_jk (x_j - y_k) over k for the rows x = [first, first + M) of a group and its rows
+// from `others` on.
+template <typename T>
+struct Gradient {
+  int64_t first, M, others;
+  Coefficients<T> coefficients;
+  void* target;  // [M, D]
+  c10::ScalarType dtype;
+};
+
+template <typename T>
+void write_gradient(const T* const* rows, int64_t count, const Gradient<T>& gradient, int64_t D, const MmdPlan& plan,
+                    const MmdWork& work) {
+  const auto& [first, M, others, coefficients, grad, dtype] = gradient;
+  const bool direct = dtype == c10::CppTypeToScalarType<T>::value;
+  const int64_t features = direct ? D : kMmdGradFeatures;
+  for (int64_t begin = 0; begin < D; begin += features) {
+    const int64_t end = std::min(begin + features, D);
+    const Matrix<T> target =
+        direct ? Matrix<T>{static_cast<T*>(grad), D} : Matrix<T>{static_cast<T*>(work.grad), features};
+    // All rows for a few features at a time: these features stay in the innermost cache.
+    constexpr int64_t kFew = kGradientVectors<T> * Vectorized<T>::size();
+    static_assert(kFew * sizeof(T) <= kMmdGatherBytes);
+    for (int64_t d = begin; d < end; d += kFew) {
+      const int64_t n = std::min(kFew, end - d), from = plan.gathered ? 0 : d;
+      const T* const* z = plan.gathered ? gather(rows, count, d, n, kFew, work) : rows;
+      for_tiles<kGradientRows>(M, [&](auto R, int64_t j) {
+        const T* const* x = z + first + j;
+        gradient_tile<R()>(x, z + others, x + M, coefficients, coefficients.tile(j), from, n,
+                           {target.row(j) + d - begin, target.stride});
+      });
+    }
+    if (direct) continue;
+    for (int64_t j = 0; j < M; ++j) finish(target.row(j), at_element(grad, dtype, j * D + begin), dtype, end - begin);
+  }
+}
+
+// Whether the slopes [M, 2 M] of a group are those of separated_distances: of these the matched pairs' are negative.
+template <typename T>
+bool marked(const T* slopes, int64_t M) {
+  int64_t matched = 0, marks = 0;
+  for (int64_t j = 0; j < M; ++j) {
+    matched += std::signbit(slopes[j * 2 * M + M + j]);
+    for (int64_t k = 0; k < 2 * M; ++k) marks += std::signbit(slopes[j * 2 * M + k]);
+  }
+  return matched == M && marks == M;
 }
 
 template <typename T>
 void loss_groups(const MmdLossArgs& args, const MmdWork& work, int64_t begin, int64_t end) {
-  const int64_t M = args.M, D = args.D, pairs = M * M;
-  double *tt = work.dist2, *tr = tt + pairs, *rr = tr + pairs;
-  T* coefficient = static_cast<T*>(work.coefficient);  // [M, 2 M]: of t_j - t_k, of t_j - r_k
-  const T** rows = reinterpret_cast<const T**>(work.pointers);
-  const Replace replace = args.grad ? Replace::kBySlope : Replace::kNothing;
+  const int64_t M = args.y_t.M, D = args.D, columns = 2 * M;
+  const double pairs = static_cast<double>(args.unbiased ? M * (M - 1) : M * M);
+  // Rows t_j, then r_j; columns t_k, then r_k.
+  const Matrix<double> tt{work.values, columns}, tr{work.values + M, columns}, rr{tr.row(M), columns};
   for (int64_t g = begin; g < end; ++g) {
-    const auto y_t = group_rows<T>(args.y_t, args.dtype, g, M, D, work.rows);
-    const auto y_r = group_rows<T>(args.y_r, args.dtype, g, M, D, work.rows + M * D);
-    const double kappa = args.scale[g] / static_cast<double>(D);
-    self_distances<T>(y_t, M, D, {tt, M});
-    distances<T>(y_t, M, y_r, M, D, {tr, M});
-    const double sum_tt = evaluate(tt, pairs, kappa, args.kernel, args.eps, replace);
-    const double sum_tr = evaluate(tr, pairs, kappa, args.kernel, args.eps, replace);
-    const double weight = args.weight[g] / static_cast<double>(pairs);
-    if (args.loss) {
-      self_distances<T>(y_r, M, D, {rr, M});
-      const double sum_rr = evaluate(rr, pairs, kappa, args.kernel, args.eps, Replace::kNothing);
-      static_cast<T*>(args.loss)[g] = static_cast<T>(weight * (sum_tt + sum_rr - 2.0 * sum_tr));
-    }
-    if (!args.grad) continue;
-    for (int64_t j = 0; j < M; ++j) {
-      for (int64_t k = 0; k < M; ++k) {
-        coefficient[j * 2 * M + k] = static_cast<T>(2.0 * weight * tt[j * M + k]);
-        coefficient[j * 2 * M + M + k] = static_cast<T>(-2.0 * weight * tr[j * M + k]);
+    const Group group{args.y_t, args.y_r, g};
+    const T* saved = args.saved_slopes ? static_cast<const T*>(args.saved_slopes) + g * M * columns : nullptr;
+    const T* const* rows = read_rows<T>(group, D, args.plan, work);
+    bool separated = args.plan.products;
+    if (saved) {
+      separated = separated && marked(saved, M);
+    } else {
+      separated = separated && separated_distances(rows, M, D, args.plan, work, tt);
+      if (!separated) all_pairs<Sum::kSquares>(rows, columns, columns, 0, D, args.plan, work, tt);
+      const double kappa = args.scale[g] / static_cast<double>(D);
+      const Matrix<double> slopes{args.grad || args.slopes ? work.slopes : nullptr, columns};
+      for (int64_t j = 0; j < M; ++j) {
+        evaluate(tt.row(j) + j, slopes.data ? slopes.row(j) + j : nullptr, columns - j, kappa, args.kernel);
+        evaluate(rr.row(j) + j, nullptr, M - j, kappa, args.kernel);
+      }
+      mirror(tt, M);
+      mirror(rr, M);
+      if (slopes.data) mirror(slopes, M);
+      if (args.unbiased) {
+        for (const auto& square : {tt, tr, rr}) clear_diagonal(square, M);
+        if (slopes.data) {
+          clear_diagonal(slopes, M);
+          clear_diagonal({work.slopes + M, columns}, M);
+        }
+      }
+      const auto total = [M](const Matrix<double>& square) { return sum(square, M, M); };
+      const double loss = (total(tt) + total(rr) - 2.0 * total(tr)) / pairs;
+      if (args.loss) static_cast<T*>(args.loss)[g] = static_cast<T>(args.weight[g] * loss);
+      if (args.slopes) {
+        T* result = static_cast<T*>(args.slopes) + g * M * columns;
+        cast(work.slopes, result, M * columns);
+        for (int64_t j = 0; separated && j < M; ++j) result[j * columns + M + j] *= T(-1);
       }
     }
-    row_pointers<T>(y_t, M, rows);
-    row_pointers<T>(y_r, M, rows + M);
-    void* grad = at_element(args.grad, args.dtype, g * M * D);
-    for_gradient_blocks<T>(grad, args.dtype, M, D, work.grad, [&](int64_t from, int64_t to, Matrix<T> block) {
-      gradient_block<T>(y_t, M, rows, 2 * M, coefficient, from, to, block);
+    if (!args.grad) continue;
+    const double factor = args.grad_weight[g] * (2.0 / pairs);
+    const Coefficients<T> coefficients{static_cast<T*>(work.coefficient), columns, separated};
+    pack_coefficients<T>(M, coefficients, [&](int64_t j, int64_t k) {
+      const int64_t i = j * columns + k;
+      const double slope = saved ? std::abs(static_cast<double>(saved[i])) : work.slopes[i];
+      return k < M ? -factor * slope : factor * slope;
     });
+    void* grad = at_element(args.grad, args.grad_dtype, g * M * D);
+    write_gradient(rows, columns, {0, M, 0, coefficients, grad, args.grad_dtype}, D, args.plan, work);
   }
 }
 
 template <typename T>
 void gram_groups(const MmdGramArgs& args, const MmdWork& work, int64_t begin, int64_t end) {
-  const int64_t Mx = args.Mx, My = args.My, D = args.D, pairs = Mx * My;
-  T* c_xy = static_cast<T*>(work.coefficient);
-  T* c_yx = c_xy + pairs;
-  const T** rows = reinterpret_cast<const T**>(work.pointers);
+  const int64_t Mx = args.x.M, My = args.y.M, D = args.D, pairs = Mx * My;
+  T* memory = static_cast<T*>(work.coefficient);
+  const Coefficients<T> c_x{memory, My, false}, c_y{memory + pairs, Mx, false};
   for (int64_t g = begin; g < end; ++g) {
-    const auto x = group_rows<T>(args.x, args.dtype, g, Mx, D, work.rows);
-    const auto y = group_rows<T>(args.y, args.dtype, g, My, D, work.rows + Mx * D);
-    const double kappa = args.scale[g] / static_cast<double>(D);
-    distances<T>(x, Mx, y, My, D, {work.dist2, My});
-    evaluate(work.dist2, pairs, kappa, args.kernel, args.eps, args.grad ? Replace::kBySlope : Replace::kByKernel);
+    const Group group{args.x, args.y, g};
+    const T* const* rows = read_rows<T>(group, D, args.plan, work);
+    all_pairs<Sum::kSquares>(rows, Mx + My, Mx, Mx, D, args.plan, work, {work.values, My});
+    evaluate(work.values, args.grad ? work.slopes : nullptr, pairs, args.scale[g] / static_cast<double>(D),
+             args.kernel);
     if (!args.grad) {
-      cast(work.dist2, static_cast<T*>(args.gram) + g * pairs, pairs);
+      const double one = args.kernel.kind == MmdKernel::kEnergy ? 0.0 : 1.0;
+      T* gram = static_cast<T*>(args.gram) + g * pairs;
+      for (int64_t i = 0; i < pairs; ++i) gram[i] = static_cast<T>(work.values[i] + one);
       continue;
     }
-    for (int64_t j = 0; j < Mx; ++j) {
-      for (int64_t k = 0; k < My; ++k) {
-        const double c = args.grad[g * pairs + j * My + k] * work.dist2[j * My + k];
-        c_xy[j * My + k] = c_yx[k * Mx + j] = static_cast<T>(c);
-      }
-    }
-    row_pointers<T>(x, Mx, rows);
-    row_pointers<T>(y, My, rows + Mx);
-    void* grad_x = at_element(args.grad_x, args.dtype, g * Mx * D);
-    for_gradient_blocks<T>(grad_x, args.dtype, Mx, D, work.grad, [&](int64_t from, int64_t to, Matrix<T> block) {
-      gradient_block<T>(x, Mx, rows + Mx, My, c_xy, from, to, block);
-    });
-    void* grad_y = at_element(args.grad_y, args.dtype, g * My * D);
-    for_gradient_blocks<T>(grad_y, args.dtype, My, D, work.grad, [&](int64_t from, int64_t to, Matrix<T> block) {
-      gradient_block<T>(y, My, rows, Mx, c_yx, from, to, block);
-    });
+    const double* up = args.grad + g * pairs;
+    const auto c = [&](int64_t j, int64_t k) { return -up[j * My + k] * work.slopes[j * My + k]; };
+    pack_coefficients<T>(Mx, c_x, c);
+    pack_coefficients<T>(My, c_y, [&](int64_t k, int64_t j) { return c(j, k); });
+    const auto dtype = args.x.x.dtype;
+    void* grad_x = at_element(args.grad_x, dtype, g * Mx * D);
+    void* grad_y = at_element(args.grad_y, dtype, g * My * D);
+    write_gradient(rows, Mx + My, {0, Mx, Mx, c_x, grad_x, dtype}, D, args.plan, work);
+    write_gradient(rows, Mx + My, {Mx, My, 0, c_y, grad_y, dtype}, D, args.plan, work);
   }
 }
 
 void loss(const MmdLossArgs& args, const MmdWork& work, int64_t begin, int64_t end) {
-  args.dtype == c10::kDouble ? loss_groups<double>(args, work, begin, end) : loss_groups<float>(args, work, begin, end);
+  args.wide ? loss_groups<double>(args, work, begin, end) : loss_groups<float>(args, work, begin, end);
 }
 
 void gram(const MmdGramArgs& args, const MmdWork& work, int64_t begin, int64_t end) {
-  args.dtype == c10::kDouble ? gram_groups<double>(args, work, begin, end) : gram_groups<float>(args, work, begin, end);
+  args.wide ? gram_groups<double>(args, work, begin, end) : gram_groups<float>(args, work, begin, end);
 }
 
 }  // namespace

@@ -12,6 +12,15 @@ from torch import Tensor
 import imm.ops  # noqa: F401  (registers torch.ops.imm)
 from imm.schedules import Time, as_time
 
+#: "v": the paper's V-statistic, all pairs; "u": the unbiased U-statistic, pairs j != k (Gretton et al. 2012, eq. 4).
+ESTIMATORS = ("v", "u")
+
+
+def _unbiased(estimator: str) -> bool:
+    if estimator not in ESTIMATORS:
+        raise ValueError(f"estimator: expected one of {list(ESTIMATORS)}, got {estimator!r}")
+    return estimator == "u"
+
 
 def mmd_loss(
     y_t: Tensor,
@@ -20,21 +29,31 @@ def mmd_loss(
     *,
     weight: Tensor | None = None,
     kernel: str = "laplace",
+    bandwidths: Sequence[float] = (1.0,),
     eps: float = 1e-8,
+    estimator: str = "v",
 ) -> Tensor:
-    """Squared maximum mean discrepancy between two sets of particles, group by group (V-statistic, paper eq. 67).
+    """Squared maximum mean discrepancy between two sets of particles, group by group (paper eq. 67).
 
-    ``loss_g = weight_g mean_jk [k(t_j, t_k) + k(r_j, r_k) - 2 k(t_j, r_k)]`` with diagonals included, and, for
-    d = max(||x - y||_2, eps) over all D features of a particle, k = exp(-scale d / D) ("laplace") or exp(-scale d^2 / (2 D))
-    ("rbf"). Time O(G M^2 D), memory O(G M D).
+    ``loss_g = weight_g mean_jk [k(t_j, t_k) + k(r_j, r_k) - 2 k(t_j, r_k)]`` over all j, k ("v", the paper's) or over j != k
+    ("u", unbiased, may be negative). With d = max(||x - y||_2, eps) over all D features of a particle, k is
+
+    - ``laplace``: exp(-scale d / D)
+    - ``rbf``: exp(-scale d^2 / (2 D))
+    - ``imq``: 1 / (1 + scale d^2 / D)
+    - ``energy``: -scale d / D (the loss is scale / D times the energy distance)
+
+    Time O(G M^2 D), memory O(G M (M + D)).
 
     Args:
         y_t: particles that learn, ``[G, M, ...]``, floating.
         y_r: target particles, same shape and dtype; no gradient goes to them.
         scale: kernel scale per group, ``[G]``, >= 0 (1 / |c_out(s, t)| in IMM).
         weight: weight per group, ``[G]``, or None for 1.
-        kernel: "laplace" or "rbf".
+        kernel: one of the above.
+        bandwidths: k is the mean of the kernels of scale ``factor * scale`` over these positive factors; one for "energy".
         eps: floor on the norm, in the particles' units; closer pairs have zero gradient.
+        estimator: "v" or "u"; "u" needs M >= 2.
 
     Returns:
         ``[G]``, float32 (float64 for float64 particles). Exactly 0 in float64 where ``y_r`` equals ``y_t``.
@@ -49,15 +68,70 @@ def mmd_loss(
     """
     if y_t.dim() < 3 or y_r.dim() < 3:
         raise ValueError(f"y_t and y_r: expected [G, M, ...], got {list(y_t.shape)} and {list(y_r.shape)}")
-    return torch.ops.imm.mmd_loss(y_t.flatten(2), y_r.flatten(2), scale, weight, kernel, float(eps))
+    arguments = scale, weight, kernel, list(bandwidths), float(eps), _unbiased(estimator)
+    return torch.ops.imm.mmd_loss(y_t.flatten(2), y_r.flatten(2), *arguments)[0]
 
 
-def mmd_gram(x: Tensor, y: Tensor, scale: Tensor, *, kernel: str = "laplace", eps: float = 1e-8) -> Tensor:
+def flow_map_mmd_loss(
+    x_t: Tensor,
+    x_r: Tensor,
+    g_t: Tensor,
+    g_r: Tensor,
+    c_skip_t: Time,
+    c_out_t: Time,
+    c_skip_r: Time,
+    c_out_r: Time,
+    scale: Tensor,
+    *,
+    weight: Tensor | None = None,
+    upstream: Tensor | None = None,
+    kernel: str = "laplace",
+    bandwidths: Sequence[float] = (1.0,),
+    eps: float = 1e-8,
+    estimator: str = "v",
+) -> Tensor:
+    """:func:`mmd_loss` of a flow map's branches ``y = c_skip x + c_out g``, which are never written to memory.
+
+    Args:
+        x_t, x_r: states at times t and r, ``[G, M, ...]``, floating, one dtype.
+        g_t, g_r: network outputs of the same shape, floating (any two dtypes); the gradient goes to ``g_t`` only.
+        c_skip_t, c_out_t, c_skip_r, c_out_r: numbers or ``[G]`` tensors, taken as float64 (eq. 14, section C.5).
+        upstream: what the loss of each group is about to be multiplied by on its way to the scalar that backward starts from,
+            ``[G]`` or ``[1]``: 1 / G for a mean, times a gradient scaler's factor. The gradient is computed with the loss and
+            finished for this factor before it is rounded; backward with another is right too, and costs a pass over it.
+            None for 1.
+        scale, weight, kernel, bandwidths, eps, estimator: as in :func:`mmd_loss`.
+
+    Returns:
+        ``[G]``, float32 (float64 for float64 states), differentiable in ``g_t``.
+
+    Raises:
+        ValueError, TypeError: shapes, dtypes or names other than these, a negative scale.
+        RuntimeError: a gradient asked for anything but ``g_t``.
+    """
+    branches = x_t, x_r, g_t, g_r
+    if any(value.dim() < 3 for value in branches):
+        raise ValueError(f"x_t, x_r, g_t and g_r: expected [G, M, ...], got {[list(v.shape) for v in branches]}")
+    groups = len(x_t)
+    coefficients = (_coefficient(c, x_t.device).expand(groups) for c in (c_skip_t, c_out_t, c_skip_r, c_out_r))
+    arguments = scale, weight, upstream, kernel, list(bandwidths), float(eps), _unbiased(estimator)
+    return torch.ops.imm.flow_map_mmd(*(v.flatten(2) for v in branches), *coefficients, *arguments)[0]
+
+
+def mmd_gram(
+    x: Tensor,
+    y: Tensor,
+    scale: Tensor,
+    *,
+    kernel: str = "laplace",
+    bandwidths: Sequence[float] = (1.0,),
+    eps: float = 1e-8,
+) -> Tensor:
     """Kernel matrices ``k(x_j, y_k)`` group by group, with the kernels of :func:`mmd_loss`.
 
     Args:
         x: ``[G, Mx, ...]``, floating. y: ``[G, My, ...]``, same dtype and features.
-        scale: ``[G]``, >= 0. kernel, eps: as in :func:`mmd_loss`.
+        scale: ``[G]``, >= 0. kernel, bandwidths, eps: as in :func:`mmd_loss`.
 
     Returns:
         ``[G, Mx, My]``, float32 (float64 for float64 input), differentiable in x and y.
@@ -67,7 +141,7 @@ def mmd_gram(x: Tensor, y: Tensor, scale: Tensor, *, kernel: str = "laplace", ep
     """
     if x.dim() < 3 or y.dim() < 3:
         raise ValueError(f"x and y: expected [G, M, ...], got {list(x.shape)} and {list(y.shape)}")
-    return torch.ops.imm.mmd_gram(x.flatten(2), y.flatten(2), scale, kernel, float(eps))
+    return torch.ops.imm.mmd_gram(x.flatten(2), y.flatten(2), scale, kernel, list(bandwidths), float(eps))
 
 
 def _coefficient(value: Time, device: torch.device) -> Tensor:

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from imm import functional
 from imm.flow_map import FlowMap
-from imm.ops.mmd import KERNELS
+from imm.functional import ESTIMATORS
+from imm.ops.mmd import check_kernel
 from imm.schedules import Time, as_time
 
 MAPPINGS = ("eta", "t", "log_snr", "inverse_eta")
@@ -32,7 +32,7 @@ class IMMObjective(nn.Module):
     Args:
         flow_map: what is trained.
         particles: M, particles per group; the batch must be a multiple. 1 gives a consistency model's loss.
-        kernel: "laplace" (the paper's) or "rbf".
+        kernel, bandwidths, estimator: of :func:`imm.functional.mmd_loss`; the paper has "laplace", (1.0,), "v".
         mapping_kind: how r(s, t) is found (section C.6), r = max(s, .) of a constant step of (range) / 2^k in "eta" (decrement;
             the paper's), "t" (decrement), "log_snr" (increment) or "inverse_eta" (increment).
         k: step exponent, 1 to 30: 12 for ImageNet-256, 15 for CIFAR-10.
@@ -54,6 +54,8 @@ class IMMObjective(nn.Module):
         *,
         particles: int = 4,
         kernel: str = "laplace",
+        bandwidths: Sequence[float] = (1.0,),
+        estimator: str = "v",
         mapping_kind: str = "eta",
         k: int = 12,
         a: int = 2,
@@ -66,7 +68,7 @@ class IMMObjective(nn.Module):
     ) -> None:
         super().__init__()
         for name, value, known in (
-            ("kernel", kernel, KERNELS),
+            ("estimator", estimator, ESTIMATORS),
             ("mapping_kind", mapping_kind, MAPPINGS),
             ("target_labels", target_labels, TARGET_LABELS),
         ):
@@ -76,6 +78,9 @@ class IMMObjective(nn.Module):
             raise TypeError(f"flow_map: expected a FlowMap, got {type(flow_map).__name__}")
         if not isinstance(particles, int) or particles < 1:
             raise ValueError(f"particles: expected a whole number >= 1, got {particles}")
+        if estimator == "u" and particles < 2:
+            raise ValueError(f"particles: expected 2 or more for the unbiased estimator, got {particles}")
+        check_kernel(kernel, bandwidths, eps)
         if not isinstance(a, int) or a < 0:
             raise ValueError(f"a: expected a whole exponent >= 0, got {a}")
         if not isinstance(k, int) or not 1 <= k <= 30:
@@ -93,6 +98,8 @@ class IMMObjective(nn.Module):
         self.flow_map = flow_map
         self.particles = particles
         self.kernel = kernel
+        self.bandwidths = tuple(float(factor) for factor in bandwidths)
+        self.estimator = estimator
         self.mapping_kind = mapping_kind
         self.k = k
         self.a = a
@@ -155,7 +162,12 @@ class IMMObjective(nn.Module):
         return t, s, self.mapping(t, s)
 
     def forward(
-        self, x: Tensor, labels: Tensor | None = None, *, generator: torch.Generator | None = None
+        self,
+        x: Tensor,
+        labels: Tensor | None = None,
+        *,
+        generator: torch.Generator | None = None,
+        grad_scale: Tensor | None = None,
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """The loss of a batch of data.
 
@@ -163,6 +175,8 @@ class IMMObjective(nn.Module):
             x: data with standard deviation near sigma_data, ``[B, ...]``, B a multiple of ``particles``.
             labels: ``[B]`` int64 classes, or None.
             generator: of times, noise and label dropout; None for torch's default one.
+            grad_scale: what the loss will be multiplied by before backward (a gradient scaler's factor), ``[1]`` or scalar, so
+                that small gradients are scaled before they are rounded; backward with another factor is right too. None for 1.
 
         Returns:
             The loss (mean over groups, a scalar) and statistics, all tensors on the device without gradient: ``loss``,
@@ -187,28 +201,34 @@ class IMMObjective(nn.Module):
         eps = torch.randn(x.shape, dtype=x.dtype, device=x.device, generator=generator) * flow_map.sigma_data
         dropped = self._drop_labels(labels, generator)
 
-        def branch(time: Tensor, branch_labels: Tensor | None) -> Tensor:
-            time, target = time.repeat_interleave(particles), s.repeat_interleave(particles)
-            y = flow_map(flow_map.add_noise(x, eps, time), time, target, branch_labels)
-            return y.reshape(groups, particles, -1)
+        def branch(time: Tensor, branch_labels: Tensor | None) -> tuple[Tensor, Tensor]:
+            every_time, target = time.repeat_interleave(particles), s.repeat_interleave(particles)
+            state = flow_map.add_noise(x, eps, every_time)
+            g, _ = flow_map.network_output(state, every_time, target, branch_labels)
+            return state.reshape(groups, particles, -1), g.reshape(groups, particles, -1)
 
         with _replayed_rng(x.device, self.share_dropout and self.training) as replay:
-            y_t = branch(t, dropped)
+            x_t, g_t = branch(t, dropped)
             with torch.no_grad(), replay(), torch.autocast(x.device.type, enabled=False):
-                y_r = branch(r, dropped if self.target_labels == "dropped" else labels)
-        scale, weight = self.kernel_scale(t, s), self.weight(t)
-        if y_t.requires_grad:
-            loss, per_group = _MeanLoss.apply(y_t, y_r, scale, weight, self.kernel, self.eps, self._workspace(y_t))
+                x_r, g_r = branch(r, dropped if self.target_labels == "dropped" else labels)
+        one = torch.ones(1, dtype=torch.float64, device=x.device)
+        upstream = (one if grad_scale is None else one * grad_scale) / groups
+        c_skip, c_out = flow_map.parametrization.c_skip, flow_map.parametrization.c_out
+        coefficients = c_skip(s, t), c_out(s, t), c_skip(s, r), c_out(s, r)
+        rest = self.kernel_scale(t, s), self.weight(t), upstream, self.kernel, list(self.bandwidths), self.eps
+        arguments = x_t, x_r, g_t, g_r.detach(), *coefficients, *rest, self.estimator == "u"
+        if g_t.requires_grad:
+            loss, per_group = _MeanLoss.apply(self._workspace(x_t, g_t), *arguments)
         else:
-            per_group = functional.mmd_loss(y_t, y_r, scale, weight=weight, kernel=self.kernel, eps=self.eps)
+            per_group, _ = torch.ops.imm.flow_map_mmd(*arguments)
             loss = per_group.mean()
         return loss, self._statistics(per_group, t, s, r)
 
-    def _workspace(self, y_t: Tensor) -> _Workspace:
+    def _workspace(self, x_t: Tensor, g_t: Tensor) -> _Workspace:
         """Memory for losses and gradient, kept across steps: on a CPU fresh pages cost more than the kernel."""
         kept = self._kept
-        if kept is None or kept.waiting or not kept.fits(y_t):
-            self._kept = kept = _Workspace(y_t)
+        if kept is None or kept.waiting or not kept.fits(x_t, g_t):
+            self._kept = kept = _Workspace(x_t, g_t)
         return kept
 
     def _drop_labels(self, labels: Tensor | None, generator: torch.Generator | None) -> Tensor | None:
@@ -235,38 +255,39 @@ class IMMObjective(nn.Module):
 class _Workspace:
     """Where a loss and its gradient are written; ``waiting`` from the forward pass until its backward pass has read them."""
 
-    def __init__(self, y_t: Tensor) -> None:
-        self.loss = y_t.new_empty(len(y_t), dtype=torch.promote_types(y_t.dtype, torch.float32))  # [G]
-        self.grad = y_t.new_empty(y_t.shape)  # [G, M, D]
+    def __init__(self, x_t: Tensor, g_t: Tensor) -> None:
+        self.loss = x_t.new_empty(len(x_t), dtype=torch.promote_types(x_t.dtype, torch.float32))  # [G]
+        self.grad = g_t.new_empty(g_t.shape)  # [G, M, D]
         self.waiting = False
 
-    def fits(self, y_t: Tensor) -> bool:
+    def fits(self, x_t: Tensor, g_t: Tensor) -> bool:
+        loss = torch.promote_types(x_t.dtype, torch.float32)
         grad = self.grad
-        return grad.shape == y_t.shape and grad.dtype == y_t.dtype and grad.device == y_t.device
+        return (grad.shape, grad.dtype, grad.device, self.loss.dtype) == (g_t.shape, g_t.dtype, g_t.device, loss)
 
 
 class _MeanLoss(torch.autograd.Function):
-    """(mean over groups, losses of the groups) of the MMD, its gradient finished in the forward pass."""
+    """(mean over groups, losses of the groups) of imm::flow_map_mmd, the gradient to g_t finished in the forward pass."""
 
     @staticmethod
-    def forward(
-        ctx: Any, y_t: Tensor, y_r: Tensor, scale: Tensor, weight: Tensor, kernel: str, eps: float, workspace: _Workspace
-    ) -> tuple[Tensor, Tensor]:
-        loss, grad, groups = workspace.loss, workspace.grad, len(weight)
-        # The mean's 1 / G goes in with the weights, so that the gradient leaves the kernel finished.
-        torch.ops.imm.mmd_loss_grad.out(y_t, y_r, scale, weight / groups, kernel, eps, loss=loss, grad=grad)
-        ctx.save_for_backward(grad)  # torch refuses a second backward after the memory was used again
+    def forward(ctx: Any, workspace: _Workspace, *arguments: Any) -> tuple[Tensor, Tensor]:
+        torch.ops.imm.flow_map_mmd.out(*arguments, loss=workspace.loss, grad=workspace.grad)
+        upstream = arguments[10]
+        ctx.save_for_backward(workspace.grad, upstream)  # torch refuses a second backward after the memory was used again
         ctx.workspace, workspace.waiting = workspace, True
-        per_group = loss * groups
+        per_group = workspace.loss.clone()
         ctx.mark_non_differentiable(per_group)
-        return loss.sum(), per_group
+        return per_group.mean(), per_group
 
     @staticmethod
-    def backward(ctx: Any, upstream: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-        (grad,) = ctx.saved_tensors
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+        finished, upstream = ctx.saved_tensors
         ctx.workspace.waiting = False
-        finished = upstream.device.type == "cpu" and float(upstream) == 1.0
-        return grad if finished else grad * upstream, None, None, None, None, None, None
+        groups = len(finished)
+        if grad.device.type != "cpu" or float(grad) / groups != float(upstream):
+            finished = torch.ops.imm.flow_map_mmd_bwd((grad / groups).expand(groups), finished, finished, upstream)
+        return None, None, None, finished, *[None] * 12
 
 
 def _check_order(t: Tensor, s: Tensor) -> None:

@@ -1,29 +1,40 @@
 """imm::mmd_loss, imm::mmd_loss_grad, imm::mmd_gram: the batched MMD loss and Gram matrix (paper eq. 67, sections 4.2, C.8).
 
-With d = max(||x - y||, eps) and kappa = scale / D per group:
-    laplace  k = exp(-kappa d)            dk/dx = -kappa k (x - y) / d
-    rbf      k = exp(-kappa d^2 / 2)      dk/dx = -kappa k (x - y)
-and dk/dx = 0 for ||x - y|| <= eps. The loss is a V-statistic, diagonals included:
-    loss_g = weight_g / M^2 sum_jk [k(t_j, t_k) + k(r_j, r_k) - 2 k(t_j, r_k)]
+With d = max(||x - y||, eps), kappa = scale / D per group, and a mean over the bandwidth factors b (k of scale b, no mixture of
+energy kernels):
+    laplace  k = exp(-kappa d)          slope = kappa k / d
+    rbf      k = exp(-kappa d^2 / 2)    slope = kappa k
+    imq      k = 1 / (1 + kappa d^2)    slope = 2 kappa k^2
+    energy   k = -kappa d               slope = kappa / d
+dk/dx = -slope (x - y), and slope = 0 for ||x - y|| <= eps. The V-statistic has all pairs, diagonals included; the U-statistic
+(``unbiased``; Gretton et al. 2012, eq. 4) none with j = k, so that it is unbiased for particles that are coupled in pairs too:
+    V  loss_g = weight_g / M^2       sum_jk   [k(t_j, t_k) + k(r_j, r_k) - 2 k(t_j, r_k)]
+    U  loss_g = weight_g / (M (M-1)) sum_j!=k [k(t_j, t_k) + k(r_j, r_k) - 2 k(t_j, r_k)]
+
+mmd_loss also returns the slopes of the pairs that its gradient needs, [G, M, 2 M]: (t_j, t_k), then (t_j, r_k), 0 for a pair
+without gradient. Their sign is free, and an implementation may mark pairs with it; a backward takes the absolute value.
 
 The reference sums k - 1 = expm1(...) (the ones cancel exactly), subtracts particles directly (a Gram product loses the
-matched pairs, which are close), and carries the M x M part in float64. Time O(G M^2 D), memory O(G M D).
+matched pairs, which are close), and carries the M x M part in float64. Time O(G M^2 D), memory O(G M (M + D)).
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from imm.ops import dispatch, triton_kernels
 from imm.ops.dtypes import DTYPES, accumulate_dtype
 from imm.ops.registry import check_out, no_second_derivative, refuse_gradients, register
 
-KERNELS = ("laplace", "rbf")
+KERNELS = ("laplace", "rbf", "imq", "energy")
 
 
-def _check_groups(name: str, value: Tensor, x: Tensor) -> None:
+def check_groups(name: str, value: Tensor, x: Tensor) -> None:
+    """Raises ValueError or TypeError unless value is one number for each group of x."""
     if value.dim() != 1 or value.shape[0] != x.shape[0]:
         raise ValueError(f"{name}: expected one number per group, [{x.shape[0]}], got {list(value.shape)}")
     if not value.is_floating_point():
@@ -32,11 +43,19 @@ def _check_groups(name: str, value: Tensor, x: Tensor) -> None:
         raise ValueError(f"{name}: expected the particles' device {x.device}, got {value.device}")
 
 
-def _check_particles(names: tuple[str, str], x: Tensor, y: Tensor, scale: Tensor, kernel: str, eps: float) -> None:
+def check_kernel(kernel: str, bandwidths: Sequence[float], eps: float) -> None:
+    """Raises ValueError for a kernel that there is not."""
     if kernel not in KERNELS:
         raise ValueError(f"kernel: expected one of {list(KERNELS)}, got {kernel!r}")
     if not eps > 0:
         raise ValueError(f"eps: expected a positive floor on the norm, got {eps}")
+    if not bandwidths or not all(0 < factor < float("inf") for factor in bandwidths):
+        raise ValueError(f"bandwidths: expected one or more positive factors, got {list(bandwidths)}")
+    if kernel == "energy" and len(bandwidths) > 1:
+        raise ValueError(f"bandwidths: expected one for the energy kernel, which is linear in it, got {list(bandwidths)}")
+
+
+def _check_particles(names: tuple[str, str], x: Tensor, y: Tensor, scale: Tensor) -> None:
     for name, value in zip(names, (x, y), strict=True):
         if value.dim() != 3 or value.shape[1] == 0 or value.shape[2] == 0:
             raise ValueError(f"{name}: expected [G, M, D] with M, D > 0, got {list(value.shape)}")
@@ -48,19 +67,39 @@ def _check_particles(names: tuple[str, str], x: Tensor, y: Tensor, scale: Tensor
         raise TypeError(
             f"{names[0]} and {names[1]}: expected one dtype and device, got {x.dtype} on {x.device} and {y.dtype} on {y.device}"
         )
-    _check_groups("scale", scale, x)
+    check_groups("scale", scale, x)
 
 
-def _check_loss(y_t: Tensor, y_r: Tensor, scale: Tensor, weight: Tensor | None, kernel: str, eps: float) -> None:
-    _check_particles(("y_t", "y_r"), y_t, y_r, scale, kernel, eps)
+def check_loss(
+    y_t: Tensor,
+    y_r: Tensor,
+    scale: Tensor,
+    weight: Tensor | None,
+    upstream: Tensor | None,
+    kernel: str,
+    bandwidths: Sequence[float],
+    eps: float,
+    unbiased: bool,
+    *,
+    names: tuple[str, str] = ("y_t", "y_r"),
+) -> None:
+    """Raises ValueError or TypeError unless these are the arguments of a loss."""
+    check_kernel(kernel, bandwidths, eps)
+    _check_particles(names, y_t, y_r, scale)
+    _check_sets(y_t, y_r, weight, unbiased, names)
+    if upstream is not None and upstream.shape != (1,):
+        check_groups("upstream", upstream, y_t)
+
+
+def _check_sets(
+    y_t: Tensor, y_r: Tensor, weight: Tensor | None, unbiased: bool, names: tuple[str, str] = ("y_t", "y_r")
+) -> None:
     if y_t.shape != y_r.shape:
-        raise ValueError(f"y_t and y_r: expected the same shape, got {list(y_t.shape)} and {list(y_r.shape)}")
+        raise ValueError(f"{names[0]} and {names[1]}: expected the same shape, got {list(y_t.shape)} and {list(y_r.shape)}")
+    if unbiased and y_t.shape[1] < 2:
+        raise ValueError(f"unbiased: expected M >= 2 particles, got {y_t.shape[1]}")
     if weight is not None:
-        _check_groups("weight", weight, y_t)
-
-
-def _check_gram(x: Tensor, y: Tensor, scale: Tensor, kernel: str, eps: float) -> None:
-    _check_particles(("x", "y"), x, y, scale, kernel, eps)
+        check_groups("weight", weight, y_t)
 
 
 def check_scale(scale: Tensor) -> None:
@@ -76,20 +115,31 @@ def _distance(x: Tensor, y: Tensor) -> Tensor:
     return torch.cdist(x, y, compute_mode="donot_use_mm_for_euclid_dist").double()
 
 
-def _kappa(scale: Tensor, features: int) -> Tensor:
-    return (scale.double() / features)[:, None, None]  # [G, 1, 1]
-
-
-def _kernel_minus_one(dist: Tensor, kappa: Tensor, kernel: str, eps: float) -> Tensor:
-    dist = dist.clamp_min(eps)
-    return torch.expm1(-kappa * dist if kernel == "laplace" else -0.5 * kappa * dist.square())
-
-
-def _slope(dist: Tensor, kappa: Tensor, kernel: str, eps: float) -> Tensor:
-    """c with dk/dx = c (x - y)."""
-    k = _kernel_minus_one(dist, kappa, kernel, eps) + 1.0
-    slope = -kappa * k / dist.clamp_min(eps) if kernel == "laplace" else -kappa * k
-    return torch.where(dist <= eps, 0.0, slope)  # a NaN distance stays NaN
+def _value_and_slope(
+    dist: Tensor, scale: Tensor, features: int, kernel: str, bandwidths: Sequence[float], eps: float
+) -> tuple[Tensor, Tensor]:
+    """(k - 1 (k for energy), slope) of distances [G, Mx, My] in float64."""
+    kappa = (scale.double() / features)[:, None, None]
+    floored = dist.clamp_min(eps)
+    values, slopes = torch.zeros_like(dist), torch.zeros_like(dist)
+    for factor in bandwidths:
+        rate = factor * kappa
+        if kernel == "laplace":
+            value = torch.expm1(-rate * floored)
+            slopes += rate * (value + 1.0) / floored
+        elif kernel == "rbf":
+            value = torch.expm1(-0.5 * rate * floored.square())
+            slopes += rate * (value + 1.0)
+        elif kernel == "imq":
+            u = rate * floored.square()
+            value = -u / (1.0 + u)
+            slopes += 2.0 * rate / (1.0 + u).square()
+        else:
+            value = -rate * floored
+            slopes += rate / floored
+        values += value
+    share = 1.0 / len(bandwidths)
+    return share * values, torch.where(dist <= eps, 0.0, share * slopes)  # a NaN distance stays NaN
 
 
 def _accumulate(grad: Tensor, coefficient: Tensor, x: Tensor, y: Tensor) -> None:
@@ -99,90 +149,127 @@ def _accumulate(grad: Tensor, coefficient: Tensor, x: Tensor, y: Tensor) -> None
         grad.addcmul_(coefficient[:, :, k, None], x - y[:, k, None])
 
 
-def mmd_loss(y_t: Tensor, y_r: Tensor, scale: Tensor, weight: Tensor | None, kernel: str, eps: float) -> Tensor:
-    """Reference of imm::mmd_loss: [G, M, D] twice, scale [G], weight [G] or None -> [G] in float32 (float64 for float64)."""
-    _check_loss(y_t, y_r, scale, weight, kernel, eps)
-    check_scale(scale)
-    kappa = _kappa(scale, y_t.shape[2])
-    tt, rr, tr = (
-        _kernel_minus_one(_distance(a, b), kappa, kernel, eps).mean((1, 2)) for a, b in ((y_t, y_t), (y_r, y_r), (y_t, y_r))
-    )
-    loss = tt + rr - 2.0 * tr
-    if weight is not None:
-        loss = loss * weight.double()
-    return loss.to(accumulate_dtype(y_t.dtype))
+def _pairs(particles: int, unbiased: bool) -> int:
+    return particles * (particles - 1) if unbiased else particles**2
 
 
-def mmd_loss_bwd(
-    grad: Tensor, y_t: Tensor, y_r: Tensor, scale: Tensor, weight: Tensor | None, kernel: str, eps: float
-) -> Tensor:
-    """Gradient of :func:`mmd_loss` to y_t: [G, M, D] in y_t's dtype."""
-    _check_loss(y_t, y_r, scale, weight, kernel, eps)
-    _check_groups("grad", grad, y_t)
-    particles = y_t.shape[1]
-    upstream = (grad.double() if weight is None else grad.double() * weight.double())[:, None, None]
-    upstream = upstream * (2.0 / particles**2)
-    kappa = _kappa(scale, y_t.shape[2])
-    dtype = accumulate_dtype(y_t.dtype)
-    x, target = y_t.to(dtype), y_r.to(dtype)
-    grad_y = torch.zeros(y_t.shape, dtype=dtype, device=y_t.device)
-    _accumulate(grad_y, upstream * _slope(_distance(x, x), kappa, kernel, eps), x, x)
-    _accumulate(grad_y, -upstream * _slope(_distance(x, target), kappa, kernel, eps), x, target)
-    return grad_y.to(y_t.dtype)
-
-
-def mmd_loss_grad(
-    y_t: Tensor, y_r: Tensor, scale: Tensor, weight: Tensor | None, kernel: str, eps: float
-) -> tuple[Tensor, Tensor]:
-    """Reference of imm::mmd_loss_grad: the loss [G] and the finished gradient of its sum to y_t, [G, M, D] in y_t's dtype."""
-    loss = mmd_loss(y_t, y_r, scale, weight, kernel, eps)
-    return loss, mmd_loss_bwd(torch.ones_like(loss), y_t, y_r, scale, weight, kernel, eps)
-
-
-def mmd_loss_grad_out(
+def mmd_loss(
     y_t: Tensor,
     y_r: Tensor,
     scale: Tensor,
     weight: Tensor | None,
     kernel: str,
+    bandwidths: Sequence[float],
     eps: float,
-    *,
-    loss: Tensor,
-    grad: Tensor,
-) -> None:
+    unbiased: bool,
+) -> tuple[Tensor, Tensor]:
+    """Reference of imm::mmd_loss: [G, M, D] twice, scale [G], weight [G] or None -> loss [G], slopes [G, M, 2 M].
+
+    Both in float32 (float64 for float64).
+    """
+    check_loss(y_t, y_r, scale, weight, None, kernel, bandwidths, eps, unbiased)
+    check_scale(scale)
+    particles = y_t.shape[1]
+    count = torch.ones(particles, particles, dtype=torch.float64, device=y_t.device)
+    if unbiased:
+        count.fill_diagonal_(0.0)
+
+    def terms(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        values, slopes = _value_and_slope(_distance(x, y), scale, x.shape[2], kernel, bandwidths, eps)
+        keep = count > 0
+        return torch.where(keep, values, 0.0).sum((1, 2)), torch.where(keep, slopes, 0.0)
+
+    (tt, slopes_tt), (rr, _), (tr, slopes_tr) = terms(y_t, y_t), terms(y_r, y_r), terms(y_t, y_r)
+    loss = (tt + rr - 2.0 * tr) / _pairs(particles, unbiased)
+    if weight is not None:
+        loss = loss * weight.double()
+    dtype = accumulate_dtype(y_t.dtype)
+    return loss.to(dtype), torch.cat([slopes_tt, slopes_tr], 2).to(dtype)
+
+
+def mmd_loss_bwd(grad: Tensor, slopes: Tensor, y_t: Tensor, y_r: Tensor, weight: Tensor | None, unbiased: bool) -> Tensor:
+    """Gradient of :func:`mmd_loss` to y_t from its slopes: [G, M, D] in y_t's dtype."""
+    _check_bwd(grad, slopes, y_t, y_r, weight, unbiased)
+    particles = y_t.shape[1]
+    upstream = (grad.double() if weight is None else grad.double() * weight.double())[:, None, None]
+    coefficient = slopes.abs().double() * (upstream * (2.0 / _pairs(particles, unbiased)))
+    dtype = accumulate_dtype(y_t.dtype)
+    x, target = y_t.to(dtype), y_r.to(dtype)
+    grad_y = torch.zeros(y_t.shape, dtype=dtype, device=y_t.device)
+    _accumulate(grad_y, -coefficient[:, :, :particles], x, x)
+    _accumulate(grad_y, coefficient[:, :, particles:], x, target)
+    return grad_y.to(y_t.dtype)
+
+
+def _check_bwd(grad: Tensor, slopes: Tensor, y_t: Tensor, y_r: Tensor, weight: Tensor | None, unbiased: bool) -> None:
+    _check_particles(("y_t", "y_r"), y_t, y_r, grad)
+    _check_sets(y_t, y_r, weight, unbiased)
+    expected = (y_t.shape[0], y_t.shape[1], 2 * y_t.shape[1])
+    dtype = accumulate_dtype(y_t.dtype)
+    if slopes.shape != expected or slopes.dtype != dtype or slopes.device != y_t.device:
+        got = f"{list(slopes.shape)} of {slopes.dtype} on {slopes.device}"
+        raise ValueError(f"slopes: expected {list(expected)} of {dtype} on {y_t.device}, got {got}")
+
+
+def mmd_loss_grad(
+    y_t: Tensor,
+    y_r: Tensor,
+    scale: Tensor,
+    weight: Tensor | None,
+    upstream: Tensor | None,
+    kernel: str,
+    bandwidths: Sequence[float],
+    eps: float,
+    unbiased: bool,
+) -> tuple[Tensor, Tensor]:
+    """Reference of imm::mmd_loss_grad: the loss [G] and the finished gradient of sum(upstream loss) to y_t, in y_t's dtype.
+
+    upstream: [G], [1] or None for 1.
+    """
+    check_loss(y_t, y_r, scale, weight, upstream, kernel, bandwidths, eps, unbiased)
+    loss, slopes = mmd_loss(y_t, y_r, scale, weight, kernel, bandwidths, eps, unbiased)
+    up = torch.ones_like(loss) if upstream is None else upstream.expand(len(loss))
+    return loss, mmd_loss_bwd(up, slopes, y_t, y_r, weight, unbiased)
+
+
+def mmd_loss_grad_out(*args: Any, loss: Tensor, grad: Tensor) -> None:
     """Reference of imm::mmd_loss_grad.out: :func:`mmd_loss_grad` into tensors that the caller keeps across steps."""
-    _check_loss(y_t, y_r, scale, weight, kernel, eps)
-    _check_loss_out(y_t, loss, grad)
-    refuse_gradients("mmd_loss_grad", y_t, y_r, scale, weight, loss, grad)
-    values = torch.ops.imm.mmd_loss_grad(y_t, y_r, scale, weight, kernel, eps)
+    check_loss(*args)
+    check_loss_out(args[0], loss, grad)
+    refuse_gradients("mmd_loss_grad", *args[:5], loss, grad)
+    values = torch.ops.imm.mmd_loss_grad(*args)
     loss.copy_(values[0])
     grad.copy_(values[1])
 
 
-def _check_loss_out(y_t: Tensor, loss: Tensor, grad: Tensor) -> None:
+def check_loss_out(y_t: Tensor, loss: Tensor, grad: Tensor) -> None:
+    """Raises ValueError or TypeError unless loss and gradient fit."""
     check_out("loss", loss, y_t.shape[:1], accumulate_dtype(y_t.dtype), y_t.device)
     check_out("grad", grad, y_t.shape, y_t.dtype, y_t.device)
 
 
-def mmd_gram(x: Tensor, y: Tensor, scale: Tensor, kernel: str, eps: float) -> Tensor:
+def _check_gram(x: Tensor, y: Tensor, scale: Tensor, kernel: str, bandwidths: Sequence[float], eps: float) -> None:
+    check_kernel(kernel, bandwidths, eps)
+    _check_particles(("x", "y"), x, y, scale)
+
+
+def mmd_gram(x: Tensor, y: Tensor, scale: Tensor, kernel: str, bandwidths: Sequence[float], eps: float) -> Tensor:
     """Reference of imm::mmd_gram: [G, Mx, D], [G, My, D], scale [G] -> [G, Mx, My] in float32 (float64 for float64)."""
-    _check_gram(x, y, scale, kernel, eps)
+    _check_gram(x, y, scale, kernel, bandwidths, eps)
     check_scale(scale)
-    gram = _kernel_minus_one(_distance(x, y), _kappa(scale, x.shape[2]), kernel, eps) + 1.0
-    return gram.to(accumulate_dtype(x.dtype))
+    values, _ = _value_and_slope(_distance(x, y), scale, x.shape[2], kernel, bandwidths, eps)
+    return (values if kernel == "energy" else values + 1.0).to(accumulate_dtype(x.dtype))
 
 
-def mmd_gram_bwd(grad: Tensor, x: Tensor, y: Tensor, scale: Tensor, kernel: str, eps: float) -> tuple[Tensor, Tensor]:
+def mmd_gram_bwd(
+    grad: Tensor, x: Tensor, y: Tensor, scale: Tensor, kernel: str, bandwidths: Sequence[float], eps: float
+) -> tuple[Tensor, Tensor]:
     """Gradients of :func:`mmd_gram` to x and y."""
-    _check_gram(x, y, scale, kernel, eps)
-    expected = (x.shape[0], x.shape[1], y.shape[1])
-    if grad.shape != expected:
-        raise ValueError(f"grad: expected {list(expected)}, got {list(grad.shape)}")
-    if not grad.is_floating_point():
-        raise TypeError(f"grad: expected a floating dtype, got {grad.dtype}")
+    _check_gram_bwd(grad, x, y, scale, kernel, bandwidths, eps)
     dtype = accumulate_dtype(x.dtype)
     xs, ys = x.to(dtype), y.to(dtype)
-    coefficient = grad.double() * _slope(_distance(xs, ys), _kappa(scale, x.shape[2]), kernel, eps)
+    _, slopes = _value_and_slope(_distance(xs, ys), scale, x.shape[2], kernel, bandwidths, eps)
+    coefficient = -grad.double() * slopes
     grad_x = torch.zeros(x.shape, dtype=dtype, device=x.device)
     grad_y = torch.zeros(y.shape, dtype=dtype, device=y.device)
     _accumulate(grad_x, coefficient, xs, ys)
@@ -190,65 +277,163 @@ def mmd_gram_bwd(grad: Tensor, x: Tensor, y: Tensor, scale: Tensor, kernel: str,
     return grad_x.to(x.dtype), grad_y.to(y.dtype)
 
 
-def _fake_loss(y_t: Tensor, y_r: Tensor, scale: Tensor, weight: Tensor | None, kernel: str, eps: float) -> Tensor:
-    _check_loss(y_t, y_r, scale, weight, kernel, eps)
-    return y_t.new_empty((y_t.shape[0],), dtype=accumulate_dtype(y_t.dtype))
+def _check_gram_bwd(
+    grad: Tensor, x: Tensor, y: Tensor, scale: Tensor, kernel: str, bandwidths: Sequence[float], eps: float
+) -> None:
+    _check_gram(x, y, scale, kernel, bandwidths, eps)
+    expected = (x.shape[0], x.shape[1], y.shape[1])
+    if grad.shape != expected:
+        raise ValueError(f"grad: expected {list(expected)}, got {list(grad.shape)}")
+    if not grad.is_floating_point():
+        raise TypeError(f"grad: expected a floating dtype, got {grad.dtype}")
+    if grad.device != x.device:
+        raise ValueError(f"grad: expected the device {x.device}, got {grad.device}")
 
 
-def _fake_loss_bwd(
-    grad: Tensor, y_t: Tensor, y_r: Tensor, scale: Tensor, weight: Tensor | None, kernel: str, eps: float
-) -> Tensor:
+def _fake_loss(y_t: Tensor, y_r: Tensor, scale: Tensor, weight: Tensor | None, *rest: Any) -> tuple[Tensor, Tensor]:
+    check_loss(y_t, y_r, scale, weight, None, *rest)
+    groups, particles, _ = y_t.shape
+    dtype = accumulate_dtype(y_t.dtype)
+    return y_t.new_empty((groups,), dtype=dtype), y_t.new_empty((groups, particles, 2 * particles), dtype=dtype)
+
+
+def _fake_loss_bwd(grad: Tensor, slopes: Tensor, y_t: Tensor, *rest: Any) -> Tensor:
     return y_t.new_empty(y_t.shape)
 
 
-def _fake_loss_grad(
-    y_t: Tensor, y_r: Tensor, scale: Tensor, weight: Tensor | None, kernel: str, eps: float
-) -> tuple[Tensor, Tensor]:
-    return _fake_loss(y_t, y_r, scale, weight, kernel, eps), y_t.new_empty(y_t.shape)
+def _fake_loss_grad(*args: Any) -> tuple[Tensor, Tensor]:
+    check_loss(*args)
+    y_t = args[0]
+    return y_t.new_empty((y_t.shape[0],), dtype=accumulate_dtype(y_t.dtype)), y_t.new_empty(y_t.shape)
 
 
 def _fake_loss_grad_out(*args: Any, loss: Tensor, grad: Tensor) -> None:
-    _check_loss(*args)
-    _check_loss_out(args[0], loss, grad)
+    check_loss(*args)
+    check_loss_out(args[0], loss, grad)
 
 
-def _fake_gram(x: Tensor, y: Tensor, scale: Tensor, kernel: str, eps: float) -> Tensor:
-    _check_gram(x, y, scale, kernel, eps)
+def _fake_gram(x: Tensor, y: Tensor, *rest: Any) -> Tensor:
+    _check_gram(x, y, *rest)
     return x.new_empty((x.shape[0], x.shape[1], y.shape[1]), dtype=accumulate_dtype(x.dtype))
 
 
-def _fake_gram_bwd(grad: Tensor, x: Tensor, y: Tensor, scale: Tensor, kernel: str, eps: float) -> tuple[Tensor, Tensor]:
+def _fake_gram_bwd(grad: Tensor, x: Tensor, y: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
     return x.new_empty(x.shape), y.new_empty(y.shape)
 
 
-def _setup_loss(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    y_t, y_r, scale, weight, ctx.kernel, ctx.eps = inputs
+def _setup_loss(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    y_t, y_r, _, weight, *_, ctx.unbiased = inputs
     if any(ctx.needs_input_grad[1:4]):
         raise RuntimeError("mmd_loss: the gradient goes to y_t only; detach y_r, scale and weight")
-    ctx.save_for_backward(y_t, y_r, scale, weight)
+    slopes = output[1]
+    ctx.mark_non_differentiable(slopes)
+    ctx.save_for_backward(slopes, y_t, y_r, weight)
 
 
-def _backward_loss(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    return torch.ops.imm.mmd_loss_bwd(grad, *ctx.saved_tensors, ctx.kernel, ctx.eps), None, None, None, None, None
+def _backward_loss(ctx: Any, grad: Tensor, _: Any) -> tuple[Tensor | None, ...]:
+    return torch.ops.imm.mmd_loss_bwd(grad, *ctx.saved_tensors, ctx.unbiased), *[None] * 7
 
 
 def _setup_gram(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, y, scale, ctx.kernel, ctx.eps = inputs
+    x, y, scale, *ctx.kernel = inputs
     if ctx.needs_input_grad[2]:
         raise RuntimeError("mmd_gram: the gradient goes to x and y only; detach scale")
     ctx.save_for_backward(x, y, scale)
 
 
 def _backward_gram(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    return *torch.ops.imm.mmd_gram_bwd(grad, *ctx.saved_tensors, ctx.kernel, ctx.eps), None, None, None
+    return *torch.ops.imm.mmd_gram_bwd(grad, *ctx.saved_tensors, *ctx.kernel), *[None] * 4
 
 
-register("mmd_loss", reference=mmd_loss, fake=_fake_loss, native=("cpu",))
-register("mmd_loss_bwd", reference=mmd_loss_bwd, fake=_fake_loss_bwd, native=("cpu",))
-register("mmd_loss_grad", reference=mmd_loss_grad, fake=_fake_loss_grad, native=("cpu",))
-register("mmd_loss_grad.out", reference=mmd_loss_grad_out, fake=_fake_loss_grad_out, native=("cpu",))
-register("mmd_gram", reference=mmd_gram, fake=_fake_gram, native=("cpu",))
-register("mmd_gram_bwd", reference=mmd_gram_bwd, fake=_fake_gram_bwd, native=("cpu",))
+#: What the Triton kernels take; M above the limit would not fit a program of pairs.
+TRITON_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_LARGEST = 256
+
+
+def too_many_particles(request: dispatch.Request) -> str | None:
+    """The reason of the Triton losses against [G, M, D] of this M."""
+    particles = request.shape[1] if len(request.shape) == 3 else 0
+    return f"supports up to {_LARGEST} particles, got {particles}" if particles > _LARGEST else None
+
+
+def _triton_loss(y_t: Tensor, y_r: Tensor, scale: Tensor, weight: Tensor | None, *rest: Any) -> tuple[Tensor, Tensor]:
+    check_loss(y_t, y_r, scale, weight, None, *rest)
+    from imm_kernels import mmd as kernels
+
+    return kernels.loss(y_t, y_r, scale, weight, kernels.Kernel(rest[0], tuple(rest[1]), *rest[2:]))
+
+
+def _triton_loss_bwd(grad: Tensor, slopes: Tensor, y_t: Tensor, y_r: Tensor, weight: Tensor | None, unbiased: bool) -> Tensor:
+    _check_bwd(grad, slopes, y_t, y_r, weight, unbiased)
+    from imm_kernels import mmd as kernels
+
+    return kernels.gradient(grad, slopes, y_t, y_r, weight, unbiased)
+
+
+def _triton_loss_grad(*args: Any, out: tuple[Tensor, Tensor] | None = None) -> tuple[Tensor, Tensor]:
+    check_loss(*args)
+    from imm_kernels import mmd as kernels
+
+    y_t, y_r, scale, weight, upstream, kernel, bandwidths, eps, unbiased = args
+    what = kernels.Kernel(kernel, tuple(bandwidths), eps, unbiased)
+    return kernels.loss_and_gradient(y_t, y_r, scale, weight, upstream, what, out=out)
+
+
+def _triton_loss_grad_out(*args: Any, loss: Tensor, grad: Tensor) -> None:
+    check_loss(*args)
+    check_loss_out(args[0], loss, grad)
+    refuse_gradients("mmd_loss_grad", *args[:5], loss, grad)
+    triton_kernels.write(_triton_loss_grad, args, loss, grad)
+
+
+def _triton_gram(x: Tensor, y: Tensor, scale: Tensor, kernel: str, bandwidths: Sequence[float], eps: float) -> Tensor:
+    _check_gram(x, y, scale, kernel, bandwidths, eps)
+    from imm_kernels import mmd_gram as kernels
+
+    return kernels.gram(x, y, scale, kernel, tuple(bandwidths), eps)
+
+
+def _triton_gram_bwd(grad: Tensor, x: Tensor, y: Tensor, scale: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    _check_gram_bwd(grad, x, y, scale, *rest)
+    from imm_kernels import mmd_gram as kernels
+
+    return kernels.gram_gradients(grad, x, y, scale, rest[0], tuple(rest[1]), rest[2])
+
+
+def _row(run: Any) -> dispatch.Implementation:
+    return triton_kernels.implementation(run, *TRITON_DTYPES, also=too_many_particles)
+
+
+register("mmd_loss", reference=mmd_loss, fake=_fake_loss, native=("cpu",), triton=_row(_triton_loss))
+register(
+    "mmd_loss_bwd",
+    reference=mmd_loss_bwd,
+    fake=_fake_loss_bwd,
+    native=("cpu",),
+    triton=triton_kernels.implementation(_triton_loss_bwd, torch.float32),
+)
+register("mmd_loss_grad", reference=mmd_loss_grad, fake=_fake_loss_grad, native=("cpu",), triton=_row(_triton_loss_grad))
+register(
+    "mmd_loss_grad.out",
+    reference=mmd_loss_grad_out,
+    fake=_fake_loss_grad_out,
+    native=("cpu",),
+    triton=_row(_triton_loss_grad_out),
+)
+register(
+    "mmd_gram",
+    reference=mmd_gram,
+    fake=_fake_gram,
+    native=("cpu",),
+    triton=triton_kernels.implementation(_triton_gram, *TRITON_DTYPES),
+)
+register(
+    "mmd_gram_bwd",
+    reference=mmd_gram_bwd,
+    fake=_fake_gram_bwd,
+    native=("cpu",),
+    triton=triton_kernels.implementation(_triton_gram_bwd, torch.float32),
+)
 torch.library.register_autograd("imm::mmd_loss", _backward_loss, setup_context=_setup_loss)
 torch.library.register_autograd("imm::mmd_gram", _backward_gram, setup_context=_setup_gram)
 for _op in ("mmd_loss_bwd", "mmd_loss_grad", "mmd_gram_bwd"):

@@ -220,7 +220,9 @@ class Trainer:
         dtype = PRECISIONS[config.precision]
         cast = torch.autocast(self.device.type, dtype) if dtype is not None else contextlib.nullcontext()
         with cast:
-            loss, stats = self.objective(self._images[index], None if self._labels is None else self._labels[index])
+            labels = None if self._labels is None else self._labels[index]
+            grad_scale = self._scaler.scale(torch.ones((), device=self.device)) if self._scaler.is_enabled() else None
+            loss, stats = self.objective(self._images[index], labels, grad_scale=grad_scale)
         self._optimizer.zero_grad(set_to_none=True)
         self._scaler.scale(loss).backward()
         self._scaler.unscale_(self._optimizer)
@@ -274,10 +276,11 @@ class Trainer:
         digest = hashlib.sha256(data.images.numpy().tobytes())
         if data.labels is not None:
             digest.update(data.labels.numpy().tobytes())
-        names = ("particles", "kernel", "mapping_kind", "k", "a", "b", "min_gap", "label_dropout", "target_labels")
+        names = ("particles", "kernel", "estimator", "mapping_kind", "k", "a", "b", "min_gap", "label_dropout", "target_labels")
+        objective = {n: getattr(self.objective, n) for n in (*names, "share_dropout", "eps")}
         return {
             **describe(self.objective.flow_map),
-            "objective": {n: getattr(self.objective, n) for n in (*names, "share_dropout", "eps")},
+            "objective": {**objective, "bandwidths": list(self.objective.bandwidths)},
             "config": config,
             "data": {"source": data.source, "count": len(data), "sha256": digest.hexdigest()},
         }

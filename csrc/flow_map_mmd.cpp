@@ -1,0 +1,77 @@
+// Checks of imm::flow_map_mmd on the CPU; it is the loss of mmd.cpp on particles that are formed where they are read.
+#include <ATen/ops/div.h>
+#include <ATen/ops/mul.h>
+#include <torch/library.h>
+
+#include <tuple>
+
+#include "mmd_loss.h"
+
+namespace imm {
+namespace {
+
+using at::Tensor;
+
+void check(const Branch& t, const Branch& r, const LossArguments& arguments) {
+  const Tensor& x = t.x;
+  check_loss("x_t", "x_r", x, r.x, arguments);
+  for (const auto& [name, value] : {std::pair("g_t", t.g), std::pair("g_r", r.g)}) {
+    TORCH_CHECK_VALUE(value.sizes() == x.sizes(), name, ": expected the states' shape ", x.sizes(), ", got ",
+                      value.sizes());
+    check_kernel_dtype(name, value);
+    check_same_device(name, value, x);
+  }
+  for (const auto& [name, value] : {std::pair("c_skip_t", t.c_skip), std::pair("c_out_t", t.c_out),
+                                    std::pair("c_skip_r", r.c_skip), std::pair("c_out_r", r.c_out)}) {
+    TORCH_CHECK_VALUE(value.dim() == 1 && value.size(0) == x.size(0), name, ": expected one number per group, [",
+                      x.size(0), "], got ", value.sizes());
+    TORCH_CHECK_TYPE(value.scalar_type() == at::kDouble, name, ": expected float64, got ", dtype_name(value));
+    check_same_device(name, value, x);
+  }
+}
+
+std::tuple<Tensor, Tensor> flow_map_mmd(const Tensor& x_t, const Tensor& x_r, const Tensor& g_t, const Tensor& g_r,
+                                        const Tensor& c_skip_t, const Tensor& c_out_t, const Tensor& c_skip_r,
+                                        const Tensor& c_out_r, const Tensor& scale, const Optional& weight,
+                                        const Optional& upstream, std::string kernel, at::ArrayRef<double> bandwidths,
+                                        double eps, bool unbiased) {
+  const Branch t{x_t, g_t, c_skip_t, c_out_t}, r{x_r, g_r, c_skip_r, c_out_r};
+  const LossArguments arguments{scale, weight, upstream, kernel, bandwidths, eps, unbiased};
+  check(t, r, arguments);
+  return loss_and_gradient(t, r, arguments);
+}
+
+void flow_map_mmd_out(const Tensor& x_t, const Tensor& x_r, const Tensor& g_t, const Tensor& g_r,
+                      const Tensor& c_skip_t, const Tensor& c_out_t, const Tensor& c_skip_r, const Tensor& c_out_r,
+                      const Tensor& scale, const Optional& weight, const Optional& upstream, std::string kernel,
+                      at::ArrayRef<double> bandwidths, double eps, bool unbiased, const Tensor& loss,
+                      const Tensor& grad) {
+  const Branch t{x_t, g_t, c_skip_t, c_out_t}, r{x_r, g_r, c_skip_r, c_out_r};
+  const LossArguments arguments{scale, weight, upstream, kernel, bandwidths, eps, unbiased};
+  check(t, r, arguments);
+  loss_and_gradient_out("flow_map_mmd", t, r, arguments, loss, grad);
+}
+
+// g_t is not read; it ties the result to the network.
+Tensor flow_map_mmd_bwd(const Tensor& grad, const Tensor& finished, const Tensor& g_t, const Optional& upstream) {
+  const auto dtype = finished.scalar_type();
+  TORCH_CHECK_VALUE(
+      finished.dim() == 3 && finished.sizes() == g_t.sizes() && dtype == g_t.scalar_type() && is_kernel_dtype(dtype),
+      "finished and g_t: expected [G, M, D] of one floating dtype, got ", finished.sizes(), " of ",
+      dtype_name(finished), " and ", g_t.sizes(), " of ", dtype_name(g_t));
+  check_groups("grad", grad, finished);
+  if (upstream) check_groups_or_one("upstream", *upstream, finished);
+  const Tensor up = grad.to(at::kDouble), ratio = upstream ? at::div(up, upstream->to(at::kDouble)) : up;
+  const Tensor factor = ratio.unsqueeze(1).unsqueeze(2).to(accumulate_dtype(dtype));
+  return at::mul(factor, finished).to(dtype).contiguous();
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(imm, CPU, m) {
+  m.impl("flow_map_mmd", flow_map_mmd);
+  m.impl("flow_map_mmd.out", flow_map_mmd_out);
+  m.impl("flow_map_mmd_bwd", flow_map_mmd_bwd);
+}
+
+}  // namespace imm
