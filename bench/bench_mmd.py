@@ -2,27 +2,45 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from imm.benchmark.case import COPY, Case, Claim, Step
+from imm.benchmark.case import COPY, MATMUL, Case, Claim, Step
 from imm.functional import mmd_loss
 from imm.ops import mmd
 
-#: CIFAR-10 and ImageNet latents at M = 4.
-SHAPES = ((256, 4, 3072), (512, 4, 4096))
-KERNEL, EPS = "laplace", 1e-8
+#: (G, M, D). CIFAR-10 and ImageNet latents at M = 4, then larger sets.
+CPU_SHAPES = ((256, 4, 3072), (512, 4, 4096), (128, 8, 4096), (32, 16, 16384), (64, 64, 4096))
+#: B = G M = 4096 images, 512 of many features, and few.
+CUDA_SHAPES = (
+    (1024, 4, 4096),
+    (1024, 4, 3072),
+    (64, 64, 4096),
+    (256, 16, 4096),
+    (32, 16, 16384),
+    (128, 4, 65536),
+    (16, 4, 4096),
+)
+KERNEL = ("laplace", [1.0], 1e-8, False)
+EPS = 1e-8
 
 OUT, USER, EAGER, COMPILED = "imm out=", "imm as a user calls it", "eager broadcast", "torch.compile of the broadcast"
+GRAM, COMPILED_GRAM, GEOMLOSS = "bmm Gram", "torch.compile of the bmm Gram", "GeomLoss"
 CLAIMS = (
-    Claim(OUT, COPY, at_most=1.3),
-    Claim(COMPILED, OUT, at_least=2.5),
-    Claim(EAGER, USER, at_least=20.0),
-    Claim(COMPILED, USER, at_least=1.0),
+    Claim(OUT, COPY, at_most=1.3, up_to={"M": 8}),
+    Claim(COMPILED, OUT, at_least=2.5, up_to={"M": 4}),
+    Claim(EAGER, USER, at_least=20.0, up_to={"M": 4}),
+    Claim(COMPILED, USER, at_least=1.0, up_to={"M": 4}),
+    Claim(OUT, MATMUL, at_most=1.67),
 )
+
+
+def loss_of(mean_kernel: Callable[[Tensor, Tensor], Tensor]) -> Callable[[Tensor, Tensor], Tensor]:
+    return lambda y_t, y_r: mean_kernel(y_t, y_t) + mean_kernel(y_r, y_r) - 2 * mean_kernel(y_t, y_r)
 
 
 def broadcast(y_t: Tensor, y_r: Tensor, scale: Tensor) -> Tensor:
@@ -32,7 +50,7 @@ def broadcast(y_t: Tensor, y_r: Tensor, scale: Tensor) -> Tensor:
         square = (x[:, :, None] - y[:, None]).square().sum(-1).clamp_min(EPS**2)
         return torch.exp(-scale[:, None, None] * square.sqrt() / x.shape[2]).mean((1, 2))
 
-    return mean_kernel(y_t, y_t) + mean_kernel(y_r, y_r) - 2 * mean_kernel(y_t, y_r)
+    return loss_of(mean_kernel)(y_t, y_r)
 
 
 def cdist(y_t: Tensor, y_r: Tensor, scale: Tensor) -> Tensor:
@@ -41,10 +59,28 @@ def cdist(y_t: Tensor, y_r: Tensor, scale: Tensor) -> Tensor:
     def mean_kernel(x: Tensor, y: Tensor) -> Tensor:
         return torch.exp(-scale[:, None, None] * torch.cdist(x, y).clamp_min(EPS) / x.shape[2]).mean((1, 2))
 
-    return mean_kernel(y_t, y_t) + mean_kernel(y_r, y_r) - 2 * mean_kernel(y_t, y_r)
+    return loss_of(mean_kernel)(y_t, y_r)
 
 
-def trained_with(loss_of: Callable[..., Tensor]) -> Callable[..., Step]:
+def gram(y_t: Tensor, y_r: Tensor, scale: Tensor) -> Tensor:
+    """The same by products: fast, and without the digits of close pairs."""
+
+    def mean_kernel(x: Tensor, y: Tensor) -> Tensor:
+        sizes = x.square().sum(2)[:, :, None] + y.square().sum(2)[:, None]
+        square = (sizes - 2 * torch.bmm(x, y.transpose(1, 2))).clamp_min(EPS**2)
+        return torch.exp(-scale[:, None, None] * square.sqrt() / x.shape[2]).mean((1, 2))
+
+    return loss_of(mean_kernel)(y_t, y_r)
+
+
+def geomloss(y_t: Tensor, y_r: Tensor, scale: Tensor) -> Tensor:
+    """GeomLoss's kernel norm, half the squared MMD; one scale for all groups."""
+    from geomloss import SamplesLoss
+
+    return 2 * SamplesLoss("laplacian", blur=y_t.shape[2] ** 0.5, backend="tensorized")(y_t, y_r)
+
+
+def trained_with(loss: Callable[..., Tensor]) -> Callable[..., Step]:
     """A peer as a training loop calls it: loss, backward, a fresh gradient each step."""
 
     def prepare(y_t: Tensor, y_r: Tensor, scale: Tensor) -> Step:
@@ -52,75 +88,85 @@ def trained_with(loss_of: Callable[..., Tensor]) -> Callable[..., Step]:
 
         def step() -> tuple[Tensor, ...]:
             leaf.grad = None
-            loss = loss_of(leaf, y_r, scale)
-            loss.sum().backward()
+            value = loss(leaf, y_r, scale)
+            value.sum().backward()
             assert leaf.grad is not None
-            return loss.detach(), leaf.grad
+            return value.detach(), leaf.grad
 
         return step
 
     return prepare
 
 
-def compiled(*inputs: Tensor) -> Step:
-    return trained_with(torch.compile(broadcast))(*inputs)
+def compiled(loss: Callable[..., Tensor]) -> Callable[..., Step]:
+    return lambda *inputs: trained_with(torch.compile(loss))(*inputs)
 
 
 def preallocated(y_t: Tensor, y_r: Tensor, scale: Tensor) -> Step:
     loss, grad = torch.empty(len(y_t), device=y_t.device), torch.empty_like(y_t)
 
     def step() -> tuple[Tensor, ...]:
-        torch.ops.imm.mmd_loss_grad.out(y_t, y_r, scale, None, KERNEL, EPS, loss=loss, grad=grad)
+        torch.ops.imm.mmd_loss_grad.out(y_t, y_r, scale, None, None, *KERNEL, loss=loss, grad=grad)
         return loss, grad
 
     return step
 
 
 def fresh(*inputs: Tensor) -> Step:
-    return lambda: torch.ops.imm.mmd_loss_grad(*inputs, None, KERNEL, EPS)
+    return lambda: torch.ops.imm.mmd_loss_grad(*inputs, None, None, *KERNEL)
 
 
 def reference(*inputs: Tensor) -> Step:
-    return lambda: mmd.mmd_loss_grad(*inputs, None, KERNEL, EPS)
+    return lambda: mmd.mmd_loss_grad(*inputs, None, None, *KERNEL)
 
 
 def truth(*inputs: Tensor) -> tuple[Tensor, ...]:
     """Autograd through the broadcast form in float64, some groups at a time for memory."""
-    parts = [trained_with(broadcast)(*part)() for part in zip(*(v.double().split(64) for v in inputs), strict=True)]
+    _, M, D = inputs[0].shape
+    groups = max(1, 2**26 // (M * M * D))
+    parts = [trained_with(broadcast)(*part)() for part in zip(*(v.double().split(groups) for v in inputs), strict=True)]
     return torch.cat([loss for loss, _ in parts]), torch.cat([grad for _, grad in parts])
 
 
-def case(G: int, M: int, D: int, device: torch.device) -> Case:
+def case(G: int, M: int, D: int, device: torch.device, dtype: torch.dtype = torch.float32) -> Case:
     def inputs() -> tuple[Any, ...]:
         y_r = torch.randn(G, M, D, device=device)
-        return y_r + 0.1 * torch.randn_like(y_r), y_r, torch.full((G,), D**0.5, device=device)
+        y_t = y_r + 0.1 * torch.randn_like(y_r)
+        return y_t.to(dtype), y_r.to(dtype), torch.full((G,), D**0.5, device=device)
 
+    element, products = torch.empty((), dtype=dtype).element_size(), M > 8
+    peers = {OUT: preallocated, "imm": fresh, USER: trained_with(mmd_loss), COMPILED: compiled(broadcast)}
+    peers |= {COMPILED_GRAM: compiled(gram), GRAM: trained_with(gram), "reference": reference}
+    # [G, M, M, D] of the broadcast, and of cdist's backward, beyond this only measures the memory.
+    if G * M * M * D <= 2**30:
+        peers |= {"torch.cdist": trained_with(cdist), EAGER: trained_with(broadcast)}
+    if importlib.util.find_spec("geomloss") is not None:
+        peers[GEOMLOSS] = trained_with(geomloss)
     return Case(
         op="mmd",
         mode="loss + gradient",
         shape={"G": G, "M": M, "D": D},
-        dtype=torch.float32,
+        dtype=dtype,
         # I/O: read y_t, y_r [G, M, D] and scale [G]; write the gradient [G, M, D] and the loss [G].
-        bytes=4 * (3 * G * M * D + 2 * G),
-        # Pairs: M (M - 1) / 2 within each set and M^2 across. Distance: subtract, multiply, add per feature; the gradient has
-        # as many pairs (M (M - 1) ordered ones within y_t) and the same three.
-        flops=6 * G * D * (2 * M * M - M),
+        bytes=3 * element * G * M * D + 8 * G,
+        # Directly: subtract, multiply, add per feature, of M (M - 1) / 2 pairs within each set and M^2 across for the
+        # distances, and as many for the gradient (M (M - 1) ordered pairs within y_t). As products: three for the distances,
+        # two for the gradient.
+        flops=10 * G * D * M * M if products else 6 * G * D * (2 * M * M - M),
         inputs=inputs,
         truth=truth,
         # The loss is a small difference of means of size 1.
-        tolerances=(1e-3, 1e-4),
-        peers={
-            OUT: preallocated,
-            "imm": fresh,
-            USER: trained_with(mmd_loss),
-            COMPILED: compiled,
-            "reference": reference,
-            "torch.cdist": trained_with(cdist),
-            EAGER: trained_with(broadcast),
-        },
+        tolerances=(1e-3, 1e-4 if dtype == torch.float32 else 1e-2),
+        peers=peers,
+        # Products lose the digits of the matched pairs, which are close.
+        rough=dict.fromkeys((GRAM, COMPILED_GRAM, GEOMLOSS), 0.1),
+        products=products,
     )
 
 
 def cases(device: torch.device, quick: bool) -> Iterator[Case]:
-    for shape in SHAPES[:1] if quick else SHAPES:
-        yield case(*shape, device)
+    cuda = device.type == "cuda"
+    shapes = CUDA_SHAPES if cuda else CPU_SHAPES
+    for shape in shapes[:1] if quick else shapes:
+        for dtype in (torch.float32, torch.bfloat16) if cuda else (torch.float32,):
+            yield case(*shape, device, dtype)

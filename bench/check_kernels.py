@@ -54,6 +54,33 @@ def noise_into(seeds: Tensor, numel: int, step: int) -> Tensor:
     return out
 
 
+def mmd_arguments(M: int, D: int, dtype: torch.dtype) -> tuple[Any, ...]:
+    """y_t, y_r, scale, weight, and what follows them in the schemas."""
+    y_r = torch.randn(3, M, D)
+    y_t = y_r + 0.1 * torch.randn(3, M, D)
+    return y_t.to(dtype), y_r.to(dtype), torch.rand(3) + 1.0, torch.rand(3), "rbf", [0.5, 1.0], 1e-8
+
+
+def check_mmd(M: int, D: int, dtype: torch.dtype) -> bool:
+    """Every MMD op at one size."""
+    ops, eps = torch.ops.imm, torch.finfo(dtype).eps
+    y_t, y_r, scale, weight, *kernel = mmd_arguments(M, D, dtype)
+    one = torch.ones(1)
+    numbers = [torch.rand(3, dtype=torch.float64) for _ in range(4)]
+    slopes = ops.mmd_loss(y_t, y_r, scale, weight, *kernel, False)[1]
+    gram_up = torch.randn(3, M, M)
+    calls: tuple[tuple[str, Callable[..., Any], tuple[Any, ...]], ...] = (
+        ("mmd_loss", lambda *a: ops.mmd_loss(*a)[0], (y_t, y_r, scale, weight, *kernel, False)),
+        ("mmd_loss_bwd", ops.mmd_loss_bwd, (torch.ones(3), slopes, y_t, y_r, weight, False)),
+        ("mmd_loss_grad", ops.mmd_loss_grad, (y_t, y_r, scale, weight, one, *kernel, False)),
+        ("flow_map_mmd", ops.flow_map_mmd, (y_t.float(), y_r.float(), y_t, y_r, *numbers, scale, weight, one, *kernel, False)),
+        ("mmd_gram", ops.mmd_gram, (y_t, y_r, scale, *kernel)),
+        ("mmd_gram_bwd", ops.mmd_gram_bwd, (gram_up, y_t, y_r, scale, *kernel)),
+    )
+    found = [check(f"imm::{name} M={M} D={D} {dtype}", run, given, run(*given), 4 * eps) for name, run, given in calls]
+    return all(found)
+
+
 def main() -> int:
     if not torch.cuda.is_available():
         print("no CUDA device: nothing to check")
@@ -77,6 +104,10 @@ def main() -> int:
         seeds = (torch.arange(shape[0]) + 2**40, shape[1], 3)
         for name, run in (("imm::noise", ops.noise), ("imm::noise out=", noise_into), ("triton noise", triton_noise)):
             good &= check(f"{name} {shape}", run, seeds, ops.noise(*seeds), torch.finfo(torch.float32).eps)
+    # Resident and split, every pair and products; aligned and odd.
+    for M, D in ((1, 5), (4, 37), (4, 4096), (4, 40000), (8, 64), (12, 70), (40, 128)):
+        for dtype in (torch.float32, torch.bfloat16):
+            good &= check_mmd(M, D, dtype)
     torch.cuda.synchronize()
     return 0 if good else 1
 

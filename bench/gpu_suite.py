@@ -45,7 +45,7 @@ PACKAGES = (
 )
 TOOLS = ("nvcc", "cmake", "ninja", "c++", "compute-sanitizer", "nvidia-smi")
 #: Where kernels are; the rest of the suite says nothing new on a GPU.
-TRITON_TESTS = ("test_triton_flow_step",)
+TRITON_TESTS = ("test_triton_flow_step", "test_triton_mmd")
 OP_TESTS = ("test_flow_step", "test_noise", "test_ops", "test_mmd", "test_sampling", "test_objective")
 DRY_TESTS = ("test_noise",)
 #: Runs benchmarks without the command line, which needs click.
@@ -111,14 +111,14 @@ def plan(options: argparse.Namespace, found: dict[str, Any]) -> tuple[list[Stage
     triton, notes = pytest_command(TRITON_TESTS)
     ops, more = pytest_command(OP_TESTS if gpu else DRY_TESTS)
     stages = [
-        Stage("build", 120, "build.txt", build if gpu else why_not),
-        Stage("kernels", 40, "tests.txt", script if gpu else why_not),
-        Stage("triton tests", 95, "tests.txt", triton if gpu else why_not),
-        Stage("op tests", 95, "tests.txt", ops),
+        Stage("build", 90, "build.txt", build if gpu else why_not),
+        Stage("kernels", 60, "tests.txt", script if gpu else why_not),
+        Stage("triton tests", 80, "tests.txt", triton if gpu else why_not),
+        Stage("op tests", 55, "tests.txt", ops),
         Stage("memcheck", 60, "sanitizer.txt", memcheck if gpu else why_not),
     ]
     where, effort = ("cuda", "full") if gpu else ("cpu", "quick")
-    for op, limit in (("mmd", 55), ("flow_step", 30), ("noise", 30)):
+    for op, limit in (("mmd", 110), ("flow_map_mmd", 30), ("flow_step", 20), ("noise", 15)):
         command = [python, "-c", BENCH, op, where, str(options.out.resolve()), effort]
         stages.append(Stage(f"bench {op}", limit, "bench.txt", command))
     return stages, notes + more

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import csv
+import dataclasses
 import itertools
 import json
 import time
@@ -25,7 +26,7 @@ from imm.cli import main
 
 CPU = torch.device("cpu")
 BRIEF = harness.Effort(0.0, 5, 5)
-SMALL = {"mmd": (2, 4, 24), "flow_step": (2, 3, 4, 4), "noise": (3, 10)}
+SMALL = {"mmd": (2, 4, 24), "flow_map_mmd": (2, 4, 24), "flow_step": (2, 3, 4, 4), "noise": (3, 10)}
 
 
 def doubling(**peers: Callable[..., Any]) -> Case:
@@ -123,7 +124,7 @@ def test_every_op_file_declares_right_peers() -> None:
         assert len(declared.tolerances) == len(truth)
         for name, peer in declared.peers.items():
             if "compile" not in name:
-                assert harness.refusal(declared, harness.errors(peer(*inputs)(), truth)) is None, (op, name)
+                assert harness.refusal(declared, name, harness.errors(peer(*inputs)(), truth)) is None, (op, name)
         assert next(iter(load(op).cases(CPU, quick=True))).op == op
 
 
@@ -146,12 +147,27 @@ def _copied(declared: Case) -> tuple[Tensor, Tensor]:
 def test_claims() -> None:
     fast, slow = Claim("b", "a", at_least=2.0), Claim("b", "a", at_most=2.0)
     assert (fast.holds(2.5), fast.holds(1.5), slow.holds(1.5), slow.holds(2.5)) == (True, False, True, False)
-    measured = measure(doubling(a=by(lambda x: 2 * x), b=by(late)), CPU, BRIEF)
-    text = rows.claims(measured, (fast, slow, Claim("b", "nobody", at_least=1.0)))
+    measured = measure(doubling(a=by(lambda x: 2 * x), b=by(late), wrong=by(lambda x: 3 * x)), CPU, BRIEF)
+    others = (
+        Claim("b", "wrong", at_least=1.0),
+        Claim("b", "nobody", at_least=1.0),
+        Claim("b", "a", at_most=2.0, up_to={"N": 999}),
+    )
+    text = rows.claims(measured, (fast, slow, *others))
     assert "b / a, at least 2.0: " in text
     assert "(holds)" in text
     assert "DOES NOT HOLD" in text
-    assert "b / nobody, at least 1.0: not measured" in text
+    assert "b / wrong, at least 1.0: not measured" in text
+    assert "nobody" not in text
+    assert len(text.splitlines()) == 3
+
+
+def test_ceilings_and_rough_peers() -> None:
+    rough = dataclasses.replace(doubling(wrong=by(lambda x: 2.001 * x)), rough={"wrong": 1e-2}, products=True)
+    found = {row.peer: row for row in measure(rough, CPU, BRIEF)}
+    assert list(found) == [case.COPY, case.MATMUL, "wrong"]
+    assert all(row.status == rows.OK for row in found.values())
+    assert found["wrong"].error == pytest.approx(5e-4, rel=1e-2)
 
 
 def test_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -167,7 +183,7 @@ def test_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert {row.commit for row in rows.read(tmp_path / "rows.csv")} == {recorded["commit"]}
     wrong = CliRunner().invoke(main, ["bench", "nothing"])
     assert wrong.exit_code == 1
-    assert wrong.output.startswith("Error: op: expected one of ['flow_step', 'mmd', 'noise'] or all")
+    assert wrong.output.startswith("Error: op: expected one of ['flow_map_mmd', 'flow_step', 'mmd', 'noise'] or all")
 
 
 def test_without_a_checkout_one_line_says_so(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

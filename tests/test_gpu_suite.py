@@ -14,7 +14,7 @@ import pytest
 
 SUITE = Path(__file__).parent.parent / "bench" / "gpu_suite.py"
 NO_GPU = ("build", "kernels", "triton tests", "memcheck")
-RUNS = ("op tests", "bench mmd", "bench flow_step", "bench noise")
+RUNS = ("op tests", "bench mmd", "bench flow_map_mmd", "bench flow_step", "bench noise")
 FILES = {"summary.json", "environment.json", "build.txt", "tests.txt", "sanitizer.txt", "bench.txt", "rows.csv", "rows.jsonl"}
 
 
@@ -50,6 +50,7 @@ def test_every_stage_is_recorded_within_its_limit(tmp_path: Path) -> None:
         "op tests",
         "memcheck",
         "bench mmd",
+        "bench flow_map_mmd",
         "bench flow_step",
         "bench noise",
     ]
@@ -63,11 +64,11 @@ def test_every_stage_is_recorded_within_its_limit(tmp_path: Path) -> None:
 
 
 def test_it_goes_on_where_it_stopped_and_writes_rows(tmp_path: Path) -> None:
-    done = {name: {"status": "ok"} for name in RUNS[:3]}
+    done = {name: {"status": "ok"} for name in RUNS[:-1]}
     (tmp_path / "summary.json").write_text(json.dumps({"stages": done}))
     result = run(tmp_path, "--limit", "60", "--commit", "abc")
     assert result.returncode == 0, result.stdout + result.stderr
-    assert result.stdout.count("done before") == 3
+    assert result.stdout.count("done before") == 4
     assert {entry["status"] for entry in stages(tmp_path).values()} == {"ok", "skipped"}
     with (tmp_path / "rows.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -21,6 +21,7 @@ Step = Callable[[], tuple[Tensor, ...]]
 #: Takes the inputs and returns a Step. What a peer keeps across calls (preallocated outputs, compiled code) is made here.
 Peer = Callable[..., Step]
 COPY = "copy of the same bytes"
+MATMUL = "square product of as many flops"
 
 
 @dataclass(frozen=True)
@@ -31,6 +32,8 @@ class Case:
     truth: the inputs -> the right outputs in float64.
     tolerances: per output, the largest error accepted of a peer, relative to the output's largest number.
     bytes: what the algorithm must read and write once, whatever a peer does. flops: its arithmetic.
+    rough: peers that are known to be less accurate, with the error accepted of all their outputs.
+    products: whether its arithmetic is matrix products, whose rate is then measured in the same run.
     """
 
     op: str
@@ -43,6 +46,8 @@ class Case:
     truth: Callable[..., tuple[Tensor, ...]]
     tolerances: tuple[float, ...]
     peers: Mapping[str, Peer]
+    rough: Mapping[str, float] = field(default_factory=dict)
+    products: bool = False
 
     @property
     def size(self) -> str:
@@ -52,12 +57,18 @@ class Case:
 
 @dataclass(frozen=True)
 class Claim:
-    """``slow`` takes ``at_least`` times (or at most ``at_most`` times) as long as ``fast``, on the CPU."""
+    """``slow`` takes ``at_least`` times (or at most ``at_most`` times) as long as ``fast``, on the CPU, at sizes ``up_to``."""
 
     slow: str
     fast: str
     at_least: float | None = None
     at_most: float | None = None
+    up_to: Mapping[str, int] = field(default_factory=dict)
+
+    def concerns(self, shape: str) -> bool:
+        """Whether a row of this shape ("G=256 M=4 D=3072") is meant."""
+        sizes = dict(part.split("=") for part in shape.split())
+        return all(int(sizes[name]) <= most for name, most in self.up_to.items())
 
     def holds(self, ratio: float) -> bool:
         return (self.at_least is None or ratio >= self.at_least) and (self.at_most is None or ratio <= self.at_most)

@@ -37,9 +37,12 @@ def _claims(cases: Sequence[Sequence[Row]]) -> str:
     if not asked:
         return ""
     lines = [["ratio of medians", "bound", *(rows[0].shape for rows in cases)]]
-    for i, claim in enumerate(asked):
-        values = [ratios(rows, asked)[i][1] for rows in cases]
-        texts = ["not measured" if v is None else f"{v:.2f}{'' if claim.holds(v) else ' (missed)'}" for v in values]
+    for claim in asked:
+        texts = []
+        for rows in cases:
+            found = [ratio for about, ratio in ratios(rows, asked) if about == claim]
+            words = [f"{v:.2f}{'' if claim.holds(v) else ' (missed)'}" if v is not None else "not measured" for v in found]
+            texts.append("".join(words))
         lines.append([f"{claim.slow} / {claim.fast}", claim.bound, *texts])
     return _markdown(lines) + "\n"
 

@@ -134,9 +134,14 @@ def table(rows: Sequence[Row]) -> str:
 
 
 def ratios(rows: Sequence[Row], asked: Sequence[Claim]) -> list[tuple[Claim, float | None]]:
-    """Each claim with its measured ratio of medians, None where one of the two was not timed."""
-    times = {row.peer: row.median_us for row in rows if row.median_us is not None}
-    return [(c, times[c.slow] / times[c.fast] if c.slow in times and c.fast in times else None) for c in asked]
+    """The claims about a case, each with its measured ratio of medians, None where one of the two was not timed."""
+    times = {row.peer: row.median_us for row in rows}
+    found: list[tuple[Claim, float | None]] = []
+    for claim in asked:
+        if claim.slow in times and claim.fast in times and claim.concerns(rows[0].shape):
+            slow, fast = times[claim.slow], times[claim.fast]
+            found.append((claim, None if slow is None or fast is None else slow / fast))
+    return found
 
 
 def claims(rows: Sequence[Row], asked: Sequence[Claim]) -> str:

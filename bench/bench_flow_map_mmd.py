@@ -1,0 +1,125 @@
+"""flow_map_mmd: the loss of a flow map's branches and its gradient to the network's output, beside the same in separate ops."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from imm.benchmark.case import COPY, Case, Claim, Step
+from imm.functional import flow_step, mmd_loss
+from imm.ops import flow_map_mmd
+
+CPU_SHAPES = ((256, 4, 3072), (512, 4, 4096))
+CUDA_SHAPES = ((1024, 4, 4096), (1024, 4, 3072), (256, 16, 4096))
+KERNEL = ("laplace", [1.0], 1e-8, False)
+
+OUT, SEPARATE, EAGER, COMPILED = "imm out=", "imm in separate ops", "eager", "torch.compile of the eager form"
+CLAIMS = (Claim(OUT, COPY, at_most=1.5), Claim(SEPARATE, OUT, at_least=1.0))
+
+Inputs = tuple[Tensor, ...]  # x_t, x_r, g_t, g_r [G, M, D], c_skip_t, c_out_t, c_skip_r, c_out_r, scale [G]
+
+
+def eager_particles(x: Tensor, g: Tensor, c_skip: Tensor, c_out: Tensor) -> Tensor:
+    return c_skip.float()[:, None, None] * x + c_out.float()[:, None, None] * g
+
+
+def eager_loss(y_t: Tensor, y_r: Tensor, scale: Tensor) -> Tensor:
+    def mean_kernel(x: Tensor, y: Tensor) -> Tensor:
+        distance = (x[:, :, None] - y[:, None]).square().sum(-1).clamp_min(1e-16).sqrt()
+        return torch.exp(-scale[:, None, None] * distance / x.shape[2]).mean((1, 2))
+
+    return mean_kernel(y_t, y_t) + mean_kernel(y_r, y_r) - 2 * mean_kernel(y_t, y_r)
+
+
+def eager_form(x_t: Tensor, x_r: Tensor, g_t: Tensor, g_r: Tensor, *numbers: Tensor) -> Tensor:
+    y_t, y_r = eager_particles(x_t, g_t, *numbers[:2]), eager_particles(x_r, g_r, *numbers[2:4])
+    return eager_loss(y_t, y_r, numbers[4])
+
+
+def separate_form(x_t: Tensor, x_r: Tensor, g_t: Tensor, g_r: Tensor, *numbers: Tensor) -> Tensor:
+    return mmd_loss(flow_step(x_t, g_t, *numbers[:2]), flow_step(x_r, g_r, *numbers[2:4]), numbers[4])
+
+
+def trained_with(form: Callable[..., Tensor]) -> Callable[..., Step]:
+    """A peer as a training loop calls it: loss, backward to the network's output."""
+
+    def prepare(*inputs: Tensor) -> Step:
+        x_t, x_r, g_t, *rest = inputs
+        leaf = g_t.detach().requires_grad_()
+
+        def step() -> tuple[Tensor, ...]:
+            leaf.grad = None
+            loss = form(x_t, x_r, leaf, *rest)
+            loss.sum().backward()
+            assert leaf.grad is not None
+            return loss.detach(), leaf.grad
+
+        return step
+
+    return prepare
+
+
+def compiled(*inputs: Tensor) -> Step:
+    return trained_with(torch.compile(eager_form))(*inputs)
+
+
+def preallocated(*inputs: Tensor) -> Step:
+    loss, grad = torch.empty(len(inputs[0]), device=inputs[0].device), torch.empty_like(inputs[2])
+
+    def step() -> tuple[Tensor, ...]:
+        torch.ops.imm.flow_map_mmd.out(*inputs, None, None, *KERNEL, loss=loss, grad=grad)
+        return loss, grad
+
+    return step
+
+
+def fresh(*inputs: Tensor) -> Step:
+    return lambda: torch.ops.imm.flow_map_mmd(*inputs, None, None, *KERNEL)
+
+
+def truth(*inputs: Tensor) -> tuple[Tensor, ...]:
+    """The reference in float64."""
+    return flow_map_mmd.flow_map_mmd(*(v.double() for v in inputs), None, None, *KERNEL)
+
+
+def case(G: int, M: int, D: int, device: torch.device, dtype: torch.dtype = torch.float32) -> Case:
+    def inputs() -> tuple[Any, ...]:
+        x = torch.randn(2, G, M, D, device=device)
+        g = torch.randn(G, M, D, device=device)
+        near = [(v + 0.1 * torch.randn_like(v)) for v in (x[0], g)]
+        numbers = [torch.rand(G, dtype=torch.float64, device=device) + 0.2 for _ in range(2)]
+        scale = torch.full((G,), D**0.5, device=device)
+        return x[0], near[0], g.to(dtype), near[1].to(dtype), *numbers, *numbers, scale
+
+    element = torch.empty((), dtype=dtype).element_size()
+    return Case(
+        op="flow_map_mmd",
+        mode="loss + gradient",
+        shape={"G": G, "M": M, "D": D},
+        dtype=dtype,
+        # I/O: read x_t, x_r in float32, g_t, g_r [G, M, D], four coefficients in float64 and scale [G]; write the gradient to
+        # g_t and the loss [G].
+        bytes=G * M * D * (8 + 3 * element) + 40 * G,
+        # Two products and a sum per particle and feature, then as mmd.
+        flops=6 * G * M * D + 6 * G * D * (2 * M * M - M),
+        inputs=inputs,
+        truth=truth,
+        tolerances=(1e-3, 1e-4 if dtype == torch.float32 else 1e-2),
+        peers={
+            OUT: preallocated,
+            "imm": fresh,
+            SEPARATE: trained_with(separate_form),
+            COMPILED: compiled,
+            EAGER: trained_with(eager_form),
+        },
+    )
+
+
+def cases(device: torch.device, quick: bool) -> Iterator[Case]:
+    cuda = device.type == "cuda"
+    shapes = CUDA_SHAPES if cuda else CPU_SHAPES
+    for shape in shapes[:1] if quick else shapes:
+        yield case(*shape, device, torch.bfloat16 if cuda else torch.float32)
