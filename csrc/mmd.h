@@ -8,8 +8,8 @@
 // dk/dx = -slope (x - y), and slope = 0 for ||x - y|| <= eps. loss_g = weight_g / M^2 sum_jk [k(t_j, t_k) + k(r_j, r_k)
 // - 2 k(t_j, r_k)]; unbiased, over j != k with M (M - 1) in place of M^2. python/imm/ops/mmd.py is the reference.
 //
-// G groups, M particles, D features. Differences are float32 (float64 for float64) in vector partial sums, lanes are
-// summed in float64, and everything M x M is float64.
+// G groups, M particles, D features. Differences and products are float32 (float64 for float64) in vector partial sums,
+// lanes are summed in float64, and everything M x M is float64.
 #pragma once
 
 #include <c10/core/ScalarType.h>
@@ -48,11 +48,10 @@ struct MmdParticles {
 
 // How a group is read.
 struct MmdPlan {
-  bool packed;       // in the arithmetic dtype, `stride` elements between rows; else where it lies
-  bool gathered;     // a few features of all rows are brought together for the gradient
-  bool products;     // of a loss: distances and gradient by products where no pairs but the matched ones are close
-  int64_t features;  // whose distances are worked on at a time
+  bool packed;  // in the arithmetic dtype, `stride` elements between rows; else where it lies
   int64_t stride;
+  bool many;         // rows: more than are worked on where they lie, and a loss takes products where it can
+  int64_t features;  // whose distances are worked on at a time
 };
 
 constexpr int64_t kMmdBlockRows = 32;      // rows whose distances to as many others are worked on together
@@ -68,7 +67,7 @@ struct MmdWork {
   const void** gathered_rows;  // the same, gathered
   void* partial;               // sums of a pair of blocks and of tiles of matched pairs, a vector each
   void* packed;                // z
-  void* gathered;              // z
+  void* gathered;              // a few features of z, of many rows
   void* grad;                  // [M, kMmdGradFeatures], gram of the larger set
 };
 

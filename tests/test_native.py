@@ -111,7 +111,8 @@ def check_gram(x: Tensor, y: Tensor, scale: Tensor, kernel: tuple[Any, ...]) -> 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("M", [1, 2, 3, 4, 5, 7, 8, 9, 16, 33, 64])
 def test_mmd_against_float64(M: int, dtype: torch.dtype, kernel: tuple[Any, ...]) -> None:
-    for D, unbiased in ((1, False), (3, True), (16, False), (37, False), (300, True), (3072, M % 2 == 0)):
+    sizes = (1, False), (3, True), (16, False), (37, False), (300, True), (3072, M % 2 == 0)
+    for D, unbiased in sizes if M <= 16 or kernel is LAPLACE else sizes[:-1]:
         y_t, y_r, scale, weight = particles(M, D, dtype)
         check_mmd(y_t, y_r, scale, weight if D != 37 else None, kernel, unbiased)
 
