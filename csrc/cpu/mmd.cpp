@@ -97,6 +97,16 @@ void pack_row(const Group& group, int64_t i, int64_t D, T* target) {
   }
 }
 
+// Fetches features [begin, begin + n) of row i of a group into the second cache.
+inline void prefetch_row(const Group& group, int64_t i, int64_t begin, int64_t n) {
+  for (const auto part : {&MmdParticles::x, &MmdParticles::g}) {
+    const MmdRows& rows = group.set(i).*part;
+    if (!rows.data) continue;
+    const char* from = static_cast<const char*>(at_element(group.address(part, i), rows.dtype, begin));
+    for (int64_t byte = 0; byte < n * element_size(rows.dtype); byte += 64) __builtin_prefetch(from + byte, 0, 2);
+  }
+}
+
 // The rows of a group as T, a pointer each: where they lie or packed.
 template <typename T>
 const T* const* read_rows(const Group& group, int64_t D, const MmdPlan& plan, const MmdWork& work) {
@@ -409,9 +419,10 @@ struct Gradient {
   c10::ScalarType dtype;
 };
 
-template <typename T>
+// Calls before(d, n) for each piece of features.
+template <typename T, typename F>
 void write_gradient(const T* const* rows, int64_t count, const Gradient<T>& gradient, int64_t D, const MmdPlan& plan,
-                    const MmdWork& work) {
+                    const MmdWork& work, const F& before) {
   const auto& [first, M, others, coefficients, grad, dtype] = gradient;
   const bool direct = dtype == c10::CppTypeToScalarType<T>::value;
   const int64_t features = direct ? D : kMmdGradFeatures;
@@ -424,6 +435,7 @@ void write_gradient(const T* const* rows, int64_t count, const Gradient<T>& grad
     static_assert(kFew * sizeof(T) <= kMmdGatherBytes);
     for (int64_t d = begin; d < end; d += kFew) {
       const int64_t n = std::min(kFew, end - d), from = plan.many ? 0 : d;
+      before(d, n);
       const T* const* z = plan.many ? gather(rows, count, d, n, kFew, work) : rows;
       for_tiles<kGradientRows>(0, M, [&](auto R, int64_t j) {
         const T* const* x = z + first + j;
@@ -497,7 +509,11 @@ void loss_groups(const MmdLossArgs& args, const MmdWork& work, int64_t begin, in
       return k < M ? -factor * slope : factor * slope;
     });
     void* grad = at_element(args.grad, args.grad_dtype, g * M * D);
-    write_gradient(rows, columns, {0, M, 0, coefficients, grad, args.grad_dtype}, D, args.plan, work);
+    // This group's gradient leaves memory time to bring the next group into the second cache.
+    const auto fetch_next = [&, next = Group{args.y_t, args.y_r, g + 1}](int64_t d, int64_t n) {
+      for (int64_t i = 0; g + 1 < end && i < columns; ++i) prefetch_row(next, i, d, n);
+    };
+    write_gradient(rows, columns, {0, M, 0, coefficients, grad, args.grad_dtype}, D, args.plan, work, fetch_next);
   }
 }
 
@@ -525,8 +541,9 @@ void gram_groups(const MmdGramArgs& args, const MmdWork& work, int64_t begin, in
     const auto dtype = args.x.x.dtype;
     void* grad_x = at_element(args.grad_x, dtype, g * Mx * D);
     void* grad_y = at_element(args.grad_y, dtype, g * My * D);
-    write_gradient(rows, Mx + My, {0, Mx, Mx, c_x, grad_x, dtype}, D, args.plan, work);
-    write_gradient(rows, Mx + My, {Mx, My, 0, c_y, grad_y, dtype}, D, args.plan, work);
+    const auto nothing = [](int64_t, int64_t) {};
+    write_gradient(rows, Mx + My, {0, Mx, Mx, c_x, grad_x, dtype}, D, args.plan, work, nothing);
+    write_gradient(rows, Mx + My, {Mx, My, 0, c_y, grad_y, dtype}, D, args.plan, work, nothing);
   }
 }
 
