@@ -70,6 +70,11 @@ def _check_particles(names: tuple[str, str], x: Tensor, y: Tensor, scale: Tensor
     check_groups("scale", scale, x)
 
 
+def check_upstream(upstream: Tensor, x: Tensor) -> None:
+    """Raises ValueError or TypeError unless upstream is one number for each group of x, or one for all."""
+    check_groups("upstream", upstream.expand(len(x)) if upstream.shape == (1,) else upstream, x)
+
+
 def check_loss(
     y_t: Tensor,
     y_r: Tensor,
@@ -87,8 +92,8 @@ def check_loss(
     check_kernel(kernel, bandwidths, eps)
     _check_particles(names, y_t, y_r, scale)
     _check_sets(y_t, y_r, weight, unbiased, names)
-    if upstream is not None and upstream.shape != (1,):
-        check_groups("upstream", upstream, y_t)
+    if upstream is not None:
+        check_upstream(upstream, y_t)
 
 
 def _check_sets(
