@@ -14,7 +14,7 @@ from torch import Tensor
 
 from imm.ops import dispatch, triton_kernels
 from imm.ops.dtypes import DTYPES, accumulate_dtype
-from imm.ops.mmd import TRITON_DTYPES, check_groups, check_loss, check_upstream, mmd_loss_grad, too_many_particles
+from imm.ops.mmd import TRITON_DTYPES, check_groups, check_loss, mmd_loss_grad, too_many_particles
 from imm.ops.registry import check_out, no_second_derivative, refuse_gradients, register
 
 
@@ -101,7 +101,7 @@ def _check_bwd(grad: Tensor, finished: Tensor, g_t: Tensor, upstream: Tensor | N
         )
     check_groups("grad", grad, finished)
     if upstream is not None:
-        check_upstream(upstream, finished)
+        check_groups("upstream", upstream, finished, or_one=True)
 
 
 def _fake_bwd(grad: Tensor, finished: Tensor, g_t: Tensor, upstream: Tensor | None) -> Tensor:

@@ -33,9 +33,10 @@ from imm.ops.registry import check_out, no_second_derivative, refuse_gradients, 
 KERNELS = ("laplace", "rbf", "imq", "energy")
 
 
-def check_groups(name: str, value: Tensor, x: Tensor) -> None:
-    """Raises ValueError or TypeError unless value is one number for each group of x."""
-    if value.dim() != 1 or value.shape[0] != x.shape[0]:
+def check_groups(name: str, value: Tensor, x: Tensor, *, or_one: bool = False) -> None:
+    """Raises ValueError or TypeError unless value is one number for each group of x or, ``or_one``, one for all."""
+    one = or_one and value.shape == (1,)
+    if not one and (value.dim() != 1 or value.shape[0] != x.shape[0]):
         raise ValueError(f"{name}: expected one number per group, [{x.shape[0]}], got {list(value.shape)}")
     if not value.is_floating_point():
         raise TypeError(f"{name}: expected a floating dtype, got {value.dtype}")
@@ -70,11 +71,6 @@ def _check_particles(names: tuple[str, str], x: Tensor, y: Tensor, scale: Tensor
     check_groups("scale", scale, x)
 
 
-def check_upstream(upstream: Tensor, x: Tensor) -> None:
-    """Raises ValueError or TypeError unless upstream is one number for each group of x, or one for all."""
-    check_groups("upstream", upstream.expand(len(x)) if upstream.shape == (1,) else upstream, x)
-
-
 def check_loss(
     y_t: Tensor,
     y_r: Tensor,
@@ -93,7 +89,7 @@ def check_loss(
     _check_particles(names, y_t, y_r, scale)
     _check_sets(y_t, y_r, weight, unbiased, names)
     if upstream is not None:
-        check_upstream(upstream, y_t)
+        check_groups("upstream", upstream, y_t, or_one=True)
 
 
 def _check_sets(
