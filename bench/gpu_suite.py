@@ -118,7 +118,7 @@ def plan(options: argparse.Namespace, found: dict[str, Any]) -> tuple[list[Stage
         Stage("memcheck", 60, "sanitizer.txt", memcheck if gpu else why_not),
     ]
     where, effort = ("cuda", "full") if gpu else ("cpu", "quick")
-    for op, limit in (("mmd", 110), ("flow_map_mmd", 30), ("flow_step", 20), ("noise", 15)):
+    for op, limit in (("mmd", 100), ("flow_map_mmd", 30), ("flow_step", 20), ("noise", 30)):
         command = [python, "-c", BENCH, op, where, str(options.out.resolve()), effort]
         stages.append(Stage(f"bench {op}", limit, "bench.txt", command))
     return stages, notes + more
