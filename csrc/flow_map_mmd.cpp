@@ -1,6 +1,4 @@
 // Checks of imm::flow_map_mmd on the CPU; it is the loss of mmd.cpp on particles that are formed where they are read.
-#include <ATen/ops/div.h>
-#include <ATen/ops/mul.h>
 #include <torch/library.h>
 
 #include <tuple>
@@ -52,26 +50,11 @@ void flow_map_mmd_out(const Tensor& x_t, const Tensor& x_r, const Tensor& g_t, c
   loss_and_gradient_out("flow_map_mmd", t, r, arguments, loss, grad);
 }
 
-// g_t is not read; it ties the result to the network.
-Tensor flow_map_mmd_bwd(const Tensor& grad, const Tensor& finished, const Tensor& g_t, const Optional& upstream) {
-  const auto dtype = finished.scalar_type();
-  TORCH_CHECK_VALUE(
-      finished.dim() == 3 && finished.sizes() == g_t.sizes() && dtype == g_t.scalar_type() && is_kernel_dtype(dtype),
-      "finished and g_t: expected [G, M, D] of one floating dtype, got ", finished.sizes(), " of ",
-      dtype_name(finished), " and ", g_t.sizes(), " of ", dtype_name(g_t));
-  check_groups("grad", grad, finished);
-  if (upstream) check_groups_or_one("upstream", *upstream, finished);
-  const Tensor up = grad.to(at::kDouble), ratio = upstream ? at::div(up, upstream->to(at::kDouble)) : up;
-  const Tensor factor = ratio.unsqueeze(1).unsqueeze(2).to(accumulate_dtype(dtype));
-  return at::mul(factor, finished).to(dtype).contiguous();
-}
-
 }  // namespace
 
 TORCH_LIBRARY_IMPL(imm, CPU, m) {
   m.impl("flow_map_mmd", flow_map_mmd);
   m.impl("flow_map_mmd.out", flow_map_mmd_out);
-  m.impl("flow_map_mmd_bwd", flow_map_mmd_bwd);
 }
 
 }  // namespace imm

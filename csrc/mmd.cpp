@@ -318,17 +318,15 @@ void check_groups(const char* name, const Tensor& value, const Tensor& x) {
                     value.device());
 }
 
-void check_groups_or_one(const char* name, const Tensor& value, const Tensor& x) {
-  const bool for_all = value.dim() == 1 && value.size(0) == 1;
-  check_groups(name, for_all ? value.expand({x.size(0)}) : value, x);
-}
-
 void check_loss(const char* t_name, const char* r_name, const Tensor& y_t, const Tensor& y_r,
                 const LossArguments& arguments) {
   check_kernel(arguments.kernel, arguments.bandwidths, arguments.eps);
   check_particles(t_name, r_name, y_t, y_r, arguments.scale);
   check_sets(t_name, r_name, y_t, y_r, arguments.weight, arguments.unbiased);
-  if (arguments.upstream) check_groups_or_one("upstream", *arguments.upstream, y_t);
+  if (!arguments.upstream) return;
+  const Tensor& upstream = *arguments.upstream;
+  const bool for_all = upstream.dim() == 1 && upstream.size(0) == 1;
+  check_groups("upstream", for_all ? upstream.expand({y_t.size(0)}) : upstream, y_t);
 }
 
 std::tuple<Tensor, Tensor> loss_and_gradient(const Branch& y_t, const Branch& y_r, LossArguments arguments) {

@@ -26,7 +26,6 @@ struct LossArguments {
 };
 
 void check_groups(const char* name, const at::Tensor& value, const at::Tensor& x);
-void check_groups_or_one(const char* name, const at::Tensor& value, const at::Tensor& x);
 
 void check_loss(const char* t_name, const char* r_name, const at::Tensor& y_t, const at::Tensor& y_r,
                 const LossArguments& arguments);

@@ -157,6 +157,15 @@ def test_flow_map_loss_is_the_loss_of_its_particles(particles, g_dtype, upstream
         assert_close(g_t.grad, exact.grad, 50 * particles)
 
 
+def test_a_group_left_out_by_its_upstream_has_no_gradient(device) -> None:
+    x, g = torch.randn(3, 2, 8, device=device), torch.randn(3, 2, 8, device=device).requires_grad_()
+    mask = torch.tensor([1.0, 0.0, 2.0], device=device)
+    loss = F.flow_map_mmd_loss(x, x + 1, g, g.detach(), 0.5, 0.5, 0.5, 0.5, torch.ones(3, device=device), upstream=mask)
+    (mask * loss).sum().backward()
+    assert torch.isfinite(g.grad).all()
+    assert g.grad.any(2).any(1).tolist() == [True, False, True]
+
+
 def test_flow_map_loss_takes_numbers_and_refuses_other_gradients(device) -> None:
     x, g = torch.randn(2, 3, 8, device=device), torch.randn(2, 3, 8, device=device)
     one = torch.ones(2, device=device)

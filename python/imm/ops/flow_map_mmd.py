@@ -89,7 +89,9 @@ def flow_map_mmd_bwd(grad: Tensor, finished: Tensor, g_t: Tensor, upstream: Tens
     g_t is not read; it ties the result to the network, so that a second derivative is an error and not zero.
     """
     _check_bwd(grad, finished, g_t, upstream)
-    ratio = grad.double() if upstream is None else grad.double() / upstream.double()
+    ratio = grad.double()
+    if upstream is not None:  # a group that is left out has 0 for both
+        ratio = torch.where(ratio == upstream.double(), 1.0, ratio / upstream.double())
     return (ratio[:, None, None].to(accumulate_dtype(finished.dtype)) * finished).to(finished.dtype).contiguous()
 
 
@@ -160,6 +162,6 @@ def _row(run: Any) -> dispatch.Implementation:
 
 register("flow_map_mmd", reference=flow_map_mmd, fake=_fake, native=("cpu",), triton=_row(_triton))
 register("flow_map_mmd.out", reference=flow_map_mmd_out, fake=_fake_out, native=("cpu",), triton=_row(_triton_out))
-register("flow_map_mmd_bwd", reference=flow_map_mmd_bwd, fake=_fake_bwd, native=("cpu",))
+register("flow_map_mmd_bwd", reference=flow_map_mmd_bwd, fake=_fake_bwd)
 torch.library.register_autograd("imm::flow_map_mmd", _backward, setup_context=_setup)
 no_second_derivative("flow_map_mmd_bwd")
