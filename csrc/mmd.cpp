@@ -105,16 +105,19 @@ class Operand {
 };
 
 MmdPlan plan_of(const MmdParticles& x, const MmdParticles& y, int64_t D) {
-  // Measured at D = 3072: M = 9 takes 0.9 of the time by products, M = 16 0.85, and M = 8 as long either way.
-  constexpr int64_t kFewRows = 16;
-  constexpr int64_t kFeatureBytes = 1 << 14;  // of a row; two blocks of rows stay in the second cache
-  const bool many = x.M + y.M > kFewRows;
+  // Measured with AVX-512 at D = 4096 and 16384: 128 features are as good for 16 rows and 512 for 128, no other is
+  // for 32.
+  constexpr int64_t kFeatures = 256;
+  constexpr int64_t kOneTile = 8, kFewRows = 16, kSomeRows = 32;
   const auto dtype = accumulate_dtype(x.x.dtype);
-  const auto size = static_cast<int64_t>(c10::elementSize(dtype)), line = 64 / size;
-  return {.packed = x.x.dtype != dtype || x.g.data,
+  const auto line = 64 / static_cast<int64_t>(c10::elementSize(dtype));
+  const int64_t rows = x.M + y.M;
+  const bool packed = x.x.dtype != dtype || x.g.data;
+  return {.packed = packed,
           .stride = (at::divup(D, line) | 1) * line,  // an odd number of lines: rows begin in different sets of a cache
-          .many = many,
-          .features = many ? std::min(D, kFeatureBytes / size) : D};
+          .products = rows > kFewRows,
+          .gather = rows > kSomeRows && !packed,
+          .features = rows > kOneTile ? std::min(D, kFeatures) : D};
 }
 
 // The work space of every thread that may run, allocated where running out of memory is an ordinary error.
@@ -125,10 +128,10 @@ class Workspace {
     const int64_t threads = at::get_num_threads(), block = std::min(rows, kMmdBlockRows);
     values_ = at::empty({threads, values[0], values[1]}, at::kDouble);
     slopes_ = at::empty({threads, slopes[0], slopes[1]}, at::kDouble);
-    coefficient_ = at::empty({threads, coefficients, slopes[0], slopes[1] + 2}, dtype);
+    coefficient_ = at::empty({threads, coefficients, slopes[0], slopes[1] + 1}, dtype);
     rows_ = at::empty({threads, rows}, at::kLong);
     partial_ = at::empty({threads, block + 4, block, 64}, at::kByte);
-    if (plan.many) {
+    if (plan.gather) {
       gathered_rows_ = at::empty({threads, rows}, at::kLong);
       gathered_ = at::empty({threads, rows, kMmdGatherBytes}, at::kByte);
     }

@@ -50,7 +50,8 @@ struct MmdParticles {
 struct MmdPlan {
   bool packed;  // in the arithmetic dtype, `stride` elements between rows; else where it lies
   int64_t stride;
-  bool many;         // rows: more than are worked on where they lie, and a loss takes products where it can
+  bool products;     // a loss takes distances by products where it can
+  bool gather;       // rows, for the gradient: more than are read where they lie
   int64_t features;  // whose distances are worked on at a time
 };
 
@@ -62,7 +63,7 @@ constexpr int64_t kMmdGradFeatures = 512;  // of a gradient that is not in the a
 struct MmdWork {
   double* values;              // squared distances, then kernel values: loss [2 M, 2 M], gram [Mx, My]
   double* slopes;              // loss [M, 2 M], gram [Mx, My]
-  void* coefficient;           // of the gradient, arithmetic dtype: as many as slopes and 2 a row, gram twice
+  void* coefficient;           // of the gradient, arithmetic dtype: as many as slopes and 1 a row, gram twice
   const void** rows;           // to each of z
   const void** gathered_rows;  // the same, gathered
   void* partial;               // sums of a pair of blocks and of tiles of matched pairs, a vector each

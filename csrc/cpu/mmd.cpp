@@ -12,6 +12,8 @@
 
 #include <algorithm>
 #include <cmath>
+#include <limits>
+#include <numeric>
 #include <type_traits>
 
 #include "convert.h"
@@ -97,16 +99,6 @@ void pack_row(const Group& group, int64_t i, int64_t D, T* target) {
   }
 }
 
-// Fetches features [begin, begin + n) of row i of a group into the second cache.
-inline void prefetch_row(const Group& group, int64_t i, int64_t begin, int64_t n) {
-  for (const auto part : {&MmdParticles::x, &MmdParticles::g}) {
-    const MmdRows& rows = group.set(i).*part;
-    if (!rows.data) continue;
-    const char* from = static_cast<const char*>(at_element(group.address(part, i), rows.dtype, begin));
-    for (int64_t byte = 0; byte < n * element_size(rows.dtype); byte += 64) __builtin_prefetch(from + byte, 0, 2);
-  }
-}
-
 // The rows of a group as T, a pointer each: where they lie or packed.
 template <typename T>
 const T* const* read_rows(const Group& group, int64_t D, const MmdPlan& plan, const MmdWork& work) {
@@ -135,7 +127,7 @@ struct Block {
   bool first, last;
 };
 
-enum class Shape { kAll, kUpper, kDiagonal };  // pairs (j, k) of a tile: all, k >= j, k = j
+enum class Shape { kAll, kUpper, kDiagonal };  // pairs (j, k) of a tile: all, k > j (of products k >= j), k = j
 
 // Adds a block of features to the sums of a tile of pairs. The sums are kept in `partial` between blocks and end in
 // `total`.
@@ -146,7 +138,8 @@ void pairs_tile(const T* const* x, const T* const* y, const Block& block, T* par
   const auto for_pairs = [&](const auto& f) __attribute__((always_inline)) {
     repeat<R>([&](auto j) __attribute__((always_inline)) {
       repeat<C>([&](auto k) __attribute__((always_inline)) {
-        if constexpr (kShape == Shape::kAll || k() == j() || (kShape == Shape::kUpper && k() > j())) f(j(), k());
+        constexpr bool diagonal = k() == j() && (kShape == Shape::kDiagonal || kSum == Sum::kProducts);
+        if constexpr (kShape == Shape::kAll || diagonal || (kShape == Shape::kUpper && k() > j())) f(j(), k());
       });
     });
   };
@@ -177,8 +170,13 @@ void pairs_tile(const T* const* x, const T* const* y, const Block& block, T* par
   }
 }
 
+// Rows of a tile of all pairs within them. Of eight rows the 28 differences fill the registers of AVX-512.
+template <Sum kSum, typename T>
+constexpr int kTriangle = kSum == Sum::kSquares && sizeof(Vectorized<T>) == 64 ? 8 : 4;
+
 // Sums of the pairs of the rows i < x_end of a group with its rows k >= y_begin; of a set with itself (y_begin = 0),
-// those of i <= k. Of kProducts, the matched pairs k = i + M have squares of differences all the same.
+// those of i < k. Of kProducts, those of i = k too, and the matched pairs k = i + M have squares of differences all the
+// same.
 template <Sum kSum, typename T>
 void all_pairs(const T* const* rows, int64_t count, int64_t x_end, int64_t y_begin, int64_t D, const MmdPlan& plan,
                const MmdWork& work, Matrix<double> total) {
@@ -194,10 +192,12 @@ void all_pairs(const T* const* rows, int64_t count, int64_t x_end, int64_t y_beg
           pairs_tile<sum(), shape(), R(), C()>(rows + x, rows + y, block, partial, target);
           partial += R() * C() * Vectorized<T>::size();
         };
-        for_tiles<4>(i, i_end, [&](auto R, int64_t x) {
-          for_tiles<4>(k, k_end, [&](auto C, int64_t y) {
-            if (y > x) return tile(Constant<kSum>{}, Constant<Shape::kAll>{}, R, C, x, y);
-            if (y == x) return tile(Constant<kSum>{}, Constant<Shape::kUpper>{}, R, R, x, y);
+        for_tiles<kTriangle<kSum, T>>(i, i_end, [&](auto triangle, int64_t first) {
+          const int64_t end = first + triangle();
+          if (k <= first) tile(Constant<kSum>{}, Constant<Shape::kUpper>{}, triangle, triangle, first, first);
+          for_tiles<std::min(triangle(), 4)>(first, end, [&](auto R, int64_t x) {
+            for_tiles<4>(std::max(k, end), k_end,
+                         [&](auto C, int64_t y) { tile(Constant<kSum>{}, Constant<Shape::kAll>{}, R, C, x, y); });
           });
         });
         if constexpr (kSum == Sum::kProducts) {
@@ -249,6 +249,49 @@ bool separated_distances(const T* const* rows, int64_t M, int64_t D, const MmdPl
     separated = separated && close == 0;
   }
   return separated;
+}
+
+// Squared distances [count, count] of the rows i <= k of a group, directly. A row with a feature that is not finite has
+// no distance from itself either.
+template <typename T>
+void direct_distances(const T* const* rows, int64_t count, int64_t D, const MmdPlan& plan, const MmdWork& work,
+                      Matrix<double> dist2) {
+  all_pairs<Sum::kSquares>(rows, count, count, 0, D, plan, work, dist2);
+  double all = 0.0;
+  for (int64_t i = 0; i < count; ++i) all = std::accumulate(dist2.row(i) + i + 1, dist2.row(i) + count, all);
+  const auto finite = [](T x) { return std::isfinite(x); };
+  for (int64_t i = 0; i < count; ++i) {
+    const bool proper = std::isfinite(all) || std::all_of(rows[i], rows[i] + D, finite);
+    dist2.row(i)[i] = proper ? 0.0 : std::numeric_limits<double>::quiet_NaN();
+  }
+}
+
+// Whether squared distances [2 M, 2 M] of the rows i <= k of a group are of rows apart from each other, the matched
+// pairs aside. By the triangle inequality one row's norm bounds the others'.
+template <typename T>
+bool apart(const T* const* rows, int64_t M, int64_t D, Matrix<double> dist2, double* norms) {
+  using V = Vectorized<T>;
+  V squares[4] = {V(T(0)), V(T(0)), V(T(0)), V(T(0))};
+  int64_t d = 0;
+  for (; d + 4 * V::size() <= D; d += 4 * V::size()) {
+    repeat<4>([&](auto v) {
+      const V x = V::loadu(rows[0] + d + v * V::size());
+      squares[v] = at::vec::fmadd(x, x, squares[v]);
+    });
+  }
+  double first = sum_lanes((squares[0] + squares[1]) + (squares[2] + squares[3]));
+  for (; d < D; ++d) first += static_cast<double>(rows[0][d]) * static_cast<double>(rows[0][d]);
+  for (int64_t k = 0; k < 2 * M; ++k) {
+    const double norm = std::sqrt(first) + std::sqrt(dist2.row(0)[k]);
+    norms[k] = norm * norm;
+  }
+  for (int64_t i = 0; i < 2 * M; ++i) {
+    for (int64_t k = i + 1; k < 2 * M; ++k) {
+      if (k != i + M && !(dist2.row(i)[k] > kClose * (norms[i] + norms[k])))
+        return false;  // also where both are infinite
+    }
+  }
+  return true;
 }
 
 // Copies what is above the diagonal to below.
@@ -309,21 +352,21 @@ template <typename T>
 constexpr int kGradientVectors = sizeof(Vectorized<T>) == 64 ? 4 : 2;
 
 // The coefficients of a gradient, in the order in which tiles of rows read them: for each column those of the tile's
-// rows. By products, a tile begins with its rows' sums and the coefficients of its matched pairs.
+// rows. By products, a tile begins with those of its matched pairs, and a row's coefficient for itself is their sum.
 template <typename T>
 struct Coefficients {
   T* data;
   int64_t columns;
   bool products;
-  T* tile(int64_t row) const { return data + row * (columns + (products ? 2 : 0)); }
+  T* tile(int64_t row) const { return data + row * (columns + (products ? 1 : 0)); }
 };
 
-// Writes the coefficients c(j, k) of rows j < M; by products, columns are two sets of M.
+// Writes the coefficients c(j, k) of rows j < M; by products, columns are two sets of M, the first that of the rows.
 template <typename T, typename F>
 void pack_coefficients(int64_t M, const Coefficients<T>& coefficients, const F& c) {
   for_tiles<kGradientRows>(0, M, [&](auto R, int64_t first) {
     T* target = coefficients.tile(first);
-    T* column = coefficients.products ? target + 2 * R() : target;
+    T* column = coefficients.products ? target + R() : target;
     for (int j = 0; j < R(); ++j) {
       const int64_t row = first + j;
       double sum = 0.0;
@@ -332,14 +375,14 @@ void pack_coefficients(int64_t M, const Coefficients<T>& coefficients, const F& 
         if (!coefficients.products) {
           column[k * R() + j] = static_cast<T>(value);
         } else if (k == row + M) {
-          target[R() + j] = static_cast<T>(value);
+          target[j] = static_cast<T>(value);
           column[k * R() + j] = T(0);
-        } else {
+        } else if (k != row) {
           sum += value;
           column[k * R() + j] = static_cast<T>(-value);
         }
       }
-      if (coefficients.products) target[j] = static_cast<T>(sum);
+      if (coefficients.products) column[row * R() + j] = static_cast<T>(sum);
     }
   });
 }
@@ -358,8 +401,7 @@ void gradient_tile(const T* const* x, const T* const* y, const T* const* matched
       });
     };
     const auto at = [&](const T* row, int v) { return load(row + from + d + v * V::size()); };
-    V x_tile[R][kVectors], sum[R][kVectors], y_row[kVectors];
-    for_tile([&](int j, int v) { x_tile[j][v] = at(x[j], v); });
+    V sum[R][kVectors], y_row[kVectors];
     const T* column = c;
     const auto for_columns = [&](const auto& add) __attribute__((always_inline)) {
       for (int64_t k = 0; k < coefficients.columns; ++k, column += R) {
@@ -368,14 +410,15 @@ void gradient_tile(const T* const* x, const T* const* y, const T* const* matched
       }
     };
     if (coefficients.products) {
-      for_tile([&](int j, int v) {
-        const V difference = x_tile[j][v] - at(matched[j], v);
-        sum[j][v] = at::vec::fmadd(V(c[R + j]), difference, V(c[j]) * x_tile[j][v]);
-      });
-      column += 2 * R;
+      for_tile([&](int j, int v) { sum[j][v] = V(c[j]) * (at(x[j], v) - at(matched[j], v)); });
+      column += R;
       for_columns([&](int j, int v) { sum[j][v] = at::vec::fmadd(V(column[j]), y_row[v], sum[j][v]); });
     } else {
-      for_tile([&](int j, int v) { sum[j][v] = V(T(0)); });
+      V x_tile[R][kVectors];
+      for_tile([&](int j, int v) {
+        x_tile[j][v] = at(x[j], v);
+        sum[j][v] = V(T(0));
+      });
       for_columns([&](int j, int v) { sum[j][v] = at::vec::fmadd(V(column[j]), x_tile[j][v] - y_row[v], sum[j][v]); });
     }
     for_tile([&](int j, int v) { store(sum[j][v], grad.row(j) + d + v * V::size()); });
@@ -419,10 +462,9 @@ struct Gradient {
   c10::ScalarType dtype;
 };
 
-// Calls before(d, n) for each piece of features.
-template <typename T, typename F>
+template <typename T>
 void write_gradient(const T* const* rows, int64_t count, const Gradient<T>& gradient, int64_t D, const MmdPlan& plan,
-                    const MmdWork& work, const F& before) {
+                    const MmdWork& work) {
   const auto& [first, M, others, coefficients, grad, dtype] = gradient;
   const bool direct = dtype == c10::CppTypeToScalarType<T>::value;
   const int64_t features = direct ? D : kMmdGradFeatures;
@@ -434,9 +476,8 @@ void write_gradient(const T* const* rows, int64_t count, const Gradient<T>& grad
     constexpr int64_t kFew = kGradientVectors<T> * Vectorized<T>::size();
     static_assert(kFew * sizeof(T) <= kMmdGatherBytes);
     for (int64_t d = begin; d < end; d += kFew) {
-      const int64_t n = std::min(kFew, end - d), from = plan.many ? 0 : d;
-      before(d, n);
-      const T* const* z = plan.many ? gather(rows, count, d, n, kFew, work) : rows;
+      const int64_t n = std::min(kFew, end - d), from = plan.gather ? 0 : d;
+      const T* const* z = plan.gather ? gather(rows, count, d, n, kFew, work) : rows;
       for_tiles<kGradientRows>(0, M, [&](auto R, int64_t j) {
         const T* const* x = z + first + j;
         gradient_tile<R()>(x, z + others, coefficients.products ? x + M : nullptr, coefficients, coefficients.tile(j),
@@ -469,12 +510,15 @@ void loss_groups(const MmdLossArgs& args, const MmdWork& work, int64_t begin, in
     const Group group{args.y_t, args.y_r, g};
     const T* saved = args.saved_slopes ? static_cast<const T*>(args.saved_slopes) + g * M * columns : nullptr;
     const T* const* rows = read_rows<T>(group, D, args.plan, work);
-    bool separated = args.plan.many;
+    bool separated = false;
     if (saved) {
-      separated = separated && marked(saved, M);
+      separated = marked(saved, M);
     } else {
-      separated = separated && separated_distances(rows, M, D, args.plan, work, tt);
-      if (!separated) all_pairs<Sum::kSquares>(rows, columns, columns, 0, D, args.plan, work, tt);
+      separated = args.plan.products && separated_distances(rows, M, D, args.plan, work, tt);
+      if (!separated) {
+        direct_distances(rows, columns, D, args.plan, work, tt);
+        separated = !args.plan.products && apart(rows, M, D, tt, work.slopes);
+      }
       const double kappa = args.scale[g] / static_cast<double>(D);
       const Matrix<double> slopes{args.grad || args.slopes ? work.slopes : nullptr, columns};
       for (int64_t j = 0; j < M; ++j) {
@@ -509,11 +553,7 @@ void loss_groups(const MmdLossArgs& args, const MmdWork& work, int64_t begin, in
       return k < M ? -factor * slope : factor * slope;
     });
     void* grad = at_element(args.grad, args.grad_dtype, g * M * D);
-    // This group's gradient leaves memory time to bring the next group into the second cache.
-    const auto fetch_next = [&, next = Group{args.y_t, args.y_r, g + 1}](int64_t d, int64_t n) {
-      for (int64_t i = 0; g + 1 < end && i < columns; ++i) prefetch_row(next, i, d, n);
-    };
-    write_gradient(rows, columns, {0, M, 0, coefficients, grad, args.grad_dtype}, D, args.plan, work, fetch_next);
+    write_gradient(rows, columns, {0, M, 0, coefficients, grad, args.grad_dtype}, D, args.plan, work);
   }
 }
 
@@ -541,9 +581,8 @@ void gram_groups(const MmdGramArgs& args, const MmdWork& work, int64_t begin, in
     const auto dtype = args.x.x.dtype;
     void* grad_x = at_element(args.grad_x, dtype, g * Mx * D);
     void* grad_y = at_element(args.grad_y, dtype, g * My * D);
-    const auto nothing = [](int64_t, int64_t) {};
-    write_gradient(rows, Mx + My, {0, Mx, Mx, c_x, grad_x, dtype}, D, args.plan, work, nothing);
-    write_gradient(rows, Mx + My, {Mx, My, 0, c_y, grad_y, dtype}, D, args.plan, work, nothing);
+    write_gradient(rows, Mx + My, {0, Mx, Mx, c_x, grad_x, dtype}, D, args.plan, work);
+    write_gradient(rows, Mx + My, {Mx, My, 0, c_y, grad_y, dtype}, D, args.plan, work);
   }
 }
 

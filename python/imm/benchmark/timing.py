@@ -1,6 +1,7 @@
 """The clocks. Each is made of a peer's steps, one per set of buffers, and gives seconds per step, one sample a call.
 
-On the CPU one set of buffers is enough: between two calls of a peer the others run. On CUDA the sets rotate, so that no input
+On the CPU there is one set of buffers, and a peer's turn is calls that are not timed, until what the peers before it left in
+the caches is gone, then one that is: what a loop of calls takes. On CUDA the sets rotate, so that no input
 is in the L2 cache, and a captured graph of all of them is replayed between two events, so that launches cost nothing.
 """
 
@@ -20,6 +21,7 @@ from imm.benchmark.case import Step
 ROTATED_BYTES = 400e6
 LEAST_SETS = 8
 _WARM_UP = 3
+_SETTLE_SECONDS = 0.01
 
 
 @dataclass(frozen=True)
@@ -46,6 +48,10 @@ def _cpu(step: Step) -> Clock:
         outputs = step()
 
     def sample() -> float:
+        settled = time.perf_counter() + _SETTLE_SECONDS
+        step()
+        while time.perf_counter() < settled:
+            step()
         start = time.perf_counter()
         step()
         return time.perf_counter() - start
