@@ -475,8 +475,9 @@ void write_gradient(const T* const* rows, int64_t count, const Gradient<T>& grad
     // All rows for a few features at a time: these features stay in the innermost cache.
     constexpr int64_t kFew = kGradientVectors<T> * Vectorized<T>::size();
     static_assert(kFew * sizeof(T) <= kMmdGatherBytes);
-    for (int64_t d = begin; d < end; d += kFew) {
-      const int64_t n = std::min(kFew, end - d), from = plan.gather ? 0 : d;
+    const int64_t few = plan.gather ? kFew : 4 * kFew;
+    for (int64_t d = begin; d < end; d += few) {
+      const int64_t n = std::min(few, end - d), from = plan.gather ? 0 : d;
       const T* const* z = plan.gather ? gather(rows, count, d, n, kFew, work) : rows;
       for_tiles<kGradientRows>(0, M, [&](auto R, int64_t j) {
         const T* const* x = z + first + j;
