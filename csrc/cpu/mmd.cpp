@@ -116,7 +116,7 @@ const T* const* read_rows(const Group& group, int64_t D, const MmdPlan& plan, co
 }
 
 // How far ahead rows are fetched. The hardware's own prefetching starts anew at every 4 KiB page, which a row of D =
-// 4096 has four of; measured at M = 4 this is worth 10 % of loss and gradient, and 1 to 4 KiB a little less.
+// 4096 has four of; measured at M = 4 this is worth 8 % of loss and gradient, and 1 or 2 KiB a little less.
 constexpr int64_t kPrefetchBytes = 512;
 
 enum class Sum { kSquares, kProducts };  // over features, of (x - y)^2 or of x y
