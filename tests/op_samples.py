@@ -89,6 +89,35 @@ def flow_step_bwd(variant: str, dtype: torch.dtype, device: str) -> tuple[Any, .
     return x.detach(), g.detach(), skip, out, g_uncond.detach(), guidance
 
 
+def adaln_modulate(variant: str, dtype: torch.dtype, device: str) -> tuple[Any, ...]:
+    x = tensor((3, 4, 17), variant, dtype, device)
+    return x, *(tensor((3, 17), variant, dtype, device) for _ in range(2)), 1e-6
+
+
+def adaln_modulate_bwd(variant: str, dtype: torch.dtype, device: str) -> tuple[Any, ...]:
+    x, _, scale, eps = adaln_modulate(variant, dtype, device)
+    return tensor((3, 4, 17), variant, dtype, device, grad=False), x.detach(), scale.detach(), eps
+
+
+def gated_residual_adaln(variant: str, dtype: torch.dtype, device: str) -> tuple[Any, ...]:
+    x, y = (tensor((3, 4, 17), variant, dtype, device) for _ in range(2))
+    return x, y, *(tensor((3, 17), variant, dtype, device) for _ in range(3)), 1e-6
+
+
+def gated_residual_adaln_bwd(variant: str, dtype: torch.dtype, device: str) -> tuple[Any, ...]:
+    tokens = (tensor((3, 4, 17), variant, dtype, device, grad=False) for _ in range(4))
+    return *tokens, *(tensor((3, 17), variant, dtype, device, grad=False) for _ in range(2)), 1e-6
+
+
+def timestep_embedding(variant: str, dtype: torch.dtype, device: str) -> tuple[Any, ...]:
+    return *(tensor((3,), variant, dtype, device) for _ in range(2)), 8, 100.0, dtype
+
+
+def timestep_embedding_bwd(variant: str, dtype: torch.dtype, device: str) -> tuple[Any, ...]:
+    t, s, *_ = timestep_embedding(variant, dtype, device)
+    return torch.randn(2, len(t), 8, device=device).to(dtype), t.detach(), s.detach(), 100.0
+
+
 def noise(variant: str, dtype: torch.dtype, device: str) -> tuple[Any, ...]:
     seeds = torch.tensor([] if variant == "empty" else [0, 7, 2**62], dtype=torch.int64, device=device)
     if variant == "sliced":
@@ -121,6 +150,12 @@ SAMPLES: dict[str, Callable[..., tuple[Any, ...]]] = {
     "flow_step": flow_step,
     "flow_step.out": out_form(flow_step, "flow_step", "out"),
     "flow_step_bwd": flow_step_bwd,
+    "adaln_modulate": adaln_modulate,
+    "adaln_modulate_bwd": adaln_modulate_bwd,
+    "gated_residual_adaln": gated_residual_adaln,
+    "gated_residual_adaln_bwd": gated_residual_adaln_bwd,
+    "timestep_embedding": timestep_embedding,
+    "timestep_embedding_bwd": timestep_embedding_bwd,
     "noise": noise,
     "noise.out": out_form(noise, "noise", "out"),
 }

@@ -18,7 +18,15 @@ from imm.ops import dispatch
 from imm.ops.schemas import SCHEMAS
 
 OPS = [schema.partition("(")[0] for schema in SCHEMAS]
-DIFFERENTIABLE = ["mmd_loss", "flow_map_mmd", "mmd_gram", "flow_step"]
+DIFFERENTIABLE = [
+    "mmd_loss",
+    "flow_map_mmd",
+    "mmd_gram",
+    "flow_step",
+    "adaln_modulate",
+    "gated_residual_adaln",
+    "timestep_embedding",
+]
 
 
 def op(name: str):

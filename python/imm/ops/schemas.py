@@ -1,6 +1,6 @@
 """Every op's schema, in one list: whoever comes first, this package or the native library, defines the ops from it.
 
-Shapes: G groups of M particles of D features; B images. A ``_bwd`` op is the explicit backward of the op of that name;
+Shapes: G groups of M particles of D features; B images of T tokens of C features. A ``_bwd`` op is the explicit backward of the op of that name;
 an overload ``.out`` writes into tensors that the caller keeps, and returns nothing (torch.compile takes no aliases).
 """
 
@@ -25,6 +25,13 @@ SCHEMAS: tuple[str, ...] = (
     "Tensor? seeds, int step, *, Tensor(a!) out) -> ()",
     "flow_step_bwd(Tensor grad, Tensor g, Tensor c_skip, Tensor c_out, Tensor? g_uncond, Tensor? guidance) "
     "-> (Tensor, Tensor, Tensor)",
+    "adaln_modulate(Tensor x, Tensor shift, Tensor scale, float eps) -> Tensor",
+    "adaln_modulate_bwd(Tensor grad, Tensor x, Tensor scale, float eps) -> (Tensor, Tensor, Tensor)",
+    "gated_residual_adaln(Tensor x, Tensor y, Tensor gate, Tensor shift, Tensor scale, float eps) -> (Tensor, Tensor)",
+    "gated_residual_adaln_bwd(Tensor grad_z, Tensor grad_h, Tensor z, Tensor y, Tensor gate, Tensor scale, float eps) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    "timestep_embedding(Tensor t, Tensor s, int dim, float max_period, ScalarType dtype) -> Tensor",
+    "timestep_embedding_bwd(Tensor grad, Tensor t, Tensor s, float max_period) -> (Tensor, Tensor)",
     "noise(Tensor seeds, SymInt numel, int step) -> Tensor",
     "noise.out(Tensor seeds, SymInt numel, int step, *, Tensor(a!) out) -> ()",
 )

@@ -1,0 +1,175 @@
+"""imm::adaln_modulate and imm::gated_residual_adaln: what surrounds attention and MLP in a transformer block with adaLN.
+
+    adaln_modulate        h = (x - mean) / sqrt(var + eps) (1 + scale) + shift
+    gated_residual_adaln  z = x + gate y, h = adaln_modulate(z)
+
+mean and var are over the C features of a token (LayerNorm without weights; Peebles and Xie 2022, "adaLN-Zero"). Tokens are
+[B, T, C]; gate, shift and scale are [B, C], or [1, C] for all images alike. Arithmetic is float32, float64 for float64 tokens;
+z has x's dtype, and h the dtype in which the network computes: y's, x's where there is no y. One pass over the tokens each.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from imm.ops.dtypes import DTYPES, accumulate_dtype
+from imm.ops.registry import no_second_derivative, register
+
+
+def _check(x: Tensor, y: Tensor | None, modulations: dict[str, Tensor], eps: float) -> None:
+    if x.dim() != 3 or x.shape[2] < 1:
+        raise ValueError(f"x: expected tokens [B, T, C] with C > 0, got {list(x.shape)}")
+    if y is not None and y.shape != x.shape:
+        raise ValueError(f"y: expected {list(x.shape)} as x has, got {list(y.shape)}")
+    for name, value in (("x", x), ("y", y), *modulations.items()):
+        if value is None:
+            continue
+        if value.dtype not in DTYPES:
+            raise TypeError(f"{name}: expected a floating dtype of 16, 32 or 64 bits, got {value.dtype}")
+        if value.device != x.device:
+            raise ValueError(f"{name}: expected the device {x.device}, got {value.device}")
+    (_, first), *others = modulations.items()
+    for name, value in modulations.items():
+        if value.dim() != 2 or value.shape[0] not in (1, x.shape[0]) or value.shape[1] != x.shape[2]:
+            raise ValueError(f"{name}: expected [{x.shape[0]}, {x.shape[2]}] or [1, {x.shape[2]}], got {list(value.shape)}")
+    for name, value in others:
+        if value.shape != first.shape or value.dtype != first.dtype:
+            raise ValueError(
+                f"{name}: expected {list(first.shape)} of {first.dtype} as the other modulations, "
+                f"got {list(value.shape)} of {value.dtype}"
+            )
+    if not eps > 0:
+        raise ValueError(f"eps: expected a positive number, got {eps}")
+
+
+def _normalised(z: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """(z - mean) / std and 1 / std, [B, T, C] and [B, T, 1]."""
+    centred = z - z.mean(2, keepdim=True)
+    rstd = (centred.square().mean(2, keepdim=True) + eps).rsqrt()
+    return centred * rstd, rstd
+
+
+def adaln_modulate(x: Tensor, shift: Tensor, scale: Tensor, eps: float) -> Tensor:
+    """Reference of imm::adaln_modulate: tokens [B, T, C], modulations [B, C] or [1, C] -> [B, T, C]."""
+    _check(x, None, {"shift": shift, "scale": scale}, eps)
+    dtype = accumulate_dtype(x.dtype)
+    normalised, _ = _normalised(x.to(dtype), eps)
+    return (normalised * (1.0 + scale.to(dtype)[:, None]) + shift.to(dtype)[:, None]).to(x.dtype).contiguous()
+
+
+def _over_tokens(value: Tensor, like: Tensor) -> Tensor:
+    """The gradient of a modulation: summed over tokens, and over images where one modulation is for all."""
+    total = value.sum(1)
+    return (total.sum(0, keepdim=True) if like.shape[0] == 1 else total).to(like.dtype)
+
+
+def _norm_bwd(grad: Tensor, z: Tensor, scale: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """Gradient of the modulated norm to z, and the normalised z, in z's dtype."""
+    normalised, rstd = _normalised(z, eps)
+    up = grad * (1.0 + scale[:, None])
+    return rstd * (up - up.mean(2, keepdim=True) - normalised * (up * normalised).mean(2, keepdim=True)), normalised
+
+
+def adaln_modulate_bwd(grad: Tensor, x: Tensor, scale: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of :func:`adaln_modulate` to x, shift and scale."""
+    _check(x, grad, {"scale": scale}, eps)
+    dtype = accumulate_dtype(x.dtype)
+    up = grad.to(dtype)
+    grad_x, normalised = _norm_bwd(up, x.to(dtype), scale.to(dtype), eps)
+    return grad_x.to(x.dtype).contiguous(), _over_tokens(up, scale), _over_tokens(up * normalised, scale)
+
+
+def gated_residual_adaln(
+    x: Tensor, y: Tensor, gate: Tensor, shift: Tensor, scale: Tensor, eps: float
+) -> tuple[Tensor, Tensor]:
+    """Reference of imm::gated_residual_adaln: tokens x, y [B, T, C], modulations [B, C] or [1, C] -> z, h [B, T, C]."""
+    _check(x, y, {"gate": gate, "shift": shift, "scale": scale}, eps)
+    dtype = accumulate_dtype(x.dtype)
+    z = x.to(dtype) + gate.to(dtype)[:, None] * y.to(dtype)
+    normalised, _ = _normalised(z, eps)
+    h = normalised * (1.0 + scale.to(dtype)[:, None]) + shift.to(dtype)[:, None]
+    return z.to(x.dtype).contiguous(), h.to(y.dtype).contiguous()
+
+
+def gated_residual_adaln_bwd(
+    grad_z: Tensor, grad_h: Tensor, z: Tensor, y: Tensor, gate: Tensor, scale: Tensor, eps: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of :func:`gated_residual_adaln` to x, y, gate, shift and scale; z is its first result."""
+    _check_bwd(grad_z, grad_h, z, y, gate, scale, eps)
+    dtype = accumulate_dtype(z.dtype)
+    up = grad_h.to(dtype)
+    grad_norm, normalised = _norm_bwd(up, z.to(dtype), scale.to(dtype), eps)
+    total = grad_z.to(dtype) + grad_norm
+    return (
+        total.to(z.dtype).contiguous(),
+        (gate.to(dtype)[:, None] * total).to(y.dtype).contiguous(),
+        _over_tokens(total * y.to(dtype), gate),
+        _over_tokens(up, gate),
+        _over_tokens(up * normalised, gate),
+    )
+
+
+def _check_bwd(grad_z: Tensor, grad_h: Tensor, z: Tensor, y: Tensor, gate: Tensor, scale: Tensor, eps: float) -> None:
+    _check(z, y, {"gate": gate, "scale": scale}, eps)
+    for name, value, like in (("grad_z", grad_z, z), ("grad_h", grad_h, y)):
+        if value.shape != z.shape or value.dtype != like.dtype or value.device != z.device:
+            raise ValueError(
+                f"{name}: expected {list(z.shape)} of {like.dtype} on {z.device}, "
+                f"got {list(value.shape)} of {value.dtype} on {value.device}"
+            )
+
+
+def _fake(x: Tensor, shift: Tensor, scale: Tensor, eps: float) -> Tensor:
+    _check(x, None, {"shift": shift, "scale": scale}, eps)
+    return x.new_empty(x.shape)
+
+
+def _fake_bwd(grad: Tensor, x: Tensor, scale: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+    return x.new_empty(x.shape), scale.new_empty(scale.shape), scale.new_empty(scale.shape)
+
+
+def _fake_gated(
+    x: Tensor, y: Tensor, gate: Tensor, shift: Tensor, scale: Tensor, eps: float
+) -> tuple[Tensor, Tensor]:
+    _check(x, y, {"gate": gate, "shift": shift, "scale": scale}, eps)
+    return x.new_empty(x.shape), y.new_empty(y.shape)
+
+
+def _fake_gated_bwd(
+    grad_z: Tensor, grad_h: Tensor, z: Tensor, y: Tensor, gate: Tensor, scale: Tensor, eps: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    return z.new_empty(z.shape), y.new_empty(y.shape), *(gate.new_empty(gate.shape) for _ in range(3))
+
+
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, _, scale, eps = inputs
+    ctx.save_for_backward(x, scale)
+    ctx.eps = eps
+
+
+def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    x, scale = ctx.saved_tensors
+    return *torch.ops.imm.adaln_modulate_bwd(grad, x, scale, ctx.eps), None
+
+
+def _setup_gated(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    _, y, gate, _, scale, eps = inputs
+    ctx.save_for_backward(output[0], y, gate, scale)
+    ctx.eps = eps
+
+
+def _backward_gated(ctx: Any, grad_z: Tensor, grad_h: Tensor) -> tuple[Tensor | None, ...]:
+    return *torch.ops.imm.gated_residual_adaln_bwd(grad_z, grad_h, *ctx.saved_tensors, ctx.eps), None
+
+
+register("adaln_modulate", reference=adaln_modulate, fake=_fake)
+register("adaln_modulate_bwd", reference=adaln_modulate_bwd, fake=_fake_bwd)
+register("gated_residual_adaln", reference=gated_residual_adaln, fake=_fake_gated)
+register("gated_residual_adaln_bwd", reference=gated_residual_adaln_bwd, fake=_fake_gated_bwd)
+torch.library.register_autograd("imm::adaln_modulate", _backward, setup_context=_setup)
+torch.library.register_autograd("imm::gated_residual_adaln", _backward_gated, setup_context=_setup_gated)
+no_second_derivative("adaln_modulate_bwd")
+no_second_derivative("gated_residual_adaln_bwd")

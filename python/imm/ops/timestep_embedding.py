@@ -1,0 +1,88 @@
+"""imm::timestep_embedding: the sinusoids of the two times that a flow map sees, in one launch.
+
+For each time u of t, s: cos(u f_i) and then sin(u f_i) of the dim / 2 frequencies f_i = max_period^(-i / (dim / 2)). The phase is
+float64: at u = 994 neighbouring training times differ by 1e-3, below bfloat16's and float16's resolution.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from imm.ops.dtypes import DTYPES
+from imm.ops.registry import no_second_derivative, register
+
+
+def _check(t: Tensor, s: Tensor, dim: int, max_period: float, dtype: torch.dtype) -> None:
+    if t.dim() != 1 or s.shape != t.shape:
+        raise ValueError(f"t and s: expected the same shape [B], got {list(t.shape)} and {list(s.shape)}")
+    for name, value in (("t", t), ("s", s)):
+        if value.dtype not in DTYPES:
+            raise TypeError(f"{name}: expected a floating dtype of 16, 32 or 64 bits, got {value.dtype}")
+    if s.device != t.device:
+        raise ValueError(f"s: expected the device {t.device}, got {s.device}")
+    if dim < 2 or dim % 2:
+        raise ValueError(f"dim: expected a positive even number, got {dim}")
+    if not 1.0 < max_period < math.inf:
+        raise ValueError(f"max_period: expected a finite number > 1, got {max_period}")
+    if dtype not in DTYPES:
+        raise TypeError(f"dtype: expected a floating dtype of 16, 32 or 64 bits, got {dtype}")
+
+
+def _frequencies(half: int, max_period: float, device: torch.device) -> Tensor:
+    index = torch.arange(half, dtype=torch.float64, device=device)
+    return torch.exp(-math.log(max_period) / half * index)
+
+
+def timestep_embedding(t: Tensor, s: Tensor, dim: int, max_period: float, dtype: torch.dtype) -> Tensor:
+    """Reference of imm::timestep_embedding: times [B] -> [2, B, dim] of ``dtype``, t's embedding first."""
+    _check(t, s, dim, max_period, dtype)
+    phase = torch.stack([t.double(), s.double()])[..., None] * _frequencies(dim // 2, max_period, t.device)
+    return torch.cat([phase.cos(), phase.sin()], dim=2).to(dtype)
+
+
+def timestep_embedding_bwd(grad: Tensor, t: Tensor, s: Tensor, max_period: float) -> tuple[Tensor, Tensor]:
+    """Gradients of :func:`timestep_embedding` to t and s."""
+    _check_bwd(grad, t, s, max_period)
+    half = grad.shape[2] // 2
+    frequencies = _frequencies(half, max_period, t.device)
+    phase = torch.stack([t.double(), s.double()])[..., None] * frequencies
+    up = grad.double()
+    grad_t, grad_s = ((phase.cos() * up[..., half:] - phase.sin() * up[..., :half]) * frequencies).sum(2)
+    return grad_t.to(t.dtype, copy=True), grad_s.to(s.dtype, copy=True)
+
+
+def _check_bwd(grad: Tensor, t: Tensor, s: Tensor, max_period: float) -> None:
+    if grad.dim() != 3 or grad.shape[0] != 2 or grad.shape[1:2] != t.shape:
+        raise ValueError(f"grad: expected [2, {t.shape[0] if t.dim() else ''}, dim], got {list(grad.shape)}")
+    _check(t, s, grad.shape[2], max_period, grad.dtype)
+    if grad.device != t.device:
+        raise ValueError(f"grad: expected the device {t.device}, got {grad.device}")
+
+
+def _fake(t: Tensor, s: Tensor, dim: int, max_period: float, dtype: torch.dtype) -> Tensor:
+    _check(t, s, dim, max_period, dtype)
+    return t.new_empty((2, t.shape[0], dim), dtype=dtype)
+
+
+def _fake_bwd(grad: Tensor, t: Tensor, s: Tensor, max_period: float) -> tuple[Tensor, Tensor]:
+    return t.new_empty(t.shape), s.new_empty(s.shape)
+
+
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    t, s, _, max_period, _ = inputs
+    ctx.save_for_backward(t, s)
+    ctx.max_period = max_period
+
+
+def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    return *torch.ops.imm.timestep_embedding_bwd(grad, *ctx.saved_tensors, ctx.max_period), None, None, None
+
+
+register("timestep_embedding", reference=timestep_embedding, fake=_fake)
+register("timestep_embedding_bwd", reference=timestep_embedding_bwd, fake=_fake_bwd)
+torch.library.register_autograd("imm::timestep_embedding", _backward, setup_context=_setup)
+no_second_derivative("timestep_embedding_bwd")
