@@ -26,7 +26,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from imm_kernels import flow_step, mmd, mmd_direct, mmd_dot, mmd_gram, noise
+from imm_kernels import adaln, flow_step, mmd, mmd_direct, mmd_dot, mmd_gram, noise, timestep_embedding
 
 #: Shared memory of a multiprocessor in bytes, by architecture.
 ARCHITECTURES = {80: 164 * 1024, 90: 228 * 1024, 100: 228 * 1024}
@@ -205,6 +205,41 @@ def _gram() -> Iterator[Configuration]:
         yield _mmd("mmd gram gradient", kernel, element, None, block, warps, (1, 1))
 
 
+def _adaln(kernel: Any, C: int, token: str, output: str, residual: bool) -> Configuration:
+    """Modulations are float32 rows of a matrix; tokens are in one dtype, the network's output in another."""
+    backward = kernel is adaln._adaln_bwd_kernel
+    block, warps = adaln.block_and_warps(C, adaln.ROWS if backward else 1)
+    constexprs: dict[str, Any] = {"C": C, "BLOCK_C": block, **({"ROWS": adaln.ROWS} if backward else {})}
+    of_residual = ("y_ptr", "gate_ptr", "grad_z_ptr", "grad_y_ptr") if backward else ("y_ptr", "gate_ptr", "z_ptr")
+    absent = () if residual else of_residual
+    signature: dict[str, str] = {}
+    for name in kernel.arg_names:
+        if name in constexprs:
+            continue
+        if name in absent:
+            constexprs[name] = None
+        elif name in ("y_ptr", "h_ptr", "grad_h_ptr", "grad_y_ptr"):
+            signature[name] = f"*{output}"
+        elif name in ("x_ptr", "z_ptr", "grad_x_ptr", "grad_z_ptr"):
+            signature[name] = f"*{token}"
+        elif name.endswith("_ptr"):
+            signature[name] = "*fp32"
+        else:
+            signature[name] = "fp32" if name == "eps" else "i32"
+    what = f"{'gated residual ' if residual else ''}adaln{' backward' if backward else ''}"
+    wide = (4, 2) if residual else (2, 1)
+    aligned = tuple(n for n in signature if n not in ("tokens", "eps"))
+    return Configuration(f"{what} C={C} {token} {output}", kernel, signature, constexprs, warps, aligned, wide=wide)
+
+
+def _timestep_embedding(output: str) -> Configuration:
+    kernel = timestep_embedding._timestep_embedding_kernel
+    constexprs = {"LOG_PERIOD": 9.2, "HALF": 128, "BLOCK": 128}
+    signature = {"t_ptr": "*fp64", "s_ptr": "*fp64", "out_ptr": f"*{output}"}
+    signature |= dict.fromkeys(("t_stride", "s_stride", "batch"), "i32")
+    return Configuration(f"timestep embedding {output}", kernel, signature, constexprs, timestep_embedding.NUM_WARPS)
+
+
 _PAIRS = (("fp32", "fp32"), ("bf16", "bf16"), ("fp16", "fp16"), ("fp64", "fp64"), ("fp32", "bf16"), ("bf16", "fp32"))
 CONFIGURATIONS: tuple[Configuration, ...] = (
     *(_flow_step(*pair, guided, noisy) for pair in _PAIRS for guided in (False, True) for noisy in (False, True)),
@@ -212,6 +247,14 @@ CONFIGURATIONS: tuple[Configuration, ...] = (
     *_direct(),
     *_products(),
     *_gram(),
+    *(
+        _adaln(kernel, C, *dtypes, residual)
+        for kernel in (adaln._adaln_fwd_kernel, adaln._adaln_bwd_kernel)
+        for C in (384, 768, 1024, 1152)
+        for dtypes in (("fp32", "fp32"), ("bf16", "bf16"), ("fp32", "bf16"))
+        for residual in (False, True)
+    ),
+    *(_timestep_embedding(output) for output in ("fp32", "bf16")),
 )
 
 

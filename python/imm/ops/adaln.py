@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from imm.ops import triton_kernels
+from imm.ops.dispatch import Request
 from imm.ops.dtypes import DTYPES, accumulate_dtype
 from imm.ops.registry import no_second_derivative, register
 
@@ -82,9 +84,7 @@ def adaln_modulate_bwd(grad: Tensor, x: Tensor, scale: Tensor, eps: float) -> tu
     return grad_x.to(x.dtype).contiguous(), _over_tokens(up, scale), _over_tokens(up * normalised, scale)
 
 
-def gated_residual_adaln(
-    x: Tensor, y: Tensor, gate: Tensor, shift: Tensor, scale: Tensor, eps: float
-) -> tuple[Tensor, Tensor]:
+def gated_residual_adaln(x: Tensor, y: Tensor, gate: Tensor, shift: Tensor, scale: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """Reference of imm::gated_residual_adaln: tokens x, y [B, T, C], modulations [B, C] or [1, C] -> z, h [B, T, C]."""
     _check(x, y, {"gate": gate, "shift": shift, "scale": scale}, eps)
     dtype = accumulate_dtype(x.dtype)
@@ -131,9 +131,7 @@ def _fake_bwd(grad: Tensor, x: Tensor, scale: Tensor, eps: float) -> tuple[Tenso
     return x.new_empty(x.shape), scale.new_empty(scale.shape), scale.new_empty(scale.shape)
 
 
-def _fake_gated(
-    x: Tensor, y: Tensor, gate: Tensor, shift: Tensor, scale: Tensor, eps: float
-) -> tuple[Tensor, Tensor]:
+def _fake_gated(x: Tensor, y: Tensor, gate: Tensor, shift: Tensor, scale: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     _check(x, y, {"gate": gate, "shift": shift, "scale": scale}, eps)
     return x.new_empty(x.shape), y.new_empty(y.shape)
 
@@ -165,10 +163,57 @@ def _backward_gated(ctx: Any, grad_z: Tensor, grad_h: Tensor) -> tuple[Tensor | 
     return *torch.ops.imm.gated_residual_adaln_bwd(grad_z, grad_h, *ctx.saved_tensors, ctx.eps), None
 
 
-register("adaln_modulate", reference=adaln_modulate, fake=_fake)
-register("adaln_modulate_bwd", reference=adaln_modulate_bwd, fake=_fake_bwd)
-register("gated_residual_adaln", reference=gated_residual_adaln, fake=_fake_gated)
-register("gated_residual_adaln_bwd", reference=gated_residual_adaln_bwd, fake=_fake_gated_bwd)
+def _too_wide(request: Request) -> str | None:
+    from imm_kernels.adaln import LARGEST
+
+    return f"holds up to {LARGEST} features, got {request.shape[2]}" if request.shape[2:] > (LARGEST,) else None
+
+
+def _triton(x: Tensor, shift: Tensor, scale: Tensor, eps: float) -> Tensor:
+    _check(x, None, {"shift": shift, "scale": scale}, eps)
+    from imm_kernels import adaln
+
+    return adaln.adaln_modulate(x, shift, scale, eps)
+
+
+def _triton_bwd(grad: Tensor, x: Tensor, scale: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+    _check(x, grad, {"scale": scale}, eps)
+    from imm_kernels import adaln
+
+    grad_x, _, (grad_shift, grad_scale) = adaln.backward(None, grad, x, None, None, scale, eps)
+    return grad_x, grad_shift, grad_scale
+
+
+def _triton_gated(x: Tensor, y: Tensor, gate: Tensor, shift: Tensor, scale: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    _check(x, y, {"gate": gate, "shift": shift, "scale": scale}, eps)
+    from imm_kernels import adaln
+
+    return adaln.gated_residual_adaln(x, y, gate, shift, scale, eps)
+
+
+def _triton_gated_bwd(
+    grad_z: Tensor, grad_h: Tensor, z: Tensor, y: Tensor, gate: Tensor, scale: Tensor, eps: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    _check_bwd(grad_z, grad_h, z, y, gate, scale, eps)
+    from imm_kernels import adaln
+
+    grad_x, grad_y, (grad_shift, grad_scale, grad_gate) = adaln.backward(grad_z, grad_h, z, y, gate, scale, eps)
+    assert grad_y is not None
+    return grad_x, grad_y, grad_gate, grad_shift, grad_scale
+
+
+for _op, _reference, _fake_of, _launch in (
+    ("adaln_modulate", adaln_modulate, _fake, _triton),
+    ("adaln_modulate_bwd", adaln_modulate_bwd, _fake_bwd, _triton_bwd),
+    ("gated_residual_adaln", gated_residual_adaln, _fake_gated, _triton_gated),
+    ("gated_residual_adaln_bwd", gated_residual_adaln_bwd, _fake_gated_bwd, _triton_gated_bwd),
+):
+    register(
+        _op,
+        reference=_reference,
+        fake=_fake_of,
+        triton=triton_kernels.implementation(_launch, *DTYPES, also=_too_wide),
+    )
 torch.library.register_autograd("imm::adaln_modulate", _backward, setup_context=_setup)
 torch.library.register_autograd("imm::gated_residual_adaln", _backward_gated, setup_context=_setup_gated)
 no_second_derivative("adaln_modulate_bwd")

@@ -1,7 +1,7 @@
 """imm::timestep_embedding: the sinusoids of the two times that a flow map sees, in one launch.
 
-For each time u of t, s: cos(u f_i) and then sin(u f_i) of the dim / 2 frequencies f_i = max_period^(-i / (dim / 2)). The phase is
-float64: at u = 994 neighbouring training times differ by 1e-3, below bfloat16's and float16's resolution.
+For each time u of t, s: cos(u f_i) and then sin(u f_i) of the dim / 2 frequencies f_i = max_period^(-i / (dim / 2)). The phase
+is float64: at u = 994 neighbouring training times differ by 1e-3, below bfloat16's and float16's resolution.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from imm.ops import triton_kernels
 from imm.ops.dtypes import DTYPES
 from imm.ops.registry import no_second_derivative, register
 
@@ -82,7 +83,20 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     return *torch.ops.imm.timestep_embedding_bwd(grad, *ctx.saved_tensors, ctx.max_period), None, None, None
 
 
-register("timestep_embedding", reference=timestep_embedding, fake=_fake)
+def _triton(t: Tensor, s: Tensor, dim: int, max_period: float, dtype: torch.dtype) -> Tensor:
+    _check(t, s, dim, max_period, dtype)
+    from imm_kernels.timestep_embedding import timestep_embedding as launch
+
+    return launch(t, s, dim, max_period, dtype)
+
+
+register(
+    "timestep_embedding",
+    reference=timestep_embedding,
+    fake=_fake,
+    triton=triton_kernels.implementation(_triton, *DTYPES),
+)
+# Times have no gradient in training; no kernel is worth its while.
 register("timestep_embedding_bwd", reference=timestep_embedding_bwd, fake=_fake_bwd)
 torch.library.register_autograd("imm::timestep_embedding", _backward, setup_context=_setup)
 no_second_derivative("timestep_embedding_bwd")
