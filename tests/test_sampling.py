@@ -76,13 +76,15 @@ def test_an_exact_flow_map_arrives_from_any_number_of_steps(steps, exact) -> Non
         torch.testing.assert_close(out, torch.full_like(x, Dirac.point), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("fused", [False, True])
 @pytest.mark.parametrize("name", CASES)
-def test_parity_with_recorded_samples(name) -> None:
+def test_parity_with_recorded_samples(name, fused) -> None:
     arrays, meta = parity.case(name)
     with torch.device("meta"):
         shapes = {f"model.{k}": tuple(v.shape) for k, v in DiT("S", int(meta["network"][-1])).state_dict().items()}
     state = {k: parity.weight(k, shape) for k, shape in shapes.items() if "pos_embed" not in k}
     flow_map = from_published(state, parity.published_settings(meta))
+    flow_map.network.fused = fused
     x, labels = torch.from_numpy(arrays["x_T"]), torch.tensor(meta["labels"])
     with torch.no_grad():
         one = flow_map(x.double(), 0.7, 0.2, labels)

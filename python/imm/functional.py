@@ -236,3 +236,60 @@ def noise(
         raise ValueError(f"shape: expected sizes >= 0, got {list(shape)}")
     tensor = as_seeds(seeds, device)
     return torch.ops.imm.noise(tensor, math.prod(shape), step).reshape(len(tensor), *shape)
+
+
+def timestep_embedding(
+    t: Tensor, s: Tensor, dim: int, *, max_period: float = 10000.0, dtype: torch.dtype = torch.float32
+) -> Tensor:
+    """The sinusoids of both times of a flow map: cos then sin of dim / 2 frequencies max_period^(-i / (dim / 2)).
+
+    Args:
+        t, s: scaled times, ``[B]``, floating; float64 keeps neighbouring times apart. The phase is float64 in any case.
+        dim: even.
+        max_period: > 1, in units of the scaled times.
+        dtype: of the result.
+
+    Returns:
+        ``[2, B, dim]``, t's embedding first.
+
+    Raises:
+        ValueError, TypeError: arguments other than these.
+    """
+    return torch.ops.imm.timestep_embedding(t, s, dim, max_period, dtype)
+
+
+def adaln_modulate(x: Tensor, shift: Tensor, scale: Tensor, *, eps: float = 1e-6) -> Tensor:
+    """LayerNorm over features, times 1 + scale, plus shift: ``(x - mean) / sqrt(var + eps) (1 + scale) + shift``.
+
+    Args:
+        x: tokens, ``[B, T, C]``, floating.
+        shift, scale: ``[B, C]``, or ``[1, C]`` for all images alike; one dtype, which need not be x's.
+        eps: > 0, added to the variance.
+
+    Returns:
+        ``[B, T, C]`` of x's dtype; arithmetic is float32 (float64 for float64 tokens). Gradients go to all three.
+
+    Raises:
+        ValueError, TypeError: arguments other than these.
+    """
+    return torch.ops.imm.adaln_modulate(x, shift, scale, eps)
+
+
+def gated_residual_adaln(
+    x: Tensor, y: Tensor, gate: Tensor, shift: Tensor, scale: Tensor, *, eps: float = 1e-6
+) -> tuple[Tensor, Tensor]:
+    """A gated residual and the modulated norm of what it gives, in one pass: ``z = x + gate y``, ``h = adaln_modulate(z)``.
+
+    Args:
+        x: the tokens of the residual stream, ``[B, T, C]``, floating.
+        y: what attention or MLP adds, of x's shape; its dtype, which need not be x's, is that of the next layer's input.
+        gate, shift, scale: ``[B, C]``, or ``[1, C]`` for all images alike; one dtype.
+        eps: > 0, added to the variance.
+
+    Returns:
+        z of x's dtype and h of y's, ``[B, T, C]``; arithmetic is float32 (float64 for float64 tokens). Gradients go to all.
+
+    Raises:
+        ValueError, TypeError: arguments other than these.
+    """
+    return torch.ops.imm.gated_residual_adaln(x, y, gate, shift, scale, eps)

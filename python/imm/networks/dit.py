@@ -1,6 +1,7 @@
 """DiT with two times: the diffusion transformer that IMM trains on ImageNet latents (paper section I.1).
 
-Parameter names and shapes are those of the published checkpoints.
+Parameter names and shapes are those of the published checkpoints. The forward has two forms of one function: the plain one is
+written in torch's operations; the fused one runs on the ops of imm, which read and write the tokens between two products once.
 """
 
 from __future__ import annotations
@@ -10,9 +11,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
+import imm.ops  # noqa: F401  (registers torch.ops.imm)
+from imm.networks.conditioning import Modulations, ModulationTable
 from imm.networks.embeddings import LabelEmbedder, TimestepEmbedder, check_image
 
+#: Of every LayerNorm.
+EPS = 1e-6
 #: size -> (hidden features, blocks, heads)
 SIZES = {"S": (384, 12, 6), "B": (768, 12, 12), "L": (1024, 24, 16), "XL": (1152, 28, 16)}
 
@@ -77,16 +83,24 @@ class Block(nn.Module):
 
     def __init__(self, features: int, heads: int) -> None:
         super().__init__()
-        self.norm1 = nn.LayerNorm(features, elementwise_affine=False, eps=1e-6)
+        self.norm1 = nn.LayerNorm(features, elementwise_affine=False, eps=EPS)
         self.attn = Attention(features, heads)
-        self.norm2 = nn.LayerNorm(features, elementwise_affine=False, eps=1e-6)
+        self.norm2 = nn.LayerNorm(features, elementwise_affine=False, eps=EPS)
         self.mlp = MLP(features)
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(features, 6 * features))
 
-    def forward(self, x: Tensor, condition: Tensor) -> Tensor:
-        shift1, scale1, gate1, shift2, scale2, gate2 = self.adaLN_modulation(condition).chunk(6, dim=1)
+    def forward(self, x: Tensor, modulation: Tensor) -> Tensor:
+        """x ``[B, T, C]``, modulation ``[B, 6 C]`` -> ``[B, T, C]``."""
+        shift1, scale1, gate1, shift2, scale2, gate2 = modulation.chunk(6, dim=1)
         x = x + gate1[:, None] * self.attn(modulate(self.norm1(x), shift1, scale1))
         return x + gate2[:, None] * self.mlp(modulate(self.norm2(x), shift2, scale2))
+
+    def fused(self, x: Tensor, h: Tensor, modulation: Tensor, next_modulation: Tensor) -> tuple[Tensor, Tensor]:
+        """The same for x and h, x's norm already modulated by this block; also gives the next one's h."""
+        _, _, gate1, shift2, scale2, gate2 = modulation.chunk(6, dim=1)
+        x, h = torch.ops.imm.gated_residual_adaln(x, self.attn(h), gate1, shift2, scale2, EPS)
+        shift, scale = next_modulation[:, : 2 * x.shape[2]].chunk(2, dim=1)
+        return torch.ops.imm.gated_residual_adaln(x, self.mlp(h), gate2, shift, scale, EPS)
 
 
 class FinalLayer(nn.Module):
@@ -94,12 +108,13 @@ class FinalLayer(nn.Module):
 
     def __init__(self, features: int, out_features: int) -> None:
         super().__init__()
-        self.norm_final = nn.LayerNorm(features, elementwise_affine=False, eps=1e-6)
+        self.norm_final = nn.LayerNorm(features, elementwise_affine=False, eps=EPS)
         self.linear = nn.Linear(features, out_features)
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(features, 2 * features))
 
-    def forward(self, x: Tensor, condition: Tensor) -> Tensor:
-        shift, scale = self.adaLN_modulation(condition).chunk(2, dim=1)
+    def forward(self, x: Tensor, modulation: Tensor) -> Tensor:
+        """x ``[B, T, C]``, modulation ``[B, 2 C]`` -> ``[B, T, out_features]``."""
+        shift, scale = modulation.chunk(2, dim=1)
         return self.linear(modulate(self.norm_final(x), shift, scale))
 
 
@@ -111,12 +126,22 @@ class DiT(nn.Module):
         patch: side of a patch; divides ``resolution``.
         channels, resolution: of the (latent) image, ``[B, channels, resolution, resolution]``.
         num_classes: 0 for an unconditional network; label ``num_classes`` means "none".
+        fused: run on the ops of imm; else on torch's own. The same function to rounding.
+        checkpointing: in training, keep only each block's input and run the block again in the backward.
 
-    The output is 0 at initialisation.
+    ``fused`` and ``checkpointing`` may be set at any time; checkpoints do not hold them. The output is 0 at initialisation.
     """
 
     def __init__(
-        self, size: str = "S", patch: int = 2, channels: int = 4, resolution: int = 32, num_classes: int = 1000
+        self,
+        size: str = "S",
+        patch: int = 2,
+        channels: int = 4,
+        resolution: int = 32,
+        num_classes: int = 1000,
+        *,
+        fused: bool = True,
+        checkpointing: bool = False,
     ) -> None:
         super().__init__()
         if size not in SIZES:
@@ -131,6 +156,9 @@ class DiT(nn.Module):
             "num_classes": num_classes,
         }
         features, depth, heads = SIZES[size]
+        self.fused, self.checkpointing = fused, checkpointing
+        #: Numbers that the times and the class give one image: six rows of features a block and two for the last layer.
+        self.modulation_features = (6 * depth + 2) * features
         self.patch, self.channels, self.resolution, self.num_classes = patch, channels, resolution, num_classes
         self.x_embedder = PatchEmbed(channels, features, patch)
         self.t_embedder = TimestepEmbedder(features)
@@ -151,16 +179,108 @@ class DiT(nn.Module):
             else:
                 nn.init.xavier_uniform_(parameter.flatten(1))
 
-    def forward(self, x: Tensor, t: Tensor, s: Tensor, labels: Tensor | None) -> Tensor:
-        """x ``[B, channels, resolution, resolution]``, scaled times ``[B]``, labels ``[B]`` int64 or None -> x's shape."""
+    def forward(
+        self,
+        x: Tensor,
+        t: Tensor | None = None,
+        s: Tensor | None = None,
+        labels: Tensor | None = None,
+        *,
+        modulation: Tensor | None = None,
+    ) -> Tensor:
+        """The network's output for an image, two times and a class.
+
+        Args:
+            x: ``[B, channels, resolution, resolution]``.
+            t, s: scaled times ``[B]``, float64 for their digits.
+            labels: ``[B]`` int64, or None for an unconditional network.
+            modulation: in place of times and labels, ``[B, modulation_features]``: one step of :meth:`condition`.
+
+        Returns:
+            x's shape.
+
+        Raises:
+            ValueError: x or modulation of another shape, or neither or both of times and modulation.
+        """
         check_image(x, self.channels, self.resolution)
-        condition = self.t_embedder(t) + self.s_embedder(s)
-        if self.y_embedder is not None:
-            condition = condition + self.y_embedder(labels)
+        if modulation is None:
+            if t is None or s is None:
+                raise ValueError("t and s: expected the two times, or a modulation in their place, got neither")
+            condition = self._condition(t, s, labels)
+            modulations = [layer.adaLN_modulation(condition) for layer in (*self.blocks, self.final_layer)]
+        else:
+            if t is not None or s is not None or labels is not None:
+                raise ValueError("modulation: expected no times or labels beside it, which it stands for")
+            if modulation.shape != (x.shape[0], self.modulation_features):
+                raise ValueError(
+                    f"modulation: expected one step's [{x.shape[0]}, {self.modulation_features}], got {list(modulation.shape)}"
+                )
+            features = 6 * self.final_layer.linear.in_features
+            modulations = list(modulation.split(features, dim=1))  # the last one is shorter
         tokens = self.x_embedder(x) + self.pos_embed.to(x.dtype)
-        for block in self.blocks:
-            tokens = block(tokens, condition)
-        return self._unpatchify(self.final_layer(tokens, condition))
+        return self._unpatchify((self._fused if self.fused else self._plain)(tokens, modulations))
+
+    def _embeddings(self, t: Tensor, s: Tensor) -> Tensor:
+        """What the two times give the condition, ``[B, features]``."""
+        if not self.fused:
+            return self.t_embedder(t) + self.s_embedder(s)
+        dim, dtype = self.t_embedder.frequencies, self.x_embedder.proj.weight.dtype
+        sinusoids = torch.ops.imm.timestep_embedding(t, s, dim, 10000.0, dtype)
+        return self.t_embedder.mlp(sinusoids[0]) + self.s_embedder.mlp(sinusoids[1])
+
+    def _condition(self, t: Tensor, s: Tensor, labels: Tensor | None) -> Tensor:
+        condition = self._embeddings(t, s)
+        return condition if self.y_embedder is None else condition + self.y_embedder(labels)
+
+    def _run(self, block: Any, *args: Tensor) -> Any:
+        if self.checkpointing and torch.is_grad_enabled():
+            return checkpoint(block, *args, use_reentrant=False)
+        return block(*args)
+
+    def _plain(self, tokens: Tensor, modulations: list[Tensor]) -> Tensor:
+        for block, modulation in zip(self.blocks, modulations, strict=False):
+            tokens = self._run(block, tokens, modulation)
+        return self.final_layer(tokens, modulations[-1])
+
+    def _fused(self, tokens: Tensor, modulations: list[Tensor]) -> Tensor:
+        shift, scale = modulations[0][:, : 2 * tokens.shape[2]].chunk(2, dim=1)
+        h = torch.ops.imm.adaln_modulate(tokens, shift, scale, EPS)
+        for block, modulation, following in zip(self.blocks, modulations, modulations[1:], strict=False):
+            tokens, h = self._run(block.fused, tokens, h, modulation, following)
+        return self.final_layer.linear(h)
+
+    def condition(self, times: Tensor, labels: Tensor | None, batch: int | None = None) -> Modulations:
+        """The modulations of every step of a sampling run at once: each layer multiplies all distinct (step, class) rows.
+
+        Args:
+            times: ``[N, 2]`` float64, each step's scaled t and s.
+            labels: ``[B]`` int64, or None for an unconditional network.
+            batch: images, where there are no labels to count them.
+
+        Returns:
+            :class:`Modulations` of N steps, in the weights' dtype. To rounding what ``forward`` computes from times and labels.
+
+        Raises:
+            ValueError: times of another shape; labels missing, or given to an unconditional network.
+
+        Labels that repeat are found on the host: call it before a graph is captured.
+        """
+        if times.dim() != 2 or times.shape[1] != 2 or not times.is_floating_point():
+            raise ValueError(f"times: expected t and s of each step, [N, 2], got {list(times.shape)} of {times.dtype}")
+        if (labels is None) != (self.y_embedder is None):
+            raise ValueError(f"labels: expected {'none' if self.y_embedder is None else '[B] int64'}, got {labels}")
+        condition = self._embeddings(times[:, 0], times[:, 1])[:, None]  # [N, 1, C]
+        if labels is None or self.y_embedder is None:
+            index = torch.zeros(1 if batch is None else batch, dtype=torch.int64, device=times.device)
+        else:
+            distinct, index = labels.unique(return_inverse=True)
+            condition = condition + self.y_embedder(distinct)  # [N, R, C]
+        layers = (*self.blocks, self.final_layer)
+        return Modulations(torch.cat([layer.adaLN_modulation(condition) for layer in layers], dim=2), index)
+
+    def table(self, times: Tensor, max_bytes: int) -> ModulationTable:
+        """Modulations of a fixed schedule kept by class: :meth:`condition` of ``times`` ``[N, 2]`` within ``max_bytes``."""
+        return ModulationTable(lambda labels: self.condition(times, labels), max_bytes)
 
     def _unpatchify(self, tokens: Tensor) -> Tensor:
         side, p, c = self.resolution // self.patch, self.patch, self.channels

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from imm.ops import triton_kernels
 from imm.ops.dispatch import Request
@@ -54,12 +55,15 @@ def _normalised(z: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     return centred * rstd, rstd
 
 
+def _modulated(z: Tensor, shift: Tensor, scale: Tensor, eps: float) -> Tensor:
+    return F.layer_norm(z, z.shape[2:], eps=eps) * (1.0 + scale[:, None]) + shift[:, None]
+
+
 def adaln_modulate(x: Tensor, shift: Tensor, scale: Tensor, eps: float) -> Tensor:
     """Reference of imm::adaln_modulate: tokens [B, T, C], modulations [B, C] or [1, C] -> [B, T, C]."""
     _check(x, None, {"shift": shift, "scale": scale}, eps)
     dtype = accumulate_dtype(x.dtype)
-    normalised, _ = _normalised(x.to(dtype), eps)
-    return (normalised * (1.0 + scale.to(dtype)[:, None]) + shift.to(dtype)[:, None]).to(x.dtype).contiguous()
+    return _modulated(x.to(dtype), shift.to(dtype), scale.to(dtype), eps).to(x.dtype).contiguous()
 
 
 def _over_tokens(value: Tensor, like: Tensor) -> Tensor:
@@ -89,8 +93,7 @@ def gated_residual_adaln(x: Tensor, y: Tensor, gate: Tensor, shift: Tensor, scal
     _check(x, y, {"gate": gate, "shift": shift, "scale": scale}, eps)
     dtype = accumulate_dtype(x.dtype)
     z = x.to(dtype) + gate.to(dtype)[:, None] * y.to(dtype)
-    normalised, _ = _normalised(z, eps)
-    h = normalised * (1.0 + scale.to(dtype)[:, None]) + shift.to(dtype)[:, None]
+    h = _modulated(z, shift.to(dtype), scale.to(dtype), eps)
     return z.to(x.dtype).contiguous(), h.to(y.dtype).contiguous()
 
 
@@ -139,7 +142,8 @@ def _fake_gated(x: Tensor, y: Tensor, gate: Tensor, shift: Tensor, scale: Tensor
 def _fake_gated_bwd(
     grad_z: Tensor, grad_h: Tensor, z: Tensor, y: Tensor, gate: Tensor, scale: Tensor, eps: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    return z.new_empty(z.shape), y.new_empty(y.shape), *(gate.new_empty(gate.shape) for _ in range(3))
+    grad_gate, grad_shift, grad_scale = (gate.new_empty(gate.shape) for _ in range(3))
+    return z.new_empty(z.shape), y.new_empty(y.shape), grad_gate, grad_shift, grad_scale
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

@@ -1,0 +1,116 @@
+"""One evaluation of a DiT: the fused form beside the plain one, eager and compiled."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from imm.benchmark.case import Case, Claim, Peer, Step
+from imm.networks import DiT
+from imm.networks.dit import SIZES
+
+#: Size and rows: guidance takes two rows an image.
+CPU_SHAPES = (("S", 2), ("S", 16))
+CUDA_SHAPES = (("XL", 2), ("XL", 16), ("XL", 128), ("S", 128))
+
+FUSED, PLAIN, COMPILED = "imm fused", "plain", "torch.compile of the plain form"
+MAX_AUTOTUNE, COMPILED_FUSED = "torch.compile max-autotune of the plain form", "torch.compile of the fused form"
+HOISTED, FLOAT32 = "imm fused, conditioning computed once", "plain float32"
+CLAIMS = (Claim(PLAIN, FUSED, at_least=1.1), Claim(FLOAT32, FUSED, at_least=1.5))
+
+
+def network(size: str, dtype: torch.dtype, device: torch.device) -> DiT:
+    """Weights of the sizes that training gives: no layer is zero."""
+    torch.manual_seed(0)
+    made = DiT(size)
+    for name, parameter in made.named_parameters():
+        nn.init.normal_(parameter, std=0.02 if parameter.dim() < 2 or "adaLN" in name else parameter[0].numel() ** -0.5)
+    return made.to(device=device, dtype=dtype).eval().requires_grad_(False)
+
+
+def form(made: DiT, *, fused: bool) -> DiT:
+    """The same weights in one of the two forms."""
+    other = copy.copy(made)
+    other.fused = fused
+    return other
+
+
+def evaluated(call: Callable[..., Tensor]) -> Peer:
+    def prepare(x: Tensor, *rest: Tensor) -> Step:
+        @torch.no_grad()
+        def step() -> tuple[Tensor, ...]:
+            return (call(x, *rest),)
+
+        return step
+
+    return prepare
+
+
+def hoisted(made: DiT) -> Peer:
+    def prepare(x: Tensor, t: Tensor, s: Tensor, labels: Tensor) -> Step:
+        with torch.no_grad():
+            modulation = made.condition(torch.stack([t[:1], s[:1]], dim=1), labels)[0]
+
+        @torch.no_grad()
+        def step() -> tuple[Tensor, ...]:
+            return (made(x, modulation=modulation),)
+
+        return step
+
+    return prepare
+
+
+def case(size: str, rows: int, dtype: torch.dtype, device: torch.device) -> Case:
+    features, depth, _ = SIZES[size]
+    exact = network(size, torch.float32, device)
+    made = copy.deepcopy(exact).to(dtype)
+    fused, plain = form(made, fused=True), form(made, fused=False)
+
+    def inputs() -> tuple[Any, ...]:
+        time = torch.full((rows,), 994.0, dtype=torch.float64, device=device)
+        labels = torch.arange(rows, device=device) % 1001
+        return torch.randn(rows, 4, 32, 32, device=device).to(dtype), time, time * 0.5, labels
+
+    def truth(x: Tensor, *rest: Tensor) -> tuple[Tensor, ...]:
+        with torch.no_grad():
+            wide = form(copy.deepcopy(made).double(), fused=False)
+            return (torch.cat([wide(x[i : i + 1].double(), *(v[i : i + 1] for v in rest)) for i in range(len(x))]),)
+
+    peers: dict[str, Peer] = {
+        FUSED: evaluated(fused),
+        HOISTED: hoisted(fused),
+        PLAIN: evaluated(plain),
+        COMPILED: lambda *given: evaluated(torch.compile(plain))(*given),
+        COMPILED_FUSED: lambda *given: evaluated(torch.compile(fused))(*given),
+    }
+    if device.type == "cuda":
+        peers[MAX_AUTOTUNE] = lambda *given: evaluated(torch.compile(plain, mode="max-autotune-no-cudagraphs"))(*given)
+    if dtype != torch.float32:
+        peers[FLOAT32] = lambda x, *rest: evaluated(form(exact, fused=False))(x.float(), *rest)
+    tokens, weights = 256, sum(p.numel() for p in made.parameters())
+    linear, attention = 24 * features**2 * tokens, 4 * tokens**2 * features
+    return Case(
+        op="dit",
+        mode="forward",
+        shape={"DiT": features, "depth": depth, "rows": rows},
+        dtype=dtype,
+        # The weights once; of every block, the tokens read and written by each product.
+        bytes=dtype.itemsize * (weights + rows * depth * tokens * features * 20),
+        flops=rows * depth * (linear + attention),
+        inputs=inputs,
+        truth=truth,
+        tolerances=(1e-3 if dtype == torch.float32 else 0.1,),
+        peers=peers,
+        products=True,
+    )
+
+
+def cases(device: torch.device, quick: bool) -> Iterator[Case]:
+    shapes = CUDA_SHAPES if device.type == "cuda" else CPU_SHAPES
+    for dtype in (torch.bfloat16,) if device.type == "cuda" else (torch.float32, torch.bfloat16):
+        for shape in shapes[:1] if quick else shapes:
+            yield case(*shape, dtype, device)

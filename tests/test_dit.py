@@ -1,0 +1,165 @@
+"""DiT's two forms, its conditioning for a whole sampling run, and training with checkpointing."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import Tensor
+
+from imm.networks import DiT
+from imm.networks.conditioning import Modulations
+
+Inputs = tuple[Tensor, Tensor, Tensor, Tensor]
+
+
+@pytest.fixture(scope="module")
+def network() -> DiT:
+    """Small, with weights that are not zero anywhere."""
+    torch.manual_seed(0)
+    made = DiT("S", patch=2, channels=3, resolution=8, num_classes=5)
+    for name, parameter in made.named_parameters():
+        torch.nn.init.normal_(parameter, std=0.02 if parameter.dim() < 2 or "adaLN" in name else parameter[0].numel() ** -0.5)
+    return made
+
+
+def inputs(batch: int = 3) -> Inputs:
+    generator = torch.manual_seed(1)
+    x = torch.randn(batch, 3, 8, 8, generator=generator)
+    t = torch.rand(batch, generator=generator, dtype=torch.float64) * 500 + 494
+    return x, t, t * torch.rand(batch, generator=generator, dtype=torch.float64), torch.tensor([1, 5, 1, 0])[:batch]
+
+
+def form(network: DiT, *, fused: bool, dtype: torch.dtype = torch.float32, checkpointing: bool = False) -> DiT:
+    made = copy.deepcopy(network).to(dtype)
+    made.fused, made.checkpointing = fused, checkpointing
+    return made
+
+
+def distance(a: Tensor, b: Tensor) -> float:
+    a, b = a.detach().double(), b.detach().double()
+    return float((a - b).norm() / b.norm())
+
+
+def test_both_forms_are_one_function(network: DiT) -> None:
+    x, *rest = inputs()
+    truth = form(network, fused=False, dtype=torch.float64)(x.double(), *rest)
+    plain, fused = (form(network, fused=fused)(x, *rest) for fused in (False, True))
+    assert distance(plain, truth) < 1e-5
+    assert distance(fused, truth) < 1e-5
+    assert distance(form(network, fused=True, dtype=torch.float64)(x.double(), *rest), truth) < 1e-13
+
+
+def test_bfloat16_weights_lose_no_more_than_the_plain_form(network: DiT) -> None:
+    x, *rest = inputs()
+    rounded = form(form(network, fused=False, dtype=torch.bfloat16), fused=False, dtype=torch.float64)
+    truth = rounded(x.bfloat16().double(), *rest)
+    plain, fused = (form(network, fused=f, dtype=torch.bfloat16)(x.bfloat16(), *rest) for f in (False, True))
+    assert fused.dtype == torch.bfloat16
+    assert distance(fused, truth) < 1.5 * distance(plain, truth)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_gradients_of_both_forms(network: DiT, checkpointing: bool) -> None:
+    x, *rest = inputs()
+    gradients = []
+    for made, image in (
+        (form(network, fused=False, dtype=torch.float64), x.double()),
+        (form(network, fused=False, checkpointing=checkpointing), x),
+        (form(network, fused=True, checkpointing=checkpointing), x),
+    ):
+        image = image.clone().requires_grad_()
+        made(image, *rest).square().mean().backward()
+        gradients.append([image.grad, *(p.grad for p in made.parameters())])
+    for truth, plain, fused in zip(*gradients, strict=True):
+        assert distance(fused, truth) < max(2e-5, 3 * distance(plain, truth))
+
+
+def test_autocast_trains_in_both_forms(network: DiT) -> None:
+    x, *rest = inputs()
+    outputs = []
+    for fused in (False, True):
+        made = form(network, fused=fused)
+        with torch.autocast("cpu", torch.bfloat16):
+            out = made(x, *rest)
+        out.float().square().mean().backward()
+        assert all(p.grad is not None and bool(p.grad.isfinite().all()) for p in made.parameters())
+        outputs.append(out.detach())
+    truth = form(network, fused=False, dtype=torch.float64)(x.double(), *rest)
+    assert distance(outputs[1], truth) < 1.5 * distance(outputs[0], truth)
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_compiles_whole(network: DiT, fused: bool) -> None:
+    torch._dynamo.reset()
+    made = form(network, fused=fused).eval()
+    compiled = torch.compile(made, fullgraph=True, backend="aot_eager")
+    x, *rest = inputs()
+    torch.testing.assert_close(compiled(x, *rest), made(x, *rest))
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(x, *rest), made(x, *rest))
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_conditioning_for_a_run_is_that_of_each_step(network: DiT, fused: bool) -> None:
+    made = form(network, fused=fused).eval()
+    x, _, _, labels = inputs(4)
+    times = torch.tensor([[994.0, 600.0], [600.0, 250.0], [250.0, 6.0]], dtype=torch.float64)
+    with torch.no_grad():
+        modulations = made.condition(times, labels)
+        assert len(modulations) == 3
+        assert modulations.rows.shape == (3, 3, made.modulation_features)  # three distinct classes
+        for step, (t, s) in enumerate(times):
+            expected = made(x, t.expand(4), s.expand(4), labels)
+            assert distance(made(x, modulation=modulations[step]), expected) < 1e-6
+
+
+def test_a_table_keeps_classes_within_its_bytes(network: DiT, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = form(network, fused=True).eval()
+    times = torch.tensor([[994.0, 6.0], [6.0, 1.0]], dtype=torch.float64)
+    row = 2 * made.modulation_features * 4
+    asked: list[list[int]] = []
+    condition = made.condition
+    monkeypatch.setattr(made, "condition", lambda times, labels: (asked.append(labels.tolist()), condition(times, labels))[1])
+    with torch.no_grad():
+        table = made.table(times, max_bytes=2 * row)
+        for wanted in ([1, 5, 1], [5, 1], [3, 5], [1, 1]):
+            labels = torch.tensor(wanted)
+            found, expected = table(labels), condition(times, labels)
+            assert all(distance(found[i], expected[i]) < 1e-6 for i in range(2))
+            assert table.bytes <= 2 * row
+    assert asked == [[1, 5], [3], [1]]  # 1 had not been used for longest when 3 came
+
+
+def test_a_table_without_classes() -> None:
+    made = DiT("S", patch=4, channels=1, resolution=8, num_classes=0)
+    times = torch.tensor([[994.0, 6.0]], dtype=torch.float64)
+    table = made.table(times, max_bytes=10**7)
+    for _ in range(2):
+        assert torch.equal(table(None, batch=3)[0], made.condition(times, None, batch=3)[0])
+    assert made(torch.randn(3, 1, 8, 8), modulation=table(None, batch=3)[0]).shape == (3, 1, 8, 8)
+
+
+def test_bad_modulations_are_refused(network: DiT) -> None:
+    x, t, s, labels = inputs()
+    features = network.modulation_features
+    times = torch.tensor([[994.0, 6.0], [6.0, 1.0]], dtype=torch.float64)
+    modulations = network.condition(times, labels)
+    for wrong in (torch.zeros(2, features), torch.zeros(3, features - 1), modulations.rows):
+        with pytest.raises(ValueError, match=rf"modulation: expected one step's \[3, {features}\], got"):
+            network(x, modulation=wrong)
+    with pytest.raises(ValueError, match="expected no times or labels beside it"):
+        network(x, t, s, labels, modulation=modulations[0])
+    with pytest.raises(ValueError, match="t and s: expected the two times"):
+        network(x)
+    for step in (-1, 2):
+        with pytest.raises(IndexError, match=f"step: expected 0 to 1, got {step}"):
+            modulations[step]
+    with pytest.raises(ValueError, match=r"times: expected t and s of each step, \[N, 2\], got \[2\]"):
+        network.condition(times[0], labels)
+    with pytest.raises(ValueError, match=r"labels: expected \[B\] int64, got None"):
+        network.condition(times, None)
+    with pytest.raises(ValueError, match="max_bytes: expected a number >= 0, got -1"):
+        network.table(times, -1)
+    assert isinstance(modulations, Modulations)
