@@ -1,0 +1,127 @@
+"""timestep_attention: attention from the packed projection, [B, T, 3 H d] -> [B, T, H d], beside torch's with each backend."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from imm.benchmark.case import Case, Claim, Peer, Step
+
+#: Rows, tokens, heads, head size: DiT-S and DiT-XL; guidance takes two rows an image.
+CPU_SHAPES = ((8, 256, 6, 64), (2, 256, 16, 72))
+CUDA_SHAPES = ((128, 256, 16, 72), (16, 256, 16, 72), (2, 256, 16, 72), (512, 256, 16, 72), (128, 256, 6, 64))
+
+IMM = "imm"
+BACKENDS = {
+    "SDPA flash": SDPBackend.FLASH_ATTENTION,
+    "SDPA cuDNN": SDPBackend.CUDNN_ATTENTION,
+    "SDPA efficient": SDPBackend.EFFICIENT_ATTENTION,
+    "SDPA math": SDPBackend.MATH,
+}
+CLAIMS = (Claim("SDPA", IMM, at_least=0.95),)
+Attention = Callable[[Tensor, Tensor, Tensor], Tensor]  # q, k, v [B, H, T, d] -> [B, H, T, d]
+
+
+def unpacked(attention: Attention, heads: int) -> Callable[[Tensor], Tensor]:
+    """As a network calls it: views of the projection, and the result's heads side by side again."""
+
+    def run(qkv: Tensor) -> Tensor:
+        B, T, _ = qkv.shape
+        q, k, v = qkv.reshape(B, T, 3, heads, -1).permute(2, 0, 3, 1, 4)
+        return attention(q, k, v).transpose(1, 2).reshape(B, T, -1)
+
+    return run
+
+
+def forced(backend: SDPBackend) -> Attention:
+    def run(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        with sdpa_kernel(backend):
+            return F.scaled_dot_product_attention(q, k, v)
+
+    return run
+
+
+def flex(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    from torch.nn.attention.flex_attention import flex_attention
+
+    return torch.compile(flex_attention)(q, k, v)
+
+
+def flash_attention(module: str) -> Attention:
+    """FlashAttention's own packages take [B, T, H, d]."""
+
+    def run(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        found = importlib.import_module(module).flash_attn_func(*(x.transpose(1, 2) for x in (q, k, v)))
+        return (found[0] if isinstance(found, tuple) else found).transpose(1, 2)
+
+    return run
+
+
+def forward(run: Callable[[Tensor], Tensor]) -> Peer:
+    return lambda qkv, grad: lambda: (run(qkv),)
+
+
+def trained(run: Callable[[Tensor], Tensor]) -> Peer:
+    def prepare(qkv: Tensor, grad: Tensor) -> Step:
+        leaf = qkv.detach().requires_grad_()
+        return lambda: torch.autograd.grad(run(leaf), leaf, grad)
+
+    return prepare
+
+
+def case(B: int, T: int, H: int, d: int, dtype: torch.dtype, device: torch.device, *, backward: bool) -> Case:
+    def inputs() -> tuple[Any, ...]:
+        return tuple(torch.randn(B, T, n * H * d, device=device).to(dtype) for n in (3, 1))
+
+    measured = trained if backward else forward
+    attentions: dict[str, Attention] = {"SDPA": F.scaled_dot_product_attention}
+    if device.type == "cuda":
+        attentions |= {name: forced(backend) for name, backend in BACKENDS.items()} | {"FlexAttention": flex}
+        packages = {"FlashAttention-3": "flash_attn_interface", "FlashAttention-4": "flash_attn.cute.interface"}
+        for name, module in packages.items():
+            if importlib.util.find_spec(module.split(".")[0]) is not None:
+                attentions[name] = flash_attention(module)
+    peers = {IMM: measured(lambda qkv: torch.ops.imm.timestep_attention(qkv, H, None, None, 1e-6)[0])}
+    peers |= {name: measured(unpacked(attention, H)) for name, attention in attentions.items()}
+    compiled = "torch.compile of SDPA"
+    peers[compiled] = lambda *given: measured(torch.compile(unpacked(F.scaled_dot_product_attention, H)))(*given)
+
+    def truth(qkv: Tensor, grad: Tensor) -> tuple[Tensor, ...]:
+        """A few rows at a time: float64 scores of all of them would not fit."""
+        exact = measured(unpacked(F.scaled_dot_product_attention, H))
+        parts = [exact(q.double(), g.double())() for q, g in zip(qkv.split(8), grad.split(8), strict=True)]
+        return tuple(torch.cat(part) for part in zip(*parts, strict=True))
+
+    elements = B * T * H * d
+    return Case(
+        op="attention",
+        mode="forward + backward" if backward else "forward",
+        shape={"B": B, "T": T, "H": H, "d": d},
+        dtype=dtype,
+        # Forward: read q, k, v and write the result. Backward: read these and the gradient, write three gradients.
+        bytes=(12 if backward else 4) * elements * dtype.itemsize,
+        # Two products of 2 T flops an element; the backward has five.
+        flops=(14 if backward else 4) * T * elements,
+        inputs=inputs,
+        truth=truth,
+        tolerances=(2e-5 if dtype == torch.float32 else 4e-2,),
+        peers=peers,
+        products=True,
+    )
+
+
+def cases(device: torch.device, quick: bool) -> Iterator[Case]:
+    shapes = CUDA_SHAPES if device.type == "cuda" else CPU_SHAPES
+    for dtype in (torch.bfloat16,) if device.type == "cuda" else (torch.float32, torch.bfloat16):
+        for shape in shapes[:1] if quick else shapes:
+            for backward in (False, True):
+                yield case(*shape, dtype, device, backward=backward)
+        if quick:
+            return
