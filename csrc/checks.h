@@ -6,6 +6,8 @@
 #include <c10/core/GradMode.h>
 #include <c10/core/ScalarType.h>
 
+#include <cmath>
+#include <initializer_list>
 #include <optional>
 #include <string>
 
@@ -88,6 +90,77 @@ inline void check_flow_step(const at::Tensor& x, const at::Tensor& g, const at::
                     "], got ", seeds->sizes());
   check_noise(*seeds, x.numel(), step);
   check_same_device("seeds", *seeds, x);
+}
+
+struct NamedTensor {
+  const char* name;
+  const at::Tensor& value;
+};
+
+// The arguments of imm::adaln_modulate and imm::gated_residual_adaln, on any device; the reference's checks in its
+// order.
+inline void check_adaln(const at::Tensor& x, const at::Tensor* y, std::initializer_list<NamedTensor> modulations,
+                        double eps) {
+  TORCH_CHECK_VALUE(x.dim() == 3 && x.size(2) >= 1, "x: expected tokens [B, T, C] with C > 0, got ", x.sizes());
+  TORCH_CHECK_VALUE(!y || y->sizes() == x.sizes(), "y: expected ", x.sizes(), " as x has, got ", y->sizes());
+  check_kernel_dtype("x", x);
+  if (y) {
+    check_kernel_dtype("y", *y);
+    check_same_device("y", *y, x);
+  }
+  for (const auto& [name, value] : modulations) {
+    check_kernel_dtype(name, value);
+    check_same_device(name, value, x);
+  }
+  for (const auto& [name, value] : modulations) {
+    TORCH_CHECK_VALUE(
+        value.dim() == 2 && (value.size(0) == 1 || value.size(0) == x.size(0)) && value.size(1) == x.size(2), name,
+        ": expected [", x.size(0), ", ", x.size(2), "] or [1, ", x.size(2), "], got ", value.sizes());
+  }
+  const at::Tensor& first = modulations.begin()->value;
+  for (const auto& [name, value] : modulations) {
+    TORCH_CHECK_VALUE(value.sizes() == first.sizes() && value.scalar_type() == first.scalar_type(), name, ": expected ",
+                      first.sizes(), " of ", dtype_name(first), " as the other modulations, got ", value.sizes(),
+                      " of ", dtype_name(value));
+  }
+  TORCH_CHECK_VALUE(eps > 0, "eps: expected a positive number, got ", eps);
+}
+
+inline void check_adaln_bwd(const at::Tensor& grad_z, const at::Tensor& grad_h, const at::Tensor& z,
+                            const at::Tensor& y, const at::Tensor& gate, const at::Tensor& scale, double eps) {
+  check_adaln(z, &y, {{"gate", gate}, {"scale", scale}}, eps);
+  const auto check = [&](const char* name, const at::Tensor& value, const at::Tensor& like) {
+    TORCH_CHECK_VALUE(
+        value.sizes() == z.sizes() && value.scalar_type() == like.scalar_type() && value.device() == z.device(), name,
+        ": expected ", z.sizes(), " of ", dtype_name(like), " on ", z.device(), ", got ", value.sizes(), " of ",
+        dtype_name(value), " on ", value.device());
+  };
+  check("grad_z", grad_z, z);
+  check("grad_h", grad_h, y);
+}
+
+// The arguments of imm::timestep_embedding, on any device.
+inline void check_timestep_embedding(const at::Tensor& t, const at::Tensor& s, int64_t dim, double max_period,
+                                     at::ScalarType dtype) {
+  TORCH_CHECK_VALUE(t.dim() == 1 && s.sizes() == t.sizes(), "t and s: expected the same shape [B], got ", t.sizes(),
+                    " and ", s.sizes());
+  check_kernel_dtype("t", t);
+  check_kernel_dtype("s", s);
+  check_same_device("s", s, t);
+  TORCH_CHECK_VALUE(dim >= 2 && dim % 2 == 0, "dim: expected a positive even number, got ", dim);
+  TORCH_CHECK_VALUE(max_period > 1 && std::isfinite(max_period), "max_period: expected a finite number > 1, got ",
+                    max_period);
+  TORCH_CHECK_TYPE(is_kernel_dtype(dtype), "dtype: expected a floating dtype of 16, 32 or 64 bits, got torch.",
+                   c10::getDtypeNames(dtype).first);
+}
+
+inline void check_timestep_embedding_bwd(const at::Tensor& grad, const at::Tensor& t, const at::Tensor& s,
+                                         double max_period) {
+  const bool fits = t.dim() == 1 && grad.dim() == 3 && grad.size(0) == 2 && grad.size(1) == t.size(0);
+  TORCH_CHECK_VALUE(fits, "grad: expected [2, ", t.dim() ? std::to_string(t.size(0)) : "", ", dim], got ",
+                    grad.sizes());
+  check_timestep_embedding(t, s, grad.size(2), max_period, grad.scalar_type());
+  check_same_device("grad", grad, t);
 }
 
 // Whether a kernel may write `out` directly while it still reads `input`.

@@ -19,11 +19,13 @@ from tolerance import assert_close, bound
 from torch import Tensor
 
 import imm
+from imm.ops import adaln as adaln_ops
 from imm.ops import flow_map_mmd as flow_map_ops
 from imm.ops import flow_step as flow_step_ops
 from imm.ops import mmd as mmd_ops
 from imm.ops import native
 from imm.ops import noise as noise_ops
+from imm.ops import timestep_embedding as timestep_ops
 
 pytestmark = pytest.mark.skipif(native.status() is not None, reason=f"native library: {native.status()}")
 
@@ -222,6 +224,122 @@ def test_flow_step_has_the_bits_of_the_reference(dtype: torch.dtype, g_dtype: to
                 assert torch.equal(a, b)
 
 
+def adaln_calls(
+    B: int, T: int, C: int, dtypes: tuple[torch.dtype, ...], shared: bool = False
+) -> list[tuple[str, tuple[Any, ...]]]:
+    """The four ops of adaLN and their arguments; dtypes of x, y and the modulations, which are chunks of one tensor."""
+    eps = 1e-6 if C > 3 else 0.1  # few numbers may lie close together, and 1 / std multiplies the rounding of their mean
+    gen = torch.Generator().manual_seed(B + T + C)
+    x, grad_z, y, grad_h = (torch.randn(B, T, C, generator=gen).to(d) for d in (dtypes[0], dtypes[0], dtypes[1], dtypes[1]))
+    modulations = torch.randn(1 if shared else B, 3 * C, generator=gen).to(dtypes[2])
+    gate, shift, scale = (modulations[:, i * C : (i + 1) * C] for i in range(3))
+    return [
+        ("adaln_modulate", (x, shift, scale, eps)),
+        ("adaln_modulate_bwd", (grad_h, x, scale, eps)),
+        ("gated_residual_adaln", (x, y, gate, shift, scale, eps)),
+        ("gated_residual_adaln_bwd", (grad_z, grad_h, x, y, gate, scale, eps)),
+    ]
+
+
+def check_adaln(name: str, args: tuple[Any, ...]) -> None:
+    got, exact = getattr(OPS, name)(*args), getattr(adaln_ops, name)(*map(double, args))
+    x = args[{"adaln_modulate_bwd": 1, "gated_residual_adaln_bwd": 2}.get(name, 0)]
+    for value, truth in zip(*((v,) if isinstance(v, Tensor) else v for v in (got, exact)), strict=True):
+        assert value.shape == truth.shape
+        assert value.is_contiguous()
+        # Numbers that are float64 for a modulation's sake are no better than the arithmetic.
+        wide = value.dtype == torch.float64 and x.dtype != torch.float64
+        terms = x.shape[2] if value.shape == x.shape else x.shape[0] * x.shape[1]
+        assert_close(value, truth, terms, torch.float32 if wide else None)
+
+
+@pytest.mark.parametrize("C", [1, 3, 17, 64, 384, 1152])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_adaln_against_float64(dtype: torch.dtype, C: int) -> None:
+    for y_dtype, modulation_dtype in itertools.product(DTYPES, repeat=2):
+        for B, T, shared in ((2, 5, False), (3, 2, True), (1, 70, False)):
+            for name, args in adaln_calls(B, T, C, (dtype, y_dtype, modulation_dtype), shared):
+                check_adaln(name, args)
+    for name, args in adaln_calls(3, 200, C, (dtype, dtype, dtype)):
+        check_adaln(name, args)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_adaln_strides_and_empty(dtype: torch.dtype) -> None:
+    layouts = (
+        lambda v: v.transpose(0, -1).contiguous().transpose(0, -1),
+        lambda v: torch.cat([v, v], -1)[..., ::2],
+        lambda v: torch.cat([v, v], 0)[::2],
+        lambda v: v[:1].expand(v.shape),
+    )
+    for layout in layouts:
+        for name, args in adaln_calls(4, 6, 17, (dtype,) * 3):
+            check_adaln(name, tuple(layout(a) if isinstance(a, Tensor) else a for a in args))
+    for B, T, shared in ((0, 3, False), (0, 3, True), (2, 0, False), (2, 0, True), (1, 0, False)):
+        for name, args in adaln_calls(B, T, 17, (dtype,) * 3, shared):
+            check_adaln(name, args)
+    (_, (x, y, gate, *_)), *_ = adaln_calls(2, 3, 5, (dtype,) * 3)[2:]
+    z, _ = OPS.gated_residual_adaln(x, y, gate, gate, gate, 1e-6)
+    assert torch.equal(z, adaln_ops.gated_residual_adaln(x, y, gate, gate, gate, 1e-6)[0])
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_timestep_embedding_against_the_reference(dtype: torch.dtype) -> None:
+    gen = torch.Generator().manual_seed(0)
+    for B, dim, s_dtype in itertools.product((0, 1, 5), (2, 6, 34, 256), DTYPES):
+        t, s = (
+            (1000 * torch.rand(B, generator=gen, dtype=torch.float64)).to(dtype),
+            torch.rand(2 * B, generator=gen).to(s_dtype)[::2],
+        )
+        for out_dtype in DTYPES:
+            got, want = (run.timestep_embedding(t, s, dim, 1e4, out_dtype) for run in (OPS, timestep_ops))
+            assert got.dtype == out_dtype
+            torch.testing.assert_close(got, want, rtol=torch.finfo(out_dtype).eps, atol=1e-12)
+            up = torch.randn(2, dim, B, generator=gen).to(out_dtype).transpose(1, 2)
+            for a, b in zip(*(run.timestep_embedding_bwd(up, t, s, 1e4) for run in (OPS, timestep_ops)), strict=True):
+                torch.testing.assert_close(a, b, rtol=torch.finfo(a.dtype).eps, atol=1e-10)
+
+
+def test_adaln_and_timestep_embedding_refuse_in_the_words_of_the_references() -> None:
+    x, y, m, t = torch.ones(2, 3, 4), torch.ones(2, 3, 4).half(), torch.ones(2, 4), torch.ones(3)
+    gated, modulate, gated_bwd = "gated_residual_adaln", "adaln_modulate", "gated_residual_adaln_bwd"
+    embed, embed_bwd = "timestep_embedding", "timestep_embedding_bwd"
+    for module, name, args in (
+        (adaln_ops, modulate, (x[0], m, m, 1e-6)),
+        (adaln_ops, modulate, (x[..., :0], m[:, :0], m[:, :0], 1e-6)),
+        (adaln_ops, modulate, (x.int(), m, m, 1e-6)),
+        (adaln_ops, modulate, (x, m.int(), m, 1e-6)),
+        (adaln_ops, modulate, (x, m, m[:, :3], 1e-6)),
+        (adaln_ops, modulate, (x, m[0], m, 1e-6)),
+        (adaln_ops, modulate, (x, m, m[:1], 1e-6)),
+        (adaln_ops, modulate, (x, m, m.double(), 1e-6)),
+        (adaln_ops, modulate, (x, m, m, -1.5)),
+        (adaln_ops, modulate, (x, m, m, float("nan"))),
+        (adaln_ops, "adaln_modulate_bwd", (x[:1], x, m, 1e-6)),
+        (adaln_ops, gated, (x, y[:, :2], m, m, m, 1e-6)),
+        (adaln_ops, gated, (x, y.bool(), m, m, m, 1e-6)),
+        (adaln_ops, gated, (x, y, m, m, m.half(), 1e-6)),
+        (adaln_ops, gated_bwd, (x, y, x, y, m, m[:1], 1e-6)),
+        (adaln_ops, gated_bwd, (x[:1], y, x, y, m, m, 1e-6)),
+        (adaln_ops, gated_bwd, (x, x, x, y, m, m, 1e-6)),
+        (timestep_ops, embed, (x, x, 4, 100.0, torch.float32)),
+        (timestep_ops, embed, (t, t[:2], 4, 100.0, torch.float32)),
+        (timestep_ops, embed, (t, t.int(), 4, 100.0, torch.float32)),
+        (timestep_ops, embed, (t, t, 3, 100.0, torch.float32)),
+        (timestep_ops, embed, (t, t, 0, 100.0, torch.float32)),
+        (timestep_ops, embed, (t, t, 4, 0.5, torch.float32)),
+        (timestep_ops, embed, (t, t, 4, float("inf"), torch.float32)),
+        (timestep_ops, embed, (t, t, 4, 100.0, torch.int32)),
+        (timestep_ops, embed_bwd, (x[:1], t, t, 100.0)),
+        (timestep_ops, embed_bwd, (x, t[0], t[0], 100.0)),
+        (timestep_ops, embed_bwd, (torch.ones(2, 3, 5), t, t, 100.0)),
+        (timestep_ops, embed_bwd, (x.int(), t, t, 100.0)),
+    ):
+        want, got = _outcome(getattr(module, name), args), _outcome(getattr(OPS, name), args)
+        assert isinstance(want, (ValueError, TypeError)), (name, args)
+        assert (type(got), str(got)) == (type(want), str(want))
+
+
 def test_noise_has_the_bits_of_the_reference() -> None:
     seeds = torch.tensor([0, 1, -1, 2**63 - 1, 123456789012345])
     for numel, step in ((0, 0), (1, 0), (5, 1), (1023, 2), (3072, 2**40), (100_003, 7)):
@@ -243,6 +361,13 @@ def test_bits_do_not_depend_on_the_threads() -> None:
             results += [*OPS.flow_map_mmd(y_t, y_r, y_r, y_t, *[one] * 4, *loss)]
             gram = OPS.mmd_gram(y_t, y_r, scale, *LAPLACE)
             results += [gram, *OPS.mmd_gram_bwd(gram, y_t, y_r, scale, *LAPLACE)]
+        for dtype, (B, T, C), shared in itertools.product(DTYPES, ((5, 130, 384), (1, 300, 17)), (False, True)):
+            for name, args in adaln_calls(B, T, C, (dtype,) * 3, shared):
+                result = getattr(OPS, name)(*args)
+                results += [result] if isinstance(result, Tensor) else result
+        times = torch.linspace(0, 1000, 50), torch.linspace(1, 0, 50)
+        embedding = OPS.timestep_embedding(*times, 256, 1e4, torch.float32)
+        results += [embedding, *OPS.timestep_embedding_bwd(embedding, *times, 1e4)]
         one, x, seeds = (
             torch.ones(1, dtype=torch.float64),
             torch.randn(9, 9000, generator=torch.manual_seed(0)),
@@ -369,6 +494,13 @@ def test_fuzz_raises_or_agrees(seed: int) -> None:
         g, u = y_r.to(rng.choice(DTYPES)), y_t.to(rng.choice(DTYPES))
         base, extra = rng.choice([(None, None), (u.to(g.dtype), c[2]), (u, None)]), rng.choice([(None, None), (c[3], seeds)])
         gram_up = _pick(rng, torch.randn(G, M, M))
+        rows, rate = rng.choice([G, 1]), rng.choice([0.5, 0.5, 1.0, 1.0, 0.0, float("nan")])
+        chunks = torch.randn(rows, 3 * D).to(rng.choice(DTYPES))
+        gate, shift, factor = (_pick(rng, chunks[:, i * D : (i + 1) * D]) for i in range(3))
+        up_x, up_y = _pick(rng, torch.randn(G, M, D).to(dtype)), _pick(rng, torch.randn(G, M, D).to(g.dtype))
+        t, s = (_pick(rng, 100 * torch.rand(G).to(rng.choice(DTYPES))) for _ in range(2))
+        dim, period = rng.choice([-2, 0, 2, 2, 3, 34, 2**60]), rng.choice([1e4, 1e4, 50.0, 1.0, float("inf")])
+        embedding = _pick(rng, torch.randn(2, G, 6).to(dtype))
         for name, module, args in (
             ("mmd_loss", mmd_ops, (x, y, scale, weight, *loss[3:])),
             ("mmd_loss_grad", mmd_ops, (x, y, *loss)),
@@ -380,6 +512,12 @@ def test_fuzz_raises_or_agrees(seed: int) -> None:
             ("flow_step", flow_step_ops, (x, g, c[0], c[1], *base, *extra, step)),
             ("flow_step_bwd", flow_step_ops, (x, g, c[0], c[1], *base)),
             ("noise", noise_ops, (seeds, numel, step)),
+            ("adaln_modulate", adaln_ops, (x, shift, factor, rate)),
+            ("adaln_modulate_bwd", adaln_ops, (up_x, x, factor, rate)),
+            ("gated_residual_adaln", adaln_ops, (x, g, gate, shift, factor, rate)),
+            ("gated_residual_adaln_bwd", adaln_ops, (up_x, up_y, x, g, gate, factor, rate)),
+            ("timestep_embedding", timestep_ops, (t, s, dim, period, rng.choice([*DTYPES, torch.int64]))),
+            ("timestep_embedding_bwd", timestep_ops, (embedding, t, s, period)),
         ):
             want, got = _outcome(getattr(module, name), args), _outcome(getattr(OPS, name), args)
             described = name, [(a.shape, a.dtype, a.stride()) if isinstance(a, Tensor) else a for a in args], want, got
@@ -448,7 +586,9 @@ def test_imm_impl_switches_the_kernel() -> None:
 def test_other_instruction_sets(capability: str) -> None:
     """The choice at run time follows torch's, and every instruction set passes the same checks."""
     env = {**os.environ, "ATEN_CPU_CAPABILITY": capability}
-    selection = "special or empty or flow_step or noise or threads or against_float64[4- or against_float64[9-"
+    selection = (
+        "special or empty or flow_step or noise or threads or adaln or timestep or against_float64[4- or against_float64[9-"
+    )
     command = [sys.executable, "-m", "pytest", __file__, "-p", "no:cacheprovider", "-k", f"({selection}) and not other"]
     result = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stdout

@@ -216,6 +216,7 @@ for _op, _reference, _fake_of, _launch in (
         _op,
         reference=_reference,
         fake=_fake_of,
+        native=("cpu",),
         triton=triton_kernels.implementation(_launch, *DTYPES, also=_too_wide),
     )
 torch.library.register_autograd("imm::adaln_modulate", _backward, setup_context=_setup)

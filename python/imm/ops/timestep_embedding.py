@@ -94,9 +94,10 @@ register(
     "timestep_embedding",
     reference=timestep_embedding,
     fake=_fake,
+    native=("cpu",),
     triton=triton_kernels.implementation(_triton, *DTYPES),
 )
-# Times have no gradient in training; no kernel is worth its while.
-register("timestep_embedding_bwd", reference=timestep_embedding_bwd, fake=_fake_bwd)
+# Times have no gradient in training: no kernel on CUDA.
+register("timestep_embedding_bwd", reference=timestep_embedding_bwd, fake=_fake_bwd, native=("cpu",))
 torch.library.register_autograd("imm::timestep_embedding", _backward, setup_context=_setup)
 no_second_derivative("timestep_embedding_bwd")
