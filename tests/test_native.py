@@ -283,6 +283,19 @@ def test_adaln_strides_and_empty(dtype: torch.dtype) -> None:
     assert torch.equal(z, adaln_ops.gated_residual_adaln(x, y, gate, gate, gate, 1e-6)[0])
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_adaln_special_values_stay_in_their_token(value: float) -> None:
+    for name, args in adaln_calls(3, 70, 17, (torch.float32,) * 3):
+        for i, argument in enumerate(args[:-1]):
+            bad = [a.clone() if isinstance(a, Tensor) else a for a in args]
+            bad[i][(1, 66, 16) if argument.dim() == 3 else (1, 16)] = (
+                value  # a lane after the last whole vector, or an image's modulation
+            )
+            got, want = getattr(OPS, name)(*bad), getattr(adaln_ops, name)(*bad)
+            for a, b in zip(*((v,) if isinstance(v, Tensor) else v for v in (got, want)), strict=True):
+                torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4, equal_nan=True)
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_timestep_embedding_against_the_reference(dtype: torch.dtype) -> None:
     gen = torch.Generator().manual_seed(0)
