@@ -109,6 +109,20 @@ def gated_residual_adaln_bwd(variant: str, dtype: torch.dtype, device: str) -> t
     return *tokens, *(tensor((3, 17), variant, dtype, device, grad=False) for _ in range(2)), 1e-6
 
 
+def timestep_attention(variant: str, dtype: torch.dtype, device: str) -> tuple[Any, ...]:
+    qkv = tensor((3, 5, 3 * 2 * 8), variant, dtype, device)
+    layout = "contiguous" if variant == "empty" else variant  # the weights have no batch
+    return qkv, 2, *(tensor((8,), layout, dtype, device) for _ in range(2)), 1e-6
+
+
+def timestep_attention_bwd(variant: str, dtype: torch.dtype, device: str) -> tuple[Any, ...]:
+    qkv, heads, *norms, eps = timestep_attention(variant, dtype, device)
+    with torch.no_grad():
+        out, lse = torch.ops.imm.timestep_attention(qkv, heads, *norms, eps)
+    grad = tensor((3, 5, 2 * 8), variant, dtype, device, grad=False)
+    return grad, qkv.detach(), out, lse, heads, *(norm.detach() for norm in norms), eps
+
+
 def timestep_embedding(variant: str, dtype: torch.dtype, device: str) -> tuple[Any, ...]:
     return *(tensor((3,), variant, dtype, device) for _ in range(2)), 8, 100.0, dtype
 
@@ -154,6 +168,8 @@ SAMPLES: dict[str, Callable[..., tuple[Any, ...]]] = {
     "adaln_modulate_bwd": adaln_modulate_bwd,
     "gated_residual_adaln": gated_residual_adaln,
     "gated_residual_adaln_bwd": gated_residual_adaln_bwd,
+    "timestep_attention": timestep_attention,
+    "timestep_attention_bwd": timestep_attention_bwd,
     "timestep_embedding": timestep_embedding,
     "timestep_embedding_bwd": timestep_embedding_bwd,
     "noise": noise,

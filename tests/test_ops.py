@@ -25,6 +25,7 @@ DIFFERENTIABLE = [
     "flow_step",
     "adaln_modulate",
     "gated_residual_adaln",
+    "timestep_attention",
     "timestep_embedding",
 ]
 
@@ -102,11 +103,13 @@ def test_compiles_whole_and_once(name: str, device: str) -> None:
     counted = torch.compile(lambda *a: first(op(name)(*a)), fullgraph=True, dynamic=True, backend=counter)
     compilations = []
     for repeat in (1, 2):
+        arguments = SAMPLES[name]("contiguous", torch.float32, device)
+        batch = len(arguments[0])
         arguments = [
-            torch.cat([a] * repeat if len(a) > 1 else [a]).detach().requires_grad_(a.requires_grad)
+            torch.cat([a] * repeat if len(a) == batch else [a]).detach().requires_grad_(a.requires_grad)
             if isinstance(a, torch.Tensor)
             else a
-            for a in SAMPLES[name]("contiguous", torch.float32, device)
+            for a in arguments
         ]
         inputs = learns(arguments)
         eager = run(*arguments)

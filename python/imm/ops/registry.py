@@ -48,11 +48,12 @@ def register(
     fake: Callable[..., Any],
     native: Sequence[str] = (),
     triton: dispatch.Implementation | None = None,
+    library: dispatch.Implementation | None = None,
 ) -> None:
     """Give ``imm::op`` its row of implementations, its fake and the kernel that chooses between them.
 
     ``native``: devices that the native library has kernels for. It registers them for the device itself, so that calls reach
-    them without a choice in Python.
+    them without a choice in Python. ``library``: torch's own kernel for the same, where it has one.
     """
     for device_type in native:
         run = lambda *args, **kwargs: _overload(op)(*args, **kwargs)
@@ -60,6 +61,8 @@ def register(
         dispatch.add(op, dispatch.Implementation(device_type, run, refuses))
     if triton is not None:
         dispatch.add(op, triton)
+    if library is not None:
+        dispatch.add(op, library)
     dispatch.add(op, dispatch.Implementation("reference", reference))
     torch.library.register_kernel(f"imm::{op}", None, functools.partial(dispatch.call, op))
     torch.library.register_fake(f"imm::{op}", fake)

@@ -1,0 +1,228 @@
+"""imm::timestep_attention: attention of all tokens to all tokens, on q, k and v packed as rows of one projection.
+
+    out = softmax(q k^T / sqrt(d)) v,  lse = log sum_j exp(q k_j^T / sqrt(d))
+
+qkv is [B, T, 3 H d]; out is [B, T, H d], what the projection after it reads, so nothing is copied on either side. With weights
+q_norm and k_norm, q and k are first divided by their root mean square over the d features of a head (QK-norm, Dehghani et al.
+2023, section 2.2, with RMSNorm). lse has no gradient: it saves the backward the sums. Arithmetic is float32, float64 for
+float64.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from imm.ops import dispatch
+from imm.ops.dtypes import DTYPES, accumulate_dtype
+from imm.ops.registry import no_second_derivative, register
+
+#: Largest number of tokens and of features of a head.
+TOKENS, FEATURES = 1024, 128
+
+
+def _check(qkv: Tensor, heads: int, q_norm: Tensor | None, k_norm: Tensor | None, eps: float) -> None:
+    if heads < 1:
+        raise ValueError(f"heads: expected a positive number, got {heads}")
+    if qkv.dim() != 3 or qkv.shape[2] % (3 * heads):
+        raise ValueError(f"qkv: expected [B, T, 3 H d] for H = {heads} heads, got {list(qkv.shape)}")
+    if not 0 < qkv.shape[1] <= TOKENS:
+        raise ValueError(f"qkv: expected 1 to {TOKENS} tokens, got {qkv.shape[1]}")
+    features = qkv.shape[2] // (3 * heads)
+    if features % 8 or not 0 < features <= FEATURES:
+        raise ValueError(f"qkv: expected heads of a multiple of 8 features up to {FEATURES}, got {features}")
+    if (q_norm is None) != (k_norm is None):
+        raise ValueError("q_norm and k_norm: expected both or neither")
+    for name, value in (("qkv", qkv), ("q_norm", q_norm), ("k_norm", k_norm)):
+        if value is None:
+            continue
+        if value.dtype not in DTYPES:
+            raise TypeError(f"{name}: expected a floating dtype of 16, 32 or 64 bits, got {value.dtype}")
+        if value.device != qkv.device:
+            raise ValueError(f"{name}: expected the device {qkv.device}, got {value.device}")
+        if value is not qkv and (value.dim() != 1 or value.shape[0] != features):
+            raise ValueError(f"{name}: expected [{features}], got {list(value.shape)}")
+    if q_norm is not None and not eps > 0:
+        raise ValueError(f"eps: expected a positive number, got {eps}")
+
+
+def _check_bwd(
+    grad: Tensor, qkv: Tensor, out: Tensor, lse: Tensor, heads: int, q_norm: Tensor | None, k_norm: Tensor | None, eps: float
+) -> None:
+    _check(qkv, heads, q_norm, k_norm, eps)
+    B, T, width = qkv.shape
+    tokens, sums = (B, T, width // 3), (B, heads, T)
+    wanted = (
+        ("grad", grad, tokens, qkv.dtype),
+        ("out", out, tokens, qkv.dtype),
+        ("lse", lse, sums, accumulate_dtype(qkv.dtype)),
+    )
+    for name, value, shape, dtype in wanted:
+        if value.shape != shape or value.dtype != dtype or value.device != qkv.device:
+            raise ValueError(
+                f"{name}: expected {list(shape)} of {dtype} on {qkv.device}, "
+                f"got {list(value.shape)} of {value.dtype} on {value.device}"
+            )
+
+
+def _heads(packed: Tensor, heads: int) -> Tensor:
+    """[B, T, H d] -> [B, H, T, d], a view where it can be."""
+    B, T, width = packed.shape
+    return packed.reshape(B, T, heads, width // heads).transpose(1, 2)
+
+
+def _unpack(qkv: Tensor, heads: int) -> tuple[Tensor, ...]:
+    """q, k and v, [B, H, T, d] each."""
+    return tuple(_heads(part, heads) for part in qkv.chunk(3, dim=2))
+
+
+def _pack(*parts: Tensor) -> Tensor:
+    """[B, H, T, d] tensors side by side: [B, T, parts H d], contiguous."""
+    B, H, T, d = parts[0].shape
+    return torch.stack([part.transpose(1, 2) for part in parts], dim=2).reshape(B, T, len(parts) * H * d)
+
+
+def _rms_norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
+    """x / rms(x) weight over the last dimension; x itself without a weight."""
+    if weight is None:
+        return x
+    return x * (x.square().mean(-1, keepdim=True) + eps).rsqrt() * weight.to(x.dtype)
+
+
+def _rms_norm_bwd(grad: Tensor, x: Tensor, weight: Tensor | None, eps: float) -> tuple[Tensor, Tensor]:
+    """Gradients of :func:`_rms_norm` to x [B, H, T, d] and to its weight (empty without one)."""
+    if weight is None:
+        return grad, x.new_empty((0,))
+    rstd = (x.square().mean(-1, keepdim=True) + eps).rsqrt()
+    normalised, up = x * rstd, grad * weight.to(x.dtype)
+    grad_x = rstd * (up - normalised * (up * normalised).mean(-1, keepdim=True))
+    return grad_x, (grad * normalised).sum((0, 1, 2)).to(weight.dtype)
+
+
+def timestep_attention(
+    qkv: Tensor, heads: int, q_norm: Tensor | None, k_norm: Tensor | None, eps: float
+) -> tuple[Tensor, Tensor]:
+    """Reference of imm::timestep_attention: [B, T, 3 H d], weights [d] -> [B, T, H d] and [B, H, T]."""
+    _check(qkv, heads, q_norm, k_norm, eps)
+    q, k, v = _unpack(qkv.to(accumulate_dtype(qkv.dtype)), heads)
+    q, k = _rms_norm(q, q_norm, eps), _rms_norm(k, k_norm, eps)
+    scores = q @ k.mT * q.shape[3] ** -0.5
+    lse = scores.logsumexp(3)
+    out = (scores - lse[..., None]).exp() @ v
+    return _pack(out).to(qkv.dtype), lse
+
+
+def timestep_attention_bwd(
+    grad: Tensor, qkv: Tensor, out: Tensor, lse: Tensor, heads: int, q_norm: Tensor | None, k_norm: Tensor | None, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of :func:`timestep_attention` to qkv, q_norm and k_norm (empty where there is none)."""
+    _check_bwd(grad, qkv, out, lse, heads, q_norm, k_norm, eps)
+    dtype = accumulate_dtype(qkv.dtype)
+    q_raw, k_raw, v = _unpack(qkv.to(dtype), heads)
+    q, k = _rms_norm(q_raw, q_norm, eps), _rms_norm(k_raw, k_norm, eps)
+    up = _heads(grad.to(dtype), heads)
+    delta = (up * _heads(out.to(dtype), heads)).sum(3, keepdim=True)
+    scale = q.shape[3] ** -0.5
+    weights = (q @ k.mT * scale - lse[..., None]).exp()
+    slopes = weights * (up @ v.mT - delta) * scale
+    grad_q, grad_q_norm = _rms_norm_bwd(slopes @ k, q_raw, q_norm, eps)
+    grad_k, grad_k_norm = _rms_norm_bwd(slopes.mT @ q, k_raw, k_norm, eps)
+    return _pack(grad_q, grad_k, weights.mT @ up).to(qkv.dtype), grad_q_norm, grad_k_norm
+
+
+def _norms_bwd(
+    grad_qkv: Tensor, qkv: Tensor, heads: int, q_norm: Tensor | None, k_norm: Tensor | None, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """From gradients to the normalised q and k, and to v, packed, to those of the op."""
+    if q_norm is None:
+        return grad_qkv, qkv.new_empty((0,)), qkv.new_empty((0,))
+    dtype = accumulate_dtype(qkv.dtype)
+    up_q, up_k, grad_v = _unpack(grad_qkv.to(dtype), heads)
+    q, k, _ = _unpack(qkv.to(dtype), heads)
+    grad_q, grad_q_norm = _rms_norm_bwd(up_q, q, q_norm, eps)
+    grad_k, grad_k_norm = _rms_norm_bwd(up_k, k, k_norm, eps)
+    return _pack(grad_q, grad_k, grad_v).to(qkv.dtype), grad_q_norm, grad_k_norm
+
+
+def _library_inputs(qkv: Tensor, heads: int, q_norm: Tensor | None, k_norm: Tensor | None, eps: float) -> tuple[Tensor, ...]:
+    """q, k and v as torch's kernels take them: views of qkv, or with QK-norm normalised q and k in qkv's dtype."""
+    q, k, v = _unpack(qkv if qkv.stride(2) == 1 else qkv.contiguous(), heads)
+    if q_norm is None:
+        return q, k, v
+    dtype = accumulate_dtype(qkv.dtype)
+    return _rms_norm(q.to(dtype), q_norm, eps).to(qkv.dtype), _rms_norm(k.to(dtype), k_norm, eps).to(qkv.dtype), v
+
+
+def _library(qkv: Tensor, heads: int, q_norm: Tensor | None, k_norm: Tensor | None, eps: float) -> tuple[Tensor, Tensor]:
+    """The kernels behind torch's scaled_dot_product_attention, which keeps the sums to itself."""
+    _check(qkv, heads, q_norm, k_norm, eps)
+    q, k, v = _library_inputs(qkv, heads, q_norm, k_norm, eps)
+    if qkv.device.type == "cpu":
+        out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v)
+    else:
+        out, lse, *_ = torch.ops.aten._scaled_dot_product_flash_attention(q, k, v)
+    return out.transpose(1, 2).reshape(*qkv.shape[:2], qkv.shape[2] // 3), lse.contiguous()
+
+
+def _library_bwd(
+    grad: Tensor, qkv: Tensor, out: Tensor, lse: Tensor, heads: int, q_norm: Tensor | None, k_norm: Tensor | None, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    _check_bwd(grad, qkv, out, lse, heads, q_norm, k_norm, eps)
+    q, k, v = _library_inputs(qkv, heads, q_norm, k_norm, eps)
+    saved = (_heads(grad.contiguous(), heads), q, k, v, _heads(out.contiguous(), heads), lse.contiguous())
+    if qkv.device.type == "cpu":
+        grads = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(*saved, 0.0, False)
+    else:
+        none = torch.empty((2,), dtype=torch.uint64, device=qkv.device)  # the generator's state: unread, as nothing drops
+        T = qkv.shape[1]
+        grads = torch.ops.aten._scaled_dot_product_flash_attention_backward(
+            *saved, None, None, T, T, 0.0, False, none, none.new_empty(())
+        )
+    return _norms_bwd(_pack(*grads), qkv, heads, q_norm, k_norm, eps)
+
+
+def _library_refuses(request: dispatch.Request) -> str | None:
+    if request.device.type == "cpu":
+        return None
+    if reason := dispatch.elsewhere("cuda", request):
+        return reason
+    if request.dtype not in (torch.bfloat16, torch.float16):
+        return f"supports torch.bfloat16, torch.float16 on cuda, got {request.dtype}"
+    return None
+
+
+def _fake(qkv: Tensor, heads: int, q_norm: Tensor | None, k_norm: Tensor | None, eps: float) -> tuple[Tensor, Tensor]:
+    _check(qkv, heads, q_norm, k_norm, eps)
+    B, T, width = qkv.shape
+    return qkv.new_empty((B, T, width // 3)), qkv.new_empty((B, heads, T), dtype=accumulate_dtype(qkv.dtype))
+
+
+def _fake_bwd(
+    grad: Tensor, qkv: Tensor, out: Tensor, lse: Tensor, heads: int, q_norm: Tensor | None, k_norm: Tensor | None, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    _check_bwd(grad, qkv, out, lse, heads, q_norm, k_norm, eps)
+    grad_q_norm, grad_k_norm = (qkv.new_empty((0,)) if w is None else w.new_empty(w.shape) for w in (q_norm, k_norm))
+    return qkv.new_empty(qkv.shape), grad_q_norm, grad_k_norm
+
+
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    qkv, ctx.heads, q_norm, k_norm, ctx.eps = inputs
+    ctx.mark_non_differentiable(output[1])
+    ctx.save_for_backward(qkv, *output, q_norm, k_norm)
+
+
+def _backward(ctx: Any, grad: Tensor, _: Any) -> tuple[Tensor | None, ...]:
+    qkv, out, lse, q_norm, k_norm = ctx.saved_tensors
+    grads = torch.ops.imm.timestep_attention_bwd(grad, qkv, out, lse, ctx.heads, q_norm, k_norm, ctx.eps)
+    return grads[0], None, None if q_norm is None else grads[1], None if k_norm is None else grads[2], None
+
+
+_LIBRARY = dispatch.Implementation("library", _library, _library_refuses)
+_LIBRARY_BWD = dispatch.Implementation("library", _library_bwd, _library_refuses)
+
+register("timestep_attention", reference=timestep_attention, fake=_fake, library=_LIBRARY)
+register("timestep_attention_bwd", reference=timestep_attention_bwd, fake=_fake_bwd, library=_LIBRARY_BWD)
+torch.library.register_autograd("imm::timestep_attention", _backward, setup_context=_setup)
+no_second_derivative("timestep_attention_bwd")
