@@ -26,7 +26,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from imm_kernels import adaln, flow_step, mmd, mmd_direct, mmd_dot, mmd_gram, noise, timestep_embedding
+from imm_kernels import adaln, attention, flow_step, mmd, mmd_direct, mmd_dot, mmd_gram, noise, timestep_embedding
 
 #: Shared memory of a multiprocessor in bytes, by architecture.
 ARCHITECTURES = {80: 164 * 1024, 90: 228 * 1024, 100: 228 * 1024}
@@ -240,6 +240,42 @@ def _timestep_embedding(output: str) -> Configuration:
     return Configuration(f"timestep embedding {output}", kernel, signature, constexprs, timestep_embedding.NUM_WARPS)
 
 
+def _attention(
+    name: str, kernel: Any, sizes: attention.Sizes, d: int, T: int, element: str, wide: tuple[int, int], norm: bool = False
+) -> Configuration:
+    """An attention kernel for 16 heads and contiguous tensors, T divisible by the blocks."""
+    main, rest = attention.parts(d)
+    given = {"HEADS": 16, "D": d, "MAIN": main, "REST": rest, "BLOCK_M": sizes.queries, "BLOCK_N": sizes.keys}
+    given |= {"FULL": T % sizes.queries == 0 and T % sizes.keys == 0, "ONE_BLOCK": sizes.keys >= T}
+    given |= {"BLOCK": attention.DELTA_TOKENS, **({} if norm else {"q_norm_ptr": None, "k_norm_ptr": None})}
+    fixed = {n: v for n, v in given.items() if n in kernel.arg_names}
+    sums = {"lse_ptr": "*fp32", "delta_ptr": "*fp32", "grad_qkv_ptr": "*fp32" if norm else f"*{element}"}
+    sums |= {"q_norm_ptr": "*fp32", "k_norm_ptr": "*fp32", "scale": "fp32", "eps": "fp32"}
+    kinds = {n: sums.get(n, f"*{element}" if n.endswith("_ptr") else "i32") for n in kernel.arg_names if n not in fixed}
+    aligned = tuple(n for n in kinds if n.endswith("_ptr"))
+    title = f"attention {name} d={d} T={T} {element}{' norm' * norm}"
+    return Configuration(title, kernel, kinds, fixed, sizes.warps, aligned, sizes.stages, wide=wide)
+
+
+def _attentions() -> Iterator[Configuration]:
+    delta = attention.Sizes(attention.DELTA_TOKENS, attention.DELTA_TOKENS, attention.DELTA_WARPS, 3)
+    for element, d, T, norm in (
+        *(("bf16", d, T, norm) for d in (64, 72, 128) for T in (256, 1024) for norm in (False, True)),
+        *(("bf16", 8, 16, False), *(("bf16", d, 300, norm) for d in (64, 72, 128) for norm in (False, True))),
+        *(("bf16", d, T, False) for d, T in ((64, 250), (40, 256), (80, 256), (96, 256), (120, 256))),
+        *(("fp16", 72, 256, False), ("fp32", 72, 256, False), ("fp32", 128, 1024, True)),
+    ):
+        bits = _BITS[element]
+        for name, kernel, sizes, wide in (
+            ("forward", attention._attention_fwd_kernel, attention.forward_sizes(d, T, bits, norm), (3 if d > 8 else 1, 1)),
+            ("keys", attention._attention_bwd_keys_kernel, attention.key_sizes(d, bits), (4, 2)),
+            ("queries", attention._attention_bwd_queries_kernel, attention.query_sizes(d, bits), (4, 1)),
+        ):
+            yield _attention(name, kernel, sizes, d, T, element, wide, norm)
+        if not norm:
+            yield _attention("delta", attention._attention_delta_kernel, delta, d, T, element, (2, 0))
+
+
 _PAIRS = (("fp32", "fp32"), ("bf16", "bf16"), ("fp16", "fp16"), ("fp64", "fp64"), ("fp32", "bf16"), ("bf16", "fp32"))
 CONFIGURATIONS: tuple[Configuration, ...] = (
     *(_flow_step(*pair, guided, noisy) for pair in _PAIRS for guided in (False, True) for noisy in (False, True)),
@@ -250,11 +286,12 @@ CONFIGURATIONS: tuple[Configuration, ...] = (
     *(
         _adaln(kernel, C, *dtypes, residual)
         for kernel in (adaln._adaln_fwd_kernel, adaln._adaln_bwd_kernel)
-        for C in (384, 768, 1024, 1152)
+        for C in (384, 1152)
         for dtypes in (("fp32", "fp32"), ("bf16", "bf16"), ("fp32", "bf16"))
         for residual in (False, True)
     ),
     *(_timestep_embedding(output) for output in ("fp32", "bf16")),
+    *_attentions(),
 )
 
 

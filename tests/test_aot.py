@@ -22,7 +22,7 @@ def test_every_configuration_compiles_wide_and_without_spills() -> None:
     assert done.returncode == 0, done.stderr
     rows = done.stdout.splitlines()[1:]
     assert len(rows) > 200
-    for kernel in ("flow_step", "noise", "mmd resident", "mmd products", "mmd pairs", "mmd gram"):
+    for kernel in ("flow_step", "noise", "mmd resident", "mmd products", "mmd pairs", "mmd gram", "attention"):
         assert any(row.startswith(kernel) for row in rows)
 
 

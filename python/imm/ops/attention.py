@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from imm.ops import dispatch
+from imm.ops import dispatch, triton_kernels
 from imm.ops.dtypes import DTYPES, accumulate_dtype
 from imm.ops.registry import no_second_derivative, register
 
@@ -219,10 +219,29 @@ def _backward(ctx: Any, grad: Tensor, _: Any) -> tuple[Tensor | None, ...]:
     return grads[0], None, None if q_norm is None else grads[1], None if k_norm is None else grads[2], None
 
 
+def _triton(qkv: Tensor, heads: int, q_norm: Tensor | None, k_norm: Tensor | None, eps: float) -> tuple[Tensor, Tensor]:
+    _check(qkv, heads, q_norm, k_norm, eps)
+    from imm_kernels.attention import attention as launch
+
+    return launch(qkv, heads, q_norm, k_norm, eps)
+
+
+def _triton_bwd(
+    grad: Tensor, qkv: Tensor, out: Tensor, lse: Tensor, heads: int, q_norm: Tensor | None, k_norm: Tensor | None, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    _check_bwd(grad, qkv, out, lse, heads, q_norm, k_norm, eps)
+    from imm_kernels.attention import attention_bwd as launch
+
+    return _norms_bwd(launch(grad, qkv, out, lse, heads, q_norm, k_norm, eps), qkv, heads, q_norm, k_norm, eps)
+
+
+_KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_TRITON = triton_kernels.implementation(_triton, *_KERNEL_DTYPES)
+_TRITON_BWD = triton_kernels.implementation(_triton_bwd, *_KERNEL_DTYPES)
 _LIBRARY = dispatch.Implementation("library", _library, _library_refuses)
 _LIBRARY_BWD = dispatch.Implementation("library", _library_bwd, _library_refuses)
 
-register("timestep_attention", reference=timestep_attention, fake=_fake, library=_LIBRARY)
-register("timestep_attention_bwd", reference=timestep_attention_bwd, fake=_fake_bwd, library=_LIBRARY_BWD)
+register("timestep_attention", reference=timestep_attention, fake=_fake, triton=_TRITON, library=_LIBRARY)
+register("timestep_attention_bwd", reference=timestep_attention_bwd, fake=_fake_bwd, triton=_TRITON_BWD, library=_LIBRARY_BWD)
 torch.library.register_autograd("imm::timestep_attention", _backward, setup_context=_setup)
 no_second_derivative("timestep_attention_bwd")
