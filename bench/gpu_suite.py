@@ -45,8 +45,18 @@ PACKAGES = (
 )
 TOOLS = ("nvcc", "cmake", "ninja", "c++", "compute-sanitizer", "nvidia-smi")
 #: Where kernels are; the rest of the suite says nothing new on a GPU.
-TRITON_TESTS = ("test_triton_flow_step", "test_triton_mmd", "test_triton_adaln")
-OP_TESTS = ("test_flow_step", "test_noise", "test_ops", "test_mmd", "test_sampling", "test_objective", "test_adaln", "test_dit")
+TRITON_TESTS = ("test_triton_flow_step", "test_triton_mmd", "test_triton_adaln", "test_triton_attention")
+OP_TESTS = (
+    "test_flow_step",
+    "test_noise",
+    "test_ops",
+    "test_mmd",
+    "test_sampling",
+    "test_objective",
+    "test_adaln",
+    "test_attention",
+    "test_dit",
+)
 DRY_TESTS = ("test_noise",)
 #: Runs benchmarks without the command line, which needs click.
 BENCH = "import sys, torch; from pathlib import Path; from imm.benchmark import run; "

@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-import imm.ops  # noqa: F401  (registers torch.ops.imm)
 from imm.networks.conditioning import Modulations, ModulationTable
 from imm.networks.embeddings import LabelEmbedder, TimestepEmbedder, check_image
+from imm.ops.attention import TOKENS
 
 #: Of every LayerNorm.
 EPS = 1e-6
@@ -65,6 +65,12 @@ class Attention(nn.Module):
         out = F.scaled_dot_product_attention(q, k, v)
         return self.proj(out.transpose(1, 2).reshape(batch, tokens, features))
 
+    def fused(self, x: Tensor) -> Tensor:
+        """The same from the packed projection to the packed result; more tokens than the op takes go the plain way."""
+        if x.shape[1] > TOKENS:
+            return self(x)
+        return self.proj(torch.ops.imm.timestep_attention(self.qkv(x), self.heads, None, None, EPS)[0])
+
 
 class MLP(nn.Module):
     """Linear, tanh-GELU, Linear with four times the features between."""
@@ -98,7 +104,7 @@ class Block(nn.Module):
     def fused(self, x: Tensor, h: Tensor, modulation: Tensor, next_modulation: Tensor) -> tuple[Tensor, Tensor]:
         """The same for x and h, x's norm already modulated by this block; also gives the next one's h."""
         _, _, gate1, shift2, scale2, gate2 = modulation.chunk(6, dim=1)
-        x, h = torch.ops.imm.gated_residual_adaln(x, self.attn(h), gate1, shift2, scale2, EPS)
+        x, h = torch.ops.imm.gated_residual_adaln(x, self.attn.fused(h), gate1, shift2, scale2, EPS)
         shift, scale = next_modulation[:, : 2 * x.shape[2]].chunk(2, dim=1)
         return torch.ops.imm.gated_residual_adaln(x, self.mlp(h), gate2, shift, scale, EPS)
 
