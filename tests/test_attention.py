@@ -194,3 +194,14 @@ def test_the_predicate_of_the_library_names_its_reason() -> None:
     assert reason("cuda", torch.bfloat16) is None
     assert reason("cuda", torch.float32) == "supports torch.bfloat16, torch.float16 on cuda, got torch.float32"
     assert reason("meta", torch.float32) == "needs tensors on cuda, got meta"
+
+
+@pytest.mark.parametrize("norm", [False, True], ids=["plain", "norm"])
+def test_the_library_of_cuda_takes_these_arguments(norm: bool) -> None:
+    """Shapes and dtypes of torch's CUDA kernels, without a GPU."""
+    qkv = torch.empty(2, 16, 3 * HEADS * 8, dtype=torch.bfloat16, device="meta")
+    weights = [torch.empty(8, device="meta") if norm else None for _ in range(2)]
+    out, lse = attention._library(qkv, HEADS, *weights, 1e-6)
+    assert (out.shape, out.is_contiguous(), lse.shape, lse.dtype) == ((2, 16, 16), True, (2, HEADS, 16), torch.float32)
+    found = attention._library_bwd(torch.empty_like(out), qkv, out, lse, HEADS, *weights, 1e-6)
+    assert [g.shape for g in found] == [qkv.shape, *[(8,) if norm else (0,)] * 2]
