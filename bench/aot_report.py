@@ -40,7 +40,7 @@ class Configuration:
 
     signature: every run-time argument's type ("*bf16", "i32"). aligned: those the launcher passes divisible by 16 in the case
     that matters. constexprs: flags and block sizes, and None for absent pointers. wide: the least loads and stores of 16 bytes.
-    only_wide: nothing else but numbers of 8 bytes is read or written.
+    only_wide: nothing else but numbers of 8 bytes is read or written. tensor_cores: its products have to be theirs.
     """
 
     name: str
@@ -53,6 +53,7 @@ class Configuration:
     maxnreg: int | None = None
     wide: tuple[int, int] = (0, 0)
     only_wide: bool = False
+    tensor_cores: bool = False
 
 
 @dataclass(frozen=True)
@@ -65,6 +66,7 @@ class Usage:
     shared: int
     loads: Mapping[int, int]
     stores: Mapping[int, int]
+    tensor_cores: int = 0  # instructions
 
     def occupancy(self, num_warps: int, arch: int) -> int:
         """Programs of a multiprocessor at once, by registers (64 Ki, in units of 256 a warp), threads and shared memory."""
@@ -253,8 +255,9 @@ def _attention(
     sums |= {"q_norm_ptr": "*fp32", "k_norm_ptr": "*fp32", "scale": "fp32", "eps": "fp32"}
     kinds = {n: sums.get(n, f"*{element}" if n.endswith("_ptr") else "i32") for n in kernel.arg_names if n not in fixed}
     aligned = tuple(n for n in kinds if n.endswith("_ptr"))
+    tensor = element != "fp32" and name != "delta"
     title = f"attention {name} d={d} T={T} {element}{' norm' * norm}"
-    return Configuration(title, kernel, kinds, fixed, sizes.warps, aligned, sizes.stages, wide=wide)
+    return Configuration(title, kernel, kinds, fixed, sizes.warps, aligned, sizes.stages, wide=wide, tensor_cores=tensor)
 
 
 def _attentions() -> Iterator[Configuration]:
@@ -340,7 +343,13 @@ def usage(configuration: Configuration, arch: int = SHIPPED) -> Usage:
     spills = sum(int(n) for n in re.findall(r"(\d+) bytes spill", text))
     shared = compiled.metadata.shared
     return Usage(
-        int(registers[1]), int(stack[1]) if stack else 0, spills, shared, _widths(sass, "LDG|LDGSTS"), _widths(sass, "STG")
+        registers=int(registers[1]),
+        stack=int(stack[1]) if stack else 0,
+        spills=spills,
+        shared=shared,
+        loads=_widths(sass, "LDG|LDGSTS"),
+        stores=_widths(sass, "STG"),
+        tensor_cores=len(re.findall(r"\b(?:HGMMA|HMMA|UTCHMMA)\.", sass)),
     )
 
 
@@ -352,6 +361,8 @@ def problems(configuration: Configuration, found: Usage) -> list[str]:
     for kind, counts, least in (("loads", found.loads, configuration.wide[0]), ("stores", found.stores, configuration.wide[1])):
         if counts.get(128, 0) < least:
             wrong.append(f"expected {least} or more {kind} of 16 bytes, got {dict(counts)}")
+    if configuration.tensor_cores and not found.tensor_cores:
+        wrong.append("expected products by tensor cores, got none")
     # Coefficients, seeds and the tables of log, sin and cos have 8 bytes.
     if configuration.only_wide and not (set(found.loads) <= {64, 128} and set(found.stores) == {128}):
         wrong.append(f"expected no narrow access, got loads {dict(found.loads)} and stores {dict(found.stores)}")

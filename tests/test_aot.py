@@ -3,6 +3,7 @@ access where it should."""
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import subprocess
 import sys
@@ -22,7 +23,17 @@ def test_every_configuration_compiles_wide_and_without_spills() -> None:
     assert done.returncode == 0, done.stderr
     rows = done.stdout.splitlines()[1:]
     assert len(rows) > 200
-    for kernel in ("flow_step", "noise", "mmd resident", "mmd products", "mmd pairs", "mmd gram", "attention"):
+    for kernel in (
+        "flow_step",
+        "noise",
+        "mmd resident",
+        "mmd products",
+        "mmd pairs",
+        "mmd gram",
+        "attention",
+        "adaln",
+        "timestep",
+    ):
         assert any(row.startswith(kernel) for row in rows)
 
 
@@ -37,3 +48,6 @@ def test_what_is_wrong_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     bad = aot_report.Usage(registers=255, stack=8, spills=12, shared=100_000, loads={32: 8}, stores={32: 2})
     assert [p.partition(" ")[0] for p in aot_report.problems(first, bad)] == ["spills", "expected", "expected", "expected"]
     assert bad.occupancy(4, 90) == 2
+    products = dataclasses.replace(first, tensor_cores=True)
+    assert aot_report.problems(products, good) == ["expected products by tensor cores, got none"]
+    assert aot_report.problems(products, dataclasses.replace(good, tensor_cores=4)) == []
