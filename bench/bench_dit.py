@@ -15,7 +15,7 @@ from imm.networks.dit import SIZES
 
 #: Size and rows: guidance takes two rows an image.
 CPU_SHAPES = (("S", 2), ("S", 16))
-CUDA_SHAPES = (("XL", 2), ("XL", 16), ("XL", 128), ("S", 128))
+CUDA_SHAPES = (("XL", 2), ("XL", 16), ("XL", 128), ("XL", 512), ("S", 128))
 
 FUSED, PLAIN, COMPILED = "imm fused", "plain", "torch.compile of the plain form"
 MAX_AUTOTUNE, COMPILED_FUSED = "torch.compile max-autotune of the plain form", "torch.compile of the fused form"
