@@ -58,7 +58,7 @@ def compiled(form: Callable[..., tuple[Tensor, Tensor]]) -> Callable[..., tuple[
     return torch.compile(form)
 
 
-def case(B: int, T: int, C: int, dtype: torch.dtype, device: torch.device, *, backward: bool) -> Case:
+def case(B: int, T: int, C: int, device: torch.device, dtype: torch.dtype = torch.float32, *, backward: bool = True) -> Case:
     def inputs() -> tuple[Any, ...]:
         tokens = [torch.randn(B, T, C, device=device).to(dtype) for _ in range(3)]
         return *tokens[:2], *torch.randn(B, 3 * C, device=device).to(dtype).chunk(3, dim=1), tokens[2]
@@ -95,6 +95,6 @@ def cases(device: torch.device, quick: bool) -> Iterator[Case]:
     for dtype in (torch.bfloat16, torch.float32) if device.type == "cuda" else (torch.float32, torch.bfloat16):
         for shape in shapes[:1] if quick else shapes:
             for backward in (False, True):
-                yield case(*shape, dtype, device, backward=backward)
+                yield case(*shape, device, dtype, backward=backward)
         if quick:
             return

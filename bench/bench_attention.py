@@ -76,7 +76,9 @@ def trained(run: Callable[[Tensor], Tensor]) -> Peer:
     return prepare
 
 
-def case(B: int, T: int, H: int, d: int, dtype: torch.dtype, device: torch.device, *, backward: bool) -> Case:
+def case(
+    B: int, T: int, H: int, d: int, device: torch.device, dtype: torch.dtype = torch.float32, *, backward: bool = True
+) -> Case:
     def inputs() -> tuple[Any, ...]:
         return tuple(torch.randn(B, T, n * H * d, device=device).to(dtype) for n in (3, 1))
 
@@ -122,6 +124,6 @@ def cases(device: torch.device, quick: bool) -> Iterator[Case]:
     for dtype in (torch.bfloat16,) if device.type == "cuda" else (torch.float32, torch.bfloat16):
         for shape in shapes[:1] if quick else shapes:
             for backward in (False, True):
-                yield case(*shape, dtype, device, backward=backward)
+                yield case(*shape, device, dtype, backward=backward)
         if quick:
             return

@@ -64,7 +64,7 @@ def hoisted(made: DiT) -> Peer:
     return prepare
 
 
-def case(size: str, rows: int, dtype: torch.dtype, device: torch.device) -> Case:
+def case(size: str, rows: int, device: torch.device, dtype: torch.dtype = torch.float32) -> Case:
     features, depth, _ = SIZES[size]
     exact = network(size, torch.float32, device)
     made = copy.deepcopy(exact).to(dtype)
@@ -113,4 +113,4 @@ def cases(device: torch.device, quick: bool) -> Iterator[Case]:
     shapes = CUDA_SHAPES if device.type == "cuda" else CPU_SHAPES
     for dtype in (torch.bfloat16,) if device.type == "cuda" else (torch.float32, torch.bfloat16):
         for shape in shapes[:1] if quick else shapes:
-            yield case(*shape, dtype, device)
+            yield case(*shape, device, dtype)

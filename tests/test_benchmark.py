@@ -26,7 +26,15 @@ from imm.cli import main
 
 CPU = torch.device("cpu")
 BRIEF = harness.Effort(0.0, 5, 5)
-SMALL = {"mmd": (2, 4, 24), "flow_map_mmd": (2, 4, 24), "flow_step": (2, 3, 4, 4), "noise": (3, 10)}
+SMALL = {
+    "mmd": (2, 4, 24),
+    "flow_map_mmd": (2, 4, 24),
+    "flow_step": (2, 3, 4, 4),
+    "noise": (3, 10),
+    "adaln": (2, 3, 17),
+    "attention": (2, 16, 2, 8),
+    "dit": ("S", 1),
+}
 
 
 def doubling(**peers: Callable[..., Any]) -> Case:
@@ -184,7 +192,7 @@ def test_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert {row.commit for row in rows.read(tmp_path / "rows.csv")} == {recorded["commit"]}
     wrong = CliRunner().invoke(main, ["bench", "nothing"])
     assert wrong.exit_code == 1
-    assert wrong.output.startswith("Error: op: expected one of ['flow_map_mmd', 'flow_step', 'mmd', 'noise'] or all")
+    assert wrong.output.startswith(f"Error: op: expected one of {operations()} or all")
 
 
 def test_without_a_checkout_one_line_says_so(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
