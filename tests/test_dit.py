@@ -10,6 +10,7 @@ from torch import Tensor
 
 from imm.networks import DiT
 from imm.networks.conditioning import Modulations
+from imm.networks.dit import Attention
 
 Inputs = tuple[Tensor, Tensor, Tensor, Tensor]
 
@@ -76,6 +77,21 @@ def test_gradients_of_both_forms(network: DiT, checkpointing: bool) -> None:
         assert distance(fused, truth) < max(2e-5, 3 * distance(plain, truth))
 
 
+def test_more_tokens_than_the_attention_op_takes_go_the_plain_way() -> None:
+    attention, x = Attention(16, heads=2), torch.randn(1, 1030, 16)
+    assert torch.equal(attention(x, fused=True), attention(x))
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_hooks_of_every_module_run(network: DiT, fused: bool) -> None:
+    made, seen = form(network, fused=fused), []
+    watched = [made.blocks[1], made.blocks[1].attn, made.blocks[1].mlp, made.final_layer]
+    for module in watched:
+        module.register_forward_hook(lambda module, args, out: seen.append(module))
+    made(*inputs())
+    assert seen == [watched[1], watched[2], watched[0], watched[3]]
+
+
 def test_autocast_trains_in_both_forms(network: DiT) -> None:
     x, *rest = inputs()
     outputs = []
@@ -129,7 +145,14 @@ def test_a_table_keeps_classes_within_its_bytes(network: DiT, monkeypatch: pytes
             found, expected = table(labels), condition(times, labels)
             assert all(distance(found[i], expected[i]) < 1e-6 for i in range(2))
             assert table.bytes <= 2 * row
+            assert sum(kept.untyped_storage().nbytes() for kept in table._rows.values()) == table.bytes
     assert asked == [[1, 5], [3], [1]]  # 1 had not been used for longest when 3 came
+
+
+def test_a_table_keeps_no_graph(network: DiT) -> None:
+    table = network.table(torch.tensor([[994.0, 6.0]], dtype=torch.float64), max_bytes=10**7)
+    assert not table(torch.tensor([1, 2])).rows.requires_grad
+    assert all(kept.untyped_storage().nbytes() == 4 * network.modulation_features for kept in table._rows.values())
 
 
 def test_a_table_without_classes() -> None:

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from imm.networks import NETWORKS, DiT, UNet
-from imm.networks.embeddings import timestep_embedding
+from imm.ops.timestep_embedding import sinusoids
 
 
 def test_dit_has_the_published_names_and_shapes() -> None:
@@ -88,7 +88,7 @@ def test_demo_unet_is_small() -> None:
 def test_timestep_embedding() -> None:
     """cos then sin, float64 phases: neighbouring training times stay apart."""
     t = torch.tensor([994.0, 994.0 - 1.5e-3], dtype=torch.float64)
-    value = timestep_embedding(t, 256)
+    value = sinusoids(t, 256)
     assert value.dtype == torch.float64
     freq = torch.exp(-torch.arange(128, dtype=torch.float64) / 128 * torch.log(torch.tensor(1e4, dtype=torch.float64)))
     torch.testing.assert_close(value[0], torch.cat([(994 * freq).cos(), (994 * freq).sin()]), rtol=1e-9, atol=1e-12)

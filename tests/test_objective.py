@@ -346,7 +346,7 @@ def test_autocast_and_half_networks(device) -> None:
     network = DiT("S", patch=8, num_classes=0).to(device)
     target = IMMObjective(FlowMap(network))
     seen = []
-    network.blocks[0].mlp.fc2.register_forward_hook(lambda m, args, out: seen.append(out.dtype))
+    network.blocks[0].mlp.register_forward_hook(lambda m, args, out: seen.append(out.dtype))
     with torch.autocast(device, torch.bfloat16):
         loss, _ = target(torch.randn(4, 4, 32, 32, device=device))
     loss.backward()

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 import imm.ops  # noqa: F401  (registers torch.ops.imm)
+from imm.ops.timestep_embedding import MAX_PERIOD
 from imm.schedules import Time, as_time
 
 #: "v": the paper's V-statistic, all pairs; "u": the unbiased U-statistic, pairs j != k (Gretton et al. 2012, eq. 4).
@@ -264,7 +265,7 @@ def noise(
 
 
 def timestep_embedding(
-    t: Tensor, s: Tensor, dim: int, *, max_period: float = 10000.0, dtype: torch.dtype = torch.float32
+    t: Tensor, s: Tensor, dim: int, *, max_period: float = MAX_PERIOD, dtype: torch.dtype = torch.float32
 ) -> Tensor:
     """The sinusoids of both times of a flow map: cos then sin of dim / 2 frequencies max_period^(-i / (dim / 2)).
 

@@ -52,6 +52,7 @@ class ModulationTable:
         """What the kept modulations take."""
         return sum(row.numel() * row.element_size() for row in self._rows.values())
 
+    @torch.no_grad()
     def __call__(self, labels: Tensor | None, batch: int | None = None) -> Modulations:
         """As ``DiT.condition`` of the table's times; only classes that are not kept are computed. Reads labels on the host."""
         keys = [-1] * (1 if batch is None else batch) if labels is None else labels.tolist()
@@ -61,7 +62,7 @@ class ModulationTable:
         if missing:
             wanted = None if labels is None else torch.tensor(missing, device=labels.device)
             made = self._compute(wanted)
-            found |= {key: made.rows[:, int(row)].contiguous() for key, row in zip(missing, made.index.tolist(), strict=True)}
+            found |= {key: made.rows[:, int(row)].clone() for key, row in zip(missing, made.index.tolist(), strict=True)}
         for key in distinct:
             self._rows[key] = found[key]
             self._rows.move_to_end(key)

@@ -16,6 +16,7 @@ from torch.utils.checkpoint import checkpoint
 from imm.networks.conditioning import Modulations, ModulationTable
 from imm.networks.embeddings import LabelEmbedder, TimestepEmbedder, check_image
 from imm.ops.attention import TOKENS
+from imm.ops.timestep_embedding import MAX_PERIOD
 
 #: Of every LayerNorm.
 EPS = 1e-6
@@ -59,17 +60,13 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(features, 3 * features)
         self.proj = nn.Linear(features, features)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, fused: bool = False) -> Tensor:
+        if fused and x.shape[1] <= TOKENS:
+            return self.proj(torch.ops.imm.timestep_attention(self.qkv(x), self.heads, None, None, EPS)[0])
         batch, tokens, features = x.shape
         q, k, v = self.qkv(x).reshape(batch, tokens, 3, self.heads, -1).permute(2, 0, 3, 1, 4)  # [B, heads, T, d]
         out = F.scaled_dot_product_attention(q, k, v)
         return self.proj(out.transpose(1, 2).reshape(batch, tokens, features))
-
-    def fused(self, x: Tensor) -> Tensor:
-        """The same from the packed projection to the packed result; more tokens than the op takes go the plain way."""
-        if x.shape[1] > TOKENS:
-            return self(x)
-        return self.proj(torch.ops.imm.timestep_attention(self.qkv(x), self.heads, None, None, EPS)[0])
 
 
 class MLP(nn.Module):
@@ -80,15 +77,11 @@ class MLP(nn.Module):
         self.fc1 = nn.Linear(features, 4 * features)
         self.fc2 = nn.Linear(4 * features, features)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.fc2(F.gelu(self.fc1(x), approximate="tanh"))
-
-    def fused(self, x: Tensor) -> Tensor:
-        """The same; in inference the widest tensor of the network is not allocated twice."""
+    def forward(self, x: Tensor, fused: bool = False) -> Tensor:
         hidden = self.fc1(x)
-        if hidden.requires_grad:
-            return self.fc2(F.gelu(hidden, approximate="tanh"))
-        return self.fc2(torch.ops.aten.gelu_(hidden, approximate="tanh"))
+        if fused and not hidden.requires_grad:  # then the widest tensor of the network is not allocated twice
+            return self.fc2(torch.ops.aten.gelu_(hidden, approximate="tanh"))
+        return self.fc2(F.gelu(hidden, approximate="tanh"))
 
 
 class Block(nn.Module):
@@ -102,18 +95,21 @@ class Block(nn.Module):
         self.mlp = MLP(features)
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(features, 6 * features))
 
-    def forward(self, x: Tensor, modulation: Tensor) -> Tensor:
-        """x ``[B, T, C]``, modulation ``[B, 6 C]`` -> ``[B, T, C]``."""
-        shift1, scale1, gate1, shift2, scale2, gate2 = modulation.chunk(6, dim=1)
-        x = x + gate1[:, None] * self.attn(modulate(self.norm1(x), shift1, scale1))
-        return x + gate2[:, None] * self.mlp(modulate(self.norm2(x), shift2, scale2))
+    def forward(
+        self, x: Tensor, modulation: Tensor, h: Tensor | None = None, following: Tensor | None = None
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """One block: x ``[B, T, C]``, modulation ``[B, 6 C]`` -> ``[B, T, C]``.
 
-    def fused(self, x: Tensor, h: Tensor, modulation: Tensor, next_modulation: Tensor) -> tuple[Tensor, Tensor]:
-        """The same for x and h, x's norm already modulated by this block; also gives the next one's h."""
-        _, _, gate1, shift2, scale2, gate2 = modulation.chunk(6, dim=1)
-        x, h = torch.ops.imm.gated_residual_adaln(x, self.attn.fused(h), gate1, shift2, scale2, EPS)
-        shift, scale = next_modulation[:, : 2 * x.shape[2]].chunk(2, dim=1)
-        return torch.ops.imm.gated_residual_adaln(x, self.mlp.fused(h), gate2, shift, scale, EPS)
+        Fused, with h, the norm of x that this block's modulation has shifted and scaled already, and the modulation of the
+        layer that follows: also that layer's h.
+        """
+        shift1, scale1, gate1, shift2, scale2, gate2 = modulation.chunk(6, dim=1)
+        if h is None or following is None:
+            x = x + gate1[:, None] * self.attn(modulate(self.norm1(x), shift1, scale1))
+            return x + gate2[:, None] * self.mlp(modulate(self.norm2(x), shift2, scale2))
+        x, h = torch.ops.imm.gated_residual_adaln(x, self.attn(h, fused=True), gate1, shift2, scale2, EPS)
+        shift, scale = following[:, : 2 * x.shape[2]].chunk(2, dim=1)
+        return torch.ops.imm.gated_residual_adaln(x, self.mlp(h, fused=True), gate2, shift, scale, EPS)
 
 
 class FinalLayer(nn.Module):
@@ -125,8 +121,10 @@ class FinalLayer(nn.Module):
         self.linear = nn.Linear(features, out_features)
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(features, 2 * features))
 
-    def forward(self, x: Tensor, modulation: Tensor) -> Tensor:
-        """x ``[B, T, C]``, modulation ``[B, 2 C]`` -> ``[B, T, out_features]``."""
+    def forward(self, x: Tensor, modulation: Tensor | None) -> Tensor:
+        """x ``[B, T, C]``, modulation ``[B, 2 C]``, or None where x is normalised and modulated -> ``[B, T, out_features]``."""
+        if modulation is None:
+            return self.linear(x)
         shift, scale = modulation.chunk(2, dim=1)
         return self.linear(modulate(self.norm_final(x), shift, scale))
 
@@ -238,7 +236,7 @@ class DiT(nn.Module):
         if not self.fused:
             return self.t_embedder(t) + self.s_embedder(s)
         dim, dtype = self.t_embedder.frequencies, self.x_embedder.proj.weight.dtype
-        sinusoids = torch.ops.imm.timestep_embedding(t, s, dim, 10000.0, dtype)
+        sinusoids = torch.ops.imm.timestep_embedding(t, s, dim, MAX_PERIOD, dtype)
         return self.t_embedder.mlp(sinusoids[0]) + self.s_embedder.mlp(sinusoids[1])
 
     def _condition(self, t: Tensor, s: Tensor, labels: Tensor | None) -> Tensor:
@@ -259,8 +257,8 @@ class DiT(nn.Module):
         shift, scale = modulations[0][:, : 2 * tokens.shape[2]].chunk(2, dim=1)
         h = torch.ops.imm.adaln_modulate(tokens, shift, scale, EPS)
         for block, modulation, following in zip(self.blocks, modulations, modulations[1:], strict=False):
-            tokens, h = self._run(block.fused, tokens, h, modulation, following)
-        return self.final_layer.linear(h)
+            tokens, h = self._run(block, tokens, modulation, h, following)
+        return self.final_layer(h, None)
 
     def condition(self, times: Tensor, labels: Tensor | None, batch: int | None = None) -> Modulations:
         """The modulations of every step of a sampling run at once: each layer multiplies all distinct (step, class) rows.

@@ -33,16 +33,25 @@ def _check(t: Tensor, s: Tensor, dim: int, max_period: float, dtype: torch.dtype
         raise TypeError(f"dtype: expected a floating dtype of 16, 32 or 64 bits, got {dtype}")
 
 
+#: Of DiT's and the U-Net's embeddings.
+MAX_PERIOD = 10000.0
+
+
 def _frequencies(half: int, max_period: float, device: torch.device) -> Tensor:
     index = torch.arange(half, dtype=torch.float64, device=device)
     return torch.exp(-math.log(max_period) / half * index)
 
 
+def sinusoids(times: Tensor, dim: int, max_period: float = MAX_PERIOD) -> Tensor:
+    """cos then sin of the times' dim / 2 phases: ``[...]`` floating -> ``[..., dim]`` float64."""
+    phase = times.double()[..., None] * _frequencies(dim // 2, max_period, times.device)
+    return torch.cat([phase.cos(), phase.sin()], dim=-1)
+
+
 def timestep_embedding(t: Tensor, s: Tensor, dim: int, max_period: float, dtype: torch.dtype) -> Tensor:
     """Reference of imm::timestep_embedding: times [B] -> [2, B, dim] of ``dtype``, t's embedding first."""
     _check(t, s, dim, max_period, dtype)
-    phase = torch.stack([t.double(), s.double()])[..., None] * _frequencies(dim // 2, max_period, t.device)
-    return torch.cat([phase.cos(), phase.sin()], dim=2).to(dtype)
+    return sinusoids(torch.stack([t.double(), s.double()]), dim, max_period).to(dtype)
 
 
 def timestep_embedding_bwd(grad: Tensor, t: Tensor, s: Tensor, max_period: float) -> tuple[Tensor, Tensor]:
