@@ -1,41 +1,27 @@
-"""The Triton adaLN kernels and timestep embedding against float64, in Triton's interpreter and on CUDA.
-
-Triton decides at its import whether it interprets, so a machine without a GPU runs this file once more in a child process.
-"""
+"""The Triton adaLN kernels and timestep embedding against float64, in Triton's interpreter and on CUDA."""
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
+import itertools
 from typing import Any
 
 import pytest
 import torch
+from interpreter import DEVICE, in_the_interpreter, kernel_test
 from torch import Tensor
 
 from imm.ops import adaln, timestep_embedding
 
 pytest.importorskip("triton")
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-DEVICE = "cpu" if INTERPRETED else "cuda"
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
-#: B, T, C: a token alone, ragged features and chunks, the sizes of DiT-S and of DiT-XL.
-SHAPES = [(1, 1, 1), (2, 3, 17), (2, 17, 384), (1, 2, 1152), (1, 1, 2100)]
+LAYOUTS = ["shared", "chunks", "permuted"]
+#: Layout, dtype, (B, T, C): a token alone, ragged features and chunks, the sizes of DiT-S; large ones as networks have them.
+CASES = [*itertools.product(LAYOUTS, DTYPES, [(1, 1, 1), (2, 3, 17), (2, 17, 384)])]
+CASES += itertools.product(["chunks"], [torch.float32, torch.bfloat16], [(1, 2, 1152), (1, 1, 2100)])
 
 
-def kernel_test(function: Any) -> Any:
-    """Collected where kernels can run: on a GPU, and in the child of :func:`test_in_the_interpreter`."""
-    return function if INTERPRETED or torch.cuda.is_available() else None
-
-
-@pytest.mark.skipif(INTERPRETED or torch.cuda.is_available(), reason="the tests of this file run directly")
-def test_in_the_interpreter() -> None:
-    command = [sys.executable, "-m", "pytest", "-o", "addopts=", "-p", "no:cacheprovider", __file__]
-    done = subprocess.run(command, env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert " passed" in done.stdout, done.stdout
+test_in_the_interpreter = in_the_interpreter(__file__)
 
 
 def tokens(shape: tuple[int, ...], dtype: torch.dtype, seed: int) -> Tensor:
@@ -67,14 +53,10 @@ def double(values: tuple[Any, ...]) -> tuple[Any, ...]:
 
 
 @kernel_test
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("layout", ["shared", "chunks", "permuted"])
+@pytest.mark.parametrize(("layout", "dtype", "shape"), CASES, ids=str)
 def test_adaln(layout: str, dtype: torch.dtype, shape: tuple[int, int, int]) -> None:
     from imm_kernels import adaln as kernels
 
-    if shape[2] > 1000 and (layout != "chunks" or dtype not in (torch.float32, torch.bfloat16)):
-        pytest.skip("large sizes in one layout and the dtypes of networks")
     B, _, C = shape
     x, y, grad_z, grad_h = (tokens(shape, dtype, i) for i in range(4))
     numbers = torch.float32 if dtype == torch.bfloat16 else dtype

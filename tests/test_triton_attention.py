@@ -1,17 +1,12 @@
-"""The Triton attention against float64, in Triton's interpreter and on CUDA.
-
-Triton decides at its import whether it interprets, so a machine without a GPU runs this file once more in a child process.
-"""
+"""The Triton attention against float64, in Triton's interpreter and on CUDA."""
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from typing import Any
 
 import pytest
 import torch
+from interpreter import DEVICE, INTERPRETED, in_the_interpreter, kernel_test
 from op_samples import tensor
 from tolerance import assert_close
 from torch import Tensor
@@ -22,8 +17,6 @@ from imm.ops.attention import timestep_attention_bwd as reference_bwd
 
 pytest.importorskip("triton")
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-DEVICE = "cpu" if INTERPRETED else "cuda"
 # The interpreter's products of bfloat16 are wrong.
 DTYPES = [torch.float32, torch.float16, *([] if INTERPRETED else [torch.bfloat16])]
 HEADS = 2
@@ -31,17 +24,7 @@ HEADS = 2
 SHAPES = [(8, 1), (64, 16), (72, 7), (72, 64), (40, 65), (96, 70), (120, 20), (128, 33)]
 
 
-def kernel_test(function: Any) -> Any:
-    """Collected where kernels can run: on a GPU, and in the child of :func:`test_in_the_interpreter`."""
-    return function if INTERPRETED or torch.cuda.is_available() else None
-
-
-@pytest.mark.skipif(INTERPRETED or torch.cuda.is_available(), reason="the tests of this file run directly")
-def test_in_the_interpreter() -> None:
-    command = [sys.executable, "-m", "pytest", "-o", "addopts=", "-p", "no:cacheprovider", __file__]
-    done = subprocess.run(command, env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert " passed" in done.stdout, done.stdout
+test_in_the_interpreter = in_the_interpreter(__file__)
 
 
 def run(op: str, *args: Any) -> Any:

@@ -1,17 +1,14 @@
-"""The Triton flow_step and noise against float64 and the reference noise's bits, in Triton's interpreter and on CUDA.
-
-Triton decides at its import whether it interprets, so a machine without a GPU runs this file once more in a child process.
-"""
+"""The Triton flow_step and noise against float64 and the reference noise's bits, in Triton's interpreter and on CUDA."""
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
 from typing import Any
 
 import pytest
 import torch
+from interpreter import DEVICE, in_the_interpreter, kernel_test
 from torch import Tensor
 
 from imm.ops import dispatch, triton_kernels
@@ -20,25 +17,13 @@ from imm.ops.noise import noise as reference_noise
 
 pytest.importorskip("triton")
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-DEVICE = "cpu" if INTERPRETED else "cuda"
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 # Below, at and above a Philox block of four and a program's 1024 elements; images; vectorizable and not.
 SHAPES = [(1, 1), (3, 3), (2, 37), (3, 1, 8, 8), (2, 1024), (2, 1025), (1, 2500)]
 SEEDS = [2**33 + 1, 7, -3]
 
 
-def kernel_test(function: Any) -> Any:
-    """Collected where kernels can run: on a GPU, and in the child of :func:`test_in_the_interpreter`."""
-    return function if INTERPRETED or torch.cuda.is_available() else None
-
-
-@pytest.mark.skipif(INTERPRETED or torch.cuda.is_available(), reason="the tests of this file run directly")
-def test_in_the_interpreter() -> None:
-    command = [sys.executable, "-m", "pytest", "-o", "addopts=", "-p", "no:cacheprovider", __file__]
-    done = subprocess.run(command, env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert " passed" in done.stdout, done.stdout
+test_in_the_interpreter = in_the_interpreter(__file__)
 
 
 def layout(shape: tuple[int, ...], dtype: torch.dtype, variant: str) -> Tensor:

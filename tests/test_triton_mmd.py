@@ -1,18 +1,13 @@
-"""The Triton MMD kernels against float64, in Triton's interpreter and on CUDA.
-
-Triton decides at its import whether it interprets, so a machine without a GPU runs this file once more in a child process.
-"""
+"""The Triton MMD kernels against float64, in Triton's interpreter and on CUDA."""
 
 from __future__ import annotations
 
 import itertools
-import os
-import subprocess
-import sys
 from typing import Any
 
 import pytest
 import torch
+from interpreter import DEVICE, INTERPRETED, in_the_interpreter, kernel_test
 from tolerance import assert_close
 from torch import Tensor
 
@@ -20,8 +15,6 @@ from imm.ops import dispatch, flow_map_mmd, mmd
 
 pytest.importorskip("triton")
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-DEVICE = "cpu" if INTERPRETED else "cuda"
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 #: M at the edges of the regimes and of their blocks; D one, ragged, a multiple of sixteen.
 SIZES = [*itertools.product([1, 2, 3, 4, 5, 6, 7, 8], [1, 37, 272])]
@@ -29,17 +22,7 @@ SIZES += [(9, 1), (9, 272), (16, 37), (17, 272), (32, 64), (33, 37), (64, 64), (
 KERNEL = ("laplace", [1.0], 1e-8)
 
 
-def kernel_test(function: Any) -> Any:
-    """Collected where kernels can run: on a GPU, and in the child of :func:`test_in_the_interpreter`."""
-    return function if INTERPRETED or torch.cuda.is_available() else None
-
-
-@pytest.mark.skipif(INTERPRETED or torch.cuda.is_available(), reason="the tests of this file run directly")
-def test_in_the_interpreter() -> None:
-    command = [sys.executable, "-m", "pytest", "-o", "addopts=", "-p", "no:cacheprovider", __file__]
-    done = subprocess.run(command, env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert " passed" in done.stdout, done.stdout
+test_in_the_interpreter = in_the_interpreter(__file__)
 
 
 @pytest.fixture
