@@ -80,14 +80,24 @@ def test_it_goes_on_where_it_stopped_and_writes_rows(tmp_path: Path) -> None:
     assert "noise normal" in (tmp_path / "bench.txt").read_text()
 
 
-def test_limits_fit_the_total(suite: ModuleType) -> None:
+def test_it_stops_in_time(suite: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(suite, "TOTAL", 5.0)
+    monkeypatch.setattr(sys, "argv", ["gpu_suite.py", "--out", str(tmp_path), "--dry-run"])
+    assert suite.main(lambda *words, **options: None) == 0
+    found = stages(tmp_path)
+    assert {found[name]["reason"] for name in RUNS} == {"no time left; run again with the same folder"}
+
+
+def test_the_plan_has_every_benchmark(suite: ModuleType) -> None:
     options = suite.argparse.Namespace(dry_run=False, out=Path("results"))
     found = {"gpu": "a GPU", "tools": dict.fromkeys(suite.TOOLS, True)}
     planned, _ = suite.plan(options, found)
-    assert sum(stage.limit for stage in planned) <= suite.TOTAL < 540
+    assert all(stage.limit < suite.TOTAL < 540 for stage in planned)
     assert all(isinstance(stage.command, list) for stage in planned)
     assert planned[0].command[-1] == "--cuda"
-    assert [stage.command[4:] for stage in planned[-3:]] == [["cuda", str(Path("results").resolve()), "full"]] * 3
+    benches = [stage for stage in planned if stage.name.startswith("bench ")]
+    assert {stage.name for stage in benches} == {f"bench {path.stem[6:]}" for path in SUITE.parent.glob("bench_*.py")}
+    assert all(stage.command[4:] == ["cuda", str(Path("results").resolve()), "full"] for stage in benches)
     bare, _ = suite.plan(options, {"gpu": "a GPU", "tools": dict.fromkeys(suite.TOOLS, False)})
     assert bare[0].command[-1] != "--cuda"
     assert {stage.name: stage.command for stage in bare}["memcheck"] == "compute-sanitizer not found"
