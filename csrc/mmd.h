@@ -52,6 +52,7 @@ struct MmdPlan {
   int64_t stride;
   bool products;     // a loss takes distances by products where it can
   bool gather;       // rows, for the gradient: more than are read where they lie
+  bool stream;       // the gradient goes around the caches, which it exceeds
   int64_t features;  // whose distances are worked on at a time
 };
 
@@ -62,9 +63,10 @@ constexpr int64_t kMmdGradFeatures = 512;  // of a gradient that is not in the a
 // What one thread needs beside its registers. z is the rows of a group: both sets, one after the other.
 struct MmdWork {
   double* values;              // squared distances, then kernel values: loss [2 M, 2 M], gram [Mx, My]
-  double* slopes;              // loss [M, 2 M], gram [Mx, My]
+  double* slopes;              // loss [M, 2 M] and before that M (2 M + 1) in a row, gram [Mx, My]
   void* coefficient;           // of the gradient, arithmetic dtype: as many as slopes and 1 a row, gram twice
   const void** rows;           // to each of z
+  const void** next_rows;      // to each of the next group's
   const void** gathered_rows;  // the same, gathered
   void* partial;               // sums of a pair of blocks and of tiles of matched pairs, a vector each
   void* packed;                // z

@@ -399,6 +399,26 @@ def test_bits_do_not_depend_on_the_threads() -> None:
     assert all(torch.equal(a, b) for a, b in zip(one, two, strict=True))
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("M", "D"), [(4, 1024), (4, 1029), (8, 1024), (32, 1024)])
+def test_a_gradient_beyond_the_caches_has_the_bits_of_a_small_one(M: int, D: int, dtype: torch.dtype) -> None:
+    """It is stored around the caches where it is aligned."""
+    groups, small = 9_000_000 // (M * D * 4), 5
+    y_t, y_r = (torch.randn(groups, M, D).to(dtype) for _ in range(2))
+    options = None, None, *LAPLACE, False
+    wanted = [
+        OPS.mmd_loss_grad(y_t[i : i + small], y_r[i : i + small], torch.ones(len(y_t[i : i + small])), *options)
+        for i in range(0, groups, small)
+    ]
+    loss, grad = (torch.cat(parts) for parts in zip(*wanted, strict=True))
+    memory = torch.empty(y_t.numel() + 1, dtype=dtype)
+    for target in (memory[:-1].view_as(y_t), memory[1:].view_as(y_t)):
+        found = torch.empty_like(loss)
+        OPS.mmd_loss_grad.out(y_t, y_r, torch.ones(groups), *options, loss=found, grad=target)
+        assert torch.equal(found, loss)
+        assert torch.equal(target, grad)
+
+
 def test_out_may_share_memory_with_inputs() -> None:
     y_t, y_r, scale, _ = particles(4, 64, torch.float32)
     options = scale, None, None, *LAPLACE, False
