@@ -283,4 +283,4 @@ def test_buffers_exceed_the_cache() -> None:
         count = timing.sets_of_buffers(cuda, size)
         assert count >= 8
         assert count * size >= 400e6
-    assert timing.sets_of_buffers(CPU, 1_000) == 1
+    assert [timing.sets_of_buffers(CPU, size) for size in (1_000, 40_000_000, 10**9)] == [64, 10, 2]

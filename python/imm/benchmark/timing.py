@@ -1,12 +1,13 @@
 """The clocks. Each is made of a peer's steps, one per set of buffers, and gives seconds per step, one sample a call.
 
-On the CPU there is one set of buffers, and a peer's turn is calls that are not timed, until what the peers before it left in
-the caches is gone, then one that is: what a loop of calls takes. On CUDA the sets rotate, so that no input
-is in the L2 cache, and a captured graph of all of them is replayed between two events, so that launches cost nothing.
+The sets rotate, so that neither inputs nor outputs are in a cache, as between the steps of a training run. On the CPU each call
+takes the set that no peer has touched for longest. On CUDA a captured graph of all sets is replayed between two events, so that
+launches cost nothing.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
 import time
 from collections.abc import Callable, Sequence
@@ -17,11 +18,11 @@ from torch import Tensor
 
 from imm.benchmark.case import Step
 
-#: Several times the largest L2 cache.
+#: Several times the largest L2 cache of a GPU, or last cache of a few cores.
 ROTATED_BYTES = 400e6
-LEAST_SETS = 8
+LEAST_SETS, MOST_CPU_SETS = 8, 64
 _WARM_UP = 3
-_SETTLE_SECONDS = 0.01
+_CPU_TURN = itertools.count()
 
 
 @dataclass(frozen=True)
@@ -35,28 +36,28 @@ class Clock:
 
 def sets_of_buffers(device: torch.device, bytes_per_set: int) -> int:
     """How many independent sets of inputs a case needs."""
-    return max(LEAST_SETS, math.ceil(ROTATED_BYTES / bytes_per_set)) if device.type == "cuda" else 1
+    count = math.ceil(ROTATED_BYTES / bytes_per_set)
+    return max(LEAST_SETS, count) if device.type == "cuda" else min(max(2, count), MOST_CPU_SETS)
 
 
 def clock(device: torch.device, steps: Sequence[Step]) -> Clock:
     """The clock for a device, warmed up."""
-    return _cuda(steps) if device.type == "cuda" else _cpu(steps[0])
+    return _cuda(steps) if device.type == "cuda" else _cpu(steps)
 
 
-def _cpu(step: Step) -> Clock:
+def _cpu(steps: Sequence[Step]) -> Clock:
+    for step in steps[1:]:
+        step()  # touches the memory that it keeps
     for _ in range(_WARM_UP):
-        outputs = step()
+        outputs = steps[0]()
 
     def sample() -> float:
-        settled = time.perf_counter() + _SETTLE_SECONDS
-        step()
-        while time.perf_counter() < settled:
-            step()
+        step = steps[next(_CPU_TURN) % len(steps)]
         start = time.perf_counter()
         step()
         return time.perf_counter() - start
 
-    return Clock("wall clock", sample, outputs)
+    return Clock(f"wall clock over {len(steps)} sets", sample, outputs)
 
 
 def _cuda(steps: Sequence[Step]) -> Clock:
