@@ -3,9 +3,11 @@
 
 #include <ATen/MemoryOverlap.h>
 #include <ATen/core/Tensor.h>
+#include <ATen/core/DimVector.h>
 #include <c10/core/GradMode.h>
 #include <c10/core/ScalarType.h>
 
+#include <algorithm>
 #include <cmath>
 #include <initializer_list>
 #include <optional>
@@ -90,6 +92,18 @@ inline void check_flow_step(const at::Tensor& x, const at::Tensor& g, const at::
                     "], got ", seeds->sizes());
   check_noise(*seeds, x.numel(), step);
   check_same_device("seeds", *seeds, x);
+}
+
+// What imm::sampling_step takes beside those.
+inline void check_next_input(const at::Tensor& x, const at::Tensor& c_in, int64_t copies) {
+  check_coefficient("c_in", c_in, x);
+  TORCH_CHECK_VALUE(copies >= 1, "copies: expected a count >= 1, got ", copies);
+}
+
+inline at::DimVector next_input_sizes(const at::Tensor& x, int64_t copies) {
+  at::DimVector sizes(x.sizes());
+  sizes[0] *= copies;
+  return sizes;
 }
 
 struct NamedTensor {
@@ -180,6 +194,13 @@ inline bool writes_flow_step_directly(const at::Tensor& out, std::initializer_li
     if (coefficient && !apart(out, *coefficient)) return false;
   }
   return true;
+}
+
+// The same for the network's next input, which is written while all others are read.
+inline bool writes_next_input_directly(const at::Tensor& input, std::initializer_list<Optional> others) {
+  if (!input.is_contiguous()) return false;
+  return std::all_of(others.begin(), others.end(),
+                     [&](const Optional& other) { return !other || apart(input, *other); });
 }
 
 }  // namespace imm

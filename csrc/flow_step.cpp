@@ -26,8 +26,15 @@ void run_pieces(void (*loop)(const Args&, int64_t, int64_t), const Args& args, i
                    [&](int64_t begin, int64_t end) { loop(args, begin, end); });
 }
 
+// What sampling_step computes beside flow_step: c_in x_s into input.
+struct NextInput {
+  Tensor c_in, input;
+  int64_t copies;
+};
+
 void run(const Tensor& x, const Tensor& g, const Tensor& c_skip, const Tensor& c_out, const Optional& g_uncond,
-         const Optional& guidance, const Optional& c_noise, const Optional& seeds, int64_t step, const Tensor& out) {
+         const Optional& guidance, const Optional& c_noise, const Optional& seeds, int64_t step, const Tensor& out,
+         const NextInput* next = nullptr) {
   if (x.numel() == 0) return;
   const Tensor xs = x.contiguous(), gs = g.contiguous();
   const Tensor base = g_uncond ? g_uncond->contiguous() : Tensor(), keys = seeds ? seeds->contiguous() : Tensor();
@@ -43,7 +50,11 @@ void run(const Tensor& x, const Tensor& g, const Tensor& c_skip, const Tensor& c
                           .c_noise = c_noise ? coefficient_of(*c_noise) : Coefficient{},
                           .seeds = seeds ? keys.const_data_ptr<int64_t>() : nullptr,
                           .step = step,
-                          .out = out.mutable_data_ptr()};
+                          .out = out.mutable_data_ptr(),
+                          .c_in = next ? coefficient_of(next->c_in) : Coefficient{},
+                          .input = next ? next->input.mutable_data_ptr() : nullptr,
+                          .copies = next ? next->copies : 0,
+                          .block = x.numel()};
   run_pieces(IMM_CHOOSE(flow_step_functions).forward, args, x.size(0), seeds ? 2 : 32);
 }
 
@@ -67,6 +78,41 @@ void flow_step_out(const Tensor& x, const Tensor& g, const Tensor& c_skip, const
   const Tensor target = direct ? out : at::empty(x.sizes(), x.scalar_type());
   run(x, g, c_skip, c_out, g_uncond, guidance, c_noise, seeds, step, target);
   if (!direct) out.copy_(target);
+}
+
+std::tuple<Tensor, Tensor> sampling_step(const Tensor& x, const Tensor& g, const Tensor& c_skip, const Tensor& c_out,
+                                         const Optional& g_uncond, const Optional& guidance, const Optional& c_noise,
+                                         const Optional& seeds, int64_t step, const Tensor& c_in, int64_t copies) {
+  check_flow_step(x, g, c_skip, c_out, g_uncond, guidance, c_noise, seeds, step);
+  check_next_input(x, c_in, copies);
+  const Tensor out = at::empty(x.sizes(), x.scalar_type());
+  const Tensor input = at::empty(next_input_sizes(x, copies), g.scalar_type());
+  const NextInput next{c_in, input, copies};
+  run(x, g, c_skip, c_out, g_uncond, guidance, c_noise, seeds, step, out, &next);
+  return {out, input};
+}
+
+void sampling_step_out(const Tensor& x, const Tensor& g, const Tensor& c_skip, const Tensor& c_out,
+                       const Optional& g_uncond, const Optional& guidance, const Optional& c_noise,
+                       const Optional& seeds, int64_t step, const Tensor& c_in, int64_t copies, const Tensor& out,
+                       const Tensor& input) {
+  check_flow_step(x, g, c_skip, c_out, g_uncond, guidance, c_noise, seeds, step);
+  check_next_input(x, c_in, copies);
+  check_out("out", out, x.sizes(), x.scalar_type(), x);
+  check_out("input", input, next_input_sizes(x, copies), g.scalar_type(), x);
+  const Tensor base = g_uncond.value_or(Tensor());
+  refuse_gradients("sampling_step", {x, g, c_skip, c_out, base, guidance.value_or(Tensor()), c_noise.value_or(Tensor()),
+                                     c_in, out, input});
+  if (writes_flow_step_directly(out, {x, g, base}, {c_skip, c_out, guidance, c_noise, seeds, c_in, input}) &&
+      writes_next_input_directly(input, {x, g, base, c_skip, c_out, guidance, c_noise, seeds, c_in})) {
+    const NextInput next{c_in, input, copies};
+    run(x, g, c_skip, c_out, g_uncond, guidance, c_noise, seeds, step, out, &next);
+    return;
+  }
+  const auto [out_value, input_value] =
+      sampling_step(x, g, c_skip, c_out, g_uncond, guidance, c_noise, seeds, step, c_in, copies);
+  out.copy_(out_value);
+  input.copy_(input_value);
 }
 
 std::tuple<Tensor, Tensor, Tensor> flow_step_bwd(const Tensor& grad, const Tensor& g, const Tensor& c_skip,
@@ -98,6 +144,8 @@ TORCH_LIBRARY_IMPL(imm, CPU, m) {
   m.impl("flow_step", flow_step);
   m.impl("flow_step.out", flow_step_out);
   m.impl("flow_step_bwd", flow_step_bwd);
+  m.impl("sampling_step", sampling_step);
+  m.impl("sampling_step.out", sampling_step_out);
 }
 
 }  // namespace imm

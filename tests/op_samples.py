@@ -89,6 +89,11 @@ def flow_step_bwd(variant: str, dtype: torch.dtype, device: str) -> tuple[Any, .
     return x.detach(), g.detach(), skip, out, g_uncond.detach(), guidance
 
 
+def sampling_step(variant: str, dtype: torch.dtype, device: str) -> tuple[Any, ...]:
+    arguments = (a.detach() if isinstance(a, Tensor) else a for a in flow_step(variant, dtype, device))
+    return *arguments, coefficients(3, variant, device), 2
+
+
 def adaln_modulate(variant: str, dtype: torch.dtype, device: str) -> tuple[Any, ...]:
     x = tensor((3, 4, 17), variant, dtype, device)
     return x, *(tensor((3, 17), variant, dtype, device) for _ in range(2)), 1e-6
@@ -164,6 +169,8 @@ SAMPLES: dict[str, Callable[..., tuple[Any, ...]]] = {
     "flow_step": flow_step,
     "flow_step.out": out_form(flow_step, "flow_step", "out"),
     "flow_step_bwd": flow_step_bwd,
+    "sampling_step": sampling_step,
+    "sampling_step.out": out_form(sampling_step, "sampling_step", "out", "input"),
     "adaln_modulate": adaln_modulate,
     "adaln_modulate_bwd": adaln_modulate_bwd,
     "gated_residual_adaln": gated_residual_adaln,

@@ -1,6 +1,8 @@
 // The loops of imm::flow_step, compiled once per instruction set (see capability.h).
 #include "../flow_step.h"
 
+#include <cstring>
+
 #include "convert.h"
 #include "normals.h"
 
@@ -47,6 +49,17 @@ void forward_as(const FlowStepArgs& args, int64_t begin, int64_t end) {
       for (int64_t i = 0; i < n; ++i) out[i] = c_skip * x[i] + c_out * g[i];
     }
     finish(out, target, args.x_dtype, n);
+    if (!args.input) return;
+    const T* x_s = as_compute<T>(target, args.x_dtype, n, out_buffer);  // as rounded
+    const T c_in = coefficient<T>(args.c_in, image);
+    void* first_copy = at_element(args.input, args.g_dtype, offset);
+    T* scaled = compute_target(first_copy, args.g_dtype, g_buffer);
+    for (int64_t i = 0; i < n; ++i) scaled[i] = c_in * x_s[i];
+    finish(scaled, first_copy, args.g_dtype, n);
+    for (int64_t copy = 1; copy < args.copies; ++copy) {
+      std::memcpy(at_element(args.input, args.g_dtype, offset + copy * args.block), first_copy,
+                  static_cast<size_t>(n * element_size(args.g_dtype)));
+    }
   });
 }
 

@@ -33,9 +33,16 @@ Type type_of(const Tensor& tensor) {
 
 int64_t row_length(const Tensor& x) { return x.size(0) == 0 ? 0 : x.numel() / x.size(0); }
 
+// What sampling_step computes beside flow_step: c_in x_s into input, contiguous.
+struct NextInput {
+  Tensor c_in, input;
+  int64_t copies;
+};
+
 // x_s is contiguous; the arguments are checked.
 void run(const Tensor& x, const Tensor& g, const Tensor& c_skip, const Tensor& c_out, const Optional& g_uncond,
-         const Optional& guidance, const Optional& c_noise, const Optional& seeds, int64_t step, const Tensor& x_s) {
+         const Optional& guidance, const Optional& c_noise, const Optional& seeds, int64_t step, const Tensor& x_s,
+         const NextInput* next = nullptr) {
   FlowStepForward p;
   p.B = x.size(0);
   p.D = row_length(x);
@@ -54,6 +61,11 @@ void run(const Tensor& x, const Tensor& g, const Tensor& c_skip, const Tensor& c
   p.g = g_rows.const_data_ptr();
   p.g_uncond = g_uncond ? g_uncond_rows.const_data_ptr() : nullptr;
   p.x_s = x_s.mutable_data_ptr();
+  if (next) {
+    p.c_in = per_image<double>(next->c_in);
+    p.input = next->input.mutable_data_ptr();
+    p.copies = next->copies;
+  }
   launch_on_device_of(x, [&](cudaStream_t stream) { return launch_flow_step_fwd_kernel(p, stream); });
 }
 
@@ -78,6 +90,42 @@ void flow_step_out(const Tensor& x, const Tensor& g, const Tensor& c_skip, const
   const Tensor target = direct ? out : at::empty(x.sizes(), x.options());
   run(x, g, c_skip, c_out, g_uncond, guidance, c_noise, seeds, step, target);
   if (!direct) out.copy_(target);
+}
+
+// The same, and c_in x_s as the network takes it: [copies B, ...] of g's dtype, contiguous.
+std::tuple<Tensor, Tensor> sampling_step(const Tensor& x, const Tensor& g, const Tensor& c_skip, const Tensor& c_out,
+                                         const Optional& g_uncond, const Optional& guidance, const Optional& c_noise,
+                                         const Optional& seeds, int64_t step, const Tensor& c_in, int64_t copies) {
+  check_flow_step(x, g, c_skip, c_out, g_uncond, guidance, c_noise, seeds, step);
+  check_next_input(x, c_in, copies);
+  const Tensor x_s = at::empty(x.sizes(), x.options());
+  const Tensor input = at::empty(next_input_sizes(x, copies), g.options());
+  const NextInput next{c_in, input, copies};
+  run(x, g, c_skip, c_out, g_uncond, guidance, c_noise, seeds, step, x_s, &next);
+  return {x_s, input};
+}
+
+void sampling_step_out(const Tensor& x, const Tensor& g, const Tensor& c_skip, const Tensor& c_out,
+                       const Optional& g_uncond, const Optional& guidance, const Optional& c_noise,
+                       const Optional& seeds, int64_t step, const Tensor& c_in, int64_t copies, const Tensor& out,
+                       const Tensor& input) {
+  check_flow_step(x, g, c_skip, c_out, g_uncond, guidance, c_noise, seeds, step);
+  check_next_input(x, c_in, copies);
+  check_out("out", out, x.sizes(), x.scalar_type(), x);
+  check_out("input", input, next_input_sizes(x, copies), g.scalar_type(), x);
+  const Tensor base = g_uncond.value_or(Tensor());
+  refuse_gradients("sampling_step", {x, g, c_skip, c_out, base, guidance.value_or(Tensor()), c_noise.value_or(Tensor()),
+                                     c_in, out, input});
+  if (writes_flow_step_directly(out, {x, g, base}, {c_skip, c_out, guidance, c_noise, seeds, c_in, input}) &&
+      writes_next_input_directly(input, {x, g, base, c_skip, c_out, guidance, c_noise, seeds, c_in})) {
+    const NextInput next{c_in, input, copies};
+    run(x, g, c_skip, c_out, g_uncond, guidance, c_noise, seeds, step, out, &next);
+    return;
+  }
+  const auto [x_s, scaled] =
+      sampling_step(x, g, c_skip, c_out, g_uncond, guidance, c_noise, seeds, step, c_in, copies);
+  out.copy_(x_s);
+  input.copy_(scaled);
 }
 
 // The gradients of flow_step to x, g and g_uncond (empty where there is none), contiguous.
@@ -111,6 +159,8 @@ TORCH_LIBRARY_IMPL(imm, CUDA, m) {
   m.impl("flow_step", TORCH_FN(flow_step));
   m.impl("flow_step.out", TORCH_FN(flow_step_out));
   m.impl("flow_step_bwd", TORCH_FN(flow_step_bwd));
+  m.impl("sampling_step", TORCH_FN(sampling_step));
+  m.impl("sampling_step.out", TORCH_FN(sampling_step_out));
 }
 
 }  // namespace imm::cuda

@@ -3,7 +3,7 @@
 // Rows are images: x, x_s [B, D] of the state's type, g, g_u [B, D] of the network's type; coefficients float64, one
 // per image or one for all, read from device memory (a captured graph follows them). n is the Philox noise of
 // normals.cuh. Arithmetic is float32, float64 for a float64 state. Moves 3 B D elements, 4 with guidance, once; a chunk
-// of a row per thread.
+// of a row per thread. For the sampling loop it also writes c_in x_s in the network's type, once or twice.
 #include "flow_step.h"
 #include "launch.cuh"
 #include "normals.cuh"
@@ -43,6 +43,13 @@ __global__ void __launch_bounds__(kMaxThreads) flow_step_fwd_kernel(const FlowSt
         for (int i = 0; i < N; ++i) x[i] += c_noise * n[i];
       }
       store_chunk<kVector>(static_cast<State*>(p.x_s) + offset, count, x);
+      if (p.input != nullptr) {
+        const Acc c_in = convert<Acc>(at(p.c_in, b));
+#pragma unroll
+        for (int i = 0; i < N; ++i) x[i] = c_in * convert<Acc>(convert<State>(x[i]));
+        Output* input = static_cast<Output*>(p.input) + offset;
+        for (int64_t copy = 0; copy < p.copies; ++copy, input += p.B * p.D) store_chunk<kVector>(input, count, x);
+      }
     });
   });
 }
@@ -103,7 +110,7 @@ cudaError_t with_types(Type state, Type output, Launch&& launch) {
 cudaError_t launch_flow_step_fwd_kernel(const FlowStepForward& p, cudaStream_t stream) {
   return with_types(p.state, p.output, [&](auto state, auto output) {
     constexpr int N = kChunk<decltype(state), decltype(output)>;
-    const bool vector = p.D % N == 0 && aligned16(p.x, p.g, p.g_uncond, p.x_s);
+    const bool vector = p.D % N == 0 && aligned16(p.x, p.g, p.g_uncond, p.x_s, p.input);
     return with_flag(p.seeds.ptr != nullptr, [&](auto noisy) {
       return with_flag(vector, [&](auto wide) {
         const auto kernel =

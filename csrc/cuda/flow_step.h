@@ -17,10 +17,11 @@ struct FlowStepForward {
   const void* g = nullptr;         // [B, D] of type output
   const void* g_uncond = nullptr;  // [B, D] of type output, or null
   void* x_s = nullptr;             // [B, D] of type state
-  PerImage<double> c_skip, c_out, guidance, c_noise;
+  void* input = nullptr;           // [copies B, D] of type output: c_in x_s for the network, or null
+  PerImage<double> c_skip, c_out, guidance, c_noise, c_in;
   PerImage<int64_t> seeds;  // null where there is no noise
   uint64_t step = 0;
-  int64_t B = 0, D = 0;
+  int64_t B = 0, D = 0, copies = 0;
   Type state = Type::kFloat32, output = Type::kFloat32;
 };
 

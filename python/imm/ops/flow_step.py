@@ -1,8 +1,8 @@
-"""imm::flow_step: one step of a flow map, x_s = c_skip x + c_out (g_u + w (g - g_u)) + c_noise n (paper eq. 14, section C.5).
+"""imm::flow_step and imm::sampling_step: one step of a flow map, x_s = c_skip x + c_out (g_u + w (g - g_u)) + c_noise n (paper eq. 14, section C.5).
 
 x is the state, g the network's output (g_u without a label, for guidance w), n the Philox noise of (seed, step). The result has
 the state's dtype; arithmetic is float64 for a float64 state and float32 otherwise. The coefficients are float64, one per image
-or one for all. Reads x, g (and g_u) once, writes x_s once.
+or one for all. Reads x, g (and g_u) once, writes x_s once. sampling_step also writes what the network takes next, c_in x_s in g's dtype.
 """
 
 from __future__ import annotations
@@ -41,16 +41,19 @@ def _check(
     if g_uncond is not None and (g_uncond.shape != g.shape or g_uncond.dtype != g.dtype):
         raise ValueError(f"g_uncond: expected {list(g.shape)} of {g.dtype}, got {list(g_uncond.shape)} of {g_uncond.dtype}")
     for name, number in (("c_skip", c_skip), ("c_out", c_out), ("guidance", guidance), ("c_noise", c_noise)):
-        if number is None:
-            continue
-        if number.dim() != 1 or number.shape[0] not in (1, x.shape[0]):
-            raise ValueError(f"{name}: expected [1] or [{x.shape[0]}], got {list(number.shape)}")
-        if number.dtype != torch.float64:
-            raise TypeError(f"{name}: expected float64, got {number.dtype}")
+        if number is not None:
+            _check_coefficient(name, number, x)
     if seeds is not None:
         if seeds.shape != x.shape[:1]:
             raise ValueError(f"seeds: expected one per image, [{x.shape[0]}], got {list(seeds.shape)}")
         check_noise(seeds, x.numel(), step)
+
+
+def _check_coefficient(name: str, number: Tensor, x: Tensor) -> None:
+    if number.dim() != 1 or number.shape[0] not in (1, x.shape[0]):
+        raise ValueError(f"{name}: expected [1] or [{x.shape[0]}], got {list(number.shape)}")
+    if number.dtype != torch.float64:
+        raise TypeError(f"{name}: expected float64, got {number.dtype}")
 
 
 def _broadcast(value: Tensor, like: Tensor, dtype: torch.dtype) -> Tensor:
@@ -118,6 +121,64 @@ def flow_step_bwd(
     return grad_x, (w * grad_g).to(g.dtype).contiguous(), ((1.0 - w) * grad_g).to(g.dtype).contiguous()
 
 
+def _check_sampling(
+    x: Tensor,
+    g: Tensor,
+    c_skip: Tensor,
+    c_out: Tensor,
+    g_uncond: Tensor | None,
+    guidance: Tensor | None,
+    c_noise: Tensor | None,
+    seeds: Tensor | None,
+    step: int,
+    c_in: Tensor,
+    copies: int,
+) -> torch.Size:
+    """Checks, and the shape of the network's input."""
+    _check(x, g, c_skip, c_out, g_uncond, guidance, c_noise, seeds, step)
+    _check_coefficient("c_in", c_in, x)
+    if copies < 1:
+        raise ValueError(f"copies: expected a count >= 1, got {copies}")
+    return torch.Size((copies * x.shape[0], *x.shape[1:]))
+
+
+def sampling_step(
+    x: Tensor,
+    g: Tensor,
+    c_skip: Tensor,
+    c_out: Tensor,
+    g_uncond: Tensor | None,
+    guidance: Tensor | None,
+    c_noise: Tensor | None,
+    seeds: Tensor | None,
+    step: int,
+    c_in: Tensor,
+    copies: int,
+) -> tuple[Tensor, Tensor]:
+    """Reference of imm::sampling_step: :func:`flow_step`'s x_s, and c_in x_s ``copies`` times over, [copies B, ...] in g's dtype."""
+    shape = _check_sampling(x, g, c_skip, c_out, g_uncond, guidance, c_noise, seeds, step, c_in, copies)
+    x_s = torch.ops.imm.flow_step(x, g, c_skip, c_out, g_uncond, guidance, c_noise, seeds, step)
+    dtype = accumulate_dtype(x_s.dtype)
+    scaled = (_broadcast(c_in, x_s, dtype) * x_s.to(dtype)).to(g.dtype)
+    return x_s, scaled.expand(copies, *scaled.shape).reshape(shape).contiguous()
+
+
+def sampling_step_out(*args: Any, out: Tensor, input: Tensor) -> None:
+    """Reference of imm::sampling_step.out: :func:`sampling_step` into memory that the caller keeps; ``out`` may be ``x``."""
+    _check_sampling_out(*args, out=out, input=input)
+    refuse_gradients("sampling_step", *(a for a in args if isinstance(a, Tensor)), out, input)
+    x_s, scaled = torch.ops.imm.sampling_step(*args)
+    out.copy_(x_s)
+    input.copy_(scaled)
+
+
+def _check_sampling_out(*args: Any, out: Tensor, input: Tensor) -> None:
+    shape = _check_sampling(*args)
+    x, g = args[:2]
+    check_out("out", out, x.shape, x.dtype, x.device)
+    check_out("input", input, shape, g.dtype, x.device)
+
+
 def _fake(
     x: Tensor,
     g: Tensor,
@@ -136,6 +197,10 @@ def _fake(
 def _fake_out(*args: Any, out: Tensor) -> None:
     _check(*args)
     check_out("out", out, args[0].shape, args[0].dtype, args[0].device)
+
+
+def _fake_sampling(x: Tensor, g: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    return x.new_empty(x.shape), g.new_empty(_check_sampling(x, g, *rest))
 
 
 def _fake_bwd(
@@ -174,6 +239,9 @@ register(
     triton=triton_kernels.implementation(_triton, *DTYPES),
 )
 register("flow_step.out", reference=flow_step_out, fake=_fake_out, native=("cpu", "cuda"))
+register("sampling_step", reference=sampling_step, fake=_fake_sampling, native=("cpu", "cuda"))
+register("sampling_step.out", reference=sampling_step_out, fake=_check_sampling_out, native=("cpu", "cuda"))
 register("flow_step_bwd", reference=flow_step_bwd, fake=_fake_bwd, native=("cpu", "cuda"))
 torch.library.register_autograd("imm::flow_step", _backward, setup_context=_setup)
 no_second_derivative("flow_step_bwd")
+no_second_derivative("sampling_step")

@@ -9,6 +9,9 @@ _KERNEL = "str kernel, float[] bandwidths, float eps"
 _LOSS = f"Tensor scale, Tensor? weight, {_KERNEL}, bool unbiased"
 _LOSS_GRAD = f"Tensor scale, Tensor? weight, Tensor? upstream, {_KERNEL}, bool unbiased"
 _BRANCHES = "Tensor x_t, Tensor x_r, Tensor g_t, Tensor g_r, Tensor c_skip_t, Tensor c_out_t, Tensor c_skip_r, Tensor c_out_r"
+_STEP = (
+    "Tensor x, Tensor g, Tensor c_skip, Tensor c_out, Tensor? g_uncond, Tensor? guidance, Tensor? c_noise, Tensor? seeds, int step"
+)
 
 SCHEMAS: tuple[str, ...] = (
     f"mmd_loss(Tensor y_t, Tensor y_r, {_LOSS}) -> (Tensor, Tensor)",
@@ -20,10 +23,10 @@ SCHEMAS: tuple[str, ...] = (
     "flow_map_mmd_bwd(Tensor grad, Tensor finished, Tensor g_t, Tensor? upstream) -> Tensor",
     f"mmd_gram(Tensor x, Tensor y, Tensor scale, {_KERNEL}) -> Tensor",
     f"mmd_gram_bwd(Tensor grad, Tensor x, Tensor y, Tensor scale, {_KERNEL}) -> (Tensor, Tensor)",
-    "flow_step(Tensor x, Tensor g, Tensor c_skip, Tensor c_out, Tensor? g_uncond, Tensor? guidance, Tensor? c_noise, "
-    "Tensor? seeds, int step) -> Tensor",
-    "flow_step.out(Tensor x, Tensor g, Tensor c_skip, Tensor c_out, Tensor? g_uncond, Tensor? guidance, Tensor? c_noise, "
-    "Tensor? seeds, int step, *, Tensor(a!) out) -> ()",
+    f"flow_step({_STEP}) -> Tensor",
+    f"flow_step.out({_STEP}, *, Tensor(a!) out) -> ()",
+    f"sampling_step({_STEP}, Tensor c_in, int copies) -> (Tensor, Tensor)",
+    f"sampling_step.out({_STEP}, Tensor c_in, int copies, *, Tensor(a!) out, Tensor(b!) input) -> ()",
     "flow_step_bwd(Tensor grad, Tensor g, Tensor c_skip, Tensor c_out, Tensor? g_uncond, Tensor? guidance) "
     "-> (Tensor, Tensor, Tensor)",
     "adaln_modulate(Tensor x, Tensor shift, Tensor scale, float eps) -> Tensor",
