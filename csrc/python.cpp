@@ -1,10 +1,41 @@
 // imm._native._C: what is not an op.
+#include <pybind11/functional.h>
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+#include <torch/csrc/utils/pybind.h>
+
+#include <memory>
+#include <optional>
+#include <utility>
+#include <vector>
+
+#include "sampling_loop.h"
 
 namespace py = pybind11;
 
+namespace {
+
+using Column = std::vector<double>;
+using WithoutGil = py::call_guard<py::gil_scoped_release>;
+
+std::unique_ptr<imm::SamplingLoop> make_loop(Column t, Column s, Column c_in, Column c_skip, Column c_out,
+                                             Column c_noise, int64_t rows, std::vector<int64_t> shape, bool guided,
+                                             int64_t num_classes, double sigma_data, at::ScalarType state_dtype,
+                                             at::ScalarType input_dtype, const at::Device& device,
+                                             imm::SamplingLoop::Network network, imm::SamplingLoop::Prepare prepare,
+                                             std::shared_ptr<imm::GraphPool> pool) {
+  imm::SamplingTable table{std::move(t),      std::move(s),     std::move(c_in),
+                           std::move(c_skip), std::move(c_out), std::move(c_noise)};
+  imm::SamplingSettings settings{rows,       std::move(shape), guided,      num_classes,
+                                 sigma_data, state_dtype,      input_dtype, device};
+  return std::make_unique<imm::SamplingLoop>(std::move(table), std::move(settings), std::move(network),
+                                             std::move(prepare), std::move(pool));
+}
+
+}  // namespace
+
 PYBIND11_MODULE(_C, m) {
-  m.doc() = "Build information of the native library.";
+  m.doc() = "Build information of the native library, and its sampling loop.";
   m.def(
       "build_info",
       [] {
@@ -17,4 +48,20 @@ PYBIND11_MODULE(_C, m) {
         return info;
       },
       "What the library was built for and with: torch, cuda (None without), capabilities, compiler, flags.");
+
+  py::class_<imm::GraphPool, std::shared_ptr<imm::GraphPool>>(m, "GraphPool", "Memory that captured loops share.");
+  m.def("make_graph_pool", &imm::make_graph_pool, py::arg("device"),
+        "A GraphPool of a device, or None where there are no graphs.");
+
+  py::class_<imm::SamplingLoop>(m, "SamplingLoop", "The few-step loop for one number of rows; see csrc/sampling_loop.h.")
+      .def(py::init(&make_loop), py::kw_only(), py::arg("t"), py::arg("s"), py::arg("c_in"), py::arg("c_skip"),
+           py::arg("c_out"), py::arg("c_noise"), py::arg("rows"), py::arg("shape"), py::arg("guided"),
+           py::arg("num_classes"), py::arg("sigma_data"), py::arg("state_dtype"), py::arg("input_dtype"),
+           py::arg("device"), py::arg("network"), py::arg("prepare"), py::arg("pool"))
+      .def("capture", &imm::SamplingLoop::capture, WithoutGil(), "Record the loop for later runs.")
+      .def("run", &imm::SamplingLoop::run, py::arg("seeds"), py::arg("labels"), py::arg("guidance"), py::arg("x"),
+           py::arg("keep"), WithoutGil(), "Images for seeds: see csrc/sampling_loop.h.")
+      .def_property_readonly("captured", &imm::SamplingLoop::captured)
+      .def_property_readonly("rows", &imm::SamplingLoop::rows)
+      .def_property_readonly("bytes", &imm::SamplingLoop::bytes, "Of the memory it keeps, without a graph's.");
 }

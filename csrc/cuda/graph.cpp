@@ -1,0 +1,143 @@
+// CUDA graphs for ../graph.h.
+#include "../graph.h"
+
+#include <ATen/cuda/CUDAGraph.h>
+#include <c10/cuda/CUDACachingAllocator.h>
+#include <c10/cuda/CUDAException.h>
+#include <c10/cuda/CUDAFunctions.h>
+#include <c10/cuda/CUDAGuard.h>
+#include <c10/cuda/CUDAStream.h>
+
+#include <mutex>
+
+namespace imm::cuda {
+namespace {
+
+// Runs of a body before it is captured: libraries make their handles and workspaces, kernels are compiled and tuned.
+constexpr int kWarmUps = 3;
+
+std::mutex& capturing() {
+  static std::mutex mutex;
+  return mutex;
+}
+
+class CudaGraph final : public Graph {
+ public:
+  explicit CudaGraph(c10::Device device) : device_(device) {}
+
+  void replay() override {
+    const c10::cuda::CUDAGuard guard(device_);
+    graph.replay();
+  }
+
+  at::cuda::CUDAGraph graph;
+
+ private:
+  c10::Device device_;
+};
+
+// An event of its own device, made when it is first recorded.
+class Event {
+ public:
+  Event() = default;
+  Event(const Event&) = delete;
+  Event& operator=(const Event&) = delete;
+  ~Event() {
+    if (event_) C10_CUDA_CHECK_WARN(cudaEventDestroy(event_));
+  }
+
+  void record(cudaStream_t stream) {
+    if (!event_) C10_CUDA_CHECK(cudaEventCreateWithFlags(&event_, cudaEventDisableTiming));
+    C10_CUDA_CHECK(cudaEventRecord(event_, stream));
+  }
+
+  cudaEvent_t get() const { return event_; }
+
+ private:
+  cudaEvent_t event_ = nullptr;
+};
+
+class CudaGraphPool final : public GraphPool {
+ public:
+  explicit CudaGraphPool(c10::Device device)
+      : device_(c10::kCUDA, device.has_index() ? device.index() : c10::cuda::current_device()),
+        pool_(at::cuda::graph_pool_handle()) {}
+
+  std::unique_ptr<Graph> capture(const std::function<void()>& body) override {
+    const std::lock_guard lock(capturing());
+    const c10::cuda::CUDAGuard guard(device_);
+    const auto caller = c10::cuda::getCurrentCUDAStream();
+    const auto side = c10::cuda::getStreamFromPool(/*isHighPriority=*/false, device_.index());
+    Event before;
+    before.record(caller);
+    C10_CUDA_CHECK(cudaStreamWaitEvent(side, before.get(), 0));
+    auto result = std::make_unique<CudaGraph>(device_);
+    {
+      const c10::cuda::CUDAStreamGuard on_side(side);
+      for (int i = 0; i < kWarmUps; ++i) body();
+      c10::cuda::device_synchronize();
+      // Of this thread alone: what others do with the device meanwhile does not end the capture.
+      result->graph.capture_begin(pool_, cudaStreamCaptureModeThreadLocal);
+      try {
+        body();
+      } catch (...) {
+        abandon(result->graph);
+        throw;
+      }
+      try {
+        result->graph.capture_end();
+      } catch (...) {
+        stop_allocating();
+        throw;
+      }
+    }
+    return result;
+  }
+
+  void wait() override {
+    const c10::cuda::CUDAGuard guard(device_);
+    if (last_.get()) C10_CUDA_CHECK(cudaStreamWaitEvent(c10::cuda::getCurrentCUDAStream(), last_.get(), 0));
+  }
+
+  void mark() override {
+    const c10::cuda::CUDAGuard guard(device_);
+    last_.record(c10::cuda::getCurrentCUDAStream());
+  }
+
+  void synchronize() override {
+    if (last_.get()) C10_CUDA_CHECK(cudaEventSynchronize(last_.get()));
+  }
+
+ private:
+  // Ends a capture whose body has failed; its own error is the one to report.
+  void abandon(at::cuda::CUDAGraph& graph) {
+    try {
+      graph.capture_end();
+    } catch (...) {
+      stop_allocating();
+      static_cast<void>(cudaGetLastError());  // of the invalid capture, which later launches must not find
+    }
+  }
+
+  // An invalid capture ends before the allocator is told.
+  void stop_allocating() {
+    try {
+      c10::cuda::CUDACachingAllocator::endAllocateToPool(device_.index(), pool_);
+    } catch (...) {  // it was told
+    }
+  }
+
+  c10::Device device_;
+  c10::MempoolId_t pool_;
+  Event last_;
+};
+
+const bool registered = [] {
+  cuda_graph_pools() = [](c10::Device device) -> std::shared_ptr<GraphPool> {
+    return std::make_shared<CudaGraphPool>(device);
+  };
+  return true;
+}();
+
+}  // namespace
+}  // namespace imm::cuda

@@ -1,0 +1,224 @@
+#include "sampling_loop.h"
+
+#include <ATen/core/dispatch/Dispatcher.h>
+#include <ATen/ops/full.h>
+#include <ATen/ops/mul.h>
+#include <ATen/ops/stack.h>
+#include <ATen/ops/tensor.h>
+#include <ATen/ops/zeros.h>
+#include <c10/core/InferenceMode.h>
+
+#include <algorithm>
+#include <numeric>
+#include <utility>
+
+#include "checks.h"
+
+namespace imm {
+namespace {
+
+using at::Tensor;
+
+const auto& flow_step_op() {
+  using Signature = void(const Tensor&, const Tensor&, const Tensor&, const Tensor&, const Optional&, const Optional&,
+                         const Optional&, const Optional&, int64_t, const Tensor&);
+  static const auto op =
+      c10::Dispatcher::singleton().findSchemaOrThrow("imm::flow_step", "out").typed<Signature>();
+  return op;
+}
+
+const auto& sampling_step_op() {
+  using Signature = void(const Tensor&, const Tensor&, const Tensor&, const Tensor&, const Optional&, const Optional&,
+                         const Optional&, const Optional&, int64_t, const Tensor&, int64_t, const Tensor&,
+                         const Tensor&);
+  static const auto op =
+      c10::Dispatcher::singleton().findSchemaOrThrow("imm::sampling_step", "out").typed<Signature>();
+  return op;
+}
+
+const auto& noise_op() {
+  using Signature = void(const Tensor&, int64_t, int64_t, const Tensor&);
+  static const auto op = c10::Dispatcher::singleton().findSchemaOrThrow("imm::noise", "out").typed<Signature>();
+  return op;
+}
+
+std::vector<int64_t> with_rows(int64_t rows, const std::vector<int64_t>& shape) {
+  std::vector<int64_t> sizes{rows};
+  sizes.insert(sizes.end(), shape.begin(), shape.end());
+  return sizes;
+}
+
+void check_table(const SamplingTable& table) {
+  const size_t steps = table.t.size();
+  TORCH_CHECK_VALUE(steps >= 1, "table: expected at least one step");
+  for (const auto* column : {&table.s, &table.c_in, &table.c_skip, &table.c_out, &table.c_noise}) {
+    TORCH_CHECK_VALUE(column->size() == steps, "table: expected ", steps, " numbers a column, got ", column->size());
+  }
+}
+
+void check_settings(const SamplingSettings& settings) {
+  TORCH_CHECK_VALUE(settings.rows >= 1, "rows: expected at least 1, got ", settings.rows);
+  TORCH_CHECK_VALUE(!settings.shape.empty() && *std::min_element(settings.shape.begin(), settings.shape.end()) >= 1,
+                    "shape: expected the sizes of an image, got ", settings.shape);
+  TORCH_CHECK_VALUE(settings.num_classes >= 0, "num_classes: expected a count >= 0, got ", settings.num_classes);
+  TORCH_CHECK_VALUE(!settings.guided || settings.num_classes > 0,
+                    "guidance: expected a class-conditional network, got one with num_classes = 0");
+  TORCH_CHECK_TYPE(settings.state_dtype == at::kFloat || settings.state_dtype == at::kDouble,
+                   "state dtype: expected torch.float32 or torch.float64, got ", settings.state_dtype);
+  TORCH_CHECK_TYPE(is_kernel_dtype(settings.input_dtype),
+                   "input dtype: expected a floating dtype of 16, 32 or 64 bits, got ", settings.input_dtype);
+}
+
+}  // namespace
+
+SamplingLoop::SamplingLoop(SamplingTable table, SamplingSettings settings, Network network, Prepare prepare,
+                           std::shared_ptr<GraphPool> pool)
+    : table_(std::move(table)),
+      settings_(std::move(settings)),
+      network_(std::move(network)),
+      prepare_(std::move(prepare)),
+      pool_(std::move(pool)),
+      copies_(settings_.guided ? 2 : 1) {
+  check_table(table_);
+  check_settings(settings_);
+  const c10::InferenceMode off(false);
+  const int64_t B = settings_.rows, R = copies_ * B, steps = static_cast<int64_t>(table_.t.size());
+  const auto options = at::TensorOptions(settings_.device);
+  const auto memory = [&](int64_t rows, at::ScalarType dtype) {
+    return at::zeros(with_rows(rows, settings_.shape), options.dtype(dtype));
+  };
+  state_ = memory(B, settings_.state_dtype);
+  input_ = memory(R, settings_.input_dtype);
+  noise_ = settings_.state_dtype == at::kFloat ? state_ : memory(B, at::kFloat);
+  seeds_ = at::zeros({B}, options.dtype(at::kLong));
+  guidance_ = at::zeros({B}, options.dtype(at::kDouble));
+  if (settings_.num_classes > 0) labels_ = at::full({R}, settings_.num_classes, options.dtype(at::kLong));
+  const auto column = [](const std::vector<double>& values) { return at::tensor(values, at::kDouble); };
+  times_ = at::stack({column(table_.t), column(table_.s)}, 1)
+               .to(settings_.device)
+               .unsqueeze(2)
+               .expand({steps, 2, R})
+               .contiguous();
+  coefficients_ =
+      at::stack({column(table_.c_in), column(table_.c_skip), column(table_.c_out), column(table_.c_noise)}, 1)
+          .to(settings_.device)
+          .unsqueeze(2);  // [steps, 4, 1]
+}
+
+SamplingLoop::~SamplingLoop() {
+  if (!pool_) return;
+  try {
+    pool_->synchronize();  // what runs still reads the memory
+  } catch (...) {          // a device in error has nothing that runs
+  }
+}
+
+int64_t SamplingLoop::bytes() const {
+  int64_t total = 0;
+  for (const Tensor& kept : {state_, input_, seeds_, guidance_, times_, coefficients_, labels_.value_or(Tensor())}) {
+    if (kept.defined()) total += static_cast<int64_t>(kept.nbytes());
+  }
+  return total + (noise_.is_same(state_) ? 0 : static_cast<int64_t>(noise_.nbytes()));
+}
+
+void SamplingLoop::load(const Tensor& seeds, const std::optional<Tensor>& labels, const std::optional<Tensor>& guidance,
+                        const std::optional<Tensor>& x) {
+  const int64_t B = settings_.rows;
+  TORCH_CHECK_VALUE(seeds.scalar_type() == at::kLong && seeds.dim() == 1, "seeds: expected a [B] int64 tensor, got ",
+                    seeds.sizes(), " of ", dtype_name(seeds));
+  const int64_t n = seeds.size(0);
+  TORCH_CHECK_VALUE(n <= B, "seeds: expected at most ", B, ", got ", n);
+  TORCH_CHECK_VALUE(labels.has_value() == labels_.has_value(), "labels: expected ",
+                    labels_ ? "[B] int64" : "None for an unconditional network", ", got ",
+                    labels ? "a tensor" : "None");
+  TORCH_CHECK_VALUE(!labels || (labels->scalar_type() == at::kLong && labels->dim() == 1 && labels->size(0) == n),
+                    "labels: expected [", n, "] int64, got ", labels ? labels->sizes() : at::IntArrayRef());
+  TORCH_CHECK_VALUE(guidance.has_value() == settings_.guided, "guidance: expected ",
+                    settings_.guided ? "a scale" : "None for a loop without", ", got ",
+                    guidance ? "a tensor" : "None");
+  TORCH_CHECK_VALUE(!guidance || (guidance->scalar_type() == at::kDouble && guidance->dim() == 1 &&
+                                  (guidance->size(0) == n || guidance->size(0) == 1)),
+                    "guidance: expected [1] or [", n, "] float64, got ", guidance ? guidance->sizes() : at::IntArrayRef());
+  seeds_.narrow(0, 0, n).copy_(seeds, /*non_blocking=*/true);
+  if (labels) labels_->narrow(0, settings_.guided ? B : 0, n).copy_(*labels, true);
+  if (guidance) guidance_.narrow(0, 0, n).copy_(*guidance, true);
+  const Tensor target = state_.narrow(0, 0, n);
+  if (x) {
+    TORCH_CHECK_VALUE(x->sizes() == target.sizes(), "x: expected ", target.sizes(), ", got ", x->sizes());
+    target.copy_(*x, true);
+    return;
+  }
+  const int64_t numel = state_.numel() / B;
+  const Tensor normals = noise_.narrow(0, 0, n);
+  noise_op().call(seeds_.narrow(0, 0, n), numel, 0, normals.view({n, numel}));
+  normals.mul_(settings_.sigma_data);
+  if (!noise_.is_same(state_)) target.copy_(normals);
+}
+
+// c_in x for a step that has not got it from the sampling_step before.
+void SamplingLoop::scale_input(int64_t step) {
+  const at::Scalar c_in(table_.c_in[static_cast<size_t>(step)]);
+  for (int64_t copy = 0; copy < copies_; ++copy) {
+    Tensor target = input_.narrow(0, copy * settings_.rows, settings_.rows);
+    if (settings_.input_dtype == settings_.state_dtype) {
+      at::mul_out(target, state_, c_in);
+    } else {
+      target.copy_(at::mul(state_, c_in));
+    }
+  }
+}
+
+void SamplingLoop::body() {
+  const int64_t B = settings_.rows, steps = static_cast<int64_t>(table_.t.size());
+  if (prepare_) prepare_(labels_);
+  scale_input(0);
+  for (int64_t i = 0; i < steps; ++i) {
+    const Tensor times = times_.select(0, i), coefficients = coefficients_.select(0, i);
+    const Tensor g = network_(i, input_, times.select(0, 0), times.select(0, 1), labels_);
+    TORCH_CHECK_VALUE(g.sizes() == input_.sizes() && g.device() == input_.device(),
+                      "network: expected an output of its input's shape ", input_.sizes(), " on ", input_.device(),
+                      ", got ", g.sizes(), " on ", g.device());
+    const Tensor output = settings_.guided ? g.narrow(0, B, B) : g;
+    const Optional uncond = settings_.guided ? Optional(g.narrow(0, 0, B)) : std::nullopt;
+    const Optional guidance = settings_.guided ? Optional(guidance_) : std::nullopt;
+    const bool noisy = table_.c_noise[static_cast<size_t>(i)] != 0.0;
+    const Optional c_noise = noisy ? Optional(coefficients.select(0, 3)) : std::nullopt;
+    const Optional seeds = noisy ? Optional(seeds_) : std::nullopt;
+    const Tensor c_skip = coefficients.select(0, 1), c_out = coefficients.select(0, 2);
+    if (i + 1 == steps) {
+      flow_step_op().call(state_, output, c_skip, c_out, uncond, guidance, c_noise, seeds, i + 1, state_);
+    } else if (g.scalar_type() == settings_.input_dtype) {
+      sampling_step_op().call(state_, output, c_skip, c_out, uncond, guidance, c_noise, seeds, i + 1,
+                              coefficients_.select(0, i + 1).select(0, 0), copies_, state_, input_);
+    } else {  // a network whose output has another dtype than its input
+      flow_step_op().call(state_, output, c_skip, c_out, uncond, guidance, c_noise, seeds, i + 1, state_);
+      scale_input(i + 1);
+    }
+  }
+}
+
+void SamplingLoop::capture() {
+  TORCH_CHECK(pool_ != nullptr, "capture: expected a device with graphs and a library built for them");
+  const at::NoGradGuard no_grad;
+  pool_->wait();
+  graph_ = pool_->capture([this] { body(); });
+  pool_->mark();
+}
+
+Tensor SamplingLoop::run(const Tensor& seeds, const std::optional<Tensor>& labels,
+                         const std::optional<Tensor>& guidance, const std::optional<Tensor>& x, bool keep) {
+  const at::NoGradGuard no_grad;
+  if (pool_) pool_->wait();
+  load(seeds, labels, guidance, x);
+  if (graph_) {
+    graph_->replay();
+  } else {
+    body();
+  }
+  const Tensor images = state_.narrow(0, 0, seeds.size(0));
+  const Tensor result = keep ? images : images.clone();
+  if (pool_) pool_->mark();
+  return result;
+}
+
+}  // namespace imm
