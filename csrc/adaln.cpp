@@ -11,6 +11,7 @@
 #include <utility>
 
 #include "checks.h"
+#include "fresh.h"
 
 namespace imm {
 namespace {
@@ -109,7 +110,7 @@ void run_backward(const Tensor* grad_z, const Tensor& grad_h, const Tensor& z, c
   run(functions.sum, args, scale.size(0) * kinds, kGrain / (std::max<int64_t>(args.pieces, 1) * features));
 }
 
-Tensor empty_like(const Tensor& value) { return at::empty(value.sizes(), value.scalar_type()); }
+Tensor empty_like(const Tensor& value) { return fresh(value.sizes(), value.scalar_type()); }
 
 Tensor adaln_modulate(const Tensor& x, const Tensor& shift, const Tensor& scale, double eps) {
   check_adaln(x, nullptr, {{"shift", shift}, {"scale", scale}}, eps);

@@ -2,8 +2,8 @@
 #pragma once
 
 #include <ATen/MemoryOverlap.h>
-#include <ATen/core/Tensor.h>
 #include <ATen/core/DimVector.h>
+#include <ATen/core/Tensor.h>
 #include <c10/core/GradMode.h>
 #include <c10/core/ScalarType.h>
 

@@ -9,6 +9,7 @@
 #include <tuple>
 
 #include "checks.h"
+#include "fresh.h"
 
 namespace imm {
 namespace {
@@ -61,7 +62,7 @@ void run(const Tensor& x, const Tensor& g, const Tensor& c_skip, const Tensor& c
 Tensor flow_step(const Tensor& x, const Tensor& g, const Tensor& c_skip, const Tensor& c_out, const Optional& g_uncond,
                  const Optional& guidance, const Optional& c_noise, const Optional& seeds, int64_t step) {
   check_flow_step(x, g, c_skip, c_out, g_uncond, guidance, c_noise, seeds, step);
-  const Tensor out = at::empty(x.sizes(), x.scalar_type());
+  const Tensor out = fresh(x.sizes(), x.scalar_type());
   run(x, g, c_skip, c_out, g_uncond, guidance, c_noise, seeds, step, out);
   return out;
 }
@@ -75,7 +76,7 @@ void flow_step_out(const Tensor& x, const Tensor& g, const Tensor& c_skip, const
                                  c_noise.value_or(Tensor()), out});
   const bool direct =
       writes_flow_step_directly(out, {x, g, g_uncond.value_or(Tensor())}, {c_skip, c_out, guidance, c_noise, seeds});
-  const Tensor target = direct ? out : at::empty(x.sizes(), x.scalar_type());
+  const Tensor target = direct ? out : fresh(x.sizes(), x.scalar_type());
   run(x, g, c_skip, c_out, g_uncond, guidance, c_noise, seeds, step, target);
   if (!direct) out.copy_(target);
 }
@@ -85,8 +86,8 @@ std::tuple<Tensor, Tensor> sampling_step(const Tensor& x, const Tensor& g, const
                                          const Optional& seeds, int64_t step, const Tensor& c_in, int64_t copies) {
   check_flow_step(x, g, c_skip, c_out, g_uncond, guidance, c_noise, seeds, step);
   check_next_input(x, c_in, copies);
-  const Tensor out = at::empty(x.sizes(), x.scalar_type());
-  const Tensor input = at::empty(next_input_sizes(x, copies), g.scalar_type());
+  const Tensor out = fresh(x.sizes(), x.scalar_type());
+  const Tensor input = fresh(next_input_sizes(x, copies), g.scalar_type());
   const NextInput next{c_in, input, copies};
   run(x, g, c_skip, c_out, g_uncond, guidance, c_noise, seeds, step, out, &next);
   return {out, input};
@@ -119,7 +120,7 @@ std::tuple<Tensor, Tensor, Tensor> flow_step_bwd(const Tensor& grad, const Tenso
                                                  const Tensor& c_out, const Optional& g_uncond,
                                                  const Optional& guidance) {
   check_flow_step(grad, g, c_skip, c_out, g_uncond, guidance, std::nullopt, std::nullopt, 0);
-  const auto empty = [](const Tensor& like) { return at::empty(like.sizes(), like.scalar_type()); };
+  const auto empty = [](const Tensor& like) { return fresh(like.sizes(), like.scalar_type()); };
   const Tensor grad_x = empty(grad), grad_g = empty(g);
   const Tensor grad_uncond = g_uncond ? empty(g) : at::empty({0}, g.scalar_type());
   if (grad.numel() == 0) return {grad_x, grad_g, grad_uncond};

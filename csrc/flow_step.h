@@ -1,4 +1,5 @@
-// imm::flow_step and imm::sampling_step on the CPU: the interface between checks (flow_step.cpp) and loops (cpu/flow_step.cpp).
+// imm::flow_step and imm::sampling_step on the CPU: the interface between checks (flow_step.cpp) and loops
+// (cpu/flow_step.cpp).
 //
 // x_s = c_skip x + c_out (g_u + w (g - g_u)) + c_noise n(seed, step), element by element, in float32 (float64 for a
 // float64 state), without fused operations, so that every instruction set gives the bits of

@@ -11,6 +11,7 @@
 #include <cmath>
 #include <iterator>
 
+#include "fresh.h"
 #include "mmd_loss.h"
 
 namespace imm {
@@ -219,7 +220,7 @@ void run_loss(const Branch& y_t, const Branch& y_r, const LossArguments& argumen
 
 Tensor empty_loss(const Tensor& y_t) { return at::empty({y_t.size(0)}, accumulate_dtype(y_t.scalar_type())); }
 
-Tensor empty_like_particles(const Tensor& x) { return at::empty(x.sizes(), x.scalar_type()); }
+Tensor empty_like_particles(const Tensor& x) { return fresh(x.sizes(), x.scalar_type()); }
 
 std::tuple<Tensor, Tensor> mmd_loss(const Tensor& y_t, const Tensor& y_r, const Tensor& scale, const Optional& weight,
                                     std::string kernel, at::ArrayRef<double> bandwidths, double eps, bool unbiased) {
@@ -297,7 +298,7 @@ Tensor mmd_gram(const Tensor& x, const Tensor& y, const Tensor& scale, std::stri
   check_kernel(kernel, bandwidths, eps);
   check_particles("x", "y", x, y, scale);
   const Tensor numbers = checked_scale(scale);
-  const Tensor gram = at::empty({x.size(0), x.size(1), y.size(1)}, accumulate_dtype(x.scalar_type()));
+  const Tensor gram = fresh({x.size(0), x.size(1), y.size(1)}, accumulate_dtype(x.scalar_type()));
   run_gram(x, y, numbers, kernel_args(kernel, bandwidths, eps), {.gram = gram});
   return gram;
 }

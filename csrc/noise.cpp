@@ -6,6 +6,7 @@
 #include <torch/library.h>
 
 #include "checks.h"
+#include "fresh.h"
 
 namespace imm {
 namespace {
@@ -24,7 +25,7 @@ void run(const Tensor& seeds, int64_t numel, int64_t step, const Tensor& out) {
 
 Tensor noise(const Tensor& seeds, int64_t numel, int64_t step) {
   check_noise(seeds, numel, step);
-  const Tensor out = at::empty({seeds.size(0), numel}, at::kFloat);
+  const Tensor out = fresh({seeds.size(0), numel}, at::kFloat);
   run(seeds, numel, step, out);
   return out;
 }

@@ -2,6 +2,7 @@
 #include <pybind11/functional.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
+#include <torch/csrc/Exceptions.h>
 #include <torch/csrc/utils/pybind.h>
 
 #include <memory>
@@ -16,7 +17,6 @@ namespace py = pybind11;
 namespace {
 
 using Column = std::vector<double>;
-using WithoutGil = py::call_guard<py::gil_scoped_release>;
 
 std::unique_ptr<imm::SamplingLoop> make_loop(Column t, Column s, Column c_in, Column c_skip, Column c_out,
                                              Column c_noise, int64_t rows, std::vector<int64_t> shape, bool guided,
@@ -53,14 +53,16 @@ PYBIND11_MODULE(_C, m) {
   m.def("make_graph_pool", &imm::make_graph_pool, py::arg("device"),
         "A GraphPool of a device, or None where there are no graphs.");
 
-  py::class_<imm::SamplingLoop>(m, "SamplingLoop", "The few-step loop for one number of rows; see csrc/sampling_loop.h.")
-      .def(py::init(&make_loop), py::kw_only(), py::arg("t"), py::arg("s"), py::arg("c_in"), py::arg("c_skip"),
-           py::arg("c_out"), py::arg("c_noise"), py::arg("rows"), py::arg("shape"), py::arg("guided"),
-           py::arg("num_classes"), py::arg("sigma_data"), py::arg("state_dtype"), py::arg("input_dtype"),
-           py::arg("device"), py::arg("network"), py::arg("prepare"), py::arg("pool"))
-      .def("capture", &imm::SamplingLoop::capture, WithoutGil(), "Record the loop for later runs.")
-      .def("run", &imm::SamplingLoop::run, py::arg("seeds"), py::arg("labels"), py::arg("guidance"), py::arg("x"),
-           py::arg("keep"), WithoutGil(), "Images for seeds: see csrc/sampling_loop.h.")
+  py::class_<imm::SamplingLoop>(m, "SamplingLoop",
+                                "The few-step loop for one number of rows; see csrc/sampling_loop.h.")
+      .def(py::init(torch::wrap_pybind_function(make_loop)), py::kw_only(), py::arg("t"), py::arg("s"), py::arg("c_in"),
+           py::arg("c_skip"), py::arg("c_out"), py::arg("c_noise"), py::arg("rows"), py::arg("shape"),
+           py::arg("guided"), py::arg("num_classes"), py::arg("sigma_data"), py::arg("state_dtype"),
+           py::arg("input_dtype"), py::arg("device"), py::arg("network"), py::arg("prepare"), py::arg("pool"))
+      .def("capture", torch::wrap_pybind_function_no_gil(&imm::SamplingLoop::capture),
+           "Record the loop for later runs.")
+      .def("run", torch::wrap_pybind_function_no_gil(&imm::SamplingLoop::run), py::arg("seeds"), py::arg("labels"),
+           py::arg("guidance"), py::arg("x"), py::arg("keep"), "Images for seeds: see csrc/sampling_loop.h.")
       .def_property_readonly("captured", &imm::SamplingLoop::captured)
       .def_property_readonly("rows", &imm::SamplingLoop::rows)
       .def_property_readonly("bytes", &imm::SamplingLoop::bytes, "Of the memory it keeps, without a graph's.");

@@ -22,17 +22,15 @@ using at::Tensor;
 const auto& flow_step_op() {
   using Signature = void(const Tensor&, const Tensor&, const Tensor&, const Tensor&, const Optional&, const Optional&,
                          const Optional&, const Optional&, int64_t, const Tensor&);
-  static const auto op =
-      c10::Dispatcher::singleton().findSchemaOrThrow("imm::flow_step", "out").typed<Signature>();
+  static const auto op = c10::Dispatcher::singleton().findSchemaOrThrow("imm::flow_step", "out").typed<Signature>();
   return op;
 }
 
 const auto& sampling_step_op() {
-  using Signature = void(const Tensor&, const Tensor&, const Tensor&, const Tensor&, const Optional&, const Optional&,
-                         const Optional&, const Optional&, int64_t, const Tensor&, int64_t, const Tensor&,
-                         const Tensor&);
-  static const auto op =
-      c10::Dispatcher::singleton().findSchemaOrThrow("imm::sampling_step", "out").typed<Signature>();
+  using Signature =
+      void(const Tensor&, const Tensor&, const Tensor&, const Tensor&, const Optional&, const Optional&,
+           const Optional&, const Optional&, int64_t, const Tensor&, int64_t, const Tensor&, const Tensor&);
+  static const auto op = c10::Dispatcher::singleton().findSchemaOrThrow("imm::sampling_step", "out").typed<Signature>();
   return op;
 }
 
@@ -134,11 +132,11 @@ void SamplingLoop::load(const Tensor& seeds, const std::optional<Tensor>& labels
   TORCH_CHECK_VALUE(!labels || (labels->scalar_type() == at::kLong && labels->dim() == 1 && labels->size(0) == n),
                     "labels: expected [", n, "] int64, got ", labels ? labels->sizes() : at::IntArrayRef());
   TORCH_CHECK_VALUE(guidance.has_value() == settings_.guided, "guidance: expected ",
-                    settings_.guided ? "a scale" : "None for a loop without", ", got ",
-                    guidance ? "a tensor" : "None");
+                    settings_.guided ? "a scale" : "None for a loop without", ", got ", guidance ? "a tensor" : "None");
   TORCH_CHECK_VALUE(!guidance || (guidance->scalar_type() == at::kDouble && guidance->dim() == 1 &&
                                   (guidance->size(0) == n || guidance->size(0) == 1)),
-                    "guidance: expected [1] or [", n, "] float64, got ", guidance ? guidance->sizes() : at::IntArrayRef());
+                    "guidance: expected [1] or [", n, "] float64, got ",
+                    guidance ? guidance->sizes() : at::IntArrayRef());
   seeds_.narrow(0, 0, n).copy_(seeds, /*non_blocking=*/true);
   if (labels) labels_->narrow(0, settings_.guided ? B : 0, n).copy_(*labels, true);
   if (guidance) guidance_.narrow(0, 0, n).copy_(*guidance, true);

@@ -1,7 +1,7 @@
 // The few-step sampling loop, on any device: every step between an initial state and images, in memory that is kept.
 //
-// Per step one call of the network and one sampling_step, which combines guidance, steps the state, adds fresh noise and
-// scales the network's next input. With a graph pool the whole loop is captured and replayed as one graph; seeds,
+// Per step one call of the network and one sampling_step, which combines guidance, steps the state, adds fresh noise
+// and scales the network's next input. With a graph pool the whole loop is captured and replayed as one graph; seeds,
 // labels, guidance and the initial state are memory that it reads, so that they change without a new capture.
 //
 // B images (rows), R rows of the network: B, or 2 B with guidance, first those without a label.
@@ -66,8 +66,8 @@ class IMM_EXPORT SamplingLoop {
  private:
   void body();
   void scale_input(int64_t step);
-  void load(const at::Tensor& seeds, const std::optional<at::Tensor>& labels,
-            const std::optional<at::Tensor>& guidance, const std::optional<at::Tensor>& x);
+  void load(const at::Tensor& seeds, const std::optional<at::Tensor>& labels, const std::optional<at::Tensor>& guidance,
+            const std::optional<at::Tensor>& x);
 
   SamplingTable table_;
   SamplingSettings settings_;

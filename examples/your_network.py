@@ -52,9 +52,9 @@ def main() -> None:
         if (step + 1) % max(1, steps // 5) == 0:
             print(f"step {step + 1}: loss {float(stats['loss']):.5f}")
 
-    x = imm.sampling.initial_state(flow_map, range(2000), (2,))
+    flow_map.eval()
     for jumps in (1, 2, 4):
-        samples = imm.sampling.pushforward(flow_map, x, imm.sampling.time_grid(flow_map, jumps))
+        samples = imm.Sampler(flow_map, steps=jumps, shape=(2,)).sample(range(2000))
         radius = samples.norm(dim=1)
         print(f"{jumps} steps: radius {radius.mean():.3f} +- {radius.std():.3f} (data: 0.70 +- 0.05)")
 

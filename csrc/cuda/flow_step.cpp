@@ -122,8 +122,7 @@ void sampling_step_out(const Tensor& x, const Tensor& g, const Tensor& c_skip, c
     run(x, g, c_skip, c_out, g_uncond, guidance, c_noise, seeds, step, out, &next);
     return;
   }
-  const auto [x_s, scaled] =
-      sampling_step(x, g, c_skip, c_out, g_uncond, guidance, c_noise, seeds, step, c_in, copies);
+  const auto [x_s, scaled] = sampling_step(x, g, c_skip, c_out, g_uncond, guidance, c_noise, seeds, step, c_in, copies);
   out.copy_(x_s);
   input.copy_(scaled);
 }

@@ -7,11 +7,13 @@ from imm import checkpoints, functional, networks, parametrizations, sampling, s
 from imm.flow_map import FlowMap
 from imm.functional import noise
 from imm.objective import IMMObjective
+from imm.sampler import Sampler
 from imm.version import __version__
 
 __all__ = [
     "FlowMap",
     "IMMObjective",
+    "Sampler",
     "__version__",
     "checkpoints",
     "functional",

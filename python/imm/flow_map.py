@@ -82,6 +82,14 @@ class FlowMap(nn.Module):
         }
 
     @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """(channels, height, width) that the network takes. Raises ValueError where it does not say."""
+        channels, resolution = getattr(self.network, "channels", None), getattr(self.network, "resolution", None)
+        if not isinstance(channels, int) or not isinstance(resolution, int):
+            raise ValueError("network: expected attributes channels and resolution")
+        return channels, resolution, resolution
+
+    @property
     def network_dtype(self) -> torch.dtype:
         """The dtype that the network takes its input in: that of its parameters, float32 where it has none."""
         return next((p.dtype for p in self.network.parameters() if p.is_floating_point()), torch.float32)
@@ -112,19 +120,31 @@ class FlowMap(nn.Module):
         labels: Tensor | None = None,
         guidance: Time | None = None,
         out: Tensor | None = None,
+        renoise: tuple[float, float, Tensor, int] | None = None,
     ) -> Tensor:
-        """:meth:`forward` into ``out``, which may be ``x`` itself; without gradients where ``out`` is given."""
+        """:meth:`forward` into ``out``, which may be ``x`` itself; without gradients where ``out`` is given.
+
+        ``renoise``, (alpha, sigma, seeds, step), gives alpha x_s + sigma n(seeds, step) in the same pass.
+        """
         x, t, s, labels = self._checked(x, t, s, labels, guidance)
         g, g_uncond = self.network_output(x, t, s, labels, with_uncond=guidance is not None)
+        alpha, sigma, seeds, step = (1.0, None, None, 0) if renoise is None else renoise
         return functional.flow_step(
             x,
             g,
-            self.parametrization.c_skip(s, t),
-            self.parametrization.c_out(s, t),
+            alpha * self.parametrization.c_skip(s, t),
+            alpha * self.parametrization.c_out(s, t),
             g_uncond=g_uncond,
             guidance=guidance,
+            c_noise=sigma,
+            seeds=seeds,
+            step=step,
             out=out,
         )
+
+    def network_times(self, t: Tensor, s: Tensor) -> tuple[Tensor, Tensor]:
+        """The two times as the network takes them: scaled, the second one t - s or s."""
+        return self.time_scale * t, self.time_scale * (t - s if self.second_time == "stride" else s)
 
     def network_output(
         self, x: Tensor, t: Tensor, s: Tensor, labels: Tensor | None, *, with_uncond: bool = False
@@ -134,8 +154,7 @@ class FlowMap(nn.Module):
         c_in = self.parametrization.c_in(t).reshape(-1, *[1] * (x.dim() - 1))
         wide = torch.promote_types(x.dtype, torch.float32)
         scaled = (x.to(wide) * c_in.to(wide)).to(self.network_dtype)
-        first = (self.time_scale * t).expand(batch)
-        second = (self.time_scale * (t - s if self.second_time == "stride" else s)).expand(batch)
+        first, second = (value.expand(batch) for value in self.network_times(t, s))
         if not with_uncond:
             return self._call(scaled, first, second, labels), None
         assert labels is not None

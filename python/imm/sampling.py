@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor
@@ -12,6 +13,7 @@ from imm.flow_map import FlowMap
 from imm.schedules import Time, as_time
 
 KINDS = ("uniform", "edm", "eta")
+METHODS = ("pushforward", "restart")
 #: Exponent of the "edm" grid (eq. 118).
 RHO = 7.0
 
@@ -67,6 +69,55 @@ def _checked_times(flow_map: FlowMap, times: Time, decreasing: bool) -> Tensor:
     if not bool((times[:-1] > times[-1]).all()):
         raise ValueError(f"times: expected every time above the last one, got {times.tolist()}")
     return flow_map.checked_times("times", times)
+
+
+@dataclass(frozen=True)
+class StepTable:
+    """What a sampling run needs to know of its schedule, one float64 a step.
+
+    t, s: the two times as the network takes them. c_in: the coefficient of its input. c_skip, c_out: those of
+    :func:`imm.functional.flow_step`, with the re-noising of the restart method folded in; c_noise: of the fresh noise after the
+    step, 0 for none.
+    """
+
+    t: tuple[float, ...]
+    s: tuple[float, ...]
+    c_in: tuple[float, ...]
+    c_skip: tuple[float, ...]
+    c_out: tuple[float, ...]
+    c_noise: tuple[float, ...]
+
+    def __len__(self) -> int:
+        return len(self.t)
+
+    def columns(self) -> dict[str, tuple[float, ...]]:
+        return {field.name: getattr(self, field.name) for field in fields(self)}
+
+
+def step_table(flow_map: FlowMap, times: Tensor, method: str = "pushforward") -> StepTable:
+    """The table of a run through ``times`` ``[steps + 1]`` by "pushforward" or "restart"; see those for what the times must be.
+
+    A restart jumps to the last time and adds noise: x' = alpha (c_skip x + c_out G) + sigma sigma_data n.
+    """
+    if method not in METHODS:
+        raise ValueError(f"unknown method {method!r}; expected one of {list(METHODS)}")
+    pushing = method == "pushforward"
+    times = _checked_times(flow_map, times, decreasing=pushing)
+    schedule, parametrization = flow_map.schedule, flow_map.parametrization
+    t, s = times[:-1], times[1:] if pushing else times[-1:].expand(len(times) - 1)
+    first, second = flow_map.network_times(t, s)
+    alpha, sigma = torch.ones_like(t), torch.zeros_like(t)
+    if not pushing:
+        alpha[:-1], sigma[:-1] = schedule.alpha(t[1:]), schedule.sigma(t[1:])
+    columns = (
+        first,
+        second,
+        parametrization.c_in(t),
+        alpha * parametrization.c_skip(s, t),
+        alpha * parametrization.c_out(s, t),
+        sigma * flow_map.sigma_data,
+    )
+    return StepTable(*(tuple(column.tolist()) for column in columns))
 
 
 def initial_state(
@@ -146,17 +197,15 @@ def restart(
     if seeds is not None and len(seeds) != len(x):
         raise ValueError(f"seeds: expected one per image, {len(x)}, got {len(seeds)}")
     schedule, end = flow_map.schedule, float(times[-1])
+    keys = None if seeds is None else functional.as_seeds(seeds, x.device)
     state, out = x.to(dtype), None
     for i, t in enumerate(times[:-1].tolist()):
-        state = out = flow_map.jump(state, t, end, labels, guidance, out)
-        if i + 1 == steps:
-            break
-        if noise is not None:
-            fresh = noise[i].to(state)
-        elif seeds is not None:
-            fresh = functional.noise(seeds, x.shape[1:], i + 1, device=x.device).to(dtype) * flow_map.sigma_data
-        else:
-            fresh = torch.randn_like(state) * flow_map.sigma_data
-        alpha, sigma = schedule.alpha(times[i + 1]), schedule.sigma(times[i + 1])
-        functional.flow_step(state, fresh, alpha, sigma, out=state)
+        alpha, sigma = (1.0, 0.0) if i + 1 == steps else (schedule.alpha(times[i + 1]), schedule.sigma(times[i + 1]))
+        renoise = None
+        if keys is not None and i + 1 < steps:
+            renoise = (float(alpha), float(sigma) * flow_map.sigma_data, keys, i + 1)
+        state = out = flow_map.jump(state, t, end, labels, guidance, out, renoise)
+        if keys is None and i + 1 < steps:
+            fresh = torch.randn_like(state) * flow_map.sigma_data if noise is None else noise[i].to(state)
+            functional.flow_step(state, fresh, alpha, sigma, out=state)
     return state

@@ -21,9 +21,9 @@ Made by `python -m imm.benchmark.docs > docs/performance.md` from the rows in `b
 
 Every row is the median of many calls; peers take turns (A B C A B C ...) in one process with a fixed number of threads.
 GB/s counts the bytes that the algorithm must move, whatever the peer moves. "x copy" is the time over that of a copy that
-moves as many bytes, measured in the same turns: 1 is the ceiling for work limited by memory. Buffers rotate,
-so that inputs and outputs come from memory and go there, as between the steps of a training run. "error" is the largest difference from float64, relative to the largest number; a peer that is wrong is not
-timed. `imm bench all` measures your machine.
+moves as many bytes, measured in the same turns: 1 is the ceiling for work limited by memory. Buffers rotate, so that inputs and
+outputs come from memory and go there, as between the steps of a training run. "error" is the largest difference from float64,
+relative to the largest number; a peer that is wrong is not timed. `imm bench all` measures your machine.
 """
 
 

@@ -13,7 +13,7 @@ import click
 import torch
 from torch import Tensor
 
-from imm import checkpoints, sampling
+from imm import checkpoints
 from imm.cli import progress
 from imm.cli.doctor import op_lines
 from imm.cli.options import device_line, pick_device, writable_folder
@@ -24,6 +24,7 @@ from imm.evaluation.pictures import grid, save_picture
 from imm.flow_map import FlowMap
 from imm.networks import UNet
 from imm.objective import IMMObjective
+from imm.sampler import Sampler
 from imm.training import TrainConfig, Trainer
 from imm.training.trainer import STATE_FILE, STATS_FILE
 from imm.version import __version__
@@ -61,15 +62,12 @@ def resume_is_exact(data: ImageData, seed: int, device: torch.device, steps: int
     return same and all(torch.equal(tensors[name], other_tensors[name]) for name in tensors)
 
 
-def sample(flow_map: FlowMap, steps: int, labels: Tensor, device: torch.device) -> Tensor:
+def sample(flow_map: FlowMap, steps: int, labels: Tensor) -> Tensor:
     """Images from seeds 0, 1, ... with the given labels, on the CPU."""
-    parts = []
-    for start in range(0, len(labels), 250):
-        seeds = range(start, min(start + 250, len(labels)))
-        x = sampling.initial_state(flow_map, seeds, (1, RESOLUTION, RESOLUTION), device)
-        y = labels[start : start + 250].to(device)
-        parts.append(sampling.pushforward(flow_map, x, sampling.time_grid(flow_map, steps), y).cpu())
-    return torch.cat(parts)
+    sampler = Sampler(flow_map, steps=steps)
+    starts = range(0, len(labels), 250)
+    seeds = (range(start, min(start + 250, len(labels))) for start in starts)
+    return torch.cat([sampler.sample(s, labels[s.start : s.stop]).cpu() for s in seeds])
 
 
 def verdict(one_step: PixelScores, blur: PixelScores) -> list[str]:
@@ -142,7 +140,7 @@ def command(outdir: str, steps: int, minutes: float | None, seed: int, resume: b
     rows: dict[str, PixelScores] = {}
     pictures: list[tuple[str, Tensor]] = []
     for n in STEP_COUNTS:
-        images = sample(flow_map, n, labels, target)
+        images = sample(flow_map, n, labels)
         name = f"{n} step{'s' if n > 1 else ''}"
         rows[name] = reference.score(images, labels)
         pictures += [(name, images[:10]), ("", images[10:20])]

@@ -9,10 +9,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from imm import checkpoints, sampling
+from imm import checkpoints
 from imm.cli.options import device_line, parse_floats, parse_grid, parse_integers, pick_device, writable_folder
 from imm.evaluation.pictures import grid, save_picture, to_picture
 from imm.flow_map import FlowMap
+from imm.sampler import Sampler
+from imm.sampling import KINDS, METHODS, time_grid
 
 
 @click.command()
@@ -22,9 +24,9 @@ from imm.flow_map import FlowMap
 @click.option("--steps", default=2, show_default=True, type=click.IntRange(min=1), help="Sampling steps.")
 @click.option("--labels", metavar="LIST", help="Classes, repeated over the seeds. [default: all classes in turn]")
 @click.option("--cfg", type=float, metavar="W", help="Guidance scale. [default: no guidance]")
-@click.option("--kind", default="uniform", show_default=True, type=click.Choice(sampling.KINDS), help="Time grid.")
+@click.option("--kind", default="uniform", show_default=True, type=click.Choice(KINDS), help="Time grid.")
 @click.option("--mid-eta", default="", metavar="LIST", help="Noise levels in between, for --kind=eta, such as 1.4.")
-@click.option("--method", default="pushforward", show_default=True, type=click.Choice(["pushforward", "restart"]))
+@click.option("--method", default="pushforward", show_default=True, type=click.Choice(METHODS))
 @click.option("--batch", default=64, show_default=True, type=click.IntRange(min=1), help="Images at a time.")
 @click.option("--grid", "grid_size", metavar="WxH", help="Also write grid.png of the first W x H images, such as 8x8.")
 @click.option("--device", default="auto", show_default=True)
@@ -47,25 +49,21 @@ def command(
     layout = parse_grid(grid_size) if grid_size else None
     target = pick_device(device)
     flow_map = checkpoints.load(net).to(target)
-    times = sampling.time_grid(flow_map, steps, kind, parse_floats(mid_eta, "mid-eta"))
+    between = parse_floats(mid_eta, "mid-eta")
+    time_grid(flow_map, steps, kind, between)  # refuses before a folder is made
     all_labels = pick_labels(flow_map, labels, len(seed_list))
     if cfg is not None and flow_map.num_classes == 0:
         raise ValueError("cfg: expected a class-conditional checkpoint, got one without classes")
     if cfg is not None and not math.isfinite(cfg):
         raise ValueError(f"cfg: expected a finite number, got {cfg}")
     folder = writable_folder(outdir)
-    shape = image_shape(flow_map)
+    shape = flow_map.image_shape
+    sampler = Sampler(flow_map, steps=steps, kind=kind, mid_eta=between, method=method, guidance=cfg)
     click.echo(f"{net} on {device_line(target)}: {len(seed_list)} images of {shape}, {steps} steps, {method}")
     done: list[Tensor] = []
     for start in range(0, len(seed_list), batch):
         part = slice(start, start + batch)
-        x = sampling.initial_state(flow_map, seed_list[part], shape, target)
-        y = None if all_labels is None else all_labels[part].to(target)
-        if method == "restart":
-            images = sampling.restart(flow_map, x, times, y, cfg, seeds=seed_list[part])
-        else:
-            images = sampling.pushforward(flow_map, x, times, y, cfg)
-        done.append(images.cpu())
+        done.append(sampler.sample(seed_list[part], None if all_labels is None else all_labels[part]).cpu())
         if shape[0] in (1, 3):
             for seed, image in zip(seed_list[part], done[-1], strict=True):
                 save_picture(to_picture(image), folder / f"{seed:06d}.png")
@@ -79,15 +77,6 @@ def command(
         shown = everything[: columns * rows].split(columns)
         save_picture(grid([("", row) for row in shown]), folder / "grid.png")
     click.echo(f"wrote {len(everything)} images{' and grid.png' if layout else ''} to {folder}")
-
-
-def image_shape(flow_map: FlowMap) -> tuple[int, int, int]:
-    """(channels, height, width) that the network takes. Raises ValueError where it does not say."""
-    network = flow_map.network
-    channels, resolution = getattr(network, "channels", None), getattr(network, "resolution", None)
-    if not isinstance(channels, int) or not isinstance(resolution, int):
-        raise ValueError("network: expected attributes channels and resolution")
-    return channels, resolution, resolution
 
 
 def pick_labels(flow_map: FlowMap, text: str | None, count: int) -> Tensor | None:

@@ -260,21 +260,23 @@ class DiT(nn.Module):
             tokens, h = self._run(block, tokens, modulation, h, following)
         return self.final_layer(h, None)
 
-    def condition(self, times: Tensor, labels: Tensor | None, batch: int | None = None) -> Modulations:
+    def condition(
+        self, times: Tensor, labels: Tensor | None, batch: int | None = None, *, distinct: bool = True
+    ) -> Modulations:
         """The modulations of every step of a sampling run at once: each layer multiplies all distinct (step, class) rows.
 
         Args:
             times: ``[N, 2]`` float64, each step's scaled t and s.
             labels: ``[B]`` int64, or None for an unconditional network.
             batch: images, where there are no labels to count them.
+            distinct: compute a class that repeats once. It is looked for on the host, which a captured graph cannot; False
+                computes a row for every label.
 
         Returns:
             :class:`Modulations` of N steps, in the weights' dtype. To rounding what ``forward`` computes from times and labels.
 
         Raises:
             ValueError: times of another shape; labels missing, or given to an unconditional network.
-
-        Labels that repeat are found on the host: call it before a graph is captured.
         """
         if times.dim() != 2 or times.shape[1] != 2 or not times.is_floating_point():
             raise ValueError(f"times: expected t and s of each step, [N, 2], got {list(times.shape)} of {times.dtype}")
@@ -284,8 +286,10 @@ class DiT(nn.Module):
         if labels is None or self.y_embedder is None:
             index = torch.zeros(1 if batch is None else batch, dtype=torch.int64, device=times.device)
         else:
-            distinct, index = labels.unique(return_inverse=True)
-            condition = condition + self.y_embedder(distinct)  # [N, R, C]
+            index = torch.arange(len(labels), device=labels.device)
+            if distinct:
+                labels, index = labels.unique(return_inverse=True)
+            condition = condition + self.y_embedder(labels)  # [N, R, C]
         layers = (*self.blocks, self.final_layer)
         return Modulations(torch.cat([layer.adaLN_modulation(condition) for layer in layers], dim=2), index)
 

@@ -52,6 +52,9 @@ class UNet(nn.Module):
     The output is 0 at initialisation. The default, for 16x16 grey images, has 169 k parameters.
     """
 
+    #: A copy in 16 bits is faster in this memory format.
+    channels_last = True
+
     def __init__(
         self,
         channels: int = 1,

@@ -1,8 +1,9 @@
-"""imm::flow_step and imm::sampling_step: one step of a flow map, x_s = c_skip x + c_out (g_u + w (g - g_u)) + c_noise n (paper eq. 14, section C.5).
+"""imm::flow_step: one step of a flow map, x_s = c_skip x + c_out (g_u + w (g - g_u)) + c_noise n (paper eq. 14, section C.5).
 
 x is the state, g the network's output (g_u without a label, for guidance w), n the Philox noise of (seed, step). The result has
 the state's dtype; arithmetic is float64 for a float64 state and float32 otherwise. The coefficients are float64, one per image
-or one for all. Reads x, g (and g_u) once, writes x_s once. sampling_step also writes what the network takes next, c_in x_s in g's dtype.
+or one for all. Reads x, g (and g_u) once, writes x_s once. imm::sampling_step also writes what the network takes next, c_in x_s
+in g's dtype.
 """
 
 from __future__ import annotations
@@ -155,7 +156,7 @@ def sampling_step(
     c_in: Tensor,
     copies: int,
 ) -> tuple[Tensor, Tensor]:
-    """Reference of imm::sampling_step: :func:`flow_step`'s x_s, and c_in x_s ``copies`` times over, [copies B, ...] in g's dtype."""
+    """Reference of imm::sampling_step: x_s of :func:`flow_step`; c_in x_s `copies` times over, [copies B, ...] in g's dtype."""
     shape = _check_sampling(x, g, c_skip, c_out, g_uncond, guidance, c_noise, seeds, step, c_in, copies)
     x_s = torch.ops.imm.flow_step(x, g, c_skip, c_out, g_uncond, guidance, c_noise, seeds, step)
     dtype = accumulate_dtype(x_s.dtype)

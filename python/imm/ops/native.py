@@ -71,6 +71,11 @@ def status() -> str | None:
     return _STATUS
 
 
+def module() -> ModuleType | None:
+    """The extension module of the loaded library: what of it is not an op."""
+    return _MODULE
+
+
 def build_info() -> dict[str, Any] | None:
     """What the loaded library was built for and with: torch, cuda (or None), capabilities, compiler, flags."""
     return None if _MODULE is None else _MODULE.build_info()

@@ -9,9 +9,8 @@ _KERNEL = "str kernel, float[] bandwidths, float eps"
 _LOSS = f"Tensor scale, Tensor? weight, {_KERNEL}, bool unbiased"
 _LOSS_GRAD = f"Tensor scale, Tensor? weight, Tensor? upstream, {_KERNEL}, bool unbiased"
 _BRANCHES = "Tensor x_t, Tensor x_r, Tensor g_t, Tensor g_r, Tensor c_skip_t, Tensor c_out_t, Tensor c_skip_r, Tensor c_out_r"
-_STEP = (
-    "Tensor x, Tensor g, Tensor c_skip, Tensor c_out, Tensor? g_uncond, Tensor? guidance, Tensor? c_noise, Tensor? seeds, int step"
-)
+_STEP = "Tensor x, Tensor g, Tensor c_skip, Tensor c_out, Tensor? g_uncond, Tensor? guidance, Tensor? c_noise, "
+_STEP += "Tensor? seeds, int step"
 
 SCHEMAS: tuple[str, ...] = (
     f"mmd_loss(Tensor y_t, Tensor y_r, {_LOSS}) -> (Tensor, Tensor)",

@@ -1,0 +1,402 @@
+"""The sampling engine: every step of a run as one call, captured as one CUDA graph where there are any."""
+
+from __future__ import annotations
+
+import copy
+import threading
+import warnings
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from imm import functional, sampling
+from imm.flow_map import FlowMap
+from imm.ops import native
+from imm.sampling import StepTable
+from imm.schedules import Time, as_time
+
+#: A batch runs padded to a captured size of at most this many times its own, rather than being captured anew.
+PADDING = 1.25
+#: Modulations of all steps are computed at once while they take no more than this.
+MODULATION_BYTES = 256 << 20
+
+#: (step, x [R, ...], t [R], s [R], labels [R] or None) -> x's shape.
+Network = Callable[[int, Tensor, Tensor, Tensor, Tensor | None], Tensor]
+Prepare = Callable[[Tensor | None], None]
+
+
+class Loop(Protocol):
+    """What csrc/sampling_loop.h and :class:`PythonLoop` have in common."""
+
+    rows: int
+    bytes: int
+    captured: bool
+
+    def capture(self) -> None: ...
+
+    def run(self, seeds: Tensor, labels: Tensor | None, guidance: Tensor | None, x: Tensor | None, keep: bool) -> Tensor: ...
+
+
+class PythonLoop:
+    """csrc/sampling_loop.h in Python, for installs without the native library: the same operations in the same order."""
+
+    captured = False
+
+    def __init__(self, table: StepTable, network: Network, prepare: Prepare | None, **settings: Any) -> None:
+        self.table, self.network, self.prepare = table, network, prepare
+        self.rows, self.shape, self.guided = settings["rows"], settings["shape"], settings["guided"]
+        self.num_classes, self.sigma_data = settings["num_classes"], settings["sigma_data"]
+        self.state_dtype, self.input_dtype, self.device = (settings[k] for k in ("state_dtype", "input_dtype", "device"))
+        self.copies = 2 if self.guided else 1
+        self.bytes = 0
+
+    def capture(self) -> None:
+        raise RuntimeError("capture: expected the native library, built for CUDA")
+
+    def run(self, seeds: Tensor, labels: Tensor | None, guidance: Tensor | None, x: Tensor | None, keep: bool) -> Tensor:
+        n, pad = len(seeds), self.rows - len(seeds)
+        padded = lambda value: torch.cat([value, value.new_zeros(pad, *value.shape[1:])]) if pad else value
+        seeds = padded(seeds.to(self.device))
+        given = None if x is None else padded(x.to(self.device))
+        start = functional.noise(seeds, self.shape, 0) * self.sigma_data if given is None else given
+        if labels is not None:
+            labels = padded(labels.to(self.device))
+            if self.guided:
+                labels = torch.cat([torch.full_like(labels, self.num_classes), labels])
+        if guidance is not None:
+            guidance = guidance.to(self.device)
+            guidance = padded(guidance) if len(guidance) == n else guidance
+        state = start.to(self.state_dtype)
+        if self.prepare is not None:
+            self.prepare(labels)
+        for i in range(len(self.table)):
+            state = self._step(i, state, seeds, labels, guidance)
+        return state[:n]
+
+    def _step(self, i: int, state: Tensor, seeds: Tensor, labels: Tensor | None, guidance: Tensor | None) -> Tensor:
+        table = self.table
+        scaled = (state * table.c_in[i]).to(self.input_dtype)
+        scaled = torch.cat([scaled] * self.copies)
+        t, s = (torch.full((len(scaled),), v[i], dtype=torch.float64, device=self.device) for v in (table.t, table.s))
+        g = self.network(i, scaled, t, s, labels)
+        if g.shape != scaled.shape:
+            raise ValueError(f"network: expected an output of its input's shape {list(scaled.shape)}, got {list(g.shape)}")
+        uncond, g = (g[: self.rows], g[self.rows :]) if self.guided else (None, g)
+        noisy = table.c_noise[i] != 0.0
+        return functional.flow_step(
+            state,
+            g,
+            table.c_skip[i],
+            table.c_out[i],
+            g_uncond=uncond,
+            guidance=guidance,
+            c_noise=table.c_noise[i] if noisy else None,
+            seeds=seeds if noisy else None,
+            step=i + 1,
+        )
+
+
+class _Plain:
+    """A network as the loop calls it."""
+
+    prepare = None
+
+    def __init__(self, network: nn.Module) -> None:
+        self.network = network
+
+    def __call__(self, step: int, x: Tensor, t: Tensor, s: Tensor, labels: Tensor | None) -> Tensor:
+        return self.network(x, t, s, labels)
+
+
+class _Conditioned:
+    """A DiT as the loop calls it: the modulations of all steps are computed before the first one.
+
+    A row of the modulations for each image and, with guidance, one for "none": nothing looks for equal labels, so the work is
+    the same whatever they are.
+    """
+
+    def __init__(self, network: Any, table: StepTable, rows: int, guided: bool, device: torch.device) -> None:
+        self.network = network
+        self.times = torch.tensor([table.t, table.s], dtype=torch.float64, device=device).T.contiguous()
+        own = torch.arange(rows, device=device)
+        self.first = rows - 1 if guided else 0  # of the labels [none, ..., none, label, ..., label]: the last none
+        self.index = torch.cat([torch.zeros_like(own), own + 1]) if guided else own
+        self.rows: Tensor | None = None
+
+    def prepare(self, labels: Tensor | None) -> None:
+        if labels is None:
+            self.rows = self.network.condition(self.times, None).rows
+            self.index = torch.zeros_like(self.index)
+        else:
+            self.rows = self.network.condition(self.times, labels[self.first :], distinct=False).rows
+
+    def __call__(self, step: int, x: Tensor, t: Tensor, s: Tensor, labels: Tensor | None) -> Tensor:
+        assert self.rows is not None
+        return self.network(x, modulation=self.rows[step].index_select(0, self.index))
+
+
+class Sampler:
+    """Generates with a flow map in a fixed number of steps (paper algorithms 2, 4 and 5).
+
+    The network is called as it is at the time of a call. After ``load_state_dict`` on it the sampler starts anew by itself;
+    after any other change of its weights, call :meth:`refresh`.
+
+    Args:
+        flow_map: in evaluation mode, on the device to sample on.
+        steps, kind, mid_eta: the time grid (:func:`imm.sampling.time_grid`).
+        method: "pushforward" (algorithm 2) or "restart" (algorithm 5, with noise from the images' seeds).
+        guidance: classifier-free guidance w for calls that give none; None: without, one row of the network an image
+            instead of two.
+        dtype: run a copy of the network with weights of this dtype, channels-last for convolutions; None: the network itself.
+        graph: on CUDA, capture each batch size once and replay it: "auto" goes on step by step, with a warning, where the
+            network cannot be captured; True makes that an error; False never captures.
+        rows: run every batch in this many rows, padded or in parts. An image's bits then depend on its seed, label and
+            guidance, and not on what is generated beside it.
+        state_dtype: float32 or float64, of the state between steps.
+        shape: of an image; None: what the network says.
+        max_graphs: batch sizes that are kept; the one that was used longest ago is dropped.
+
+    Raises:
+        ValueError, TypeError: values other than these.
+    """
+
+    def __init__(
+        self,
+        flow_map: FlowMap,
+        *,
+        steps: int,
+        kind: str = "uniform",
+        mid_eta: Sequence[float] = (),
+        method: str = "pushforward",
+        guidance: float | None = None,
+        dtype: torch.dtype | None = None,
+        graph: str | bool = "auto",
+        rows: int | None = None,
+        state_dtype: torch.dtype = torch.float32,
+        shape: Sequence[int] | None = None,
+        max_graphs: int = 8,
+    ) -> None:
+        if not isinstance(flow_map, FlowMap):
+            raise TypeError(f"flow_map: expected an imm.FlowMap, got {type(flow_map).__name__}")
+        if graph not in ("auto", True, False):
+            raise ValueError(f'graph: expected "auto", True or False, got {graph!r}')
+        if state_dtype not in (torch.float32, torch.float64):
+            raise TypeError(f"state_dtype: expected torch.float32 or torch.float64, got {state_dtype}")
+        if dtype not in (None, torch.float32, torch.bfloat16, torch.float16, torch.float64):
+            raise TypeError(f"dtype: expected None or a floating dtype of 16, 32 or 64 bits, got {dtype}")
+        for name, count in (("rows", rows), ("max_graphs", max_graphs)):
+            if count is not None and count < 1:
+                raise ValueError(f"{name}: expected a count >= 1, got {count}")
+        self.flow_map, self.times = flow_map, sampling.time_grid(flow_map, steps, kind, mid_eta)
+        self.table = sampling.step_table(flow_map, self.times, method)
+        self.shape = tuple(flow_map.image_shape if shape is None else shape)
+        self.guidance = self._checked_guidance(guidance, 1)
+        self.dtype, self.graph, self.rows, self.state_dtype, self.max_graphs = dtype, graph, rows, state_dtype, max_graphs
+        self._lock = threading.RLock()
+        self._loops: OrderedDict[tuple[int, bool], Loop] = OrderedDict()
+        self._captures, self._replays = 0, 0
+        self._most_rows, self._no_graph = rows, None if graph else "graph=False"
+        self._stale = True
+        mark = lambda module, keys: setattr(self, "_stale", True)
+        flow_map.network.register_load_state_dict_post_hook(mark)
+        self._start()
+
+    # The life of a call -------------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def sample(
+        self,
+        seeds: Tensor | Sequence[int] | range,
+        labels: Tensor | Sequence[int] | None = None,
+        guidance: Time | None = None,
+        *,
+        x: Tensor | None = None,
+        copy: bool = True,
+    ) -> Tensor:
+        """Images for seeds.
+
+        Args:
+            seeds: one integer in [0, 2^63) an image.
+            labels: one class an image, ``num_classes`` meaning "none"; None: all "none".
+            guidance: w for all images or ``[B]``; None: the sampler's.
+            x: the states to begin with, ``[B, *shape]`` of standard deviation sigma_data; None: the seeds' noise.
+            copy: False may return memory that the next call overwrites.
+
+        Returns:
+            ``[B, *shape]`` of ``state_dtype``, on the network's device.
+
+        Raises:
+            ValueError, TypeError: arguments other than these, a network in training mode.
+        """
+        with self._lock:
+            if self._stale or self._moved():
+                self._start()
+            seeds = functional.as_seeds(seeds)
+            count = len(seeds)
+            if labels is not None and not isinstance(labels, Tensor):
+                labels = torch.tensor(list(labels), dtype=torch.int64)
+            where = self._device if labels is None else labels.device
+            labels = self.flow_map.checked_labels(labels, count, where)
+            w = self.guidance if guidance is None else self._checked_guidance(guidance, count)
+            if x is not None and x.shape != (count, *self.shape):
+                raise ValueError(f"x: expected {[count, *self.shape]}, got {list(x.shape)}")
+            if count == 0:
+                return torch.empty(0, *self.shape, dtype=self.state_dtype, device=self._device)
+            return self._in_parts(seeds, labels, w, x, copy)
+
+    def _in_parts(self, seeds: Tensor, labels: Tensor | None, w: Tensor | None, x: Tensor | None, copy: bool) -> Tensor:
+        done: list[Tensor] = []
+        start = 0
+        while start < len(seeds):
+            most = len(seeds) if self._most_rows is None else self._most_rows
+            part = slice(start, min(start + most, len(seeds)))
+            pick = lambda value, part=part: None if value is None else value[part]
+            scale = w if w is None or len(w) == 1 else w[part]
+            whole = part == slice(0, len(seeds))
+            try:
+                loop = self._loop(part.stop - part.start, w is not None)
+                done.append(loop.run(seeds[part], pick(labels), scale, pick(x), not copy and whole))
+            except torch.OutOfMemoryError:
+                self._fewer_rows(part.stop - part.start)
+                continue
+            self._replays += loop.captured
+            start = part.stop
+        return done[0] if len(done) == 1 else torch.cat(done)
+
+    def _fewer_rows(self, rows: int) -> None:
+        """After running out of memory: smaller parts from now on."""
+        if rows == 1 or self.rows is not None:
+            raise
+        self._loops.clear()
+        self._most_rows = (rows + 1) // 2
+        text = f"out of memory with {rows} images at a time; going on with at most {self._most_rows}"
+        warnings.warn(text, RuntimeWarning, stacklevel=5)
+
+    def _loop(self, count: int, guided: bool) -> Loop:
+        """The loop for a number of images, made and captured where there is none yet."""
+        rows = self.rows or self._captured_size(count, guided) or count
+        loop = self._loops.get((rows, guided))
+        if loop is None:
+            loop = self._loops[rows, guided] = self._made(rows, guided)
+            while len(self._loops) > self.max_graphs:
+                self._loops.popitem(last=False)
+        self._loops.move_to_end((rows, guided))
+        return loop
+
+    def _captured_size(self, count: int, guided: bool) -> int | None:
+        """The smallest captured number of rows that is worth padding to."""
+        sizes = [r for (r, g), loop in self._loops.items() if g == guided and loop.captured and count <= r <= PADDING * count]
+        return min(sizes, default=None)
+
+    def _made(self, rows: int, guided: bool) -> Loop:
+        network = self._callable(rows, guided)
+        settings: dict[str, Any] = {
+            "rows": rows,
+            "shape": list(self.shape),
+            "guided": guided,
+            "num_classes": self.flow_map.num_classes,
+            "sigma_data": self.flow_map.sigma_data,
+            "state_dtype": self.state_dtype,
+            "input_dtype": self._input_dtype,
+            "device": self._device,
+        }
+        module = native.module()
+        if module is None:
+            return PythonLoop(self.table, network, network.prepare, **settings)
+        columns = {name: list(values) for name, values in self.table.columns().items()}
+        loop = module.SamplingLoop(**columns, **settings, network=network, prepare=network.prepare, pool=self._pool)
+        if self._no_graph is None:
+            self._capture(loop)
+        return loop
+
+    def _capture(self, loop: Loop) -> None:
+        try:
+            loop.capture()
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:
+            reason = next(iter(str(error).splitlines()), type(error).__name__)
+            if self.graph is True:
+                raise RuntimeError(f"graph: this network cannot be captured: {reason}") from error
+            self._no_graph = reason
+            warnings.warn(f"this network cannot be captured, so it runs step by step: {reason}", RuntimeWarning, stacklevel=7)
+        else:
+            self._captures += 1
+
+    def _callable(self, rows: int, guided: bool) -> _Plain | _Conditioned:
+        features = getattr(self._network, "modulation_features", None)
+        if features is None or not hasattr(self._network, "condition"):
+            return _Plain(self._network)
+        if len(self.table) * (rows + 1) * features * self._input_dtype.itemsize > MODULATION_BYTES:
+            return _Plain(self._network)
+        return _Conditioned(self._network, self.table, rows, guided, self._device)
+
+    # The network --------------------------------------------------------------------------------------------------------------
+
+    def _start(self) -> None:
+        """Take the network as it is now; nothing that was captured before is used again."""
+        source = self.flow_map.network
+        if source.training:
+            raise ValueError("flow_map: expected evaluation mode (flow_map.eval()), got training mode")
+        self._loops.clear()
+        self._network = source
+        if self.dtype is not None and self.dtype != self.flow_map.network_dtype:
+            self._network = copy.deepcopy(source).to(self.dtype)
+            if getattr(source, "channels_last", False):
+                self._network = self._network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self._device = self._place()
+        self._input_dtype = self.flow_map.network_dtype if self.dtype is None else self.dtype
+        module = native.module()
+        self._pool = module.make_graph_pool(self._device) if module is not None and self.graph else None
+        if self._pool is None and self.graph is True:
+            raise ValueError(f"graph=True: expected a CUDA device and the native library built for it, got {self._device}")
+        if self.graph:
+            self._no_graph = None if self._pool is not None else f"no graphs on {self._device} with this install"
+        self._stale = False
+
+    def _place(self) -> torch.device:
+        tensor = next(self.flow_map.network.parameters(), None)
+        return torch.device("cpu") if tensor is None else tensor.device
+
+    def _moved(self) -> bool:
+        return self._place() != self._device or self.flow_map.network.training
+
+    def _checked_guidance(self, guidance: Time | None, count: int) -> Tensor | None:
+        if guidance is None:
+            return None
+        if self.flow_map.num_classes == 0:
+            raise ValueError("guidance: expected a class-conditional network, got one with num_classes = 0")
+        w = as_time(guidance).reshape(-1)
+        if len(w) not in (1, count):
+            raise ValueError(f"guidance: expected a number or [{count}], got {list(w.shape)}")
+        if w.device.type == "cpu" and not bool(torch.isfinite(w).all()):
+            raise ValueError(f"guidance: expected finite numbers, got {w.tolist()}")
+        return w
+
+    # What a server needs ------------------------------------------------------------------------------------------------------
+
+    def warmup(self, batch_sizes: Sequence[int]) -> None:
+        """Make, and capture, the loops for these numbers of images before the first call; largest first, so that the smaller
+        ones use its memory. With the sampler's guidance, and without where it has none."""
+        for size in sorted(set(batch_sizes), reverse=True):
+            self.sample(range(size))
+
+    def refresh(self) -> None:
+        """Take the network's weights as they are now; needed after in-place changes other than ``load_state_dict``."""
+        with self._lock:
+            self._start()
+
+    def stats(self) -> dict[str, Any]:
+        """captures and replays so far; cached: loops kept, by (rows, guided); bytes: of their memory, without the graphs' own;
+        eager: why runs go step by step, or None."""
+        with self._lock:
+            return {
+                "captures": self._captures,
+                "replays": self._replays,
+                "cached": list(self._loops),
+                "bytes": sum(loop.bytes for loop in self._loops.values()),
+                "eager": self._no_graph,
+            }
