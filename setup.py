@@ -20,7 +20,7 @@ from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
 IN_PLACE = ROOT / "python" / "imm" / "_native"
-BUILT = ("*.so", "build.json")
+BUILT = ("*.so", "imm_generate", "build.json")
 
 
 def switch(name: str) -> str:

@@ -7,9 +7,10 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from imm.benchmark.case import Case, Claim, Peer, Step
+from imm.benchmark.networks import random_dit
 from imm.networks import DiT
 from imm.networks.dit import SIZES
 
@@ -21,15 +22,6 @@ FUSED, PLAIN, COMPILED = "imm fused", "plain", "torch.compile of the plain form"
 MAX_AUTOTUNE, COMPILED_FUSED = "torch.compile max-autotune of the plain form", "torch.compile of the fused form"
 HOISTED, FLOAT32 = "imm fused, conditioning computed once", "plain float32"
 CLAIMS = (Claim(PLAIN, FUSED, at_least=1.1), Claim(FLOAT32, FUSED, at_least=1.5))
-
-
-def network(size: str, dtype: torch.dtype, device: torch.device) -> DiT:
-    """Weights of the sizes that training gives: no layer is zero."""
-    torch.manual_seed(0)
-    made = DiT(size)
-    for name, parameter in made.named_parameters():
-        nn.init.normal_(parameter, std=0.02 if parameter.dim() < 2 or "adaLN" in name else parameter[0].numel() ** -0.5)
-    return made.to(device=device, dtype=dtype).eval().requires_grad_(False)
 
 
 def form(made: DiT, *, fused: bool) -> DiT:
@@ -66,7 +58,7 @@ def hoisted(made: DiT) -> Peer:
 
 def case(size: str, rows: int, device: torch.device, dtype: torch.dtype = torch.float32) -> Case:
     features, depth, _ = SIZES[size]
-    exact = network(size, torch.float32, device)
+    exact = random_dit(size, torch.float32, device)
     made = copy.deepcopy(exact).to(dtype)
     fused, plain = form(made, fused=True), form(made, fused=False)
 

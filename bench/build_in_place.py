@@ -109,7 +109,9 @@ def by_hand(cuda: bool, out: Path) -> None:
         definitions = [f'-DIMM_BUILD_{key}="{text}"' for key, text in texts.items()]
         module = f"_C{sysconfig.get_config_var('EXT_SUFFIX')}"
         python = f"-I{sysconfig.get_path('include')}"
-        run(compiler, *common, python, *definitions, "-shared", ROOT / "csrc/python.cpp", "-o", folder / module)
+        linked = [f"-L{folder}", "-limm_native", "-Wl,-rpath,$ORIGIN", *search]
+        linked += [f"-l{name}" for name in (*torch_libraries, "torch_python")]
+        run(*shared, *common, python, *definitions, ROOT / "csrc/python.cpp", "-o", folder / module, *linked)
         digest = hashlib.sha256(schemas.read_bytes()).hexdigest()
         (folder / "build.json").write_text(json.dumps({"torch": torch.__version__, "cuda": version, "schemas": digest}))
         out.mkdir(parents=True, exist_ok=True)

@@ -57,10 +57,12 @@ OP_TESTS = (
     "test_adaln",
     "test_attention",
     "test_dit",
+    "test_sampler",
 )
 DRY_TESTS = ("test_noise",)
 #: Seconds at most, most valuable first. Together they may take longer than there is: a second run goes on.
-GPU_BENCHES = {"mmd": 100, "attention": 60, "dit": 100, "adaln": 40, "flow_map_mmd": 30, "flow_step": 20, "noise": 30}
+GPU_BENCHES = {"mmd": 100, "attention": 60, "dit": 100, "sampler": 120, "adaln": 40}
+GPU_BENCHES |= {"flow_map_mmd": 30, "flow_step": 20, "noise": 30}
 DRY_BENCHES = {name: GPU_BENCHES[name] for name in ("mmd", "flow_map_mmd", "flow_step", "noise")}
 #: Runs benchmarks without the command line, which needs click.
 BENCH = "import sys, torch; from pathlib import Path; from imm.benchmark import run; "

@@ -10,6 +10,7 @@
 #include <utility>
 #include <vector>
 
+#include "package.h"
 #include "sampling_loop.h"
 
 namespace py = pybind11;
@@ -49,6 +50,9 @@ PYBIND11_MODULE(_C, m) {
       },
       "What the library was built for and with: torch, cuda (None without), capabilities, compiler, flags.");
 
+  m.def("load_package", torch::wrap_pybind_function_no_gil(imm::load_package), py::arg("path"), py::arg("graph"),
+        "The SamplingLoop of a package that imm export wrote.");
+
   py::class_<imm::GraphPool, std::shared_ptr<imm::GraphPool>>(m, "GraphPool", "Memory that captured loops share.");
   m.def("make_graph_pool", &imm::make_graph_pool, py::arg("device"),
         "A GraphPool of a device, or None where there are no graphs.");
@@ -65,5 +69,7 @@ PYBIND11_MODULE(_C, m) {
            py::arg("guidance"), py::arg("x"), py::arg("keep"), "Images for seeds: see csrc/sampling_loop.h.")
       .def_property_readonly("captured", &imm::SamplingLoop::captured)
       .def_property_readonly("rows", &imm::SamplingLoop::rows)
+      .def_property_readonly("num_classes", &imm::SamplingLoop::num_classes)
+      .def_property_readonly("guided", &imm::SamplingLoop::guided)
       .def_property_readonly("bytes", &imm::SamplingLoop::bytes, "Of the memory it keeps, without a graph's.");
 }

@@ -61,6 +61,8 @@ class IMM_EXPORT SamplingLoop {
                  const std::optional<at::Tensor>& guidance, const std::optional<at::Tensor>& x, bool keep);
 
   int64_t rows() const { return settings_.rows; }
+  int64_t num_classes() const { return settings_.num_classes; }
+  bool guided() const { return settings_.guided; }
   int64_t bytes() const;  // of the memory that is kept, without what a graph keeps
 
  private:

@@ -33,6 +33,7 @@ class Case:
     tolerances: per output, the largest error accepted of a peer, relative to the output's largest number.
     bytes: what the algorithm must read and write once, whatever a peer does. flops: its arithmetic.
     rough: peers that are known to be less accurate, with the error accepted of all their outputs.
+    ceilings: what is timed beside the peers and not checked, since it does a part of the work only.
     products: whether its arithmetic is matrix products, whose rate is then measured in the same run.
     """
 
@@ -47,6 +48,7 @@ class Case:
     tolerances: tuple[float, ...]
     peers: Mapping[str, Peer]
     rough: Mapping[str, float] = field(default_factory=dict)
+    ceilings: Mapping[str, Peer] = field(default_factory=dict)
     products: bool = False
 
     @property

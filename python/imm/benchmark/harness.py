@@ -99,11 +99,13 @@ def measure(case: Case, device: torch.device, effort: Effort = FULL) -> list[Row
     torch.compiler.reset()  # a peer compiles for this shape, as in a program that uses one
     sets = [case.inputs() for _ in range(sets_of_buffers(device, case.bytes))]
     truth = case.truth(*sets[0])
-    ceilings = {COPY: copy_peer, **({MATMUL: matmul_peer} if case.products else {})}
+    ceilings = {COPY: copy_peer(case, device), **case.ceilings}
+    if case.products:
+        ceilings[MATMUL] = matmul_peer(case, device)
     clocks: dict[str, Clock] = {}
     rows: dict[str, Row] = {}
     for name, ceiling in ceilings.items():
-        clocks[name] = clock(device, [ceiling(case, device)(*inputs) for inputs in sets])
+        clocks[name] = clock(device, [ceiling(*inputs) for inputs in sets])
         rows[name] = Row.of(case, device, peer=name, status=OK, method=clocks[name].method)
     for name, peer in case.peers.items():
         rows[name] = Row.of(case, device, peer=name)

@@ -13,6 +13,7 @@ _COMMANDS = {
     "demo": "Train on real digits from scratch, sample in 1-8 steps, score, report.",
     "train": "Train a network on images.",
     "sample": "Generate images from a checkpoint.",
+    "export": "Compile a checkpoint ahead of time, for generation without Python.",
     "bench": "Time ops beside their peers (needs a checkout).",
     "doctor": "Say what is installed and which implementation each op uses, and why.",
 }

@@ -76,6 +76,12 @@ def module() -> ModuleType | None:
     return _MODULE
 
 
+def program(name: str) -> Path | None:
+    """A program that was built beside the loaded library, or None."""
+    path = _folder() / name
+    return path if _STATUS is None and path.is_file() else None
+
+
 def build_info() -> dict[str, Any] | None:
     """What the loaded library was built for and with: torch, cuda (or None), capabilities, compiler, flags."""
     return None if _MODULE is None else _MODULE.build_info()

@@ -1,0 +1,157 @@
+"""Latency of generation, from seeds to images on the device: imm.Sampler beside eager and compiled loops."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from imm import sampling
+from imm.benchmark.case import Case, Claim, Peer, Step
+from imm.benchmark.networks import random_dit
+from imm.flow_map import FlowMap
+from imm.networks import UNet
+from imm.networks.dit import SIZES
+from imm.sampler import Sampler
+
+#: Network, steps, images. With guidance, but for the network of the demo.
+CPU_SHAPES = (("unet", 1, 1), ("unet", 4, 1), ("unet", 1, 64), ("S", 1, 1), ("S", 4, 1), ("S", 1, 8))
+CUDA_SHAPES = (
+    *(("XL", steps, images) for images in (1, 64) for steps in (1, 8)),
+    *(("XL", steps, 1) for steps in (2, 4)),
+    ("XL", 1, 8),
+    ("XL", 1, 256),
+)
+GUIDANCE = 1.5
+
+SAMPLER, BARE = "imm.Sampler", "the network alone"
+SAMPLER_16, STEPWISE_16 = "imm.Sampler, bfloat16", "imm.Sampler, bfloat16, without a graph"
+EAGER, EAGER_16 = "plain eager loop", "plain eager loop, bfloat16"
+COMPILED_16 = "plain loop, bfloat16, torch.compile"
+CLAIMS = (
+    Claim(SAMPLER, BARE, at_most=1.2, up_to={"DiT": 0, "steps": 1, "images": 1}),
+    Claim(EAGER, SAMPLER_16, at_least=1.5),
+)
+
+
+def network(name: str, device: torch.device) -> nn.Module:
+    if name != "unet":
+        return random_dit(name, torch.float32, device)
+    torch.manual_seed(0)
+    made = UNet()
+    nn.init.normal_(made.conv_out.weight, std=0.1)
+    return made.to(device).eval().requires_grad_(False)
+
+
+def with_network(flow_map: FlowMap, made: nn.Module, dtype: torch.dtype) -> FlowMap:
+    """The same flow map around a copy of a network in another dtype, in its plain form."""
+    made = copy.deepcopy(made).to(dtype)
+    if hasattr(made, "fused"):
+        made.fused = False
+    return FlowMap(made, **flow_map.settings).eval()
+
+
+def eager(flow_map: FlowMap, times: Tensor, guidance: float | None) -> Peer:
+    """The loop as the papers' code has it: each step from Python, coefficients and times made anew."""
+
+    def prepare(seeds: Tensor, labels: Tensor) -> Step:
+        def step() -> tuple[Tensor, ...]:
+            x = sampling.initial_state(flow_map, seeds, flow_map.image_shape)
+            return (sampling.pushforward(flow_map, x, times, labels, guidance),)
+
+        return step
+
+    return prepare
+
+
+def compiled(flow_map: FlowMap, times: Tensor, guidance: float | None, mode: str | None) -> Peer:
+    """The same loop around a compiled network, which is made when the peer is."""
+
+    def prepare(*inputs: Any) -> Step:
+        other = copy.copy(flow_map)
+        other._modules = {**flow_map._modules, "network": torch.compile(flow_map.network, mode=mode)}
+        return eager(other, times, guidance)(*inputs)
+
+    return prepare
+
+
+def sampled(sampler: Sampler) -> Peer:
+    return lambda seeds, labels: lambda: (sampler.sample(seeds, labels),)
+
+
+def bare(flow_map: FlowMap, rows: int) -> Peer:
+    """One evaluation of the network, which is not the loop's result: the floor of one step."""
+
+    def prepare(seeds: Tensor, labels: Tensor) -> Step:
+        right = sampling.initial_state(flow_map, seeds, flow_map.image_shape)
+        x = torch.cat([right] * (rows // len(right)))
+        time = torch.full((rows,), 994.0, dtype=torch.float64, device=x.device)
+        label = labels.repeat(rows // len(labels))
+
+        @torch.no_grad()
+        def step() -> tuple[Tensor, ...]:
+            return (flow_map.network(x, time, time, label),)
+
+        return step
+
+    return prepare
+
+
+def case(name: str, steps: int, images: int, device: torch.device) -> Case:
+    exact = FlowMap(network(name, device)).eval()
+    guidance = None if name == "unet" else GUIDANCE
+    rows = images * (1 if guidance is None else 2)
+    times = sampling.time_grid(exact, steps)
+    plain = with_network(exact, exact.network, torch.float32)
+    half = with_network(exact, exact.network, torch.bfloat16)
+
+    def inputs() -> tuple[Any, ...]:
+        return torch.arange(images, device=device), torch.arange(images, device=device) % exact.num_classes
+
+    def truth(seeds: Tensor, labels: Tensor) -> tuple[Tensor, ...]:
+        wide = with_network(exact, exact.network, torch.float64)
+        x = sampling.initial_state(wide, seeds, wide.image_shape)
+        parts = zip(x.double().split(2), labels.split(2), strict=True)
+        return (torch.cat([sampling.pushforward(wide, a, times, b, guidance, torch.float64) for a, b in parts]),)
+
+    options: dict[str, Any] = {"steps": steps, "guidance": guidance}
+    make: dict[str, Callable[[], Peer]] = {
+        SAMPLER_16: lambda: sampled(Sampler(exact, dtype=torch.bfloat16, **options)),
+        SAMPLER: lambda: sampled(Sampler(exact, **options)),
+        EAGER: lambda: eager(plain, times, guidance),
+        EAGER_16: lambda: eager(half, times, guidance),
+        COMPILED_16: lambda: compiled(half, times, guidance, None),
+    }
+    if device.type == "cuda":
+        make[STEPWISE_16] = lambda: sampled(Sampler(exact, dtype=torch.bfloat16, graph=False, **options))
+        for mode in ("reduce-overhead", "max-autotune"):
+            make[f"{COMPILED_16} {mode}"] = lambda mode=mode: compiled(half, times, guidance, mode)
+    peers: dict[str, Peer] = {peer: made() for peer, made in make.items()}
+    weights = sum(p.numel() for p in exact.network.parameters())
+    features, depth, _ = (0, 0, 0) if name == "unet" else SIZES[name]
+    tokens = 256
+    return Case(
+        op="sampler",
+        mode="seeds to images",
+        shape={"DiT": features, "steps": steps, "images": images},
+        dtype=torch.float32,
+        # The weights once a step, in 16 bits.
+        bytes=2 * steps * weights,
+        flops=steps * rows * depth * (24 * features**2 * tokens + 4 * tokens**2 * features),
+        inputs=inputs,
+        truth=truth,
+        tolerances=(1e-3,),
+        peers=peers,
+        ceilings={BARE: bare(exact, rows)} if steps == 1 else {},
+        rough={peer: 0.1 for peer in peers if "bfloat16" in peer},
+        products=name != "unet",
+    )
+
+
+def cases(device: torch.device, quick: bool) -> Iterator[Case]:
+    shapes = CUDA_SHAPES if device.type == "cuda" else CPU_SHAPES
+    for shape in shapes[:1] if quick else shapes:
+        yield case(*shape, device)

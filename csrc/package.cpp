@@ -1,0 +1,87 @@
+#include "package.h"
+
+#include <c10/util/Exception.h>
+#include <torch/csrc/inductor/aoti_package/model_package_loader.h>
+
+#include <algorithm>
+#include <sstream>
+#include <string>
+#include <unordered_map>
+#include <utility>
+#include <vector>
+
+namespace imm {
+namespace {
+
+using Metadata = std::unordered_map<std::string, std::string>;
+
+const std::string& entry(const Metadata& metadata, const std::string& key) {
+  const auto found = metadata.find("imm_" + key);
+  TORCH_CHECK_VALUE(found != metadata.end(), "package: expected one that `imm export` wrote, got one without imm_", key);
+  return found->second;
+}
+
+// Numbers with spaces in between.
+template <typename T>
+std::vector<T> numbers(const Metadata& metadata, const std::string& key) {
+  std::istringstream text(entry(metadata, key));
+  std::vector<T> values;
+  for (std::string word; text >> word;) {
+    size_t read = 0;
+    if constexpr (std::is_same_v<T, double>) {
+      values.push_back(std::stod(word, &read));
+    } else {
+      values.push_back(std::stoll(word, &read));
+    }
+    TORCH_CHECK_VALUE(read == word.size(), "package: imm_", key, ": expected numbers, got '", word, "'");
+  }
+  return values;
+}
+
+template <typename T>
+T number(const Metadata& metadata, const std::string& key) {
+  const std::vector<T> values = numbers<T>(metadata, key);
+  TORCH_CHECK_VALUE(values.size() == 1, "package: imm_", key, ": expected one number, got '", entry(metadata, key),
+                    "'");
+  return values[0];
+}
+
+at::ScalarType dtype(const Metadata& metadata, const std::string& key) {
+  const std::string& name = entry(metadata, key);
+  for (const at::ScalarType type : {at::kFloat, at::kDouble, at::kBFloat16, at::kHalf}) {
+    if (c10::getDtypeNames(type).first == name) return type;
+  }
+  TORCH_CHECK_VALUE(false, "package: imm_", key, ": expected a floating dtype of 16, 32 or 64 bits, got '", name, "'");
+}
+
+}  // namespace
+
+std::unique_ptr<SamplingLoop> load_package(const std::string& path, bool graph) {
+  // A graph is captured from one thread, and the loop calls from one at a time.
+  const auto network =
+      std::make_shared<torch::inductor::AOTIModelPackageLoader>(path, "model", /*run_single_threaded=*/true);
+  const Metadata metadata = network->get_metadata();
+  SamplingTable table{numbers<double>(metadata, "t"),    numbers<double>(metadata, "s"),
+                      numbers<double>(metadata, "c_in"), numbers<double>(metadata, "c_skip"),
+                      numbers<double>(metadata, "c_out"), numbers<double>(metadata, "c_noise")};
+  SamplingSettings settings{.rows = number<int64_t>(metadata, "rows"),
+                            .shape = numbers<int64_t>(metadata, "shape"),
+                            .guided = number<int64_t>(metadata, "guided") != 0,
+                            .num_classes = number<int64_t>(metadata, "num_classes"),
+                            .sigma_data = number<double>(metadata, "sigma_data"),
+                            .state_dtype = dtype(metadata, "state_dtype"),
+                            .input_dtype = dtype(metadata, "input_dtype"),
+                            .device = at::Device(entry(metadata, "device"))};
+  const auto call = [network](int64_t, const at::Tensor& x, const at::Tensor& t, const at::Tensor& s,
+                              const std::optional<at::Tensor>& labels) {
+    std::vector<at::Tensor> inputs{x, t, s};
+    if (labels) inputs.push_back(*labels);
+    return network->run(inputs).at(0);
+  };
+  const auto pool = graph ? make_graph_pool(settings.device) : nullptr;
+  auto loop = std::make_unique<SamplingLoop>(std::move(table), std::move(settings), call, nullptr, pool);
+  if (pool) loop->capture();
+  return loop;
+}
+
+}  // namespace imm

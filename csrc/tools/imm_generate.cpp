@@ -1,0 +1,161 @@
+// imm_generate: images from a package that `imm export` wrote, without Python.
+//
+//     imm_generate --package=net.pt2 --seeds=0-63 [--labels=0,1,2] [--cfg=1.5] --out=images.npy
+//
+// Writes [N, ...] float32 in the NumPy format. Labels repeat over the seeds; without them all images are of no class.
+#include <ATen/ops/cat.h>
+#include <ATen/ops/full.h>
+#include <ATen/ops/tensor.h>
+#include <c10/util/Exception.h>
+
+#include <cstdio>
+#include <exception>
+#include <fstream>
+#include <iostream>
+#include <map>
+#include <string>
+#include <string_view>
+#include <vector>
+
+#include "../package.h"
+
+namespace {
+
+constexpr const char* kUsage =
+    "usage: imm_generate --package=FILE --seeds=0-63 [--labels=0,1,2] [--cfg=W] --out=FILE.npy [--no-graph]\n";
+
+struct Failure {
+  std::string text;
+};
+
+int64_t integer(const std::string& text, const char* name) {
+  size_t read = 0;
+  long long value = -1;
+  try {
+    value = std::stoll(text, &read);
+  } catch (const std::exception&) {
+    read = 0;
+  }
+  if (read == 0 || read != text.size() || value < 0)
+    throw Failure{std::string(name) + ": expected numbers and ranges such as 0-63,70, got '" + text + "'"};
+  return value;
+}
+
+// "0-63,70" -> 0, ..., 63, 70.
+std::vector<int64_t> integers(const std::string& text, const char* name) {
+  std::vector<int64_t> values;
+  for (size_t begin = 0; begin <= text.size();) {
+    const size_t end = std::min(text.find(',', begin), text.size());
+    const std::string item = text.substr(begin, end - begin);
+    const size_t dash = item.find('-');
+    const int64_t first = integer(item.substr(0, dash), name);
+    const int64_t last = dash == std::string::npos ? first : integer(item.substr(dash + 1), name);
+    if (last < first || last - first > 100'000'000)
+      throw Failure{std::string(name) + ": expected numbers and ranges such as 0-63,70, got '" + text + "'"};
+    for (int64_t value = first; value <= last; ++value) values.push_back(value);
+    begin = end + 1;
+  }
+  return values;
+}
+
+// NumPy's format, version 1.0: magic, length of the header, header padded to 64 bytes, data.
+void write_npy(const std::string& path, const at::Tensor& images) {
+  std::string header = "{'descr': '<f4', 'fortran_order': False, 'shape': (";
+  for (const int64_t size : images.sizes()) header += std::to_string(size) + ", ";
+  header += "), }";
+  header.append(64 - (10 + header.size() + 1) % 64, ' ');
+  header += '\n';
+  const std::string part = path + ".part";
+  {
+    std::ofstream file(part, std::ios::binary);
+    file.write("\x93NUMPY\x01\x00", 8);
+    file.put(static_cast<char>(header.size() & 0xff)).put(static_cast<char>(header.size() >> 8));
+    file << header;
+    file.write(static_cast<const char*>(images.const_data_ptr()), static_cast<std::streamsize>(images.nbytes()));
+    if (!file.flush()) throw Failure{"out: cannot write " + part};
+  }
+  if (std::rename(part.c_str(), path.c_str()) != 0) throw Failure{"out: cannot write " + path};
+}
+
+std::map<std::string, std::string> parse(int count, char** words) {
+  std::map<std::string, std::string> options;
+  for (int i = 1; i < count; ++i) {
+    const std::string_view word = words[i];
+    const size_t equals = word.find('=');
+    const std::string name(word.substr(0, equals));
+    const bool flag = name == "--no-graph";
+    if (!flag && name != "--package" && name != "--seeds" && name != "--labels" && name != "--cfg" && name != "--out")
+      throw Failure{"unknown option " + name};
+    if (flag != (equals == std::string_view::npos)) throw Failure{name + (flag ? ": takes no value" : ": expected a value")};
+    options[name] = flag ? "" : std::string(word.substr(equals + 1));
+  }
+  for (const char* name : {"--package", "--seeds", "--out"}) {
+    if (!options.count(name)) throw Failure{std::string(name) + " is missing"};
+  }
+  return options;
+}
+
+void generate(const std::map<std::string, std::string>& options) {
+  const auto seeds = integers(options.at("--seeds"), "seeds");
+  const auto loop = imm::load_package(options.at("--package"), !options.count("--no-graph"));
+  std::vector<int64_t> classes;
+  if (options.count("--labels")) classes = integers(options.at("--labels"), "labels");
+  if (!classes.empty() && loop->num_classes() == 0)
+    throw Failure{"labels: expected none for an unconditional network"};
+  for (const int64_t label : classes) {
+    if (label > loop->num_classes())
+      throw Failure{"labels: expected classes up to " + std::to_string(loop->num_classes()) + ", which is none, got " +
+                    std::to_string(label)};
+  }
+  if (classes.empty()) classes.push_back(loop->num_classes());
+  std::optional<at::Tensor> guidance;
+  if (options.count("--cfg") != loop->guided())
+    throw Failure{loop->guided() ? "cfg: expected a scale, since the package was exported with guidance"
+                                 : "cfg: expected none, since the package was exported without guidance"};
+  if (loop->guided()) {
+    size_t read = 0;
+    const std::string& text = options.at("--cfg");
+    double w = 0.0;
+    try {
+      w = std::stod(text, &read);
+    } catch (const std::exception&) {
+      read = 0;
+    }
+    if (read == 0 || read != text.size() || !std::isfinite(w)) throw Failure{"cfg: expected a number, got '" + text + "'"};
+    guidance = at::full({1}, w, at::kDouble);
+  }
+  std::vector<at::Tensor> parts;
+  const auto total = static_cast<int64_t>(seeds.size());
+  for (int64_t begin = 0; begin < total; begin += loop->rows()) {
+    const int64_t count = std::min(loop->rows(), total - begin);
+    const std::vector<int64_t> own(seeds.begin() + begin, seeds.begin() + begin + count);
+    std::optional<at::Tensor> labels;
+    if (loop->num_classes() > 0) {
+      std::vector<int64_t> chosen;
+      for (int64_t i = 0; i < count; ++i) chosen.push_back(classes[static_cast<size_t>(begin + i) % classes.size()]);
+      labels = at::tensor(chosen, at::kLong);
+    }
+    parts.push_back(loop->run(at::tensor(own, at::kLong), labels, guidance, std::nullopt, /*keep=*/false).cpu());
+  }
+  const at::Tensor images = at::cat(parts).to(at::kFloat).contiguous();
+  write_npy(options.at("--out"), images);
+  std::cout << total << " images of " << images.sizes().slice(1) << ": " << options.at("--out") << "\n";
+}
+
+}  // namespace
+
+int main(int count, char** words) {
+  try {
+    generate(parse(count, words));
+  } catch (const Failure& failure) {
+    std::cerr << "imm_generate: " << failure.text << "\n" << kUsage;
+    return 2;
+  } catch (const c10::Error& error) {
+    std::cerr << "imm_generate: " << error.what_without_backtrace() << "\n";
+    return 1;
+  } catch (const std::exception& error) {
+    std::cerr << "imm_generate: " << error.what() << "\n";
+    return 1;
+  }
+  return 0;
+}

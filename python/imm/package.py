@@ -1,0 +1,153 @@
+"""Networks compiled ahead of time for the C++ sampling loop: ``imm export``, and running what it wrote.
+
+A package is AOTInductor's file of a network for one number of rows, with the step table and the settings of the loop as its
+metadata. ``imm_generate`` runs it without Python; :class:`Package` runs it from Python, with none between the steps.
+"""
+
+from __future__ import annotations
+
+import copy
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from imm import functional, sampling
+from imm.flow_map import FlowMap
+from imm.ops import native
+from imm.schedules import Time, as_time
+
+
+class _Network(nn.Module):
+    """The call that is exported: labels only where the network takes them."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, x: Tensor, t: Tensor, s: Tensor, labels: Tensor | None = None) -> Tensor:
+        return self.network(x, t, s, labels)
+
+
+def _words(values: Sequence[float] | Sequence[int]) -> str:
+    return " ".join(repr(value) for value in values)
+
+
+def export(
+    flow_map: FlowMap,
+    path: str | Path,
+    *,
+    rows: int,
+    steps: int,
+    kind: str = "uniform",
+    mid_eta: Sequence[float] = (),
+    method: str = "pushforward",
+    guided: bool = False,
+    dtype: torch.dtype | None = None,
+    state_dtype: torch.dtype = torch.float32,
+) -> None:
+    """Compile a flow map's network ahead of time for a sampling run, into the file ``path`` (``.pt2``).
+
+    A DiT is compiled in its plain form, whose operations the compiler sees and fuses itself. Needs a C++ compiler.
+
+    Args:
+        flow_map: in evaluation mode, on the device to generate on.
+        rows: images at a time; a run of fewer is padded, one of more is cut.
+        steps, kind, mid_eta, method, state_dtype: as in :class:`imm.Sampler`.
+        guided: whether runs give a guidance scale, which may differ from run to run.
+        dtype: of the weights; None: as they are.
+
+    Raises:
+        ValueError, TypeError: settings other than these; a path that does not end in .pt2.
+    """
+    path = Path(path)
+    if path.suffix != ".pt2":
+        raise ValueError(f"out: expected a file name that ends in .pt2, got {path}")
+    if rows < 1:
+        raise ValueError(f"rows: expected a count >= 1, got {rows}")
+    if guided and flow_map.num_classes == 0:
+        raise ValueError("guidance: expected a class-conditional network, got one with num_classes = 0")
+    if flow_map.network.training:
+        raise ValueError("flow_map: expected evaluation mode (flow_map.eval()), got training mode")
+    table = sampling.step_table(flow_map, sampling.time_grid(flow_map, steps, kind, mid_eta), method)
+    shape, dtype = flow_map.image_shape, dtype or flow_map.network_dtype
+    network: Any = copy.deepcopy(flow_map.network).to(dtype).requires_grad_(False)
+    if hasattr(network, "fused"):
+        network.fused = False
+    device = next((p.device for p in network.parameters()), torch.device("cpu"))
+    both = rows * (2 if guided else 1)
+    times = torch.zeros(both, dtype=torch.float64, device=device)
+    inputs = [torch.zeros(both, *shape, dtype=dtype, device=device), times, times.clone()]
+    if flow_map.num_classes:
+        inputs.append(torch.zeros(both, dtype=torch.int64, device=device))
+    metadata = {
+        **{name: _words(column) for name, column in table.columns().items()},
+        "rows": str(rows),
+        "shape": _words(shape),
+        "guided": str(int(guided)),
+        "num_classes": str(flow_map.num_classes),
+        "sigma_data": repr(flow_map.sigma_data),
+        "state_dtype": str(state_dtype).removeprefix("torch."),
+        "input_dtype": str(dtype).removeprefix("torch."),
+        "device": str(device),
+    }
+    from torch._inductor import aoti_compile_and_package  # slow to import
+
+    with torch.no_grad():
+        exported = torch.export.export(_Network(network), tuple(inputs))
+        part = path.with_name(f".{path.stem}-{os.getpid()}.pt2")
+        try:
+            options = {"aot_inductor.metadata": {f"imm_{name}": text for name, text in metadata.items()}}
+            aoti_compile_and_package(exported, package_path=str(part), inductor_configs=options)
+            part.replace(path)
+        finally:
+            part.unlink(missing_ok=True)
+
+
+class Package:
+    """Runs a package that :func:`export` wrote: on CUDA as one captured graph.
+
+    Args:
+        path: the file.
+        graph: capture where the device has graphs; else the C++ loop calls the compiled network step by step.
+
+    Raises:
+        RuntimeError: an install without the native library; a file that is no package, or was not written by :func:`export`.
+    """
+
+    def __init__(self, path: str | Path, *, graph: bool = True) -> None:
+        module: Any = native.module()
+        if module is None:
+            raise RuntimeError(f"a package needs the native library: {native.status()}")
+        if not Path(path).is_file():
+            raise FileNotFoundError(f"package: expected a file that imm export wrote, got {path}")
+        self._loop = module.load_package(str(path), graph)
+        self.rows, self.num_classes, self.guided = self._loop.rows, self._loop.num_classes, self._loop.guided
+
+    def sample(
+        self,
+        seeds: Tensor | Sequence[int] | range,
+        labels: Tensor | Sequence[int] | None = None,
+        guidance: Time | None = None,
+    ) -> Tensor:
+        """Images ``[B, ...]`` for seeds, as :meth:`imm.Sampler.sample` gives them to rounding.
+
+        Raises:
+            ValueError: labels or guidance that do not fit the package.
+        """
+        keys = functional.as_seeds(seeds)
+        if labels is None and self.num_classes:
+            labels = [self.num_classes] * len(keys)
+        classes = None if labels is None else torch.as_tensor(labels, dtype=torch.int64)
+        if classes is not None and len(classes) and not 0 <= int(classes.min()) <= int(classes.max()) <= self.num_classes:
+            raise ValueError(f"labels: expected classes 0..{self.num_classes - 1} or {self.num_classes} for none")
+        w = None if guidance is None else as_time(guidance).reshape(-1)
+        parts = []
+        for start in range(0, max(1, len(keys)), self.rows):
+            part = slice(start, start + self.rows)
+            scale = w if w is None or len(w) == 1 else w[part]
+            parts.append(self._loop.run(keys[part], None if classes is None else classes[part], scale, None, False))
+        return torch.cat(parts)
