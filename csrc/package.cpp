@@ -17,7 +17,8 @@ using Metadata = std::unordered_map<std::string, std::string>;
 
 const std::string& entry(const Metadata& metadata, const std::string& key) {
   const auto found = metadata.find("imm_" + key);
-  TORCH_CHECK_VALUE(found != metadata.end(), "package: expected one that `imm export` wrote, got one without imm_", key);
+  TORCH_CHECK_VALUE(found != metadata.end(), "package: expected one that `imm export` wrote, got one without imm_",
+                    key);
   return found->second;
 }
 
@@ -61,8 +62,8 @@ std::unique_ptr<SamplingLoop> load_package(const std::string& path, bool graph) 
   const auto network =
       std::make_shared<torch::inductor::AOTIModelPackageLoader>(path, "model", /*run_single_threaded=*/true);
   const Metadata metadata = network->get_metadata();
-  SamplingTable table{numbers<double>(metadata, "t"),    numbers<double>(metadata, "s"),
-                      numbers<double>(metadata, "c_in"), numbers<double>(metadata, "c_skip"),
+  SamplingTable table{numbers<double>(metadata, "t"),     numbers<double>(metadata, "s"),
+                      numbers<double>(metadata, "c_in"),  numbers<double>(metadata, "c_skip"),
                       numbers<double>(metadata, "c_out"), numbers<double>(metadata, "c_noise")};
   SamplingSettings settings{.rows = number<int64_t>(metadata, "rows"),
                             .shape = numbers<int64_t>(metadata, "shape"),

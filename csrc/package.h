@@ -8,8 +8,8 @@
 
 namespace imm {
 
-// The loop that a package describes, on the package's device; captured there where the device has graphs and `graph` asks
-// for it. Throws what is missing or wrong in the file.
+// The loop that a package describes, on the package's device; captured there where the device has graphs and `graph`
+// asks for it. Throws what is missing or wrong in the file.
 IMM_EXPORT std::unique_ptr<SamplingLoop> load_package(const std::string& path, bool graph);
 
 }  // namespace imm

@@ -34,6 +34,7 @@ SMALL = {
     "adaln": (2, 3, 17),
     "attention": (2, 16, 2, 8),
     "dit": ("S", 1),
+    "sampler": ("unet", 2, 2),
 }
 
 
@@ -151,6 +152,18 @@ def test_compulsory_bytes_and_flops() -> None:
 def _copied(declared: Case) -> tuple[Tensor, Tensor]:
     step = harness.copy_peer(declared, CPU)()
     return step()[0], step()[0]
+
+
+def test_ceilings_are_timed_and_not_checked() -> None:
+    declared = dataclasses.replace(doubling(right=by(lambda x: 2 * x)), ceilings={"less": by(lambda x: x[:1])})
+    assert [(row.peer, row.status) for row in measure(declared, CPU, BRIEF)] == [
+        (name, rows.OK) for name in (case.COPY, "less", "right")
+    ]
+
+
+def test_ratios_are_of_the_same_round() -> None:
+    """A machine that is slow in some rounds is slow for both."""
+    assert rows.paired([1.0, 10.0, 1.2, 11.0], [0.5, 5.0, 0.6, 5.5]) == pytest.approx(2.0)
 
 
 def test_claims() -> None:

@@ -8,11 +8,14 @@
 #include <ATen/ops/tensor.h>
 #include <c10/util/Exception.h>
 
+#include <algorithm>
+#include <cmath>
 #include <cstdio>
 #include <exception>
 #include <fstream>
 #include <iostream>
 #include <map>
+#include <optional>
 #include <string>
 #include <string_view>
 #include <vector>
@@ -86,7 +89,8 @@ std::map<std::string, std::string> parse(int count, char** words) {
     const bool flag = name == "--no-graph";
     if (!flag && name != "--package" && name != "--seeds" && name != "--labels" && name != "--cfg" && name != "--out")
       throw Failure{"unknown option " + name};
-    if (flag != (equals == std::string_view::npos)) throw Failure{name + (flag ? ": takes no value" : ": expected a value")};
+    if (flag != (equals == std::string_view::npos))
+      throw Failure{name + (flag ? ": takes no value" : ": expected a value")};
     options[name] = flag ? "" : std::string(word.substr(equals + 1));
   }
   for (const char* name : {"--package", "--seeds", "--out"}) {
@@ -100,8 +104,7 @@ void generate(const std::map<std::string, std::string>& options) {
   const auto loop = imm::load_package(options.at("--package"), !options.count("--no-graph"));
   std::vector<int64_t> classes;
   if (options.count("--labels")) classes = integers(options.at("--labels"), "labels");
-  if (!classes.empty() && loop->num_classes() == 0)
-    throw Failure{"labels: expected none for an unconditional network"};
+  if (!classes.empty() && loop->num_classes() == 0) throw Failure{"labels: expected none for an unconditional network"};
   for (const int64_t label : classes) {
     if (label > loop->num_classes())
       throw Failure{"labels: expected classes up to " + std::to_string(loop->num_classes()) + ", which is none, got " +
@@ -121,7 +124,8 @@ void generate(const std::map<std::string, std::string>& options) {
     } catch (const std::exception&) {
       read = 0;
     }
-    if (read == 0 || read != text.size() || !std::isfinite(w)) throw Failure{"cfg: expected a number, got '" + text + "'"};
+    if (read == 0 || read != text.size() || !std::isfinite(w))
+      throw Failure{"cfg: expected a number, got '" + text + "'"};
     guidance = at::full({1}, w, at::kDouble);
   }
   std::vector<at::Tensor> parts;

@@ -19,11 +19,12 @@ _HEAD = """# Performance
 
 Made by `python -m imm.benchmark.docs > docs/performance.md` from the rows in `bench/results`; figures are not edited by hand.
 
-Every row is the median of many calls; peers take turns (A B C A B C ...) in one process with a fixed number of threads.
-GB/s counts the bytes that the algorithm must move, whatever the peer moves. "x copy" is the time over that of a copy that
-moves as many bytes, measured in the same turns: 1 is the ceiling for work limited by memory. Buffers rotate, so that inputs and
-outputs come from memory and go there, as between the steps of a training run. "error" is the largest difference from float64,
-relative to the largest number; a peer that is wrong is not timed. `imm bench all` measures your machine.
+Every row is the median of many calls; peers take turns (A B C A B C ...) in one process with a fixed number of threads. Buffers
+rotate, so that inputs and outputs come from memory and go there, as between the steps of a training run. GB/s counts the bytes
+that the algorithm must move, whatever the peer moves. A ratio is the median of each round's: what slows the machine down for a
+while slows both down. "x copy" is that to a copy that moves as many bytes: 1 is the ceiling for work limited by memory.
+"error" is the largest difference from float64, relative to the largest number; a peer that is wrong is not timed.
+`imm bench all` measures your machine.
 """
 
 
@@ -37,7 +38,7 @@ def _claims(cases: Sequence[Sequence[Row]]) -> str:
     asked = getattr(load(cases[0][0].op), "CLAIMS", ())
     if not asked:
         return ""
-    lines = [["ratio of medians", "bound", *(rows[0].shape for rows in cases)]]
+    lines = [["ratio", "bound", *(rows[0].shape for rows in cases)]]
     for claim in asked:
         texts = []
         for rows in cases:

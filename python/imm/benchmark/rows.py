@@ -20,7 +20,8 @@ OK = "ok"
 class Row:
     """One peer at one case. Times in microseconds; None where there is none: refused, or not applicable.
 
-    error: the largest relative error against float64. ratio_to_copy: median over that of the copy in the same run.
+    error: the largest relative error against float64. ratio_to_copy: the median of the ratios to the copy of the same round.
+    samples_us: every round's time, in order, with spaces in between.
     """
 
     op: str
@@ -44,6 +45,7 @@ class Row:
     error: float | None = None
     machine: str = ""
     commit: str = ""
+    samples_us: str = ""
 
     @classmethod
     def of(cls, case: Case, device: torch.device, **values: Any) -> Row:
@@ -59,15 +61,21 @@ class Row:
         }
         return cls(op=case.op, mode=case.mode, shape=case.size, **known, **values)
 
-    def timed(self, seconds: Sequence[float], copy: float) -> None:
-        """Fill in the times, from samples and the median of the copy, in seconds."""
+    def timed(self, seconds: Sequence[float], copy: Sequence[float]) -> None:
+        """Fill in the times, from this peer's samples and those of the copy, round by round, in seconds."""
         ordered = torch.tensor(sorted(seconds), dtype=torch.float64)
         p20, median, p80 = (float(torch.quantile(ordered, q)) for q in (0.2, 0.5, 0.8))
         self.rounds = len(seconds)
         self.p20_us, self.median_us, self.p80_us = (round(1e6 * t, 3) for t in (p20, median, p80))
         self.gb_per_s = round(self.bytes / median * 1e-9, 4)
-        self.ratio_to_copy = round(median / copy, 4)
+        self.samples_us = " ".join(f"{1e6 * t:.5g}" for t in seconds)
+        self.ratio_to_copy = round(paired(seconds, copy), 4)
         self.gflop_per_s = None if self.peer == COPY else round(self.flops / median * 1e-9, 4)
+
+
+def paired(times: Sequence[float], others: Sequence[float]) -> float:
+    """The median of times over others of the same rounds: what slows a machine down for a while slows both down."""
+    return float(torch.quantile(torch.tensor(times, dtype=torch.float64) / torch.tensor(others, dtype=torch.float64), 0.5))
 
 
 COLUMNS = tuple(field.name for field in fields(Row))
@@ -134,13 +142,13 @@ def table(rows: Sequence[Row]) -> str:
 
 
 def ratios(rows: Sequence[Row], asked: Sequence[Claim]) -> list[tuple[Claim, float | None]]:
-    """The claims about a case, each with its measured ratio of medians, None where one of the two was not timed."""
-    times = {row.peer: row.median_us for row in rows}
+    """The claims about a case, each with its measured ratio, round by round; None where one of the two was not timed."""
+    times = {row.peer: [float(word) for word in row.samples_us.split()] for row in rows}
     found: list[tuple[Claim, float | None]] = []
     for claim in asked:
         if claim.slow in times and claim.fast in times and claim.concerns(rows[0].shape):
             slow, fast = times[claim.slow], times[claim.fast]
-            found.append((claim, None if slow is None or fast is None else slow / fast))
+            found.append((claim, paired(slow, fast) if slow and fast else None))
     return found
 
 
