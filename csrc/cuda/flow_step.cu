@@ -43,13 +43,13 @@ __global__ void __launch_bounds__(kMaxThreads) flow_step_fwd_kernel(const FlowSt
         for (int i = 0; i < N; ++i) x[i] += c_noise * n[i];
       }
       store_chunk<kVector>(static_cast<State*>(p.x_s) + offset, count, x);
-      if (p.input != nullptr) {
-        const Acc c_in = convert<Acc>(at(p.c_in, b));
+      if (p.input == nullptr) return;
+      const Acc c_in = convert<Acc>(at(p.c_in, b));
 #pragma unroll
-        for (int i = 0; i < N; ++i) x[i] = c_in * convert<Acc>(convert<State>(x[i]));
-        Output* input = static_cast<Output*>(p.input) + offset;
-        for (int64_t copy = 0; copy < p.copies; ++copy, input += p.B * p.D) store_chunk<kVector>(input, count, x);
-      }
+      for (int i = 0; i < N; ++i) x[i] = c_in * convert<Acc>(convert<State>(x[i]));  // as it was rounded
+      Output* input = static_cast<Output*>(p.input) + offset;
+#pragma unroll 1
+      for (int64_t copy = 0; copy < p.copies; ++copy, input += p.B * p.D) store_chunk<kVector>(input, count, x);
     });
   });
 }

@@ -84,7 +84,7 @@ __device__ __forceinline__ void store_chunk(T* __restrict__ ptr, int count, cons
       for (int j = 0; j < kLanes; ++j) lanes[j] = convert<T>(value[i + j]);
       uint4 words;
       memcpy(&words, lanes, sizeof(words));
-      *reinterpret_cast<uint4*>(ptr + i) = words;
+      __stwb(reinterpret_cast<uint4*>(ptr + i), words);  // as one access, which the compiler splits where more follows
     }
   } else {
 #pragma unroll
