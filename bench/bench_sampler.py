@@ -33,7 +33,7 @@ EAGER, EAGER_16 = "plain eager loop", "plain eager loop, bfloat16"
 COMPILED_16 = "plain loop, bfloat16, torch.compile"
 CLAIMS = (
     Claim(SAMPLER, BARE, at_most=1.2, up_to={"DiT": 0, "steps": 1, "images": 1}),
-    Claim(EAGER, SAMPLER_16, at_least=1.5),
+    Claim(EAGER, SAMPLER_16, at_least=1.5, above={"DiT": 0}),
 )
 
 

@@ -1,5 +1,6 @@
 #include "package.h"
 
+#include <c10/core/impl/VirtualGuardImpl.h>
 #include <c10/util/Exception.h>
 #include <torch/csrc/inductor/aoti_package/model_package_loader.h>
 
@@ -73,6 +74,8 @@ std::unique_ptr<SamplingLoop> load_package(const std::string& path, bool graph) 
                             .state_dtype = dtype(metadata, "state_dtype"),
                             .input_dtype = dtype(metadata, "input_dtype"),
                             .device = at::Device(entry(metadata, "device"))};
+  if (settings.device.is_cuda())  // where the loader put the weights
+    settings.device = c10::impl::VirtualGuardImpl(at::kCUDA).getDevice();
   const auto call = [network](int64_t, const at::Tensor& x, const at::Tensor& t, const at::Tensor& s,
                               const std::optional<at::Tensor>& labels) {
     std::vector<at::Tensor> inputs{x, t, s};

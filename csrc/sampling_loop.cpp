@@ -6,6 +6,7 @@
 #include <ATen/ops/stack.h>
 #include <ATen/ops/tensor.h>
 #include <ATen/ops/zeros.h>
+#include <c10/core/DeviceGuard.h>
 #include <c10/core/InferenceMode.h>
 
 #include <algorithm>
@@ -95,8 +96,9 @@ SamplingLoop::SamplingLoop(SamplingTable table, SamplingSettings settings, Netwo
   times_ = at::stack({column(table_.t), column(table_.s)}, 1)
                .to(settings_.device)
                .unsqueeze(2)
-               .expand({steps, 2, R})
-               .contiguous();
+               .expand({steps, 2, R + R % 2})  // each 16-byte aligned, which compiled networks may rely on
+               .contiguous()
+               .narrow(2, 0, R);
   coefficients_ =
       at::stack({column(table_.c_in), column(table_.c_skip), column(table_.c_out), column(table_.c_noise)}, 1)
           .to(settings_.device)
@@ -137,13 +139,18 @@ void SamplingLoop::load(const Tensor& seeds, const std::optional<Tensor>& labels
                                   (guidance->size(0) == n || guidance->size(0) == 1)),
                     "guidance: expected [1] or [", n, "] float64, got ",
                     guidance ? guidance->sizes() : at::IntArrayRef());
-  seeds_.narrow(0, 0, n).copy_(seeds, /*non_blocking=*/true);
-  if (labels) labels_->narrow(0, settings_.guided ? B : 0, n).copy_(*labels, true);
-  if (guidance) guidance_.narrow(0, 0, n).copy_(*guidance, true);
+  // Ordinary memory of the host is read before the call returns; pinned memory would be read later.
+  const auto copy = [this](const Tensor& to, const Tensor& from) {
+    to.copy_(from, settings_.device.is_cuda() && !(from.is_cpu() && from.is_pinned()));
+  };
+  copy(seeds_.narrow(0, 0, n), seeds);
+  if (labels) copy(labels_->narrow(0, settings_.guided ? B : 0, n), *labels);
+  if (guidance) copy(guidance_.narrow(0, 0, n), *guidance);
   const Tensor target = state_.narrow(0, 0, n);
+  if (n < B) state_.narrow(0, n, B - n).zero_();  // not stepped on and on from run to run
   if (x) {
     TORCH_CHECK_VALUE(x->sizes() == target.sizes(), "x: expected ", target.sizes(), ", got ", x->sizes());
-    target.copy_(*x, true);
+    copy(target, *x);
     return;
   }
   const int64_t numel = state_.numel() / B;
@@ -198,6 +205,7 @@ void SamplingLoop::body() {
 void SamplingLoop::capture() {
   TORCH_CHECK(pool_ != nullptr, "capture: expected a device with graphs and a library built for them");
   const at::NoGradGuard no_grad;
+  const c10::DeviceGuard guard(settings_.device);
   pool_->wait();
   graph_ = pool_->capture([this] { body(); });
   pool_->mark();
@@ -206,7 +214,21 @@ void SamplingLoop::capture() {
 Tensor SamplingLoop::run(const Tensor& seeds, const std::optional<Tensor>& labels,
                          const std::optional<Tensor>& guidance, const std::optional<Tensor>& x, bool keep) {
   const at::NoGradGuard no_grad;
-  if (pool_) pool_->wait();
+  const c10::DeviceGuard guard(settings_.device);
+  if (!pool_) return run_here(seeds, labels, guidance, x, keep);
+  pool_->wait();
+  try {
+    const Tensor result = run_here(seeds, labels, guidance, x, keep);
+    pool_->mark();
+    return result;
+  } catch (...) {
+    pool_->mark();  // what was queued before
+    throw;
+  }
+}
+
+Tensor SamplingLoop::run_here(const Tensor& seeds, const std::optional<Tensor>& labels,
+                              const std::optional<Tensor>& guidance, const std::optional<Tensor>& x, bool keep) {
   load(seeds, labels, guidance, x);
   if (graph_) {
     graph_->replay();
@@ -214,9 +236,7 @@ Tensor SamplingLoop::run(const Tensor& seeds, const std::optional<Tensor>& label
     body();
   }
   const Tensor images = state_.narrow(0, 0, seeds.size(0));
-  const Tensor result = keep ? images : images.clone();
-  if (pool_) pool_->mark();
-  return result;
+  return keep ? images : images.clone();
 }
 
 }  // namespace imm

@@ -2,7 +2,8 @@
 //
 // Per step one call of the network and one sampling_step, which combines guidance, steps the state, adds fresh noise
 // and scales the network's next input. With a graph pool the whole loop is captured and replayed as one graph; seeds,
-// labels, guidance and the initial state are memory that it reads, so that they change without a new capture.
+// labels, guidance and the initial state are memory that it reads, so that they change without a new capture. One
+// thread at a time: the memory is the loop's.
 //
 // B images (rows), R rows of the network: B, or 2 B with guidance, first those without a label.
 #pragma once
@@ -66,6 +67,8 @@ class IMM_EXPORT SamplingLoop {
   int64_t bytes() const;  // of the memory that is kept, without what a graph keeps
 
  private:
+  at::Tensor run_here(const at::Tensor& seeds, const std::optional<at::Tensor>& labels,
+                      const std::optional<at::Tensor>& guidance, const std::optional<at::Tensor>& x, bool keep);
   void body();
   void scale_input(int64_t step);
   void load(const at::Tensor& seeds, const std::optional<at::Tensor>& labels, const std::optional<at::Tensor>& guidance,

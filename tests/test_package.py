@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -56,6 +57,23 @@ def test_it_gives_the_images_of_the_sampler(guided) -> None:
     none = packed.sample([0], guidance=[1.0])
     torch.testing.assert_close(none, packed.sample([0], [3], 1.0), rtol=0, atol=0)
     assert packed.sample([], [], 1.0).shape == (0, 1, 8, 8)
+
+
+def test_lengths_and_threads(guided) -> None:
+    packed = package.Package(guided)
+    for arguments, text in (
+        (([0, 1], [0, 1, 2], 1.0), r"labels: expected \[2\] int64, got \[3\]"),
+        (([0, 1], [0, 4], 1.0), r"labels: expected classes 0\.\.2 or 3 for none"),
+        (([0, 1], [0, 1], [1.0, 2.0, 3.0]), r"guidance: expected a finite number or \[2\]"),
+        (([0, 1], [0, 1], float("nan")), "guidance: expected a finite number"),
+        (([0, 1], [0, 1]), "guidance: expected a scale, got None"),
+    ):
+        with pytest.raises(ValueError, match=text):
+            packed.sample(*arguments)
+    right = [packed.sample([i], [0], 1.0) for i in range(4)]
+    with ThreadPoolExecutor(2) as pool:
+        found = list(pool.map(lambda i: packed.sample([i % 4], [0], 1.0), range(40)))
+    assert all(torch.equal(value, right[i % 4]) for i, value in enumerate(found))
 
 
 def test_no_python_runs_between_the_steps(guided) -> None:
@@ -135,6 +153,9 @@ def test_files_that_export_did_not_write(tmp_path) -> None:
         ({"path": "net.zip"}, ValueError, r"out: expected a file name that ends in \.pt2, got net\.zip"),
         ({"rows": 0}, ValueError, "rows: expected a count >= 1, got 0"),
         ({"steps": 0}, ValueError, "steps: expected at least 1"),
+        ({"path": "nowhere/net.pt2"}, ValueError, "out: expected a file in a folder that is there"),
+        ({"dtype": torch.int8}, TypeError, "dtype: expected one of"),
+        ({"state_dtype": torch.float16}, TypeError, "state_dtype: expected one of"),
         ({"guided": True, "num_classes": 0}, ValueError, "guidance: expected a class-conditional network"),
     ],
 )

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import copy
+import gc
 import threading
 import time
 import types
 import warnings
+import weakref
 from typing import Any, ClassVar
 
 import parity
@@ -186,8 +189,7 @@ def test_results_are_copies_unless_asked(flow_map) -> None:
     assert torch.equal(first, kept)
     before = view.clone()
     made.sample([2])
-    if native.module() is not None:
-        assert not torch.equal(view, before)
+    assert torch.equal(view, before) == (native.module() is None)
 
 
 def test_weights_that_change(flow_map) -> None:
@@ -202,8 +204,47 @@ def test_weights_that_change(flow_map) -> None:
     assert not torch.equal(copied.sample([0]), before)
     flow_map.load_state_dict(state)
     torch.testing.assert_close(copied.sample([0]), Sampler(flow_map, steps=1, dtype=torch.float64).sample([0]), rtol=0, atol=0)
+    with torch.no_grad():
+        flow_map.network.middle.norm1.weight.add_(1.0)
+    part = {k: v + 0.1 for k, v in flow_map.network.middle.state_dict().items()}
+    flow_map.network.middle.load_state_dict(part)
+    torch.testing.assert_close(copied.sample([0]), live.sample([0]))
+
+
+def test_a_network_that_is_cast(flow_map, loop) -> None:
+    live = Sampler(flow_map, steps=1)
+    live.sample([0])
     flow_map.double()
     assert torch.equal(live.sample([0]), Sampler(flow_map, steps=1).sample([0]))
+
+
+def test_nothing_is_kept_alive_and_the_network_can_be_saved(small_flow_map, loop, tmp_path) -> None:
+    made = Sampler(small_flow_map, steps=1, dtype=torch.bfloat16)
+    made.sample([0])
+    torch.save(small_flow_map, tmp_path / "whole.pt")
+    again = torch.load(tmp_path / "whole.pt", weights_only=False)
+    again.load_state_dict(small_flow_map.state_dict())
+    assert not made._stale
+    hooks = lambda: len(small_flow_map.network._load_state_dict_post_hooks)
+    kept, network = weakref.ref(made), weakref.ref(again)
+    assert hooks() == 1
+    del made, again
+    gc.collect()
+    assert kept() is None
+    assert network() is None
+    assert hooks() == 0
+
+
+def test_autocast_and_inference_mode_change_nothing(flow_map, loop) -> None:
+    made = Sampler(flow_map, steps=2, guidance=1.5)
+    expected = made.sample(range(3))
+    with torch.autocast(made._device.type, torch.bfloat16):
+        assert torch.equal(made.sample(range(3)), expected)
+    with torch.inference_mode():
+        inside = Sampler(flow_map, steps=2, guidance=1.5)
+        assert torch.equal(inside.sample(range(3)), expected)
+        assert torch.equal(made.sample(range(3)), expected)
+    assert torch.equal(inside.sample(range(3)), expected)
 
 
 def test_a_copy_in_16_bits_is_close_and_leaves_the_network_alone(flow_map, loop) -> None:
@@ -306,6 +347,8 @@ def recorded(monkeypatch: pytest.MonkeyPatch) -> type[Recorder]:
 
 def test_sizes_are_captured_once_largest_first_and_padded_to(flow_map, recorded) -> None:
     made = Sampler(flow_map, steps=2, max_graphs=3)
+    with pytest.raises(ValueError, match="expected at most max_graphs = 3, got 4"):
+        made.warmup([1, 2, 3, 4])
     made.warmup([1, 8, 4])
     assert [loop.rows for loop in recorded.made] == [8, 4, 1]
     expected = Sampler(flow_map, steps=2, graph=False).sample(range(7))
@@ -372,6 +415,7 @@ def test_bad_settings_are_refused(options, error, text, small_flow_map) -> None:
         (([-1],), {}, r"seeds: expected integers in \[0, 2\^63\)"),
         (([0, 1], [0]), {}, r"labels: expected \[2\] int64"),
         (([0], [4]), {}, "labels: expected classes 0..2 or 3 for none"),
+        (([0], [1.5]), {}, r"labels: expected \[1\] int64 on cpu, got \[1\] of torch.float32"),
         (([0, 1], None, [1.0, 2.0, 3.0]), {}, r"guidance: expected a number or \[2\]"),
         (([0],), {"x": torch.zeros(1, 1, 4, 4)}, r"x: expected \[1, 1, 8, 8\], got \[1, 1, 4, 4\]"),
     ],
@@ -389,6 +433,13 @@ def test_a_wrong_network_is_refused(loop) -> None:
 
     with pytest.raises(ValueError, match=r"network: expected an output of its input's shape \[2, 1, 8, 8\]"):
         Sampler(FlowMap(Wrong()).eval(), steps=2).sample([0, 1])
+
+    class Pair(Odd):
+        def forward(self, x: Tensor, *args: Any) -> Any:
+            return x, x
+
+    with pytest.raises(ValueError, match=r"network: expected an output of its input's shape \[2, 1, 8, 8\], got tuple"):
+        Sampler(FlowMap(Pair()).eval(), steps=2).sample([0, 1])
     with pytest.raises(TypeError, match=r"flow_map: expected an imm\.FlowMap, got Wrong"):
         Sampler(Wrong(), steps=2)
     with pytest.raises(ValueError, match="expected evaluation mode"):
@@ -441,7 +492,7 @@ def test_a_soak(flow_map) -> None:
 
 
 def test_a_call_costs_little_beside_the_network(flow_map) -> None:
-    """From call to images in one step, against the bare network: 1.2 is asked of an idle machine, and this is a busy one."""
+    """One step against the bare network: bench_sampler.py asks 1.2 of an idle machine, and this may be a busy one."""
     made = Sampler(flow_map, steps=1)
     x, time_ = torch.randn(1, *SHAPE), torch.full((1,), 994.0, dtype=torch.float64)
     label = torch.tensor([1])
@@ -457,7 +508,7 @@ def test_a_call_costs_little_beside_the_network(flow_map) -> None:
             for _ in range(60)
         ]
     ours, bare = (sorted(column)[len(pairs) // 4] for column in zip(*pairs, strict=True))
-    assert ours < 1.6 * bare + 1e-4, (ours, bare)
+    assert ours < 2.5 * bare + 2e-4, (ours, bare)
 
 
 # On a GPU -------------------------------------------------------------------------------------------------------------------
@@ -496,8 +547,59 @@ def test_a_network_that_waits_for_the_device_is_not_captured() -> None:
     with pytest.warns(RuntimeWarning, match="cannot be captured"):
         out = Sampler(flow_map, steps=2).sample([0, 1])
     assert torch.equal(out, Sampler(flow_map, steps=2, graph=False).sample([0, 1]))
-    made = Sampler(UNetMap := FlowMap(UNet(1, 8, 3, width=8, multipliers=(1, 2))).to("cuda").eval(), steps=2, graph=True)
-    assert torch.equal(made.sample([0]), Sampler(UNetMap, steps=2, graph=False).sample([0]))  # the pool is as before
+
+
+@pytest.mark.cuda
+@cuda
+def test_a_capture_that_fails_leaves_the_pool_and_the_allocators_as_they_were(small_flow_map) -> None:
+    flow_map = small_flow_map.to("cuda").eval()
+    made = Sampler(flow_map, steps=2, guidance=1.5, graph=True)
+    expected = made.sample([0])
+    waits = flow_map.network.register_forward_pre_hook(lambda module, args: args[0].sum().item())
+    with pytest.raises(RuntimeError, match="cannot be captured"):
+        made.sample([0, 1])
+    waits.remove()
+    assert torch.equal(made.sample([0]), expected)
+    for size in (2, 3, 9):  # the next captures in the same pool
+        assert torch.equal(made.sample(range(size)), Sampler(flow_map, steps=2, guidance=1.5, graph=False).sample(range(size)))
+    torch.empty(1 << 20, pin_memory=True)
+    torch.cuda.empty_cache()
+    made.refresh()  # the last graph of the pool goes
+    assert torch.equal(made.sample([0]), expected)
+
+
+@pytest.mark.cuda
+@cuda
+def test_weights_that_move_under_a_graph(small_flow_map) -> None:
+    flow_map = small_flow_map.to("cuda").eval()
+    made = Sampler(flow_map, steps=2, graph=True)
+    expected = made.sample([0])
+    flow_map.cpu()
+    flow_map.to("cuda")
+    torch.empty(1 << 22, device="cuda").fill_(float("nan"))
+    assert torch.equal(made.sample([0]), expected)
+
+
+@pytest.mark.cuda
+@cuda
+def test_pinned_inputs_may_be_rewritten_at_once(small_flow_map) -> None:
+    made = Sampler(small_flow_map.to("cuda").eval(), steps=2, graph=True)
+    expected = made.sample([5, 6])
+    seeds = torch.tensor([5, 6]).pin_memory()
+    torch.cuda._sleep(100_000_000)
+    out = made.sample(seeds)
+    seeds.zero_()
+    assert torch.equal(out, expected)
+
+
+@pytest.mark.cuda
+@cuda
+def test_a_dit_with_graphs(dit) -> None:
+    flow_map = copy.deepcopy(dit).to("cuda")
+    for dtype in (None, torch.bfloat16):
+        by_graph, by_step = (Sampler(flow_map, steps=3, guidance=1.5, dtype=dtype, graph=g) for g in (True, False))
+        for labels in ([0, 1, 2], [3, 3, 5]):
+            assert torch.equal(by_graph.sample(range(3), labels), by_step.sample(range(3), labels))
 
 
 @pytest.mark.cuda
@@ -513,13 +615,15 @@ def test_no_python_runs_between_the_steps_of_a_replay(small_flow_map) -> None:
 
 @pytest.mark.cuda
 @cuda
-def test_streams_wait_for_each_other(small_flow_map) -> None:
-    made = Sampler(small_flow_map.to("cuda").eval(), steps=2, graph=True)
+@pytest.mark.parametrize("graph", [True, False])
+def test_streams_wait_for_each_other(graph, small_flow_map) -> None:
+    made = Sampler(small_flow_map.to("cuda").eval(), steps=2, graph=graph)
     expected = [made.sample([i]) for i in range(8)]
     streams = [torch.cuda.Stream() for _ in range(2)]
     found = []
     for i in range(8):
         with torch.cuda.stream(streams[i % 2]):
+            torch.cuda._sleep((1 + i % 2) * 1_000_000)
             found.append(made.sample([i]))
     torch.cuda.synchronize()
     assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))

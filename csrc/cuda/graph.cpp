@@ -8,7 +8,9 @@
 #include <c10/cuda/CUDAGuard.h>
 #include <c10/cuda/CUDAStream.h>
 
+#include <memory>
 #include <mutex>
+#include <utility>
 
 namespace imm::cuda {
 namespace {
@@ -31,6 +33,7 @@ class CudaGraph final : public Graph {
   }
 
   at::cuda::CUDAGraph graph;
+  std::shared_ptr<const c10::MempoolId_t> pool;  // what it shares with the graphs of the same owner
 
  private:
   c10::Device device_;
@@ -60,8 +63,7 @@ class Event {
 class CudaGraphPool final : public GraphPool {
  public:
   explicit CudaGraphPool(c10::Device device)
-      : device_(c10::kCUDA, device.has_index() ? device.index() : c10::cuda::current_device()),
-        pool_(at::cuda::graph_pool_handle()) {}
+      : device_(c10::kCUDA, device.has_index() ? device.index() : c10::cuda::current_device()) {}
 
   std::unique_ptr<Graph> capture(const std::function<void()>& body) override {
     const std::lock_guard lock(capturing());
@@ -72,24 +74,39 @@ class CudaGraphPool final : public GraphPool {
     before.record(caller);
     C10_CUDA_CHECK(cudaStreamWaitEvent(side, before.get(), 0));
     auto result = std::make_unique<CudaGraph>(device_);
-    {
-      const c10::cuda::CUDAStreamGuard on_side(side);
+    const c10::cuda::CUDAStreamGuard on_side(side);
+    try {
       for (int i = 0; i < kWarmUps; ++i) body();
-      c10::cuda::device_synchronize();
+    } catch (...) {  // what was queued still runs on memory that the caller may now use or free
+      static_cast<void>(cudaStreamSynchronize(side));
+      throw;
+    }
+    c10::cuda::device_synchronize();
+    c10::cuda::CUDACachingAllocator::emptyCache();  // which a capture may not do
+    result->pool = pool_.lock();
+    if (!result->pool) {  // the allocators forget a pool with its last graph
+      result->pool = std::make_shared<const c10::MempoolId_t>(at::cuda::graph_pool_handle());
+      pool_ = result->pool;
+    }
+    bool ended = false;
+    try {
       // Of this thread alone: what others do with the device meanwhile does not end the capture.
-      result->graph.capture_begin(pool_, cudaStreamCaptureModeThreadLocal);
+      result->graph.capture_begin(*result->pool, cudaStreamCaptureModeThreadLocal);
       try {
         body();
-      } catch (...) {
-        abandon(result->graph);
+      } catch (...) {  // its error is the one to report
+        try {
+          result->graph.capture_end();
+          ended = true;
+        } catch (...) {
+        }
         throw;
       }
-      try {
-        result->graph.capture_end();
-      } catch (...) {
-        stop_allocating();
-        throw;
-      }
+      result->graph.capture_end();
+      ended = true;
+    } catch (...) {
+      if (!ended) abandon(std::move(result));
+      throw;
     }
     return result;
   }
@@ -105,30 +122,31 @@ class CudaGraphPool final : public GraphPool {
   }
 
   void synchronize() override {
-    if (last_.get()) C10_CUDA_CHECK(cudaEventSynchronize(last_.get()));
+    if (!last_.get()) return;
+    // A loop may be collected while this thread captures another one, which must not end that capture.
+    const c10::cuda::CUDAStreamCaptureModeGuard relaxed(cudaStreamCaptureModeRelaxed);
+    C10_CUDA_CHECK(cudaEventSynchronize(last_.get()));
   }
 
  private:
-  // Ends a capture whose body has failed; its own error is the one to report.
-  void abandon(at::cuda::CUDAGraph& graph) {
-    try {
-      graph.capture_end();
-    } catch (...) {
-      stop_allocating();
-      static_cast<void>(cudaGetLastError());  // of the invalid capture, which later launches must not find
+  // After a capture that did not end: its memory goes back, its pool is not used again, and the graph is kept, since
+  // the allocators may still ask it which allocations are its own.
+  void abandon(std::unique_ptr<CudaGraph> graph) {
+    static_cast<void>(cudaGetLastError());  // of the invalid capture, which later launches must not find
+    const c10::MempoolId_t pool = *graph->pool;
+    for (const auto release :
+         {&c10::cuda::CUDACachingAllocator::endAllocateToPool, &c10::cuda::CUDACachingAllocator::releasePool}) {
+      try {
+        release(device_.index(), pool);
+      } catch (...) {  // it was not that far
+      }
     }
-  }
-
-  // An invalid capture ends before the allocator is told.
-  void stop_allocating() {
-    try {
-      c10::cuda::CUDACachingAllocator::endAllocateToPool(device_.index(), pool_);
-    } catch (...) {  // it was told
-    }
+    pool_.reset();
+    static_cast<void>(graph.release());
   }
 
   c10::Device device_;
-  c10::MempoolId_t pool_;
+  std::weak_ptr<const c10::MempoolId_t> pool_;
   Event last_;
 };
 

@@ -55,7 +55,7 @@ std::vector<int64_t> integers(const std::string& text, const char* name) {
     const int64_t last = dash == std::string::npos ? first : integer(item.substr(dash + 1), name);
     if (last < first || last - first > 100'000'000)
       throw Failure{std::string(name) + ": expected numbers and ranges such as 0-63,70, got '" + text + "'"};
-    for (int64_t value = first; value <= last; ++value) values.push_back(value);
+    for (int64_t i = 0; i <= last - first; ++i) values.push_back(first + i);
     begin = end + 1;
   }
   return values;
@@ -75,9 +75,16 @@ void write_npy(const std::string& path, const at::Tensor& images) {
     file.put(static_cast<char>(header.size() & 0xff)).put(static_cast<char>(header.size() >> 8));
     file << header;
     file.write(static_cast<const char*>(images.const_data_ptr()), static_cast<std::streamsize>(images.nbytes()));
-    if (!file.flush()) throw Failure{"out: cannot write " + part};
+    file.flush();
+    if (!file) {
+      std::remove(part.c_str());
+      throw Failure{"out: cannot write " + part};
+    }
   }
-  if (std::rename(part.c_str(), path.c_str()) != 0) throw Failure{"out: cannot write " + path};
+  if (std::rename(part.c_str(), path.c_str()) != 0) {
+    std::remove(part.c_str());
+    throw Failure{"out: cannot write " + path};
+  }
 }
 
 std::map<std::string, std::string> parse(int count, char** words) {

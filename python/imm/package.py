@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import os
+import threading
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,8 @@ from torch import Tensor, nn
 from imm import functional, sampling
 from imm.flow_map import FlowMap
 from imm.ops import native
+from imm.ops.dtypes import DTYPES
+from imm.sampler import as_labels
 from imm.schedules import Time, as_time
 
 
@@ -64,6 +67,12 @@ def export(
         ValueError, TypeError: settings other than these; a path that does not end in .pt2.
     """
     path = Path(path)
+    for name, value in (("dtype", dtype or flow_map.network_dtype), ("state_dtype", state_dtype)):
+        accepted = DTYPES if name == "dtype" else (torch.float32, torch.float64)
+        if value not in accepted:
+            raise TypeError(f"{name}: expected one of {[str(d) for d in accepted]}, got {value}")
+    if not path.parent.is_dir():
+        raise ValueError(f"out: expected a file in a folder that is there, got {path}")
     if path.suffix != ".pt2":
         raise ValueError(f"out: expected a file name that ends in .pt2, got {path}")
     if rows < 1:
@@ -92,7 +101,7 @@ def export(
         "sigma_data": repr(flow_map.sigma_data),
         "state_dtype": str(state_dtype).removeprefix("torch."),
         "input_dtype": str(dtype).removeprefix("torch."),
-        "device": str(device),
+        "device": device.type,
     }
     from torch._inductor import aoti_compile_and_package  # slow to import
 
@@ -125,6 +134,7 @@ class Package:
         if not Path(path).is_file():
             raise FileNotFoundError(f"package: expected a file that imm export wrote, got {path}")
         self._loop = module.load_package(str(path), graph)
+        self._lock = threading.Lock()
         self.rows, self.num_classes, self.guided = self._loop.rows, self._loop.num_classes, self._loop.guided
 
     def sample(
@@ -138,16 +148,22 @@ class Package:
         Raises:
             ValueError: labels or guidance that do not fit the package.
         """
-        keys = functional.as_seeds(seeds)
+        keys = functional.as_seeds(seeds).cpu()
         if labels is None and self.num_classes:
             labels = [self.num_classes] * len(keys)
-        classes = None if labels is None else torch.as_tensor(labels, dtype=torch.int64)
-        if classes is not None and len(classes) and not 0 <= int(classes.min()) <= int(classes.max()) <= self.num_classes:
-            raise ValueError(f"labels: expected classes 0..{self.num_classes - 1} or {self.num_classes} for none")
-        w = None if guidance is None else as_time(guidance).reshape(-1)
+        classes = None if labels is None else as_labels(labels).cpu()
+        if classes is not None:
+            if classes.shape != keys.shape or classes.dtype != torch.int64:
+                raise ValueError(f"labels: expected [{len(keys)}] int64, got {list(classes.shape)} of {classes.dtype}")
+            if len(classes) and not 0 <= int(classes.min()) <= int(classes.max()) <= self.num_classes:
+                raise ValueError(f"labels: expected classes 0..{self.num_classes - 1} or {self.num_classes} for none")
+        w = None if guidance is None else as_time(guidance).reshape(-1).cpu()
+        if w is not None and (len(w) not in (1, len(keys)) or not bool(torch.isfinite(w).all())):
+            raise ValueError(f"guidance: expected a finite number or [{len(keys)}], got {w.tolist()}")
         parts = []
-        for start in range(0, max(1, len(keys)), self.rows):
-            part = slice(start, start + self.rows)
-            scale = w if w is None or len(w) == 1 else w[part]
-            parts.append(self._loop.run(keys[part], None if classes is None else classes[part], scale, None, False))
+        with self._lock:
+            for start in range(0, max(1, len(keys)), self.rows):
+                part = slice(start, start + self.rows)
+                scale = w if w is None or len(w) == 1 else w[part]
+                parts.append(self._loop.run(keys[part], None if classes is None else classes[part], scale, None, False))
         return torch.cat(parts)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import threading
 import warnings
+import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
@@ -99,6 +100,14 @@ class PythonLoop:
         )
 
 
+def as_labels(labels: Tensor | Sequence[int]) -> Tensor:
+    """Labels as a tensor, of int64 where they are integers; whoever takes them checks."""
+    if isinstance(labels, Tensor):
+        return labels
+    values = list(labels)
+    return torch.tensor(values) if values else torch.empty(0, dtype=torch.int64)
+
+
 class _Plain:
     """A network as the loop calls it."""
 
@@ -108,7 +117,10 @@ class _Plain:
         self.network = network
 
     def __call__(self, step: int, x: Tensor, t: Tensor, s: Tensor, labels: Tensor | None) -> Tensor:
-        return self.network(x, t, s, labels)
+        g = self.network(x, t, s, labels)
+        if not isinstance(g, Tensor):
+            raise ValueError(f"network: expected an output of its input's shape {list(x.shape)}, got {type(g).__name__}")
+        return g
 
 
 class _Conditioned:
@@ -135,14 +147,33 @@ class _Conditioned:
 
     def __call__(self, step: int, x: Tensor, t: Tensor, s: Tensor, labels: Tensor | None) -> Tensor:
         assert self.rows is not None
-        return self.network(x, modulation=self.rows[step].index_select(0, self.index))
+        modulation = self.rows[step].index_select(0, self.index)
+        if step + 1 == len(self.times):
+            self.rows = None  # as large as a few images' activations, and the next run's are others
+        return self.network(x, modulation=modulation)
+
+
+class _Mark:
+    """A hook that tells a sampler that its network loaded weights. The network does not keep the sampler alive by it, and
+    copies of the network, pickled ones included, have one that tells nobody."""
+
+    def __init__(self, sampler: Sampler | None) -> None:
+        self.sampler = None if sampler is None else weakref.ref(sampler)
+
+    def __call__(self, module: nn.Module, keys: Any) -> None:
+        sampler = None if self.sampler is None else self.sampler()
+        if sampler is not None:
+            sampler._stale = True
+
+    def __reduce__(self) -> tuple[type[_Mark], tuple[None]]:
+        return _Mark, (None,)
 
 
 class Sampler:
     """Generates with a flow map in a fixed number of steps (paper algorithms 2, 4 and 5).
 
-    The network is called as it is at the time of a call. After ``load_state_dict`` on it the sampler starts anew by itself;
-    after any other change of its weights, call :meth:`refresh`.
+    The network is called as it is at the time of a call. After ``load_state_dict`` on it or a part of it, and where it was
+    moved or cast as a whole, the sampler starts anew by itself; after any other change of its weights, call :meth:`refresh`.
 
     Args:
         flow_map: in evaluation mode, on the device to sample on.
@@ -150,7 +181,8 @@ class Sampler:
         method: "pushforward" (algorithm 2) or "restart" (algorithm 5, with noise from the images' seeds).
         guidance: classifier-free guidance w for calls that give none; None: without, one row of the network an image
             instead of two.
-        dtype: run a copy of the network with weights of this dtype, channels-last for convolutions; None: the network itself.
+        dtype: run a copy of the network with weights of this dtype, channels-last for convolutions; None, or the network's own:
+            the network itself.
         graph: on CUDA, capture each batch size once and replay it: "auto" goes on step by step, with a warning, where the
             network cannot be captured; True makes that an error; False never captures.
         rows: run every batch in this many rows, padded or in parts. An image's bits then depend on its seed, label and
@@ -198,11 +230,11 @@ class Sampler:
         self._lock = threading.RLock()
         self._loops: OrderedDict[tuple[int, bool], Loop] = OrderedDict()
         self._captures, self._replays = 0, 0
-        self._most_rows, self._no_graph = rows, None if graph else "graph=False"
-        self._stale = True
-        mark = lambda module, keys: setattr(self, "_stale", True)
-        flow_map.network.register_load_state_dict_post_hook(mark)
+        self._most_rows = rows
+        self._no_graph: str | None = None
         self._start()
+        for module in flow_map.network.modules():
+            weakref.finalize(self, module.register_load_state_dict_post_hook(_Mark(self)).remove)
 
     # The life of a call -------------------------------------------------------------------------------------------------------
 
@@ -232,12 +264,12 @@ class Sampler:
             ValueError, TypeError: arguments other than these, a network in training mode.
         """
         with self._lock:
-            if self._stale or self._moved():
+            if self._stale or self._seen() != self._known:
                 self._start()
             seeds = functional.as_seeds(seeds)
             count = len(seeds)
-            if labels is not None and not isinstance(labels, Tensor):
-                labels = torch.tensor(list(labels), dtype=torch.int64)
+            if labels is not None:
+                labels = as_labels(labels)
             where = self._device if labels is None else labels.device
             labels = self.flow_map.checked_labels(labels, count, where)
             w = self.guidance if guidance is None else self._checked_guidance(guidance, count)
@@ -245,7 +277,11 @@ class Sampler:
                 raise ValueError(f"x: expected {[count, *self.shape]}, got {list(x.shape)}")
             if count == 0:
                 return torch.empty(0, *self.shape, dtype=self.state_dtype, device=self._device)
-            return self._in_parts(seeds, labels, w, x, copy)
+            kind = self._device.type
+            if not torch.is_autocast_enabled(kind):
+                return self._in_parts(seeds, labels, w, x, copy)
+            with torch.autocast(kind, enabled=False):  # a graph would keep addresses of autocast's own copies
+                return self._in_parts(seeds, labels, w, x, copy)
 
     def _in_parts(self, seeds: Tensor, labels: Tensor | None, w: Tensor | None, x: Tensor | None, copy: bool) -> Tensor:
         done: list[Tensor] = []
@@ -341,28 +377,37 @@ class Sampler:
         source = self.flow_map.network
         if source.training:
             raise ValueError("flow_map: expected evaluation mode (flow_map.eval()), got training mode")
-        self._loops.clear()
-        self._network = source
-        if self.dtype is not None and self.dtype != self.flow_map.network_dtype:
-            self._network = copy.deepcopy(source).to(self.dtype)
+        self._stale = True  # until all of this has happened
+        known, network, dtype = self._seen(), source, self.dtype or self.flow_map.network_dtype
+        first = next(source.parameters(), None)
+        device = torch.device("cpu") if first is None else first.device
+        if dtype != self.flow_map.network_dtype:
+            network = copy.deepcopy(source).to(dtype)
             if getattr(source, "channels_last", False):
-                self._network = self._network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        self._device = self._place()
-        self._input_dtype = self.flow_map.network_dtype if self.dtype is None else self.dtype
+                network = network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+            if device.type == "cuda":
+                torch.cuda.current_stream(device).synchronize()  # calls may come on other streams
         module = native.module()
-        self._pool = module.make_graph_pool(self._device) if module is not None and self.graph else None
-        if self._pool is None and self.graph is True:
-            raise ValueError(f"graph=True: expected a CUDA device and the native library built for it, got {self._device}")
-        if self.graph:
-            self._no_graph = None if self._pool is not None else f"no graphs on {self._device} with this install"
+        pool = None if module is None else module.make_graph_pool(device)
+        reason = f"no graphs on {device} with this install" if pool is None else None
+        if self.graph is True and reason is not None:
+            raise ValueError(f"graph=True: expected a CUDA device and the native library built for it, got {device}")
+        self._loops.clear()
+        self._known, self._network, self._input_dtype, self._device, self._pool = known, network, dtype, device, pool
+        self._no_graph = reason if self.graph else "graph=False"
         self._stale = False
 
-    def _place(self) -> torch.device:
-        tensor = next(self.flow_map.network.parameters(), None)
-        return torch.device("cpu") if tensor is None else tensor.device
+    def _seen(self) -> tuple[Any, ...]:
+        """What tells, at little cost, that the network was moved, cast or given other memory as a whole."""
+        network = self.flow_map.network
+        first = next(network.parameters(), None)
+        ends = () if first is None else (first, self._last_parameter())
+        return (network.training, *((p.data_ptr(), p.dtype, p.device) for p in ends))
 
-    def _moved(self) -> bool:
-        return self._place() != self._device or self.flow_map.network.training
+    def _last_parameter(self) -> Tensor:
+        if getattr(self, "_last", None) is None:
+            self._last: Tensor = list(self.flow_map.network.parameters())[-1]
+        return self._last
 
     def _checked_guidance(self, guidance: Time | None, count: int) -> Tensor | None:
         if guidance is None:
@@ -381,6 +426,8 @@ class Sampler:
     def warmup(self, batch_sizes: Sequence[int]) -> None:
         """Make, and capture, the loops for these numbers of images before the first call; largest first, so that the smaller
         ones use its memory. With the sampler's guidance, and without where it has none."""
+        if len(set(batch_sizes)) > self.max_graphs:
+            raise ValueError(f"batch_sizes: expected at most max_graphs = {self.max_graphs}, got {len(set(batch_sizes))}")
         for size in sorted(set(batch_sizes), reverse=True):
             self.sample(range(size))
 

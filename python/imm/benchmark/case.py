@@ -59,18 +59,21 @@ class Case:
 
 @dataclass(frozen=True)
 class Claim:
-    """``slow`` takes ``at_least`` times (or at most ``at_most`` times) as long as ``fast``, on the CPU, at sizes ``up_to``."""
+    """``slow`` takes ``at_least`` times (or at most ``at_most`` times) as long as ``fast``, on the CPU, at sizes ``up_to`` and
+    ``above``."""
 
     slow: str
     fast: str
     at_least: float | None = None
     at_most: float | None = None
     up_to: Mapping[str, int] = field(default_factory=dict)
+    above: Mapping[str, int] = field(default_factory=dict)
 
     def concerns(self, shape: str) -> bool:
         """Whether a row of this shape ("G=256 M=4 D=3072") is meant."""
         sizes = dict(part.split("=") for part in shape.split())
-        return all(int(sizes[name]) <= most for name, most in self.up_to.items())
+        small = all(int(sizes[name]) <= most for name, most in self.up_to.items())
+        return small and all(int(sizes[name]) > least for name, least in self.above.items())
 
     def holds(self, ratio: float) -> bool:
         return (self.at_least is None or ratio >= self.at_least) and (self.at_most is None or ratio <= self.at_most)

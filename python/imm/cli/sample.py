@@ -58,7 +58,8 @@ def command(
         raise ValueError(f"cfg: expected a finite number, got {cfg}")
     folder = writable_folder(outdir)
     shape = flow_map.image_shape
-    sampler = Sampler(flow_map, steps=steps, kind=kind, mid_eta=between, method=method, guidance=cfg)
+    rows = min(batch, len(seed_list))
+    sampler = Sampler(flow_map, steps=steps, kind=kind, mid_eta=between, method=method, guidance=cfg, rows=rows)
     click.echo(f"{net} on {device_line(target)}: {len(seed_list)} images of {shape}, {steps} steps, {method}")
     done: list[Tensor] = []
     for start in range(0, len(seed_list), batch):
