@@ -1,9 +1,10 @@
-"""One evaluation of a DiT: the fused form beside the plain one, eager and compiled."""
+"""A DiT, evaluated and trained: the fused form beside the plain one, eager and compiled."""
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from imm.networks.dit import SIZES
 #: Size and rows: guidance takes two rows an image.
 CPU_SHAPES = (("S", 2), ("S", 16))
 CUDA_SHAPES = (("XL", 2), ("XL", 16), ("XL", 128), ("XL", 512), ("S", 128))
+CPU_TRAINED, CUDA_TRAINED = (("S", 2),), (("XL", 16), ("S", 128))
 
 FUSED, PLAIN, COMPILED = "imm fused", "plain", "torch.compile of the plain form"
 MAX_AUTOTUNE, COMPILED_FUSED = "torch.compile max-autotune of the plain form", "torch.compile of the fused form"
@@ -36,6 +38,22 @@ def evaluated(call: Callable[..., Tensor]) -> Peer:
         @torch.no_grad()
         def step() -> tuple[Tensor, ...]:
             return (call(x, *rest),)
+
+        return step
+
+    return prepare
+
+
+def trained(call: Callable[..., Tensor], made: DiT) -> Peer:
+    """Forward and backward; of the gradients those of the first and the last product are looked at."""
+
+    def prepare(*inputs: Tensor) -> Step:
+        def step() -> tuple[Tensor, ...]:
+            made.zero_grad(set_to_none=True)
+            out = call(*inputs)
+            out.float().square().mean().backward()
+            grads = made.blocks[0].attn.qkv.weight.grad, made.final_layer.linear.weight.grad
+            return (out.detach(), *(grad for grad in grads if grad is not None))
 
         return step
 
@@ -101,8 +119,32 @@ def case(size: str, rows: int, device: torch.device, dtype: torch.dtype = torch.
     )
 
 
+def training_case(size: str, rows: int, device: torch.device, dtype: torch.dtype = torch.float32) -> Case:
+    evaluation = case(size, rows, device, dtype)
+    made = random_dit(size, dtype, device).requires_grad_()
+    fused, plain = form(made, fused=True), form(made, fused=False)
+
+    def truth(x: Tensor, *rest: Tensor) -> tuple[Tensor, ...]:
+        wide = form(copy.deepcopy(made).double(), fused=False)
+        return trained(wide, wide)(x.double(), *rest)()
+
+    peers: dict[str, Peer] = {
+        FUSED: trained(fused, made),
+        PLAIN: trained(plain, made),
+        COMPILED: lambda *given: trained(torch.compile(plain), made)(*given),
+        COMPILED_FUSED: lambda *given: trained(torch.compile(fused), made)(*given),
+    }
+    # The backward reads the weights again and writes as many gradients; its products are twice the forward's.
+    more = {"bytes": 3 * evaluation.bytes, "flops": 3 * evaluation.flops, "tolerances": 3 * evaluation.tolerances}
+    return replace(evaluation, mode="forward + backward", truth=truth, peers=peers, **more)
+
+
 def cases(device: torch.device, quick: bool) -> Iterator[Case]:
-    shapes = CUDA_SHAPES if device.type == "cuda" else CPU_SHAPES
-    for dtype in (torch.bfloat16,) if device.type == "cuda" else (torch.float32, torch.bfloat16):
+    cuda = device.type == "cuda"
+    shapes = CUDA_SHAPES if cuda else CPU_SHAPES
+    for dtype in (torch.bfloat16,) if cuda else (torch.float32, torch.bfloat16):
         for shape in shapes[:1] if quick else shapes:
             yield case(*shape, device, dtype)
+    if not quick:
+        for shape in CUDA_TRAINED if cuda else CPU_TRAINED:
+            yield training_case(*shape, device, torch.bfloat16 if cuda else torch.float32)

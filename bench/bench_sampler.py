@@ -27,7 +27,7 @@ CUDA_SHAPES = (
 )
 GUIDANCE = 1.5
 
-SAMPLER, BARE = "imm.Sampler", "the network alone"
+SAMPLER, BARE, FIRST = "imm.Sampler", "the network alone", "imm.Sampler, first call (made and captured)"
 SAMPLER_16, STEPWISE_16 = "imm.Sampler, bfloat16", "imm.Sampler, bfloat16, without a graph"
 EAGER, EAGER_16 = "plain eager loop", "plain eager loop, bfloat16"
 COMPILED_16 = "plain loop, bfloat16, torch.compile"
@@ -129,6 +129,8 @@ def case(name: str, steps: int, images: int, device: torch.device) -> Case:
         make[STEPWISE_16] = lambda: sampled(Sampler(exact, dtype=torch.bfloat16, graph=False, **options))
         for mode in ("reduce-overhead", "max-autotune"):
             make[f"{COMPILED_16} {mode}"] = lambda mode=mode: compiled(half, times, guidance, mode)
+    if (steps, images) == (1, 1):
+        make[FIRST] = lambda: lambda seeds, labels: lambda: (Sampler(exact, **options).sample(seeds, labels),)
     peers: dict[str, Peer] = {peer: made() for peer, made in make.items()}
     weights = sum(p.numel() for p in exact.network.parameters())
     features, depth, _ = (0, 0, 0) if name == "unet" else SIZES[name]

@@ -37,7 +37,8 @@ MmdKernelArgs kernel_args(const std::string& kernel, at::ArrayRef<double> bandwi
   return {static_cast<MmdKernel>(index), bandwidths.data(), static_cast<int64_t>(bandwidths.size()), eps};
 }
 
-void check_particles(const char* x_name, const char* y_name, const Tensor& x, const Tensor& y, const Tensor& scale) {
+void check_particles(const char* x_name, const char* y_name, const Tensor& x, const Tensor& y, const Tensor& scale,
+                     const char* scale_name = "scale") {
   for (const auto& [name, value] : {std::pair(x_name, x), std::pair(y_name, y)}) {
     TORCH_CHECK_VALUE(value.dim() == 3 && value.size(1) > 0 && value.size(2) > 0, name,
                       ": expected [G, M, D] with M, D > 0, got ", value.sizes());
@@ -48,7 +49,7 @@ void check_particles(const char* x_name, const char* y_name, const Tensor& x, co
   TORCH_CHECK_TYPE(x.scalar_type() == y.scalar_type() && x.device() == y.device(), x_name, " and ", y_name,
                    ": expected one dtype and device, got ", dtype_name(x), " on ", x.device(), " and ", dtype_name(y),
                    " on ", y.device());
-  check_groups("scale", scale, x);
+  check_groups(scale_name, scale, x);
 }
 
 void check_sets(const char* t_name, const char* r_name, const Tensor& y_t, const Tensor& y_r, const Optional& weight,
@@ -234,7 +235,7 @@ std::tuple<Tensor, Tensor> mmd_loss(const Tensor& y_t, const Tensor& y_r, const 
 
 Tensor mmd_loss_bwd(const Tensor& grad, const Tensor& slopes, const Tensor& y_t, const Tensor& y_r,
                     const Optional& weight, bool unbiased) {
-  check_particles("y_t", "y_r", y_t, y_r, grad);
+  check_particles("y_t", "y_r", y_t, y_r, grad, "grad");
   check_sets("y_t", "y_r", y_t, y_r, weight, unbiased);
   const std::array<int64_t, 3> expected{y_t.size(0), y_t.size(1), 2 * y_t.size(1)};
   const auto dtype = accumulate_dtype(y_t.scalar_type());

@@ -138,6 +138,15 @@ def test_every_op_file_declares_right_peers() -> None:
         assert next(iter(load(op).cases(CPU, quick=True))).op == op
 
 
+def test_a_trained_dit_is_checked_against_float64() -> None:
+    declared = load("dit").training_case("S", 1, CPU)
+    inputs = declared.inputs()
+    truth = declared.truth(*inputs)
+    assert len(truth) == len(declared.tolerances) == 3
+    for name in ("imm fused", "plain"):
+        assert harness.refusal(declared, name, harness.errors(declared.peers[name](*inputs)(), truth)) is None
+
+
 def test_compulsory_bytes_and_flops() -> None:
     """3 G M D and 4 B D numbers of 4 bytes, besides what each group or image has one of."""
     mmd = load("mmd").case(256, 4, 3072, CPU)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import gc
+import subprocess
+import sys
 import threading
 import time
 import types
@@ -627,6 +629,23 @@ def test_streams_wait_for_each_other(graph, small_flow_map) -> None:
             found.append(made.sample([i]))
     torch.cuda.synchronize()
     assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
+DIGEST = """
+import hashlib, torch, imm
+torch.manual_seed(3)
+net = imm.networks.UNet(1, 8, 3, width=8, multipliers=(1, 2))
+torch.nn.init.normal_(net.conv_out.weight, std=0.1)
+made = imm.Sampler(imm.FlowMap(net).eval(), steps=3, method="restart", guidance=1.5)
+print(hashlib.sha256(made.sample([7, 2**40], [0, 2]).numpy().tobytes()).hexdigest())
+"""
+
+
+def test_restart_gives_the_same_bits_in_another_process() -> None:
+    run = lambda: subprocess.run([sys.executable, "-c", DIGEST], capture_output=True, text=True, check=True).stdout
+    first, second = run(), run()
+    assert len(first.strip()) == 64
+    assert first == second
 
 
 def test_it_is_public() -> None:

@@ -56,7 +56,7 @@ def check_kernel(kernel: str, bandwidths: Sequence[float], eps: float) -> None:
         raise ValueError(f"bandwidths: expected one for the energy kernel, which is linear in it, got {list(bandwidths)}")
 
 
-def _check_particles(names: tuple[str, str], x: Tensor, y: Tensor, scale: Tensor) -> None:
+def _check_particles(names: tuple[str, str], x: Tensor, y: Tensor, scale: Tensor, scale_name: str = "scale") -> None:
     for name, value in zip(names, (x, y), strict=True):
         if value.dim() != 3 or value.shape[1] == 0 or value.shape[2] == 0:
             raise ValueError(f"{name}: expected [G, M, D] with M, D > 0, got {list(value.shape)}")
@@ -68,7 +68,7 @@ def _check_particles(names: tuple[str, str], x: Tensor, y: Tensor, scale: Tensor
         raise TypeError(
             f"{names[0]} and {names[1]}: expected one dtype and device, got {x.dtype} on {x.device} and {y.dtype} on {y.device}"
         )
-    check_groups("scale", scale, x)
+    check_groups(scale_name, scale, x)
 
 
 def check_loss(
@@ -203,7 +203,7 @@ def mmd_loss_bwd(grad: Tensor, slopes: Tensor, y_t: Tensor, y_r: Tensor, weight:
 
 
 def _check_bwd(grad: Tensor, slopes: Tensor, y_t: Tensor, y_r: Tensor, weight: Tensor | None, unbiased: bool) -> None:
-    _check_particles(("y_t", "y_r"), y_t, y_r, grad)
+    _check_particles(("y_t", "y_r"), y_t, y_r, grad, "grad")
     _check_sets(y_t, y_r, weight, unbiased)
     expected = (y_t.shape[0], y_t.shape[1], 2 * y_t.shape[1])
     dtype = accumulate_dtype(y_t.dtype)
