@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import os
 import threading
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -105,7 +106,8 @@ def export(
     }
     from torch._inductor import aoti_compile_and_package  # slow to import
 
-    with torch.no_grad():
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*LeafSpec.*", category=FutureWarning)  # torch's, about torch
         exported = torch.export.export(_Network(network), tuple(inputs))
         part = path.with_name(f".{path.stem}-{os.getpid()}.pt2")
         try:
