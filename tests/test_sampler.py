@@ -419,7 +419,8 @@ def test_bad_settings_are_refused(options, error, text, small_flow_map) -> None:
         (([0], [4]), {}, "labels: expected classes 0..2 or 3 for none"),
         (([0], [1.5]), {}, r"labels: expected \[1\] int64 on cpu, got \[1\] of torch.float32"),
         (([0, 1], None, [1.0, 2.0, 3.0]), {}, r"guidance: expected a number or \[2\]"),
-        (([0],), {"x": torch.zeros(1, 1, 4, 4)}, r"x: expected \[1, 1, 8, 8\], got \[1, 1, 4, 4\]"),
+        (([0],), {"x": torch.zeros(1, 1, 4, 4)}, r"x: expected floating \[1, 1, 8, 8\], got \[1, 1, 4, 4\]"),
+        (([0],), {"x": torch.zeros(1, 1, 8, 8).long()}, r"x: expected floating .* of torch.int64"),
     ],
 )
 def test_bad_calls_are_refused(arguments, options, text, small_flow_map) -> None:

@@ -232,6 +232,7 @@ class Sampler:
         self._captures, self._replays = 0, 0
         self._most_rows = rows
         self._no_graph: str | None = None
+        self._last_parameter = next(reversed(list(flow_map.network.parameters())), None)  # to find it takes a walk
         self._start()
         for module in flow_map.network.modules():
             weakref.finalize(self, module.register_load_state_dict_post_hook(_Mark(self)).remove)
@@ -273,8 +274,8 @@ class Sampler:
             where = self._device if labels is None else labels.device
             labels = self.flow_map.checked_labels(labels, count, where)
             w = self.guidance if guidance is None else self._checked_guidance(guidance, count)
-            if x is not None and x.shape != (count, *self.shape):
-                raise ValueError(f"x: expected {[count, *self.shape]}, got {list(x.shape)}")
+            if x is not None and (x.shape != (count, *self.shape) or not x.is_floating_point()):
+                raise ValueError(f"x: expected floating {[count, *self.shape]}, got {list(x.shape)} of {x.dtype}")
             if count == 0:
                 return torch.empty(0, *self.shape, dtype=self.state_dtype, device=self._device)
             kind = self._device.type
@@ -400,14 +401,8 @@ class Sampler:
     def _seen(self) -> tuple[Any, ...]:
         """What tells, at little cost, that the network was moved, cast or given other memory as a whole."""
         network = self.flow_map.network
-        first = next(network.parameters(), None)
-        ends = () if first is None else (first, self._last_parameter())
+        ends = (p for p in (next(network.parameters(), None), self._last_parameter) if p is not None)
         return (network.training, *((p.data_ptr(), p.dtype, p.device) for p in ends))
-
-    def _last_parameter(self) -> Tensor:
-        if getattr(self, "_last", None) is None:
-            self._last: Tensor = list(self.flow_map.network.parameters())[-1]
-        return self._last
 
     def _checked_guidance(self, guidance: Time | None, count: int) -> Tensor | None:
         if guidance is None:
