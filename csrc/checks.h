@@ -196,11 +196,23 @@ inline bool writes_flow_step_directly(const at::Tensor& out, std::initializer_li
   return true;
 }
 
-// The same for the network's next input, which is written while all others are read.
-inline bool writes_next_input_directly(const at::Tensor& input, std::initializer_list<Optional> others) {
-  if (!input.is_contiguous()) return false;
-  return std::all_of(others.begin(), others.end(),
-                     [&](const Optional& other) { return !other || apart(input, *other); });
+// Checks the arguments of imm::sampling_step.out beside those of flow_step; whether a kernel may write both directly.
+// The network's next input is written while all others are read.
+inline bool check_sampling_step_out(const at::Tensor& x, const at::Tensor& g, const at::Tensor& c_skip,
+                                    const at::Tensor& c_out, const Optional& g_uncond, const Optional& guidance,
+                                    const Optional& c_noise, const Optional& seeds, const at::Tensor& c_in,
+                                    int64_t copies, const at::Tensor& out, const at::Tensor& input) {
+  check_next_input(x, c_in, copies);
+  check_out("out", out, x.sizes(), x.scalar_type(), x);
+  check_out("input", input, next_input_sizes(x, copies), g.scalar_type(), x);
+  const auto or_none = [](const Optional& value) { return value.value_or(at::Tensor()); };
+  const auto others = {x, g, or_none(g_uncond), c_skip, c_out, or_none(guidance), or_none(c_noise), c_in};
+  refuse_gradients("sampling_step", others);
+  refuse_gradients("sampling_step", {out, input});
+  return writes_flow_step_directly(out, {x, g, or_none(g_uncond)},
+                                   {c_skip, c_out, guidance, c_noise, seeds, c_in, input}) &&
+         input.is_contiguous() && apart(input, or_none(seeds)) &&
+         std::all_of(others.begin(), others.end(), [&](const at::Tensor& other) { return apart(input, other); });
 }
 
 }  // namespace imm

@@ -110,14 +110,7 @@ void sampling_step_out(const Tensor& x, const Tensor& g, const Tensor& c_skip, c
                        const Optional& seeds, int64_t step, const Tensor& c_in, int64_t copies, const Tensor& out,
                        const Tensor& input) {
   check_flow_step(x, g, c_skip, c_out, g_uncond, guidance, c_noise, seeds, step);
-  check_next_input(x, c_in, copies);
-  check_out("out", out, x.sizes(), x.scalar_type(), x);
-  check_out("input", input, next_input_sizes(x, copies), g.scalar_type(), x);
-  const Tensor base = g_uncond.value_or(Tensor());
-  refuse_gradients("sampling_step", {x, g, c_skip, c_out, base, guidance.value_or(Tensor()), c_noise.value_or(Tensor()),
-                                     c_in, out, input});
-  if (writes_flow_step_directly(out, {x, g, base}, {c_skip, c_out, guidance, c_noise, seeds, c_in, input}) &&
-      writes_next_input_directly(input, {x, g, base, c_skip, c_out, guidance, c_noise, seeds, c_in})) {
+  if (check_sampling_step_out(x, g, c_skip, c_out, g_uncond, guidance, c_noise, seeds, c_in, copies, out, input)) {
     const NextInput next{c_in, input, copies};
     run(x, g, c_skip, c_out, g_uncond, guidance, c_noise, seeds, step, out, &next);
     return;

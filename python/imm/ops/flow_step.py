@@ -122,21 +122,10 @@ def flow_step_bwd(
     return grad_x, (w * grad_g).to(g.dtype).contiguous(), ((1.0 - w) * grad_g).to(g.dtype).contiguous()
 
 
-def _check_sampling(
-    x: Tensor,
-    g: Tensor,
-    c_skip: Tensor,
-    c_out: Tensor,
-    g_uncond: Tensor | None,
-    guidance: Tensor | None,
-    c_noise: Tensor | None,
-    seeds: Tensor | None,
-    step: int,
-    c_in: Tensor,
-    copies: int,
-) -> torch.Size:
-    """Checks, and the shape of the network's input."""
-    _check(x, g, c_skip, c_out, g_uncond, guidance, c_noise, seeds, step)
+def _check_sampling(x: Tensor, *rest: Any) -> torch.Size:
+    """Checks the arguments of :func:`sampling_step`; the shape of the network's input."""
+    *step, c_in, copies = rest
+    _check(x, *step)
     _check_coefficient("c_in", c_in, x)
     if copies < 1:
         raise ValueError(f"copies: expected a count >= 1, got {copies}")
