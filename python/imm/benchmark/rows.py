@@ -75,6 +75,20 @@ class Row:
         self.ratio_to_copy = round(paired(seconds, copy), 4)
         self.gflop_per_s = None if self.peer == COPY else round(self.flops / median * 1e-9, 4)
 
+    @property
+    def samples(self) -> list[float]:
+        """Every round's time in microseconds."""
+        return [float(word) for word in self.samples_us.split()]
+
+
+def interval(values: Sequence[float]) -> tuple[float, float]:
+    """The 20 % to the 80 % quantile, of the first and of the second half of the rounds, together: the spread of two repeats."""
+    halves = [
+        torch.tensor(part, dtype=torch.float64) for part in (values[: len(values) // 2], values[len(values) // 2 :]) if part
+    ]
+    low, high = ([float(torch.quantile(half, q)) for half in halves] for q in (0.2, 0.8))
+    return min(low), max(high)
+
 
 def paired(times: Sequence[float], others: Sequence[float]) -> float:
     """The median of times over others of the same rounds: what slows a machine down for a while slows both down."""
@@ -102,9 +116,11 @@ _PARSERS["int | None"] = lambda text: int(text) if text else None
 
 
 def read(path: Path) -> list[Row]:
-    """The rows of a ``rows.csv``; of rows with the same op, mode, shape, dtype, device, cache, peer and commit the last."""
+    """The rows of a ``rows.csv``, a column that it lacks at its default; of rows with the same op, mode, shape, dtype, device,
+    cache, peer and commit the last."""
     with path.open(newline="") as file:
-        rows = [Row(**{f.name: _PARSERS[f.type](line[f.name]) for f in fields(Row)}) for line in csv.DictReader(file)]
+        parse = lambda line: {f.name: _PARSERS[f.type](line[f.name]) for f in fields(Row) if f.name in line}
+        rows = [Row(**parse(line)) for line in csv.DictReader(file)]
     return list({(r.op, r.mode, r.shape, r.dtype, r.device, r.cache, r.peer, r.commit): r for r in rows}.values())
 
 
@@ -148,7 +164,7 @@ def table(rows: Sequence[Row]) -> str:
 
 def ratios(rows: Sequence[Row], asked: Sequence[Claim]) -> list[tuple[Claim, float | None]]:
     """The claims about a case, each with its measured ratio, round by round; None where one of the two was not timed."""
-    times = {row.peer: [float(word) for word in row.samples_us.split()] for row in rows}
+    times = {row.peer: row.samples for row in rows}
     found: list[tuple[Claim, float | None]] = []
     for claim in asked:
         if claim.slow in times and claim.fast in times and claim.concerns(rows[0].shape, rows[0].cache):
