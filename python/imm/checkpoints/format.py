@@ -164,5 +164,8 @@ def load_state(module: nn.Module, tensors: Mapping[str, Tensor], source: str) ->
     for name, tensor in expected.items():
         if tensors[name].shape != tensor.shape:
             raise CheckpointError(f"{source}: {name}: expected {list(tensor.shape)}, got {list(tensors[name].shape)}")
-    with torch.no_grad():
-        module.load_state_dict(dict(tensors))
+    try:
+        with torch.no_grad():
+            module.load_state_dict(dict(tensors))
+    except ValueError as error:
+        raise CheckpointError(f"{source}: {error}") from error
