@@ -3,7 +3,7 @@
 ``import imm`` never compiles, prints, needs triton or touches CUDA.
 """
 
-from imm import checkpoints, functional, networks, package, parametrizations, sampling, schedules
+from imm import checkpoints, functional, networks, package, parametrizations, presets, sampling, schedules
 from imm.flow_map import FlowMap
 from imm.functional import noise
 from imm.objective import IMMObjective
@@ -21,6 +21,7 @@ __all__ = [
     "noise",
     "package",
     "parametrizations",
+    "presets",
     "sampling",
     "schedules",
 ]

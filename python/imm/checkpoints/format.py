@@ -168,8 +168,11 @@ def load(path: str | os.PathLike[str], *, network: nn.Module | None = None) -> F
 def load_state(module: nn.Module, tensors: Mapping[str, Tensor], source: str) -> None:
     """Fill a module; every name must be there, none may be unknown, every shape must fit."""
     check_state(module.state_dict(), tensors, source)
-    with torch.no_grad():
-        module.load_state_dict(dict(tensors))
+    try:
+        with torch.no_grad():
+            module.load_state_dict(dict(tensors))
+    except ValueError as error:
+        raise CheckpointError(f"{source}: {error}") from error
 
 
 def check_state(expected: Mapping[str, Tensor], tensors: Mapping[str, Tensor], source: str) -> None:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from imm.checkpoints.format import CheckpointError, load_state
 from imm.flow_map import FlowMap
-from imm.networks import DiT
+from imm.networks import DDPMpp, DiT
 
 _PREFIX = "model."
 
@@ -19,10 +19,12 @@ def from_published(state_dict: Mapping[str, Tensor], settings: Mapping[str, Any]
 
     Args:
         state_dict: weights under their published names, each with the prefix ``model.``. Buffers whose values follow from the
-            settings (``model.pos_embed``) may be absent; any other missing or unknown name is an error.
-        settings: the checkpoint's attributes with its constructor's keywords merged in: ``model_type`` ("DiT_XL_2", ...),
-            ``img_resolution``, ``img_channels``, ``label_dim``, ``noise_schedule``, ``T``, ``eps``, ``sigma_data``, ``f_type``,
-            ``time_scale``, ``temb_type``. Others are ignored.
+            settings (``model.pos_embed``, resample filters) may be absent; any other missing or unknown name is an error.
+        settings: the checkpoint's attributes with its constructor's keywords merged in: ``model_type`` ("DiT_XL_2", ...,
+            or "SongUNet", DDPM++), ``img_resolution``, ``img_channels``, ``label_dim``, ``noise_schedule``, ``T``, ``eps``,
+            ``sigma_data``, ``f_type``, ``time_scale``, ``temb_type``; for "SongUNet" also, where they are not those of
+            CIFAR-10, ``model_channels``, ``channel_mult``, ``num_blocks``, ``attn_resolutions``, ``dropout``, ``augment_dim``.
+            Others are ignored.
 
     Returns:
         The flow map in evaluation mode, float32.
@@ -60,15 +62,49 @@ def from_published(state_dict: Mapping[str, Tensor], settings: Mapping[str, Any]
 
 
 def _network(settings: Mapping[str, Any]) -> nn.Module:
-    kind = settings["model_type"]
-    family, _, rest = str(kind).partition("_")
+    kind = str(settings["model_type"])
+    if kind == "SongUNet":
+        return _ddpmpp(settings)
+    family, _, rest = kind.partition("_")
     size, _, patch = rest.partition("_")
     if family != "DiT" or not patch.isdigit():
-        raise CheckpointError(f'model_type: expected "DiT_SIZE_PATCH" such as "DiT_XL_2", got {kind!r}')
+        raise CheckpointError(f'model_type: expected "DiT_SIZE_PATCH" such as "DiT_XL_2", or "SongUNet", got {kind!r}')
     return DiT(
         size=size,
         patch=int(patch),
         channels=settings["img_channels"],
         resolution=settings["img_resolution"],
         num_classes=settings["label_dim"],
+    )
+
+
+#: Of the published U-Net's constructor: what DDPM++ has. Other values (NCSN++ and further relatives) are other networks.
+_DDPMPP: dict[str, Any] = {
+    "embedding_type": "positional",
+    "encoder_type": "standard",
+    "decoder_type": "standard",
+    "resample_filter": [1, 1],
+    "channel_mult_emb": 4,
+    "channel_mult_noise": 1,
+    "s_embed": True,
+}
+
+
+def _ddpmpp(settings: Mapping[str, Any]) -> DDPMpp:
+    for name, expected in _DDPMPP.items():
+        value = settings.get(name, expected)
+        if (list(value) if isinstance(value, tuple) else value) != expected:
+            raise CheckpointError(f"{name}: expected {expected!r}, as DDPM++ has it, got {value!r}")
+    resolution, multipliers = settings["img_resolution"], list(settings.get("channel_mult", (2, 2, 2)))
+    sides = [resolution >> level for level in range(len(multipliers))]
+    return DDPMpp(
+        channels=settings["img_channels"],
+        resolution=resolution,
+        num_classes=settings["label_dim"],
+        width=settings.get("model_channels", 128),
+        multipliers=multipliers,
+        blocks=settings.get("num_blocks", 4),
+        attention=[side for side in settings.get("attn_resolutions", (16,)) if side in sides],
+        dropout=settings.get("dropout", 0.2),
+        augment_dim=settings.get("augment_dim") or 0,
     )
