@@ -5,8 +5,10 @@ from __future__ import annotations
 import io
 import pickle
 from collections.abc import Mapping
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, ClassVar
 
+import torch
 from torch import nn
 
 from imm import FlowMap
@@ -51,7 +53,7 @@ class Persistent:
 
 
 class Writer(pickle._Pickler):  # the one in Python, whose steps can be told apart
-    dispatch = dict(pickle._Pickler.dispatch)
+    dispatch: ClassVar[dict[type, Any]] = dict(pickle._Pickler.dispatch)
 
     def name(self, obj: Name) -> None:
         module, _, name = obj.full.rpartition(".")
@@ -76,7 +78,10 @@ class Writer(pickle._Pickler):  # the one in Python, whose steps can be told apa
         self.write(pickle.EMPTY_TUPLE + pickle.NEWOBJ)
         self.memoize(obj)
         if obj.items is not None:
-            self._batch_setitems(obj.items.items(), obj)
+            for key, value in obj.items.items():
+                self.save(key)
+                self.save(value)
+                self.write(pickle.SETITEM)
         if obj.state is not None:
             self.save(obj.state)
             self.write(pickle.BUILD)
@@ -91,6 +96,14 @@ def dumps(value: Any, protocol: int = 4) -> bytes:
     """The pickle of a tree of plain values, tensors and the classes above."""
     file = io.BytesIO()
     Writer(file, protocol).dump(value)
+    return file.getvalue()
+
+
+def torch_file(value: Any, zipped: bool) -> bytes:
+    """The same tree as torch.save writes it: in a zip, or in its older format."""
+    file = io.BytesIO()
+    writer = SimpleNamespace(__name__="writer", Pickler=Writer, dump=pickle.dump)
+    torch.save(value, file, writer, 2, zipped)
     return file.getvalue()
 
 

@@ -164,7 +164,7 @@ def read_pickle(view: memoryview) -> Any:
     """What a snapshot's bytes hold, in the inert values of this module; nothing named in them is imported or called.
 
     Args:
-        view: the whole file: a pickle of protocol 2 to 5, or a file of ``torch.save`` (either of its formats).
+        view: the whole file: a pickle of protocol 3 to 5, or a file of ``torch.save`` (either of its formats).
 
     Returns:
         Dicts are :class:`Table`, objects with attributes :class:`Object`, tensors :class:`TensorView`, NumPy scalars Python's.
@@ -309,6 +309,7 @@ _GLOBALS: dict[str, Any] = {
             _Global("collections.OrderedDict", 0, _ordered_dict),
             _Global("dnnlib.util.EasyDict", new=Table),
             _Global("builtins.set", 1, _set),
+            _Global("__builtin__.set", 1, _set),  # as protocol 2 names it, inside of torch.save's files
             _Global("timm.layers.format.Format", 1, _enum),
             _Global("torch_utils.persistence._reconstruct_persistent_obj", 1, _persistent_object),
             _Global("torch.storage._load_from_bytes", 1, _load_from_bytes),

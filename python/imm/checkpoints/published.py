@@ -80,8 +80,8 @@ def read_published(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dic
 
     Returns:
         The network's state dict (CPU, the snapshot's dtypes), and its settings: the plain attributes of the network's object
-        (numbers, strings, dtypes, None, lists and dicts of these), its constructor's keywords where no attribute has their name,
-        and ``class_name``.
+        (numbers, strings, dtypes, None, lists and dicts of these), its constructor's keywords where no attribute has their
+        name, and ``class_name``.
 
     Raises:
         CheckpointError: a file that is missing, truncated or malformed, names anything that no snapshot holds, or declares
