@@ -1,0 +1,95 @@
+"""From the latents that a network generates to images: AutoencoderKL of the diffusers library, an extra."""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+#: Of the latents of the sd-vae-ft autoencoders on ImageNet, a channel each: what the published IMM networks were trained on is
+#: (z - mean) * STD / std (paper section I.1).
+SD_VAE_MEAN = (0.86488, -0.27787343, 0.21616915, 0.3738409)
+SD_VAE_STD = (4.85503674, 5.31922414, 3.93725398, 3.9870003)
+STD = 0.5
+#: What tells those autoencoders from others: 4 channels, and this factor in their own settings.
+SD_VAE_FACTOR = 0.18215
+
+NEEDED = 'expected the diffusers library for it; run: pip install "imm-kernels[diffusers]"'
+
+
+def load_vae(source: str | os.PathLike[str]) -> Any:
+    """Load an autoencoder, on the CPU, in float32 and evaluation mode.
+
+    Args:
+        source: a folder with ``config.json`` and ``diffusion_pytorch_model.safetensors``, as ``AutoencoderKL.save_pretrained``
+            writes it; or the name of one on the hub, "owner/name", which diffusers then downloads. Only safetensors are read.
+
+    Returns:
+        A ``diffusers.AutoencoderKL``.
+
+    Raises:
+        ImportError: diffusers is not installed. FileNotFoundError: neither a folder nor such a name.
+        OSError: a folder without those files.
+    """
+    folder = Path(source)
+    if not folder.is_dir() and not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", str(source)):
+        raise FileNotFoundError(f"vae: expected a folder that AutoencoderKL.save_pretrained wrote or owner/name, got {source}")
+    try:
+        from diffusers import AutoencoderKL
+    except ImportError as error:
+        raise ImportError(f"vae: {NEEDED}") from error
+    vae = AutoencoderKL.from_pretrained(
+        str(source), local_files_only=folder.is_dir(), use_safetensors=True, low_cpu_mem_usage=False
+    )
+    return vae.eval().requires_grad_(False)
+
+
+@torch.no_grad()
+def decode(latents: Tensor, vae: Any, batch: int = 8) -> Tensor:
+    """Images for latents.
+
+    The latents are first given the autoencoder's own scale: by ``vae.config``, ``latents * latents_std / scaling_factor +
+    latents_mean`` where it has these three; else, for an sd-vae-ft, the published ``latents * SD_VAE_STD / STD + SD_VAE_MEAN``;
+    else ``latents / scaling_factor + shift_factor``.
+
+    Args:
+        latents: ``[B, C, h, w]``, floating, as :meth:`imm.Sampler.sample` returns them. vae: from :func:`load_vae`, or any
+            AutoencoderKL of C latent channels; it computes in its own dtype.
+        batch: latents decoded at a time.
+
+    Returns:
+        ``[B, 3, 8 h, 8 w]`` (8: what the autoencoder enlarges by) float32 in [-1, 1], on the autoencoder's device.
+
+    Raises:
+        ValueError: latents of another shape or dtype; batch < 1.
+    """
+    channels = vae.config.latent_channels
+    if latents.dim() != 4 or latents.shape[1] != channels or not latents.is_floating_point():
+        raise ValueError(f"latents: expected floating [B, {channels}, h, w], got {list(latents.shape)} of {latents.dtype}")
+    if batch < 1:
+        raise ValueError(f"batch: expected a count >= 1, got {batch}")
+    if not len(latents):  # which the autoencoder would refuse
+        side = 2 ** (len(vae.config.block_out_channels) - 1)
+        return torch.empty(0, vae.config.out_channels, side * latents.shape[2], side * latents.shape[3], device=vae.device)
+    scale, shift = (torch.tensor(v, device=vae.device).reshape(1, -1, 1, 1) for v in _scale_and_shift(vae.config))
+    images = []
+    for part in latents.split(batch):
+        own = part.to(vae.device, torch.float32) * scale + shift
+        images.append(vae.decode(own.to(vae.dtype)).sample.float().clamp(-1.0, 1.0))
+    return torch.cat(images)
+
+
+def _scale_and_shift(config: Any) -> tuple[list[float], list[float]]:
+    """What to multiply latents by and then to add, a number for each channel or one for all."""
+    factor = config.scaling_factor
+    # Older versions of diffusers do not have these three settings.
+    mean, std, shift = (config.get(name) for name in ("latents_mean", "latents_std", "shift_factor"))
+    if mean is not None and std is not None:
+        return [s / factor for s in std], list(mean)
+    if config.latent_channels == len(SD_VAE_MEAN) and factor == SD_VAE_FACTOR:
+        return [s / STD for s in SD_VAE_STD], list(SD_VAE_MEAN)
+    return [1.0 / factor], [shift or 0.0]
