@@ -116,6 +116,7 @@ def case(size: str, rows: int, device: torch.device, dtype: torch.dtype = torch.
         tolerances=(1e-3 if dtype == torch.float32 else 0.1,),
         peers=peers,
         products=True,
+        caches=("warm",),
     )
 
 

@@ -31,8 +31,9 @@ EPS = 1e-8
 OUT, USER, EAGER, COMPILED = "imm out=", "imm as a user calls it", "eager broadcast", "torch.compile of the broadcast"
 GRAM, COMPILED_GRAM, GEOMLOSS = "bmm Gram", "torch.compile of the bmm Gram", "GeomLoss"
 CLAIMS = (
-    Claim(OUT, COPY, at_most=1.3, up_to={"M": 8}),
-    Claim(COMPILED, OUT, at_least=2.5, up_to={"M": 4}),
+    # Cold, torch.compile may be near memory's speed as well, and cannot then be far behind.
+    Claim(OUT, COPY, at_most=1.3, up_to={"M": 8}, cache="warm"),
+    Claim(COMPILED, OUT, at_least=2.5, up_to={"M": 4}, cache="warm"),
     Claim(EAGER, USER, at_least=20.0, up_to={"M": 4}),
     Claim(COMPILED, USER, at_least=1.0, up_to={"M": 4}),
     Claim(OUT, MATMUL, at_most=1.67),

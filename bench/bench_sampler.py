@@ -13,7 +13,7 @@ from imm import sampling
 from imm.benchmark.case import Case, Claim, Peer, Step
 from imm.benchmark.networks import random_dit
 from imm.flow_map import FlowMap
-from imm.networks import UNet
+from imm.networks import DiT, UNet
 from imm.networks.dit import SIZES
 from imm.sampler import Sampler
 
@@ -31,6 +31,8 @@ SAMPLER, BARE, FIRST = "imm.Sampler", "the network alone", "imm.Sampler, first c
 SAMPLER_16, STEPWISE_16 = "imm.Sampler, bfloat16", "imm.Sampler, bfloat16, without a graph"
 EAGER, EAGER_16 = "plain eager loop", "plain eager loop, bfloat16"
 COMPILED_16 = "plain loop, bfloat16, torch.compile"
+#: Of a call of imm.Sampler: in bfloat16 for a DiT, in float32 for the network of the demo.
+NETWORK, CONDITION, UPDATES = "part: the network, all steps", "part: the conditioning", "part: noise and updates, all steps"
 CLAIMS = (
     Claim(SAMPLER, BARE, at_most=1.2, up_to={"DiT": 0, "steps": 1, "images": 1}),
     Claim(EAGER, SAMPLER_16, at_least=1.5, above={"DiT": 0}),
@@ -52,6 +54,10 @@ def with_network(flow_map: FlowMap, made: nn.Module, dtype: torch.dtype) -> Flow
     if hasattr(made, "fused"):
         made.fused = False
     return FlowMap(made, **flow_map.settings).eval()
+
+
+def half_network(made: nn.Module) -> nn.Module:
+    return copy.deepcopy(made).to(torch.bfloat16)
 
 
 def eager(flow_map: FlowMap, times: Tensor, guidance: float | None) -> Peer:
@@ -100,6 +106,60 @@ def bare(flow_map: FlowMap, rows: int) -> Peer:
     return prepare
 
 
+def parts(flow_map: FlowMap, times: Tensor, images: int, guidance: float | None) -> dict[str, Peer]:
+    """What a call consists of, each alone and with memory of its own; their sum is the floor of the loop."""
+    table = sampling.step_table(flow_map, times)
+    made, dtype, device = flow_map.network, flow_map.network_dtype, times.device
+    copies = 1 if guidance is None else 2
+    conditioned = isinstance(made, DiT)
+
+    def labels_of(labels: Tensor) -> Tensor:
+        return labels if guidance is None else torch.cat([torch.full_like(labels[:1], flow_map.num_classes), labels])
+
+    def network(seeds: Tensor, labels: Tensor) -> Step:
+        x = sampling.initial_state(flow_map, seeds, flow_map.image_shape).to(dtype).repeat(copies, 1, 1, 1)
+        t, s = (torch.tensor(v, dtype=torch.float64, device=device)[:, None].repeat(1, len(x)) for v in (table.t, table.s))
+        label = labels.repeat(copies)
+        rows = torch.zeros(len(x), made.modulation_features, dtype=dtype, device=device) if conditioned else None
+
+        @torch.no_grad()
+        def step() -> tuple[Tensor, ...]:
+            if conditioned:
+                return tuple(made(x, modulation=rows) for _ in table.t)
+            return tuple(made(x, t[i], s[i], label) for i in range(len(table)))
+
+        return step
+
+    def conditioning(seeds: Tensor, labels: Tensor) -> Step:
+        both = torch.tensor([table.t, table.s], dtype=torch.float64, device=device).T.contiguous()
+        label = labels_of(labels)
+
+        @torch.no_grad()
+        def step() -> tuple[Tensor, ...]:
+            return (made.condition(both, label, distinct=False).rows,)
+
+        return step
+
+    def updates(seeds: Tensor, labels: Tensor) -> Step:
+        shape = flow_map.image_shape
+        g = torch.randn(images * copies, *shape, device=device).to(dtype)
+        uncond = None if guidance is None else g[:images]
+        weight = None if guidance is None else torch.full((images,), guidance, dtype=torch.float64, device=device)
+        column = lambda values, i: torch.full((1,), values[i], dtype=torch.float64, device=device)
+        columns = [[column(v, i) for v in (table.c_skip, table.c_out, table.c_in)] for i in range(len(table))]
+
+        def step() -> tuple[Tensor, ...]:
+            x = sampling.initial_state(flow_map, seeds, shape)
+            for skip, out, c_in in columns:
+                x, given = torch.ops.imm.sampling_step(x, g[-images:], skip, out, uncond, weight, None, None, 1, c_in, copies)
+            return x, given
+
+        return step
+
+    found = {NETWORK: network, UPDATES: updates}
+    return {**found, CONDITION: conditioning} if conditioned else found
+
+
 def case(name: str, steps: int, images: int, device: torch.device) -> Case:
     exact = FlowMap(network(name, device)).eval()
     guidance = None if name == "unet" else GUIDANCE
@@ -117,6 +177,7 @@ def case(name: str, steps: int, images: int, device: torch.device) -> Case:
         parts = zip(x.double().split(2), labels.split(2), strict=True)
         return (torch.cat([sampling.pushforward(wide, a, times, b, guidance, torch.float64) for a, b in parts]),)
 
+    own = exact if name == "unet" else FlowMap(half_network(exact.network), **exact.settings).eval()
     options: dict[str, Any] = {"steps": steps, "guidance": guidance}
     make: dict[str, Callable[[], Peer]] = {
         SAMPLER_16: lambda: sampled(Sampler(exact, dtype=torch.bfloat16, **options)),
@@ -147,9 +208,10 @@ def case(name: str, steps: int, images: int, device: torch.device) -> Case:
         truth=truth,
         tolerances=(1e-3,),
         peers=peers,
-        ceilings={BARE: bare(exact, rows)} if steps == 1 else {},
+        ceilings={**({BARE: bare(exact, rows)} if steps == 1 else {}), **parts(own, times, images, guidance)},
         rough={peer: 0.1 for peer in peers if "bfloat16" in peer},
         products=name != "unet",
+        caches=("warm",),
     )
 
 

@@ -41,11 +41,12 @@ def case(name: str) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
 
 def published_settings(meta: dict[str, Any]) -> dict[str, Any]:
     """A sampling case's settings under the published attribute names."""
+    latents = meta["network"] != "SongUNet"  # or the published CIFAR-10 network
     return {
         "model_type": meta["network"],
         "img_resolution": 32,
-        "img_channels": 4,
-        "label_dim": 1000,
+        "img_channels": 4 if latents else 3,
+        "label_dim": 1000 if latents else 0,
         "mixed_precision": None,
         "noise_schedule": meta["schedule"],
         "T": meta["T"],

@@ -39,7 +39,7 @@ SMALL = {
 
 
 def doubling(**peers: Callable[..., Any]) -> Case:
-    """An op that doubles 1000 numbers."""
+    """An op that doubles 1000 numbers, timed with cold buffers."""
     return Case(
         op="double",
         mode="forward",
@@ -51,6 +51,7 @@ def doubling(**peers: Callable[..., Any]) -> Case:
         truth=lambda x: (2.0 * x.double(),),
         tolerances=(1e-6,),
         peers=peers,
+        caches=("cold",),
     )
 
 
@@ -161,6 +162,40 @@ def test_compulsory_bytes_and_flops() -> None:
 def _copied(declared: Case) -> tuple[Tensor, Tensor]:
     step = harness.copy_peer(declared, CPU)()
     return step()[0], step()[0]
+
+
+def test_cold_buffers_rotate_and_warm_ones_stay() -> None:
+    seen: dict[int, int] = {}
+
+    def noting(x: Tensor) -> Tensor:
+        seen[x.data_ptr()] = seen.get(x.data_ptr(), 0) + 1
+        return 2 * x
+
+    declared = dataclasses.replace(doubling(a=by(noting)), caches=("cold", "warm"))
+    found = measure(declared, CPU, BRIEF)
+    assert [(row.cache, row.peer) for row in found] == [
+        (cache, name) for cache in ("cold", "warm") for name in (case.COPY, "a")
+    ]
+    assert [row.method for row in found[1::2]] == ["wall clock over 64 sets", "wall clock over one set"]
+    assert len(seen) == 64
+    assert sorted(seen.values())[-2] <= 3  # all but the set that stays
+    assert [claim.concerns("N=1", "warm") for claim in (Claim("a", "b"), Claim("a", "b", cache="cold"))] == [True, False]
+
+
+def test_peak_memory_counts_inputs_outputs_and_what_a_step_needs() -> None:
+    def kept(x: Tensor) -> Callable[[], tuple[Tensor, ...]]:
+        out = torch.empty_like(x)
+        return lambda: (torch.add(x, x, out=out),)
+
+    def wasteful(x: Tensor) -> Callable[[], tuple[Tensor, ...]]:
+        return lambda: ((x[:, None] * torch.ones(50)).sum(1) / 25,)
+
+    declared = doubling(fresh=by(lambda x: x + x), kept=kept, wasteful=wasteful)
+    found = {row.peer: row.peak_bytes for row in measure(declared, CPU, BRIEF)}
+    assert found[case.COPY] is None
+    assert found["fresh"] == pytest.approx(8000, abs=200)
+    assert found["kept"] == pytest.approx(8000, abs=200)
+    assert found["wasteful"] == pytest.approx(4000 * (1 + 50 + 1), rel=0.02)
 
 
 def test_ceilings_are_timed_and_not_checked() -> None:

@@ -145,7 +145,7 @@ def test_the_sampler_is_kept_and_follows_changes(pipeline, small_flow_map) -> No
 def test_latents_are_decoded(latent_flow_map, tmp_path) -> None:
     vae = tiny_vae()
     pipeline = quiet(IMMPipeline.from_flow_map(latent_flow_map, vae=vae))
-    expected = latents.decode(Sampler(latent_flow_map, steps=2).sample(SEEDS, LABELS), vae)
+    expected = latents.decode(Sampler(latent_flow_map, steps=2).sample(SEEDS, LABELS), vae, batch=1)
     assert expected.shape == (4, 3, 64, 64)
     shown = pipeline(LABELS, seeds=SEEDS, output_type="pt").images
     torch.testing.assert_close(shown, expected / 2 + 0.5)
@@ -317,11 +317,11 @@ def test_guidance_without_classes_is_refused() -> None:
 
 
 def test_bad_components_are_refused(pipeline, small_flow_map) -> None:
-    with pytest.raises(ValueError, match=r"name: expected one of \['DiT', 'UNet'\], got 'Linear'"):
+    with pytest.raises(ValueError, match=r"name: expected one of \['DDPMpp', 'DiT', 'UNet'\], got 'Linear'"):
         IMMNetwork(name="Linear", settings={})
     other = torch.nn.Linear(2, 2)
     other.num_classes = 0
-    with pytest.raises(ValueError, match=r"network: expected one of \['DiT', 'UNet'\], got Linear"):
+    with pytest.raises(ValueError, match=r"network: expected one of \['DDPMpp', 'DiT', 'UNet'\], got Linear"):
         IMMNetwork.around(other)
     with pytest.raises(TypeError, match=r"network: expected an imm\.diffusers\.IMMNetwork, got UNet"):
         IMMPipeline(small_flow_map.network, pipeline.scheduler)

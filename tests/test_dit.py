@@ -11,6 +11,7 @@ from torch import Tensor
 from imm.networks import DiT
 from imm.networks.conditioning import Modulations
 from imm.networks.dit import Attention
+from imm.networks.linear import linear
 
 Inputs = tuple[Tensor, Tensor, Tensor, Tensor]
 
@@ -186,3 +187,37 @@ def test_bad_modulations_are_refused(network: DiT) -> None:
     with pytest.raises(ValueError, match="max_bytes: expected a number >= 0, got -1"):
         network.table(times, -1)
     assert isinstance(modulations, Modulations)
+
+
+@pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 1e-6), (torch.bfloat16, 4e-3)])
+def test_a_linear_layer_of_inference(dtype: torch.dtype, bound: float) -> None:
+    torch.manual_seed(0)
+    layer, x = torch.nn.Linear(24, 40).to(dtype), torch.randn(2, 7, 24, dtype=dtype)
+    exact = torch.nn.functional.linear(x.double(), layer.weight.double(), layer.bias.double())
+    with torch.no_grad():
+        assert distance(linear(layer, x), exact) < bound
+        gelu = torch.nn.functional.gelu(exact, approximate="tanh")
+        assert distance(linear(layer, x, gelu=True), gelu) < bound
+        erf = torch.nn.functional.gelu(exact)
+        assert float((gelu - erf).abs().max()) > 1e-4  # another function
+        assert distance(linear(layer, x.transpose(0, 1), gelu=True), gelu.transpose(0, 1)) < bound
+
+
+def test_a_linear_layer_that_was_replaced_or_hooked_is_called() -> None:
+    class Doubled(torch.nn.Linear):
+        def forward(self, input: Tensor) -> Tensor:
+            return 2 * super().forward(input)
+
+    torch.manual_seed(0)
+    layer, x = Doubled(24, 40), torch.randn(3, 24)
+    hooked = torch.nn.Linear(24, 40)
+    hooked.load_state_dict(layer.state_dict())
+    with torch.no_grad():
+        torch.testing.assert_close(linear(layer, x), 2 * linear(hooked, x))
+        doubled = 2 * linear(hooked, x)
+        handle = hooked.register_forward_hook(lambda module, args, output: 2 * output)
+        torch.testing.assert_close(linear(hooked, x), doubled)
+        handle.remove()
+        with torch.autocast("cpu", torch.bfloat16):
+            assert linear(hooked, x).dtype == torch.bfloat16
+    assert linear(hooked, x, gelu=True).requires_grad

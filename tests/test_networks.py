@@ -1,4 +1,4 @@
-"""DiT and U-Net: published names, conditioning on both times, precision of the time embedding."""
+"""All networks: published names, conditioning on both times, precision of the time embedding."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import parity
 import pytest
 import torch
 
-from imm.networks import NETWORKS, DiT, UNet
+from imm.networks import NETWORKS, DDPMpp, DiT, UNet
 from imm.ops.timestep_embedding import sinusoids
 
 
@@ -24,7 +24,17 @@ def test_dit_sizes(size, millions) -> None:
     assert count / 1e6 == pytest.approx(millions, rel=0.03)
 
 
+def test_ddpmpp_has_the_published_names_and_shapes() -> None:
+    with torch.device("meta"):
+        network = DDPMpp()
+    state = {f"model.{name}": tuple(value.shape) for name, value in network.state_dict().items()}
+    assert len(state) == 428
+    assert state == parity.names("state_dict_ddpmpp_cifar10.txt")
+
+
 def make(name: str):
+    if name == "DDPMpp":
+        return DDPMpp(3, 8, num_classes=5, width=8, multipliers=(1, 2), blocks=1, attention=(4,))
     if name == "DiT":
         return DiT("S", patch=4, channels=3, resolution=8, num_classes=5)
     return UNet(channels=3, resolution=8, num_classes=5, width=8, multipliers=(1, 2))
@@ -36,7 +46,7 @@ def test_output_is_zero_at_first_and_then_depends_on_everything(name) -> None:
     x, t, s, labels = torch.randn(2, 3, 8, 8), torch.full((2,), 900.0), torch.full((2,), 300.0), torch.tensor([1, 5])
     assert float(network(x, t, s, labels).abs().max()) == 0.0
     for parameter in network.parameters():
-        torch.nn.init.normal_(parameter, std=0.05)
+        torch.nn.init.normal_(parameter, std=0.1)
     base = network(x, t, s, labels)
     assert base.shape == x.shape
     for changed in ((x + 0.1, t, s, labels), (x, t - 50, s, labels), (x, t, s - 50, labels), (x, t, s, labels - 1)):
@@ -103,6 +113,15 @@ def test_timestep_embedding() -> None:
         (lambda: UNet(resolution=10), "resolution: expected a multiple of 4 for 3 levels, got 10"),
         (lambda: UNet(width=6), "width: expected a positive multiple of 4, got 6"),
         (lambda: UNet(width=0), "width: expected a positive multiple of 4, got 0"),
+        (lambda: DDPMpp(resolution=18), "resolution: expected a multiple of 4 for 3 levels, got 18"),
+        (lambda: DDPMpp(width=6), "width: expected a positive multiple of 4, got 6"),
+        (lambda: DDPMpp(width=100), "expected channels that 32 groups divide, got 200 in one layer"),
+        (lambda: DDPMpp(blocks=0), r"multipliers and blocks: expected numbers >= 1, got \[2, 2, 2\] and 0"),
+        (
+            lambda: DDPMpp(resolution=64, attention=(4,)),
+            r"attention: expected sides of levels, out of \[64, 32, 16\], got \[4\]",
+        ),
+        (lambda: DDPMpp(augment_dim=-1), "num_classes and augment_dim: expected numbers >= 0, got 0 and -1"),
     ],
 )
 def test_bad_settings_are_refused(make_it, text) -> None:

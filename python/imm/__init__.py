@@ -3,7 +3,7 @@
 ``import imm`` never compiles, prints, needs triton or touches CUDA.
 """
 
-from imm import checkpoints, functional, latents, networks, package, parametrizations, sampling, schedules
+from imm import checkpoints, functional, latents, networks, package, parametrizations, presets, sampling, schedules
 from imm.checkpoints import load
 from imm.flow_map import FlowMap
 from imm.functional import noise
@@ -24,6 +24,7 @@ __all__ = [
     "noise",
     "package",
     "parametrizations",
+    "presets",
     "sampling",
     "schedules",
 ]

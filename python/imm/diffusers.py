@@ -36,7 +36,7 @@ class IMMNetwork(ModelMixin, ConfigMixin):
     """A network of ``imm.networks`` as a diffusers model.
 
     Args:
-        name: "DiT" or "UNet". settings: its constructor's arguments.
+        name: "DDPMpp", "DiT" or "UNet". settings: its constructor's arguments.
 
     Raises:
         ValueError, TypeError: an unknown name, or settings that the network does not take.
@@ -408,7 +408,7 @@ class IMMPipeline(DiffusionPipeline):
         if output_type == "latent":
             return images
         if self.vae is not None:
-            images = latents.decode(images, self.vae)
+            images = latents.decode(images, self.vae, batch=1)  # as imm sample: the others do not matter
         if output_type == "pil":
             return [to_picture(image) for image in images]
         images = (images.float() / 2 + 0.5).clamp(0.0, 1.0)

@@ -35,6 +35,7 @@ class Case:
     rough: peers that are known to be less accurate, with the error accepted of all their outputs.
     ceilings: what is timed beside the peers and not checked, since it does a part of the work only.
     products: whether its arithmetic is matrix products, whose rate is then measured in the same run.
+    caches: "cold", "warm" or both: whether the buffers rotate or stay (:mod:`imm.benchmark.timing`).
     """
 
     op: str
@@ -50,6 +51,7 @@ class Case:
     rough: Mapping[str, float] = field(default_factory=dict)
     ceilings: Mapping[str, Peer] = field(default_factory=dict)
     products: bool = False
+    caches: tuple[str, ...] = ("cold", "warm")
 
     @property
     def size(self) -> str:
@@ -60,7 +62,7 @@ class Case:
 @dataclass(frozen=True)
 class Claim:
     """``slow`` takes ``at_least`` times (or at most ``at_most`` times) as long as ``fast``, on the CPU, at sizes ``up_to`` and
-    ``above``."""
+    ``above``, with this ``cache`` (None: with either)."""
 
     slow: str
     fast: str
@@ -68,12 +70,13 @@ class Claim:
     at_most: float | None = None
     up_to: Mapping[str, int] = field(default_factory=dict)
     above: Mapping[str, int] = field(default_factory=dict)
+    cache: str | None = None
 
-    def concerns(self, shape: str) -> bool:
-        """Whether a row of this shape ("G=256 M=4 D=3072") is meant."""
+    def concerns(self, shape: str, cache: str) -> bool:
+        """Whether rows of this shape ("G=256 M=4 D=3072") and cache are meant."""
         sizes = dict(part.split("=") for part in shape.split())
         small = all(int(sizes[name]) <= most for name, most in self.up_to.items())
-        return small and all(int(sizes[name]) > least for name, least in self.above.items())
+        return self.cache in (None, cache) and small and all(int(sizes[name]) > least for name, least in self.above.items())
 
     def holds(self, ratio: float) -> bool:
         return (self.at_least is None or ratio >= self.at_least) and (self.at_most is None or ratio <= self.at_most)

@@ -19,11 +19,13 @@ _HEAD = """# Performance
 
 Made by `python -m imm.benchmark.docs > docs/performance.md` from the rows in `bench/results`; figures are not edited by hand.
 
-Every row is the median of many calls; peers take turns (A B C A B C ...) in one process with a fixed number of threads. Buffers
-rotate, so that inputs and outputs come from memory and go there, as between the steps of a training run. GB/s counts the bytes
-that the algorithm must move, whatever the peer moves. A ratio is the median of each round's: what slows the machine down for a
-while slows both down. "x copy" is that to a copy that moves as many bytes: 1 is the ceiling for work limited by memory.
-"error" is the largest difference from float64, relative to the largest number; a peer that is wrong is not timed.
+Every row is the median of many calls; peers take turns (A B C A B C ...) in one process with a fixed number of threads. Cold
+buffers rotate, so that inputs and outputs come from memory and go there, as where other work lies between two calls; warm ones
+are the same at each call, as in a loop. GB/s counts the bytes that the algorithm must move, whatever the peer moves. A ratio is
+the median of each round's: what slows the machine down for a while slows both down. "x copy" is that to a copy that moves as
+many bytes: 1 is the ceiling for work limited by memory. "error" is the largest difference from float64, relative to the largest
+number; a peer that is wrong is not timed. "peak" is inputs, what the peer keeps and the most that a step allocates, without the
+weights that were there before.
 `imm bench all` measures your machine.
 """
 
@@ -38,7 +40,7 @@ def _claims(cases: Sequence[Sequence[Row]]) -> str:
     asked = getattr(load(cases[0][0].op), "CLAIMS", ())
     if not asked:
         return ""
-    lines = [["ratio", "bound", *(rows[0].shape for rows in cases)]]
+    lines = [["ratio", "bound", *(f"{rows[0].shape}, {rows[0].cache}" for rows in cases)]]
     for claim in asked:
         texts = []
         for rows in cases:
@@ -63,7 +65,7 @@ def section(folder: Path) -> str:
         f"{versions}, commit {e['commit'][:10]}{dirty}, {e['time'][:10]}, {busy}.",
     ]
     for _, of_op in groupby(read(folder / "rows.csv"), key=lambda row: row.op):
-        cases = [list(rows) for _, rows in groupby(of_op, key=lambda row: (row.mode, row.shape, row.dtype))]
+        cases = [list(rows) for _, rows in groupby(of_op, key=lambda row: (row.mode, row.shape, row.dtype, row.cache))]
         if e["device"] == "cpu" and (text := _claims(cases)):
             parts.append(text.rstrip())
         for rows in cases:

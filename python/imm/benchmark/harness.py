@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from torch import Tensor
 
 from imm.benchmark import environment
 from imm.benchmark.case import COPY, MATMUL, Case, Peer, Step, load, operations
+from imm.benchmark.memory import peak_bytes
 from imm.benchmark.rows import OK, Row, append, claims, table
 from imm.benchmark.timing import Clock, clock, sets_of_buffers
 
@@ -76,49 +78,66 @@ def refusal(case: Case, peer: str, found: tuple[float, ...]) -> str | None:
     return f"refused: wrong, {'; '.join(wrong)}" if wrong else None
 
 
-def _ready(
-    case: Case, peer: Peer, sets: list[tuple[Any, ...]], truth: tuple[Tensor, ...], device: torch.device, row: Row
-) -> Clock | None:
-    """A peer's clock; None, with the reason in its row, where the peer does not run or is wrong."""
+def _prepared(peer: Peer, sets: list[tuple[Any, ...]], device: torch.device, row: Row) -> list[Step]:
+    """A peer's steps, one per set; none, with the reason in its row, where the peer does not run."""
     try:
-        ready = clock(device, [peer(*inputs) for inputs in sets])
-        found = errors(ready.outputs, truth)
+        row.peak_bytes = peak_bytes(peer, sets[0], device)
+        return [peer(*inputs) for inputs in sets]
     except Exception as error:  # a peer may fail in any way; the others are still measured
-        reason = next(iter(str(error).splitlines()), "")
-        row.status = f"refused: {type(error).__name__}: {reason[:120]}"
-        return None
-    row.method, row.error = ready.method, max(found)
-    row.status = refusal(case, row.peer, found) or OK
+        row.status = _failure(error)
+        return []
+
+
+def _failure(error: Exception) -> str:
+    reason = next(iter(str(error).splitlines()), "")
+    return f"refused: {type(error).__name__}: {reason[:120]}"
+
+
+def _ready(case: Case, steps: list[Step], truth: tuple[Tensor, ...], device: torch.device, row: Row) -> Clock | None:
+    """A peer's clock; None, with the reason in its row, where the peer is wrong. A ceiling is not checked."""
+    try:
+        ready = clock(device, steps, row.cache)
+        if row.peer in case.peers:
+            found = errors(ready.outputs, truth)
+            row.error = max(found)
+            row.status = refusal(case, row.peer, found) or OK
+    except Exception as error:
+        row.status = _failure(error)
     return ready if row.status == OK else None
 
 
 def measure(case: Case, device: torch.device, effort: Effort = FULL) -> list[Row]:
-    """One row per peer, the ceilings first. A peer that fails or is wrong has a row that says so, without a time."""
+    """One row per cache and peer, the ceilings first. A peer that fails or is wrong has a row that says so, without a time."""
     torch.manual_seed(0)
     torch.compiler.reset()  # a peer compiles for this shape, as in a program that uses one
-    sets = [case.inputs() for _ in range(sets_of_buffers(device, case.bytes))]
+    count = sets_of_buffers(device, case.bytes) if "cold" in case.caches else 1
+    sets = [case.inputs() for _ in range(count)]
     truth = case.truth(*sets[0])
     ceilings = {COPY: copy_peer(case, device), **case.ceilings}
     if case.products:
         ceilings[MATMUL] = matmul_peer(case, device)
-    clocks: dict[str, Clock] = {}
-    rows: dict[str, Row] = {}
-    for name, ceiling in ceilings.items():
-        clocks[name] = clock(device, [ceiling(*inputs) for inputs in sets])
-        rows[name] = Row.of(case, device, peer=name, status=OK, method=clocks[name].method)
+    prepared = [(Row.of(case, device, peer=name, status=OK), [c(*given) for given in sets]) for name, c in ceilings.items()]
     for name, peer in case.peers.items():
-        rows[name] = Row.of(case, device, peer=name)
-        if ready := _ready(case, peer, sets, truth, device, rows[name]):
-            clocks[name] = ready
-    samples: dict[str, list[float]] = {name: [] for name in clocks}
-    start, rounds = time.perf_counter(), 0
-    while rounds < effort.least or (rounds < effort.most and time.perf_counter() - start < effort.seconds):
-        for name, ready in clocks.items():
-            samples[name].append(ready.sample())
-        rounds += 1
-    for name, seconds in samples.items():
-        rows[name].timed(seconds, samples[COPY])
-    return list(rows.values())
+        row = Row.of(case, device, peer=name)
+        prepared.append((row, _prepared(peer, sets, device, row)))
+    found: list[Row] = []
+    for cache in case.caches:
+        clocks: dict[str, Clock] = {}
+        for known, steps in prepared:
+            row = replace(known, cache=cache)
+            found.append(row)
+            if steps and (ready := _ready(case, steps, truth, device, row)):
+                clocks[row.peer], row.method = ready, ready.method
+        samples: dict[str, list[float]] = {name: [] for name in clocks}
+        start, rounds = time.perf_counter(), 0
+        while rounds < effort.least or (rounds < effort.most and time.perf_counter() - start < effort.seconds):
+            for name, ready in clocks.items():
+                samples[name].append(ready.sample())
+            rounds += 1
+        for row in found[-len(prepared) :]:
+            if row.peer in samples:
+                row.timed(samples[row.peer], samples[COPY])
+    return found
 
 
 def run(op: str, device: torch.device, out: Path | None, *, quick: bool, say: Callable[[str], None] = print) -> list[Row]:
@@ -137,8 +156,10 @@ def run(op: str, device: torch.device, out: Path | None, *, quick: bool, say: Ca
             for row in measured:
                 row.commit, row.machine = recorded["commit"], recorded["machine"]
             rows += measured
-            say(table(measured))
-            say(claims(measured, getattr(module, "CLAIMS", ())))
+            for _, of_cache in groupby(measured, key=lambda row: row.cache):
+                shown = list(of_cache)
+                say(table(shown))
+                say(claims(shown, getattr(module, "CLAIMS", ())))
             if out is not None:  # at once: a run that is cut short keeps what it has
                 append(out, measured)
                 environment.write(out, {**recorded, "after": environment.after(device)})

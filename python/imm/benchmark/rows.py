@@ -20,7 +20,8 @@ OK = "ok"
 class Row:
     """One peer at one case. Times in microseconds; None where there is none: refused, or not applicable.
 
-    error: the largest relative error against float64. ratio_to_copy: the median of the ratios to the copy of the same round.
+    cache: "cold" or "warm". error: the largest relative error against float64. peak_bytes: inputs, what the peer keeps and the
+    most that a step allocates. ratio_to_copy: the median of the ratios to the copy of the same round.
     samples_us: every round's time, in order, with spaces in between.
     """
 
@@ -29,6 +30,7 @@ class Row:
     shape: str
     dtype: str
     device: str
+    cache: str = ""
     peer: str = ""
     status: str = ""
     method: str = ""
@@ -43,6 +45,7 @@ class Row:
     flops: int = 0
     gflop_per_s: float | None = None
     error: float | None = None
+    peak_bytes: int | None = None
     machine: str = ""
     commit: str = ""
     samples_us: str = ""
@@ -72,6 +75,20 @@ class Row:
         self.ratio_to_copy = round(paired(seconds, copy), 4)
         self.gflop_per_s = None if self.peer == COPY else round(self.flops / median * 1e-9, 4)
 
+    @property
+    def samples(self) -> list[float]:
+        """Every round's time in microseconds."""
+        return [float(word) for word in self.samples_us.split()]
+
+
+def interval(values: Sequence[float]) -> tuple[float, float]:
+    """The 20 % to the 80 % quantile, of the first and of the second half of the rounds, together: the spread of two repeats."""
+    halves = [
+        torch.tensor(part, dtype=torch.float64) for part in (values[: len(values) // 2], values[len(values) // 2 :]) if part
+    ]
+    low, high = ([float(torch.quantile(half, q)) for half in halves] for q in (0.2, 0.8))
+    return min(low), max(high)
+
 
 def paired(times: Sequence[float], others: Sequence[float]) -> float:
     """The median of times over others of the same rounds: what slows a machine down for a while slows both down."""
@@ -95,13 +112,16 @@ def append(folder: Path, rows: Iterable[Row]) -> None:
 
 
 _PARSERS: dict[Any, Callable[[str], Any]] = {"str": str, "int": int, "float | None": lambda text: float(text) if text else None}
+_PARSERS["int | None"] = lambda text: int(text) if text else None
 
 
 def read(path: Path) -> list[Row]:
-    """The rows of a ``rows.csv``; of rows with the same op, mode, shape, dtype, device, peer and commit the last."""
+    """The rows of a ``rows.csv``, a column that it lacks at its default; of rows with the same op, mode, shape, dtype, device,
+    cache, peer and commit the last."""
     with path.open(newline="") as file:
-        rows = [Row(**{f.name: _PARSERS[f.type](line[f.name]) for f in fields(Row)}) for line in csv.DictReader(file)]
-    return list({(r.op, r.mode, r.shape, r.dtype, r.device, r.peer, r.commit): r for r in rows}.values())
+        parse = lambda line: {f.name: _PARSERS[f.type](line[f.name]) for f in fields(Row) if f.name in line}
+        rows = [Row(**parse(line)) for line in csv.DictReader(file)]
+    return list({(r.op, r.mode, r.shape, r.dtype, r.device, r.cache, r.peer, r.commit): r for r in rows}.values())
 
 
 def duration(us: float | None) -> str:
@@ -112,21 +132,22 @@ def duration(us: float | None) -> str:
 
 
 def cells(row: Row) -> list[str]:
-    """A row as text: peer, median, p20 to p80, GB/s, ratio to the copy, error."""
+    """A row as text: peer, median, p20 to p80, GB/s, ratio to the copy, error, peak memory."""
     if row.median_us is None:
-        return [row.peer, row.status, "", "", "", ""]
+        return [row.peer, row.status, "", "", "", "", ""]
     error = "" if row.error is None else f"{row.error:.0e}"
+    peak = "" if row.peak_bytes is None else f"{row.peak_bytes / 1e6:.1f} MB"
     spread = f"{duration(row.p20_us)} to {duration(row.p80_us)}"
-    return [row.peer, duration(row.median_us), spread, f"{row.gb_per_s:.1f}", f"{row.ratio_to_copy:.2f}", error]
+    return [row.peer, duration(row.median_us), spread, f"{row.gb_per_s:.1f}", f"{row.ratio_to_copy:.2f}", error, peak]
 
 
-HEADINGS = ("peer", "median", "p20 to p80", "GB/s", "x copy", "error")
+HEADINGS = ("peer", "median", "p20 to p80", "GB/s", "x copy", "error", "peak")
 
 
 def title(row: Row) -> str:
     """What the rows of a case share, in words."""
     where = f"{row.device}, {row.threads} threads" if row.device == "cpu" else row.device
-    return f"{row.op} {row.mode}, {row.shape}, {row.dtype}, {where}, {row.bytes / 1e6:.1f} MB compulsory"
+    return f"{row.op} {row.mode}, {row.shape}, {row.dtype}, {where}, {row.cache} buffers, {row.bytes / 1e6:.1f} MB compulsory"
 
 
 def table(rows: Sequence[Row]) -> str:
@@ -143,10 +164,10 @@ def table(rows: Sequence[Row]) -> str:
 
 def ratios(rows: Sequence[Row], asked: Sequence[Claim]) -> list[tuple[Claim, float | None]]:
     """The claims about a case, each with its measured ratio, round by round; None where one of the two was not timed."""
-    times = {row.peer: [float(word) for word in row.samples_us.split()] for row in rows}
+    times = {row.peer: row.samples for row in rows}
     found: list[tuple[Claim, float | None]] = []
     for claim in asked:
-        if claim.slow in times and claim.fast in times and claim.concerns(rows[0].shape):
+        if claim.slow in times and claim.fast in times and claim.concerns(rows[0].shape, rows[0].cache):
             slow, fast = times[claim.slow], times[claim.fast]
             found.append((claim, paired(slow, fast) if slow and fast else None))
     return found

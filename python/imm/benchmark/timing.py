@@ -1,8 +1,8 @@
 """The clocks. Each is made of a peer's steps, one per set of buffers, and gives seconds per step, one sample a call.
 
-The sets rotate, so that neither inputs nor outputs are in a cache, as between the steps of a training run. On the CPU each call
-takes the set that no peer has touched for longest. On CUDA a captured graph of all sets is replayed between two events, so that
-launches cost nothing.
+Cold: the sets rotate, so that neither inputs nor outputs are in a cache, as where other work lies between two calls; on the CPU
+each call takes the set that no peer has touched for longest. Warm: one set, called again and again, as in a loop of calls. On
+CUDA a captured graph of many calls is replayed between two events, so that launches cost nothing.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from imm.benchmark.case import Step
 ROTATED_BYTES = 400e6
 LEAST_SETS, MOST_CPU_SETS = 8, 64
 _WARM_UP = 3
+_SETTLE = 2  # calls on the CPU after which another peer's data has left the caches
 _CPU_TURN = itertools.count()
 
 
@@ -40,12 +41,28 @@ def sets_of_buffers(device: torch.device, bytes_per_set: int) -> int:
     return max(LEAST_SETS, count) if device.type == "cuda" else min(max(2, count), MOST_CPU_SETS)
 
 
-def clock(device: torch.device, steps: Sequence[Step]) -> Clock:
-    """The clock for a device, warmed up."""
-    return _cuda(steps) if device.type == "cuda" else _cpu(steps)
+def clock(device: torch.device, steps: Sequence[Step], cache: str = "cold") -> Clock:
+    """The clock for a device, warmed up; ``cache`` "warm" takes the first step only."""
+    if device.type == "cuda":
+        return _cuda(steps if cache == "cold" else list(steps[:1]) * max(LEAST_SETS, len(steps)), cache)
+    return _cold_cpu(steps) if cache == "cold" else _warm_cpu(steps[0])
 
 
-def _cpu(steps: Sequence[Step]) -> Clock:
+def _warm_cpu(step: Step) -> Clock:
+    for _ in range(_WARM_UP):
+        outputs = step()
+
+    def sample() -> float:
+        for _ in range(_SETTLE):
+            step()
+        start = time.perf_counter()
+        step()
+        return time.perf_counter() - start
+
+    return Clock("wall clock over one set", sample, outputs)
+
+
+def _cold_cpu(steps: Sequence[Step]) -> Clock:
     for step in steps[1:]:
         step()  # touches the memory that it keeps
     for _ in range(_WARM_UP):
@@ -60,8 +77,9 @@ def _cpu(steps: Sequence[Step]) -> Clock:
     return Clock(f"wall clock over {len(steps)} sets", sample, outputs)
 
 
-def _cuda(steps: Sequence[Step]) -> Clock:
+def _cuda(steps: Sequence[Step], cache: str) -> Clock:
     """Events around the replay of one graph of all steps; around plain launches for a peer that cannot be captured."""
+    sets = f"{len(steps)} sets" if cache == "cold" else f"{len(steps)} calls of one set"
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
@@ -78,13 +96,13 @@ def _cuda(steps: Sequence[Step]) -> Clock:
     except RuntimeError as error:
         torch.cuda.synchronize()
         reason = str(error).splitlines()[0][:80]
-        return Clock(f"events over {len(steps)} sets, no graph: {reason}", _between_events(_all(steps), len(steps)), steps[0]())
+        return Clock(f"events over {sets}, no graph: {reason}", _between_events(_all(steps), len(steps)), steps[0]())
     for outputs in kept:
         for output in outputs:
             output.zero_()  # what the check sees must come from a replay
     sample = _between_events(graph.replay, len(steps))
     sample()
-    return Clock(f"graph of {len(steps)} sets", sample, kept[0])
+    return Clock(f"graph of {sets}", sample, kept[0])
 
 
 def _all(steps: Sequence[Step]) -> Callable[[], None]:

@@ -1,6 +1,16 @@
 """Checkpoints: one safetensors file with JSON settings. Nothing in a file is ever executed."""
 
 from imm.checkpoints.format import FORMAT_VERSION, CheckpointError, load, read_file, save, write_file
-from imm.checkpoints.published import from_published
+from imm.checkpoints.published import from_published, import_published, read_published
 
-__all__ = ["FORMAT_VERSION", "CheckpointError", "from_published", "load", "read_file", "save", "write_file"]
+__all__ = [
+    "FORMAT_VERSION",
+    "CheckpointError",
+    "from_published",
+    "import_published",
+    "load",
+    "read_file",
+    "read_published",
+    "save",
+    "write_file",
+]

@@ -60,13 +60,23 @@ def read_file(path: str | os.PathLike[str], kind: str) -> tuple[dict[str, Tensor
     Raises:
         CheckpointError: a missing, truncated or foreign file, another kind, or a newer format.
     """
+    settings = read_settings(path, kind)
+    try:
+        with safe_open(path, framework="pt") as file:
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (not a mapping)
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{path}: expected a whole safetensors file, got: {error}") from error
+    return tensors, settings
+
+
+def read_settings(path: str | os.PathLike[str], kind: str) -> dict[str, Any]:
+    """:func:`read_file` without the tensors."""
     source = Path(path)
     if not source.is_file():
         raise CheckpointError(f"{source}: expected a checkpoint file, found none")
     try:
         with safe_open(source, framework="pt") as file:
             metadata = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (not a mapping)
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"{source}: expected a whole safetensors file, got: {error}") from error
     if _KEY not in metadata:
@@ -81,7 +91,7 @@ def read_file(path: str | os.PathLike[str], kind: str) -> tuple[dict[str, Tensor
         raise CheckpointError(f"{source}: expected format version {FORMAT_VERSION} or older, got {version}")
     if found != kind:
         raise CheckpointError(f"{source}: expected a checkpoint of kind {kind!r}, got {found!r}")
-    return tensors, settings
+    return settings
 
 
 def describe(flow_map: FlowMap) -> dict[str, Any]:
@@ -157,12 +167,19 @@ def load(path: str | os.PathLike[str], *, network: nn.Module | None = None) -> F
 
 def load_state(module: nn.Module, tensors: Mapping[str, Tensor], source: str) -> None:
     """Fill a module; every name must be there, none may be unknown, every shape must fit."""
-    expected = module.state_dict()
+    check_state(module.state_dict(), tensors, source)
+    try:
+        with torch.no_grad():
+            module.load_state_dict(dict(tensors))
+    except ValueError as error:
+        raise CheckpointError(f"{source}: {error}") from error
+
+
+def check_state(expected: Mapping[str, Tensor], tensors: Mapping[str, Tensor], source: str) -> None:
+    """Raises CheckpointError unless both have the same names and shapes; ``expected`` may be on the meta device."""
     missing, unknown = sorted(expected.keys() - tensors.keys()), sorted(tensors.keys() - expected.keys())
     if missing or unknown:
         raise CheckpointError(f"{source}: names do not fit the network: missing {missing[:4]}, unknown {unknown[:4]}")
     for name, tensor in expected.items():
         if tensors[name].shape != tensor.shape:
             raise CheckpointError(f"{source}: {name}: expected {list(tensor.shape)}, got {list(tensors[name].shape)}")
-    with torch.no_grad():
-        module.load_state_dict(dict(tensors))

@@ -1,17 +1,174 @@
-"""The published IMM checkpoints' names and settings, turned into a FlowMap."""
+"""The published IMM checkpoints: their files, names and settings, turned into a FlowMap."""
 
 from __future__ import annotations
 
+import hashlib
+import math
+import os
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
-from imm.checkpoints.format import CheckpointError, load_state
-from imm.flow_map import FlowMap
-from imm.networks import DiT
+from imm.checkpoints.format import CheckpointError, check_state, load_state, save
+from imm.checkpoints.pickles import Budget, Object, Table, TensorView, map_file, read_pickle
+from imm.flow_map import SECOND_TIMES, FlowMap
+from imm.networks import DDPMpp, DiT
 
 _PREFIX = "model."
+#: Of the modules' dicts that are walked; a dict that several modules share counts each time.
+_MAX_ENTRIES = 1_000_000
+_MAX_TENSORS = 10_000
+_MAX_DEPTH = 32
+#: All tensors together may have this many times the bytes of the file: some names may share a storage.
+_MAX_SHARING = 2
+#: No setting is as large as this many characters.
+_MAX_SETTING = 1_000
+#: Largest values of the settings that say how large a network is; its shapes are compared with the file's after that.
+_LARGEST = {"img_resolution": 4096, "img_channels": 4096, "label_dim": 1_000_000, "model_channels": 8192, "num_blocks": 64}
+
+
+def import_published(path: str | os.PathLike[str], dest: str | os.PathLike[str], *, second_time: str | None = None) -> FlowMap:
+    """Turn a published snapshot (``.pkl``) into a checkpoint of this package, with the averaged weights (``ema``).
+
+    Nothing in the snapshot is run (:mod:`imm.checkpoints.pickles`). The new file keeps the snapshot's name, sha256 and
+    ``mixed_precision`` under ``extra["source"]``.
+
+    Args:
+        path: the snapshot. dest: the file to write, by custom ``*.safetensors``; replaced atomically.
+        second_time: "stride" or "identity" in place of the snapshot's own ``temb_type``.
+
+    Returns:
+        The flow map that was saved, as :func:`from_published` makes it.
+
+    Raises:
+        CheckpointError: a snapshot that cannot be read or holds no IMM network, or a folder that cannot be written to. Nothing
+            is written then.
+        ValueError: an unknown second_time.
+    """
+    source, target = Path(path), Path(dest)
+    if second_time is not None and second_time not in SECOND_TIMES:
+        raise ValueError(f"second_time: expected one of {list(SECOND_TIMES)}, got {second_time!r}")
+    if target.is_dir() or not target.parent.is_dir() or (source.exists() and target.exists() and target.samefile(source)):
+        raise CheckpointError(f"dest: expected another file than the snapshot, in a folder that is there, got {target}")
+    try:
+        view = map_file(source)
+        state_dict, settings = _snapshot(view)
+        if second_time is not None:
+            settings["temb_type"] = second_time
+        absent = [name for name in ("noise_schedule", "f_type", "time_scale", "temb_type") if name not in settings]
+        if absent:
+            name = settings["class_name"]
+            raise CheckpointError(f"expected an IMM network, which takes a second time, got {name} without {absent}")
+        flow_map = from_published(state_dict, settings)
+        digest = hashlib.sha256(view).hexdigest()
+    except CheckpointError as error:
+        raise CheckpointError(f"{source}: {error}") from error
+    precision = settings.get("mixed_precision")
+    precision = str(precision).removeprefix("torch.") if isinstance(precision, torch.dtype) else None
+    save(target, flow_map, extra={"source": {"name": source.name, "sha256": digest, "mixed_precision": precision}})
+    return flow_map
+
+
+def read_published(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Read a snapshot's averaged network without running anything: IMM's, and others that EDM's code base wrote.
+
+    Args:
+        path: a pickle of a dict whose key ``ema`` is the network.
+
+    Returns:
+        The network's state dict (CPU, the snapshot's dtypes), and its settings: the plain attributes of the network's object
+        (numbers, strings, dtypes, None, lists and dicts of these), its constructor's keywords where no attribute has their name,
+        and ``class_name``.
+
+    Raises:
+        CheckpointError: a file that is missing, truncated or malformed, names anything that no snapshot holds, or declares
+            sizes beyond its own.
+    """
+    try:
+        return _snapshot(map_file(Path(path)))
+    except CheckpointError as error:
+        raise CheckpointError(f"{path}: {error}") from error
+
+
+def _snapshot(view: memoryview) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    tree = read_pickle(view)
+    network = tree.as_dict("snapshot").get("ema") if type(tree) is Table else None
+    if type(network) is not Object or network.state is None:
+        raise CheckpointError("expected a dict with a network under the key 'ema', got none")
+    walk = _Walk(_MAX_SHARING * len(view))
+    walk.module(network, "", 0)
+    attributes = network.state.as_dict("attributes")
+    keywords = attributes.get("_init_kwargs")
+    given = keywords.as_dict("_init_kwargs") if type(keywords) is Table else {}
+    own = {name: value for name, value in attributes.items() if not name.startswith("_")}
+    settings = {name: walk.plain(value, 0) for name, value in {**given, **own}.items()}
+    settings = {name: value for name, value in settings.items() if value is not _OTHER}
+    return walk.tensors, {**settings, "class_name": network.class_name}
+
+
+#: What is no setting.
+_OTHER = object()
+
+
+class _Walk:
+    """Collects tensors and settings; what a hostile file could repeat by reference is counted each time."""
+
+    def __init__(self, room: int) -> None:
+        self.room, self.budget = room, Budget(_MAX_ENTRIES)
+        self.tensors: dict[str, Tensor] = {}
+
+    def module(self, module: Any, prefix: str, depth: int) -> None:
+        """Add a module's parameters and buffers, and its children's."""
+        if type(module) is not Object or depth > _MAX_DEPTH:
+            raise CheckpointError(f"{prefix[:80]!r}: expected a module, at most {_MAX_DEPTH} deep, got something else")
+        fields = self.fields(module.state)
+        passing = fields.get("_non_persistent_buffers_set")
+        passing = [name for name in passing if type(name) is str] if type(passing) is list and len(passing) < 100 else []
+        for kind in ("_parameters", "_buffers"):
+            for name, value in self.fields(fields.get(kind)).items():
+                if value is not None and not (kind == "_buffers" and name in passing):
+                    self.tensor(prefix + name, value)
+        for name, child in self.fields(fields.get("_modules")).items():
+            if child is not None:
+                self.module(child, f"{prefix}{name}.", depth + 1)
+
+    def fields(self, table: Any) -> dict[str, Any]:
+        if table is None:
+            return {}
+        if type(table) is not Table:
+            raise CheckpointError("module: expected dicts of parameters, buffers and modules, got others")
+        self.budget.spend(1 + len(table))
+        return table.as_dict("module")
+
+    def tensor(self, name: str, view: Any) -> None:
+        if type(view) is not TensorView or name in self.tensors or len(self.tensors) == _MAX_TENSORS:
+            raise CheckpointError(f"{name[:80]!r}: expected one of at most {_MAX_TENSORS} tensors, got something else")
+        self.room -= view.nbytes
+        if self.room < 0:
+            raise CheckpointError(f"{name[:80]!r}: expected tensors of about the file's size in all, got more")
+        self.tensors[name] = view.tensor()
+
+    def plain(self, value: Any, depth: int) -> Any:
+        """A setting's value; ``_OTHER`` where it holds anything that is none."""
+        self.budget.spend(1)
+        if (
+            value is None
+            or type(value) in (bool, int, float, torch.dtype)
+            or (type(value) is str and len(value) < _MAX_SETTING)
+        ):
+            return value
+        if type(value) not in (tuple, list, Table) or depth == 8:
+            return _OTHER
+        pairs = type(value) is Table
+        if pairs and not all(type(key) is str and len(key) < _MAX_SETTING for key, _ in value):
+            return _OTHER
+        items = [self.plain(item, depth + 1) for item in ((v for _, v in value) if pairs else value)]
+        if any(item is _OTHER for item in items):
+            return _OTHER
+        return dict(zip((key for key, _ in value), items, strict=True)) if pairs else items
 
 
 def from_published(state_dict: Mapping[str, Tensor], settings: Mapping[str, Any]) -> FlowMap:
@@ -19,10 +176,12 @@ def from_published(state_dict: Mapping[str, Tensor], settings: Mapping[str, Any]
 
     Args:
         state_dict: weights under their published names, each with the prefix ``model.``. Buffers whose values follow from the
-            settings (``model.pos_embed``) may be absent; any other missing or unknown name is an error.
-        settings: the checkpoint's attributes with its constructor's keywords merged in: ``model_type`` ("DiT_XL_2", ...),
-            ``img_resolution``, ``img_channels``, ``label_dim``, ``noise_schedule``, ``T``, ``eps``, ``sigma_data``, ``f_type``,
-            ``time_scale``, ``temb_type``. Others are ignored.
+            settings (``model.pos_embed``, resample filters) may be absent; any other missing or unknown name is an error.
+        settings: the checkpoint's attributes with its constructor's keywords merged in: ``model_type`` ("DiT_XL_2", ...,
+            or "SongUNet", DDPM++), ``img_resolution``, ``img_channels``, ``label_dim``, ``noise_schedule``, ``T``, ``eps``,
+            ``sigma_data``, ``f_type``, ``time_scale``, ``temb_type``; for "SongUNet" also, where they are not those of
+            CIFAR-10, ``model_channels``, ``channel_mult``, ``num_blocks``, ``attn_resolutions``, ``dropout``, ``augment_dim``.
+            Others are ignored.
 
     Returns:
         The flow map in evaluation mode, float32.
@@ -34,7 +193,23 @@ def from_published(state_dict: Mapping[str, Tensor], settings: Mapping[str, Any]
     absent = [name for name in (*needed, "f_type", "time_scale", "temb_type") if name not in settings]
     if absent:
         raise CheckpointError(f"settings: expected {absent} among the checkpoint's settings, got {sorted(settings)}")
+    for name, largest in _LARGEST.items():
+        size = settings.get(name, 0)
+        if type(size) is not int or not 0 <= size <= largest:
+            raise CheckpointError(f"{name}: expected 0..{largest}, got {size!r}")
+    for name in ("T", "eps", "sigma_data", "time_scale"):
+        number = settings[name]
+        if type(number) not in (int, float) or not math.isfinite(number):
+            raise CheckpointError(f"{name}: expected a finite number, got {number!r}")
+    foreign = sorted(name for name in state_dict if not name.startswith(_PREFIX))
+    if foreign:
+        raise CheckpointError(f"state_dict: expected names with the prefix {_PREFIX!r}, got {foreign[:4]}")
+    weights = {name[len(_PREFIX) :]: tensor.float() for name, tensor in state_dict.items()}
     try:
+        with torch.device("meta"):  # compared before memory of the size that the settings say is taken
+            skeleton = _network(settings)
+        derived = dict(skeleton.named_buffers()).keys() - weights.keys()
+        check_state({k: v for k, v in skeleton.state_dict().items() if k not in derived}, weights, "state_dict")
         flow_map = FlowMap(
             _network(settings),
             schedule=settings["noise_schedule"],
@@ -49,10 +224,6 @@ def from_published(state_dict: Mapping[str, Tensor], settings: Mapping[str, Any]
         raise
     except (TypeError, ValueError) as error:
         raise CheckpointError(f"settings: {error}") from error
-    foreign = sorted(name for name in state_dict if not name.startswith(_PREFIX))
-    if foreign:
-        raise CheckpointError(f"state_dict: expected names with the prefix {_PREFIX!r}, got {foreign[:4]}")
-    weights = {name[len(_PREFIX) :]: tensor.float() for name, tensor in state_dict.items()}
     for name, buffer in flow_map.network.named_buffers():
         weights.setdefault(name, buffer)
     load_state(flow_map.network, weights, "state_dict")
@@ -60,15 +231,49 @@ def from_published(state_dict: Mapping[str, Tensor], settings: Mapping[str, Any]
 
 
 def _network(settings: Mapping[str, Any]) -> nn.Module:
-    kind = settings["model_type"]
-    family, _, rest = str(kind).partition("_")
+    kind = str(settings["model_type"])
+    if kind == "SongUNet":
+        return _ddpmpp(settings)
+    family, _, rest = kind.partition("_")
     size, _, patch = rest.partition("_")
     if family != "DiT" or not patch.isdigit():
-        raise CheckpointError(f'model_type: expected "DiT_SIZE_PATCH" such as "DiT_XL_2", got {kind!r}')
+        raise CheckpointError(f'model_type: expected "DiT_SIZE_PATCH" such as "DiT_XL_2", or "SongUNet", got {kind!r}')
     return DiT(
         size=size,
         patch=int(patch),
         channels=settings["img_channels"],
         resolution=settings["img_resolution"],
         num_classes=settings["label_dim"],
+    )
+
+
+#: Of the published U-Net's constructor: what DDPM++ has. Other values (NCSN++ and further relatives) are other networks.
+_DDPMPP: dict[str, Any] = {
+    "embedding_type": "positional",
+    "encoder_type": "standard",
+    "decoder_type": "standard",
+    "resample_filter": [1, 1],
+    "channel_mult_emb": 4,
+    "channel_mult_noise": 1,
+    "s_embed": True,
+}
+
+
+def _ddpmpp(settings: Mapping[str, Any]) -> DDPMpp:
+    for name, expected in _DDPMPP.items():
+        value = settings.get(name, expected)
+        if (list(value) if isinstance(value, tuple) else value) != expected:
+            raise CheckpointError(f"{name}: expected {expected!r}, as DDPM++ has it, got {value!r}")
+    resolution, multipliers = settings["img_resolution"], list(settings.get("channel_mult", (2, 2, 2)))
+    sides = [resolution >> level for level in range(len(multipliers))]
+    return DDPMpp(
+        channels=settings["img_channels"],
+        resolution=resolution,
+        num_classes=settings["label_dim"],
+        width=settings.get("model_channels", 128),
+        multipliers=multipliers,
+        blocks=settings.get("num_blocks", 4),
+        attention=[side for side in settings.get("attn_resolutions", (16,)) if side in sides],
+        dropout=settings.get("dropout", 0.2),
+        augment_dim=settings.get("augment_dim") or 0,
     )

@@ -1,83 +1,169 @@
-"""``imm sample``: images from a checkpoint."""
+"""``imm sample``: images from a checkpoint, on any number of processes."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import click
 import numpy as np
 import torch
 from torch import Tensor
 
-from imm import checkpoints
-from imm.cli.options import device_line, parse_floats, parse_grid, parse_integers, pick_device, writable_folder
-from imm.evaluation.pictures import grid, save_picture, to_picture
+from imm import checkpoints, generation
+from imm.checkpoints.format import read_settings
+from imm.cli.options import device_line, format_integers, parse_floats, parse_grid, parse_integers, pick_device, writable_folder
+from imm.cli.progress import bar
+from imm.distributed import Processes, device_of, processes
+from imm.evaluation.pictures import grid, save_picture
 from imm.flow_map import FlowMap
+from imm.generation import ImageFolder
 from imm.sampler import Sampler
 from imm.sampling import KINDS, METHODS, time_grid
+
+PRECISIONS = {"fp32": None, "bf16": torch.bfloat16}
 
 
 @click.command()
 @click.option("--net", required=True, metavar="FILE", help="Checkpoint (.safetensors).")
-@click.option("--outdir", required=True, metavar="DIR", help="Where to write the images.")
-@click.option("--seeds", default="0-63", show_default=True, metavar="LIST", help="Image seeds, such as 0-63,70.")
+@click.option("--outdir", required=True, metavar="DIR", help="Where to write the images; a run that was stopped goes on there.")
+@click.option("--seeds", default="0-63", show_default=True, metavar="LIST", help="Image seeds, such as 0-49999 or 0-63,70.")
 @click.option("--steps", default=2, show_default=True, type=click.IntRange(min=1), help="Sampling steps.")
 @click.option("--labels", metavar="LIST", help="Classes, repeated over the seeds. [default: all classes in turn]")
+@click.option("--class", "one_class", type=int, metavar="N", help="One class for all images.")
 @click.option("--cfg", type=float, metavar="W", help="Guidance scale. [default: no guidance]")
 @click.option("--kind", default="uniform", show_default=True, type=click.Choice(KINDS), help="Time grid.")
 @click.option("--mid-eta", default="", metavar="LIST", help="Noise levels in between, for --kind=eta, such as 1.4.")
 @click.option("--method", default="pushforward", show_default=True, type=click.Choice(METHODS))
 @click.option("--batch", default=64, show_default=True, type=click.IntRange(min=1), help="Images at a time.")
+@click.option("--precision", default="fp32", show_default=True, type=click.Choice(list(PRECISIONS)), help="Of the network.")
+@click.option("--subdirs", is_flag=True, help="A sub-folder for every thousand seeds.")
 @click.option("--grid", "grid_size", metavar="WxH", help="Also write grid.png of the first W x H images, such as 8x8.")
+@click.option("--npz", metavar="FILE", help="Also write all images to one file, in the ADM evaluator's layout.")
+@click.option("--vae", metavar="PATH|ID", help="Decode latents with this AutoencoderKL (needs diffusers).")
 @click.option("--device", default="auto", show_default=True)
-def command(
-    net: str,
+def command(net: str, outdir: str, seeds: str, batch: int, device: str, **options: Any) -> None:
+    """Generate images from a checkpoint.
+
+    An image depends on its own seed and label only. The files are the same whatever the number of processes ("torchrun
+    --nproc-per-node=8 -m imm sample ...") and however often the run was stopped and started again.
+    """
+    seed_list = parse_integers(seeds, "seeds")
+    if len(set(seed_list)) < len(seed_list):
+        raise ValueError(f"seeds: expected every seed once, got {seeds!r}")
+    with processes() as where:
+        target = device_of(where.local_rank) if device == "auto" else pick_device(device)
+        _run(Path(net), outdir, seed_list, min(batch, len(seed_list)), target, where, **options)
+
+
+def _run(
+    net: Path,
     outdir: str,
-    seeds: str,
+    seed_list: list[int],
+    rows: int,
+    device: torch.device,
+    where: Processes,
+    *,
     steps: int,
     labels: str | None,
+    one_class: int | None,
     cfg: float | None,
     kind: str,
     mid_eta: str,
     method: str,
-    batch: int,
+    precision: str,
+    subdirs: bool,
     grid_size: str | None,
-    device: str,
+    npz: str | None,
+    vae: str | None,
 ) -> None:
-    """Generate images from a checkpoint. An image depends on its own seed and label only, not on the batch."""
-    seed_list = parse_integers(seeds, "seeds")
     layout = parse_grid(grid_size) if grid_size else None
-    target = pick_device(device)
-    flow_map = checkpoints.load(net).to(target)
+    flow_map = checkpoints.load(net).to(device)
     between = parse_floats(mid_eta, "mid-eta")
     time_grid(flow_map, steps, kind, between)  # refuses before a folder is made
-    all_labels = pick_labels(flow_map, labels, len(seed_list))
+    if labels is not None and one_class is not None:
+        raise ValueError("class: expected either --class or --labels, got both")
+    label_text = labels if one_class is None else str(one_class)
+    all_labels = pick_labels(flow_map, label_text, len(seed_list))
     if cfg is not None and flow_map.num_classes == 0:
         raise ValueError("cfg: expected a class-conditional checkpoint, got one without classes")
     if cfg is not None and not math.isfinite(cfg):
         raise ValueError(f"cfg: expected a finite number, got {cfg}")
-    folder = writable_folder(outdir)
+    npz_path = None if npz is None else _new_file(npz)
     shape = flow_map.image_shape
-    rows = min(batch, len(seed_list))
-    sampler = Sampler(flow_map, steps=steps, kind=kind, mid_eta=between, method=method, guidance=cfg, rows=rows)
-    click.echo(f"{net} on {device_line(target)}: {len(seed_list)} images of {shape}, {steps} steps, {method}")
-    done: list[Tensor] = []
-    for start in range(0, len(seed_list), batch):
-        part = slice(start, start + batch)
-        done.append(sampler.sample(seed_list[part], None if all_labels is None else all_labels[part]).cpu())
-        if shape[0] in (1, 3):
-            for seed, image in zip(seed_list[part], done[-1], strict=True):
-                save_picture(to_picture(image), folder / f"{seed:06d}.png")
-    everything = torch.cat(done)
-    if shape[0] not in (1, 3):
-        np.savez(folder / "latents.npz", latents=everything.numpy(), seeds=np.array(seed_list))
-        click.echo(f"{shape[0]} channels are latents, not a picture: wrote {folder / 'latents.npz'}")
-        return
+    decode = None if vae is None else _decoder(vae, shape, device)
+    pictures = shape[0] in (1, 3) or decode is not None
+    if layout is not None and not pictures:
+        raise ValueError(f"grid: expected pictures, got latents of {shape[0]} channels without --vae")
+    manifest = {
+        "net": {"name": net.name, "sha256": generation.sha256_of(net)},
+        "checkpoint": read_settings(net, "flow_map").get("extra", {}),
+        "seeds": format_integers(seed_list),
+        "labels": label_text if label_text is not None or all_labels is None else "all in turn",
+        "steps": steps,
+        "kind": kind,
+        "mid_eta": between,
+        "method": method,
+        "cfg": cfg,
+        "nfe": steps * (1 if cfg is None else 2),
+        "precision": precision,
+        "rows": rows,
+        "subdirs": subdirs,
+        "vae": vae,
+        "quantisation": "127.5 x + 128, clipped" if pictures else None,
+        **generation.note(),
+    }
+    folder = ImageFolder(writable_folder(outdir), pictures=pictures, subdirs=subdirs)
+    folder.begin(manifest, seed_list, where)
+    missing = generation.absent(seed_list, rows, folder, where)
+    sampler = Sampler(
+        flow_map, steps=steps, kind=kind, mid_eta=between, method=method, guidance=cfg, rows=rows, dtype=PRECISIONS[precision]
+    )
+    if where.first:
+        many = f", {where.world} processes" if where.world > 1 else ""
+        click.echo(f"{net} on {device_line(device)}{many}: {len(seed_list)} images of {shape}, {steps} steps, {method}")
+    name = f"process 0 of {where.world}" if where.world > 1 else None
+    with bar(missing, "image", desc=name, disable=not where.first or not missing) as made:
+        generation.generate(sampler, seed_list, all_labels, folder, where, decode=decode, on_images=made.update)
+    where.wait()
+    if where.first:
+        _finish(folder, seed_list, all_labels, layout, npz_path)
+
+
+def _finish(
+    folder: ImageFolder, seeds: list[int], labels: Tensor | None, layout: tuple[int, int] | None, npz: Path | None
+) -> None:
+    """The grid and the array, from the files, and the last line."""
+    if npz is not None:
+        folder.write_npz(npz, seeds, labels)
     if layout is not None:
-        columns, rows = layout
-        shown = everything[: columns * rows].split(columns)
-        save_picture(grid([("", row) for row in shown]), folder / "grid.png")
-    click.echo(f"wrote {len(everything)} images{' and grid.png' if layout else ''} to {folder}")
+        columns, lines = layout
+        shown = torch.from_numpy(np.stack([folder.read(seed) for seed in seeds[: columns * lines]])).permute(0, 3, 1, 2)
+        exact = (shown.float() - 127.5) / 127.5  # to_uint8 gives these pixels back
+        save_picture(grid([("", part) for part in exact.split(columns)]), folder.root / "grid.png")
+    also = [*(["grid.png"] if layout else []), *([str(npz)] if npz is not None else [])]
+    what = "images" if folder.pictures else "latents (--vae decodes them)"
+    click.echo(f"wrote {len(seeds)} {what} to {folder.root}{f', and {chr(32).join(also)}' if also else ''}")
+
+
+def _new_file(path: str) -> Path:
+    """A file that can be written: its folder exists."""
+    target = Path(path)
+    if target.suffix != ".npz" or not target.parent.is_dir():
+        raise ValueError(f"npz: expected a file name that ends in .npz, in a folder that exists, got {path}")
+    return target
+
+
+def _decoder(name: str, shape: tuple[int, ...], device: torch.device) -> Callable[[Tensor], Tensor]:
+    """Latents to pictures, one image at a time, so that the others do not matter."""
+    from imm import latents
+
+    if shape[0] in (1, 3):
+        raise ValueError(f"vae: expected a checkpoint of latents, got images of {shape[0]} channels")
+    model = latents.load_vae(name).to(device)
+    return lambda x: latents.decode(x, model, batch=1)
 
 
 def pick_labels(flow_map: FlowMap, text: str | None, count: int) -> Tensor | None:

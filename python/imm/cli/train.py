@@ -2,20 +2,33 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
 import click
 import torch
+from click.core import ParameterSource
 
 from imm.cli import progress
 from imm.cli.options import device_line, pick_device, writable_folder
-from imm.data import load
-from imm.flow_map import FlowMap
-from imm.networks import DiT, UNet
+from imm.data import ImageData, load
 from imm.objective import MAPPINGS, IMMObjective
 from imm.ops.mmd import KERNELS
 from imm.parametrizations import PARAMETRIZATIONS
+from imm.presets import PRESETS, Preset
 from imm.schedules import SCHEDULES
 from imm.training import TrainConfig, Trainer
 from imm.training.trainer import OPTIMIZERS, PRECISIONS
+
+#: Options of each network, under its constructor's names.
+NETWORK_OPTIONS = {"UNet": ("width", "dropout"), "DDPMpp": ("width", "dropout"), "DiT": ("size", "patch")}
+FLOW_MAP_OPTIONS = ("schedule", "parametrization", "second_time", "t_min", "t_max")
+#: Option -> argument of :class:`imm.IMMObjective`.
+OBJECTIVE_OPTIONS = {
+    **{name: name for name in ("particles", "kernel", "k", "a", "b", "min_gap", "label_dropout")},
+    "mapping": "mapping_kind",
+}
 
 
 @click.command()
@@ -33,9 +46,15 @@ from imm.training.trainer import OPTIMIZERS, PRECISIONS
 @click.option("--seed", default=0, show_default=True, type=click.IntRange(0, 2**63 - 1))
 @click.option("--snap", default=500, show_default=True, type=click.IntRange(min=1), help="Steps between saved states.")
 @click.option("--tick", default=50, show_default=True, type=click.IntRange(min=1), help="Steps between rows of stats.jsonl.")
+@click.option(
+    "--preset",
+    type=click.Choice(list(PRESETS)),
+    metavar="NAME",
+    help=f"Network, flow map and objective of the paper; options given beside it win. One of {', '.join(PRESETS)}.",
+)
 @click.option("--network", default="unet", show_default=True, type=click.Choice(["unet", "dit"]))
-@click.option("--width", default=16, show_default=True, type=int, help="U-Net: channels of the first level.")
-@click.option("--dropout", default=0.0, show_default=True, type=click.FloatRange(0, 1, max_open=True), help="U-Net: dropout.")
+@click.option("--width", default=16, show_default=True, type=int, help="U-Net, DDPM++: channels of the first layer.")
+@click.option("--dropout", default=0.0, show_default=True, type=click.FloatRange(0, 1, max_open=True), help="U-Net, DDPM++.")
 @click.option("--size", default="S", show_default=True, type=click.Choice(["S", "B", "L", "XL"]), help="DiT: size.")
 @click.option("--patch", default=2, show_default=True, type=click.IntRange(min=1), help="DiT: side of a patch.")
 @click.option("--schedule", default="fm", show_default=True, type=click.Choice(list(SCHEDULES)))
@@ -52,7 +71,9 @@ from imm.training.trainer import OPTIMIZERS, PRECISIONS
 @click.option("--min-gap", type=float, help="Smallest t - r, such as 1e-4 in half precision. [default: none]")
 @click.option("--label-dropout", default=0.1, show_default=True, type=click.FloatRange(0, 1))
 @click.option("--device", default="auto", show_default=True)
+@click.pass_context
 def command(
+    context: click.Context,
     data: str,
     outdir: str,
     resolution: int | None,
@@ -67,50 +88,24 @@ def command(
     seed: int,
     snap: int,
     tick: int,
-    network: str,
-    width: int,
-    dropout: float,
-    size: str,
-    patch: int,
-    schedule: str,
-    parametrization: str,
-    second_time: str,
-    t_min: float,
-    t_max: float,
-    particles: int,
-    kernel: str,
-    mapping: str,
-    k: int,
-    a: int,
-    b: float,
-    min_gap: float | None,
-    label_dropout: float,
+    preset: str | None,
     device: str,
+    **options: Any,
 ) -> None:
     """Train a network on images. Stopped or killed at any moment, the same command goes on exactly where it was saved."""
     target = pick_device(device)
     images = load(data, resolution)
-    channels, side, _ = images.shape
+    if preset is None:
+        chosen = _from_options(options, images)
+    else:
+        given = {name for name in options if context.get_parameter_source(name) is not ParameterSource.DEFAULT}
+        chosen = _changed(preset, {name: options[name] for name in given})
+        _check_fit(preset, chosen, images)
     folder = writable_folder(outdir)
     torch.manual_seed(seed)
-    if network == "unet":
-        net: torch.nn.Module = UNet(channels, side, images.num_classes, width, dropout=dropout)
-    else:
-        net = DiT(size, patch, channels, side, images.num_classes)
-    flow_map = FlowMap(
-        net, schedule=schedule, parametrization=parametrization, second_time=second_time, t_min=t_min, t_max=t_max
-    )
-    objective = IMMObjective(
-        flow_map.to(target),
-        particles=particles,
-        kernel=kernel,
-        mapping_kind=mapping,
-        k=k,
-        a=a,
-        b=b,
-        min_gap=min_gap,
-        label_dropout=label_dropout,
-    )
+    flow_map = chosen.build()
+    net = flow_map.network
+    objective = IMMObjective(flow_map.to(target), **chosen.objective)
     config = TrainConfig(
         batch=batch,
         optimizer=optimizer,
@@ -125,6 +120,8 @@ def command(
     trainer = Trainer(objective, images, folder, config)
     count = sum(p.numel() for p in net.parameters())
     click.echo(f"device: {device_line(target)}; data: {images.source}, {images.shape}, {images.num_classes} classes")
+    if preset is not None:
+        click.echo(f"preset: {preset}; flow map: {flow_map.settings}; objective: {chosen.objective}")
     click.echo(f"network: {type(net).__name__}, {count:,} parameters; {precision}; steps: {steps}, batch {batch}")
     if trainer.resumed_from is not None:
         click.echo(f"resuming at step {trainer.resumed_from}")
@@ -133,3 +130,49 @@ def command(
         click.echo(f"stopped by signal {signal_number} at step {trainer.step}; the same command goes on from there")
         raise SystemExit(128 + signal_number)
     click.echo(f"wrote {trainer.snapshot_path}")
+
+
+def _from_options(options: Mapping[str, Any], images: ImageData) -> Preset:
+    """What the options say, for the images' shape and classes."""
+    network = {"unet": "UNet", "dit": "DiT"}[options["network"]]
+    channels, side, _ = images.shape
+    image = {"channels": channels, "resolution": side, "num_classes": images.num_classes}
+    return Preset(
+        network,
+        {**image, **{name: options[name] for name in NETWORK_OPTIONS[network]}},
+        {name: options[name] for name in FLOW_MAP_OPTIONS},
+        {argument: options[name] for name, argument in OBJECTIVE_OPTIONS.items()},
+    )
+
+
+def _changed(name: str, given: Mapping[str, Any]) -> Preset:
+    """The preset with what was given beside it."""
+    preset = PRESETS[name]
+    mine = NETWORK_OPTIONS[preset.network]
+    foreign = sorted(given.keys() - {*mine, *FLOW_MAP_OPTIONS, *OBJECTIVE_OPTIONS})
+    if foreign:
+        raise ValueError(
+            f"{foreign[0]}: expected no such option beside --preset={name}, "
+            f"whose network is {preset.network} with {', '.join(mine)}, got {given[foreign[0]]}"
+        )
+    return replace(
+        preset,
+        arguments={**preset.arguments, **{key: given[key] for key in mine if key in given}},
+        flow_map={**preset.flow_map, **{key: given[key] for key in FLOW_MAP_OPTIONS if key in given}},
+        objective={**preset.objective, **{OBJECTIVE_OPTIONS[key]: given[key] for key in OBJECTIVE_OPTIONS if key in given}},
+    )
+
+
+def _check_fit(name: str, preset: Preset, images: ImageData) -> None:
+    """Refuse data that the preset's network does not take, before it is made."""
+    channels, side, classes = (preset.arguments[key] for key in ("channels", "resolution", "num_classes"))
+    if images.shape != (channels, side, side):
+        raise ValueError(
+            f"data: expected images of {channels} channels and {side}x{side} for the preset {name} "
+            f"(--resolution={side} resizes), got {list(images.shape)} ({images.source})"
+        )
+    if classes and not 0 < images.num_classes <= classes:
+        raise ValueError(
+            f"data: expected labels of at most {classes} classes for the preset {name}, "
+            f"got {images.num_classes} ({images.source})"
+        )

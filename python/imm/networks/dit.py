@@ -15,6 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 from imm.networks.conditioning import Modulations, ModulationTable
 from imm.networks.embeddings import LabelEmbedder, TimestepEmbedder, check_image
+from imm.networks.linear import linear
 from imm.ops.attention import TOKENS
 from imm.ops.timestep_embedding import MAX_PERIOD
 
@@ -62,7 +63,8 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, fused: bool = False) -> Tensor:
         if fused and x.shape[1] <= TOKENS:
-            return self.proj(torch.ops.imm.timestep_attention(self.qkv(x), self.heads, None, None, EPS)[0])
+            qkv = linear(self.qkv, x)
+            return linear(self.proj, torch.ops.imm.timestep_attention(qkv, self.heads, None, None, EPS)[0])
         batch, tokens, features = x.shape
         q, k, v = self.qkv(x).reshape(batch, tokens, 3, self.heads, -1).permute(2, 0, 3, 1, 4)  # [B, heads, T, d]
         out = F.scaled_dot_product_attention(q, k, v)
@@ -78,10 +80,9 @@ class MLP(nn.Module):
         self.fc2 = nn.Linear(4 * features, features)
 
     def forward(self, x: Tensor, fused: bool = False) -> Tensor:
-        hidden = self.fc1(x)
-        if fused and not hidden.requires_grad:  # then the widest tensor of the network is not allocated twice
-            return self.fc2(torch.ops.aten.gelu_(hidden, approximate="tanh"))
-        return self.fc2(F.gelu(hidden, approximate="tanh"))
+        if fused:
+            return linear(self.fc2, linear(self.fc1, x, gelu=True))
+        return self.fc2(F.gelu(self.fc1(x), approximate="tanh"))
 
 
 class Block(nn.Module):

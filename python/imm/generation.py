@@ -1,0 +1,197 @@
+"""Generation at scale: a folder of images that any number of processes fill, and that a killed run goes on filling.
+
+The list of seeds is cut into batches, whatever the number of processes; process k of n makes the batches k, k + n, ... Every
+batch is run in the same number of rows and an image has the same row in every run, so that a file has the same bytes however
+often the run was stopped and however many processes made it. A file is there as a whole or not at all.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from imm.distributed import Processes
+from imm.evaluation.pictures import save_picture, to_picture
+from imm.sampler import Sampler
+
+MANIFEST = "generation.json"
+#: What says how a folder was made and does not change an image.
+_NOTES = "made_with"
+_WRITERS = 4
+
+
+def sha256_of(path: str | os.PathLike[str]) -> str:
+    """A file's digest, in hexadecimal."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else _sha256(file)
+
+
+def _sha256(file: Any) -> str:
+    digest = hashlib.sha256()
+    while block := file.read(1 << 20):
+        digest.update(block)
+    return digest.hexdigest()
+
+
+class ImageFolder:
+    """Where the images of a run go: one file a seed, ``SSSSSS.png`` for pictures, else ``SSSSSS.npy``.
+
+    Args:
+        root: the folder. pictures: whether images have one or three channels. subdirs: a sub-folder for every thousand seeds.
+    """
+
+    def __init__(self, root: Path, *, pictures: bool, subdirs: bool = False) -> None:
+        self.root, self.pictures, self.subdirs = root, pictures, subdirs
+
+    def path(self, seed: int) -> Path:
+        """The file of a seed."""
+        folder = self.root / f"{seed - seed % 1000:06d}" if self.subdirs else self.root
+        return folder / f"{seed:06d}{'.png' if self.pictures else '.npy'}"
+
+    def begin(self, manifest: Mapping[str, Any], seeds: Sequence[int], where: Processes) -> None:
+        """Make the folder, or find it as a run with the same manifest left it.
+
+        Raises:
+            ValueError: the folder holds images that were made in another way, or not by this function.
+        """
+        path = self.root / MANIFEST
+        if where.first and not path.is_file():
+            present = next((seed for seed in seeds if self.path(seed).exists()), None)
+            if present is not None:
+                raise ValueError(f"outdir: expected no images of another origin in {self.root}, got {self.path(present).name}")
+            _write_json(path, manifest)
+        where.wait()
+        try:
+            found = json.loads(path.read_text())
+        except (OSError, ValueError) as error:
+            raise ValueError(f"outdir: expected a readable {path}, got: {error}") from error
+        expected = json.loads(json.dumps(manifest))
+        keys = sorted((expected.keys() | found.keys()) - {_NOTES})
+        unlike = [
+            f"{key} {found.get(key)!r} there, {expected.get(key)!r} here" for key in keys if found.get(key) != expected.get(key)
+        ]
+        if unlike:
+            raise ValueError(f"outdir: {self.root} holds images of another run ({'; '.join(unlike)}); choose another folder")
+        if where.first:
+            for part in self.root.rglob(".*.part"):  # of a killed run
+                part.unlink(missing_ok=True)
+            for folder in {self.path(seed).parent for seed in seeds}:
+                folder.mkdir(exist_ok=True)
+        where.wait()
+
+    def write(self, seed: int, image: Tensor) -> None:
+        """Write one image ``[C, H, W]``, atomically."""
+        path = self.path(seed)
+        if self.pictures:
+            save_picture(to_picture(image), path)
+            return
+        part = path.with_name(f".{path.name}.part")
+        with part.open("wb") as file:
+            np.save(file, image.numpy())
+        os.replace(part, path)
+
+    def read(self, seed: int) -> np.ndarray[Any, Any]:
+        """A written image: uint8 ``[H, W, C]`` of a picture, else float32 ``[C, H, W]``."""
+        if not self.pictures:
+            return np.load(self.path(seed), allow_pickle=False)
+        from PIL import Image
+
+        with Image.open(self.path(seed)) as picture:
+            pixels = np.asarray(picture)
+        return pixels if pixels.ndim == 3 else pixels[:, :, None]
+
+    def write_npz(self, path: Path, seeds: Sequence[int], labels: Tensor | None) -> None:
+        """All images as one array, in the layout that the ADM evaluator reads: ``arr_0`` ``[N, H, W, C]`` uint8 and, with
+        classes, ``arr_1`` ``[N]`` int64. Images that are not pictures are ``[N, C, H, W]`` float32."""
+        first = self.read(seeds[0])
+        part = path.with_name(f".{path.name}.part")
+        whole = path.with_name(f".{path.name}.array.part")
+        try:
+            # On disk: 50,000 images of 256 x 256 are 10 GB.
+            array = np.lib.format.open_memmap(whole, mode="w+", dtype=first.dtype, shape=(len(seeds), *first.shape))
+            for i, seed in enumerate(seeds):
+                array[i] = self.read(seed)
+            array.flush()
+            arrays = {"arr_0": array} if labels is None else {"arr_0": array, "arr_1": labels.numpy()}
+            with part.open("wb") as file:
+                np.savez(file, **arrays)
+            os.replace(part, path)
+        finally:
+            whole.unlink(missing_ok=True)
+            part.unlink(missing_ok=True)
+
+
+def _write_json(path: Path, value: Mapping[str, Any]) -> None:
+    part = path.with_name(f".{path.name}.part")
+    part.write_text(json.dumps(value, indent=2) + "\n")
+    os.replace(part, path)
+
+
+def batches(count: int, size: int, where: Processes) -> Iterator[slice]:
+    """This process's share of the batches of ``size`` that ``count`` seeds are cut into."""
+    for start in range(where.rank * size, count, where.world * size):
+        yield slice(start, min(start + size, count))
+
+
+def generate(
+    sampler: Sampler,
+    seeds: Sequence[int],
+    labels: Tensor | None,
+    folder: ImageFolder,
+    where: Processes,
+    *,
+    decode: Callable[[Tensor], Tensor] | None = None,
+    on_images: Callable[[int], None] = lambda count: None,
+) -> None:
+    """Fill the folder with the images that it lacks.
+
+    Args:
+        sampler: with ``rows``, the size of a batch.
+        seeds: one an image, without repetition. labels: ``[N]``, or None for an unconditional network.
+        folder: after :meth:`ImageFolder.begin`.
+        decode: latents ``[B, C, H, W]`` -> pictures, each from its own latents alone; None: what is sampled is written.
+        on_images: called with the number of images that were handed to the writers.
+
+    Raises:
+        OSError: an image cannot be written.
+    """
+    assert sampler.rows is not None
+    with ThreadPoolExecutor(_WRITERS) as pool:
+        pending: list[Future[None]] = []
+        for part in batches(len(seeds), sampler.rows, where):
+            absent = [i for i in range(part.start, part.stop) if not folder.path(seeds[i]).exists()]
+            if not absent:
+                continue
+            # The whole batch again: it takes as many rows anyway, and every image has the row that it had.
+            images = sampler.sample(seeds[part], None if labels is None else labels[part])
+            if decode is not None:
+                images = decode(images)
+            images = images.float().cpu()
+            for future in pending:
+                future.result()
+            pending = [pool.submit(folder.write, seeds[i], images[i - part.start]) for i in absent]
+            on_images(len(absent))
+        for future in pending:
+            future.result()
+
+
+def absent(seeds: Sequence[int], size: int, folder: ImageFolder, where: Processes) -> int:
+    """How many images this process has to make."""
+    own = (seed for part in batches(len(seeds), size, where) for seed in seeds[part])
+    return sum(not folder.path(seed).exists() for seed in own)
+
+
+def note() -> dict[str, Any]:
+    """What made a folder's images, for whoever reads its manifest."""
+    from imm.version import __version__
+
+    return {_NOTES: {"imm": __version__, "torch": torch.__version__}}

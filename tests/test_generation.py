@@ -1,0 +1,172 @@
+"""imm sample at scale: the same files from any number of processes and after any kill; what a folder refuses; the array."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from test_cli import call, refused
+
+from imm import FlowMap, checkpoints, generation
+from imm.cli.options import format_integers, parse_integers
+from imm.distributed import Processes
+from imm.networks import DiT, UNet
+
+IMM = [sys.executable, "-m", "imm", "sample"]
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "imm", "sample"]
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+def run(command: list[str], *arguments: Any) -> None:
+    done = subprocess.run([*command, *map(str, arguments)], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.fixture
+def net(small_flow_map, tmp_path):
+    path = tmp_path / "net.safetensors"
+    checkpoints.save(path, small_flow_map)
+    return path
+
+
+@pytest.mark.parametrize("count", [40, pytest.param(256, marks=pytest.mark.full)])
+def test_two_processes_and_a_killed_run_write_the_same_files(count, net, tmp_path) -> None:
+    options = ("--net", net, "--seeds", f"0-{count - 1}", "--steps", "2", "--cfg", "1.5", "--batch", "7", "--subdirs")
+    one, two, killed = (tmp_path / name for name in ("one", "two", "killed"))
+    extra = ("--grid", "4x2", "--npz")
+    call("sample", *options, "--outdir", one, *extra, tmp_path / "one.npz")
+    run(TORCHRUN, *options, "--outdir", two, *extra, tmp_path / "two.npz")
+    assert files(two) == files(one)
+    assert (tmp_path / "two.npz").read_bytes() == (tmp_path / "one.npz").read_bytes()
+
+    process = subprocess.Popen([*IMM, *map(str, (*options, "--outdir", killed))], stderr=subprocess.DEVNULL)
+    until = time.monotonic() + 120
+    while len(list(killed.glob("000000/0*.png"))) < 3 and time.monotonic() < until:
+        assert process.poll() is None
+        time.sleep(0.001)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    kept = {path: path.stat().st_mtime_ns for path in killed.glob("000000/0*.png")}
+    assert 3 <= len(kept) < count
+    (killed / "000000" / ".000039.png.1.part").write_bytes(b"half")
+    call("sample", *options, "--outdir", killed, *extra, tmp_path / "killed.npz")
+    assert files(killed) == files(one)
+    assert {path: path.stat().st_mtime_ns for path in kept} == kept  # no image was made twice
+
+
+def test_batches_do_not_depend_on_the_number_of_processes() -> None:
+    whole = [(part.start, part.stop) for part in generation.batches(23, 5, Processes())]
+    assert whole == [(0, 5), (5, 10), (10, 15), (15, 20), (20, 23)]
+    for world in (2, 3, 9):
+        shares = [list(generation.batches(23, 5, Processes(rank, world))) for rank in range(world)]
+        assert sorted((part.start, part.stop) for share in shares for part in share) == whole
+
+
+def test_an_image_that_was_lost_is_made_again_and_nothing_else(net, tmp_path) -> None:
+    options = ("sample", "--net", net, "--seeds", "0-9", "--batch", "4", "--outdir", tmp_path / "out")
+    call(*options)
+    before = files(tmp_path / "out")
+    times = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").glob("*.png")}
+    lost = tmp_path / "out" / "000006.png"
+    lost.unlink()
+    call(*options)
+    assert files(tmp_path / "out") == before
+    assert {path for path, time_ns in times.items() if path.stat().st_mtime_ns != time_ns} == {lost}
+
+
+def test_a_folder_of_other_images_is_refused(net, tmp_path) -> None:
+    base = ("sample", "--net", net, "--outdir", tmp_path / "out")
+    call(*base, "--seeds", "0-3")
+    before = files(tmp_path / "out")
+    assert "seeds '0-3' there, '0-4' here" in refused(*base, "--seeds", "0-4")
+    assert "steps 2 there, 3 here" in refused(*base, "--seeds", "0-3", "--steps", "3")
+    assert "cfg None there, 2.0 here" in refused(*base, "--seeds", "0-3", "--cfg", "2")
+    torch.manual_seed(7)
+    other = FlowMap(UNet(resolution=8, num_classes=3, width=8, multipliers=(1, 2)))
+    checkpoints.save(net, other)
+    assert "net {'name': 'net.safetensors', 'sha256': '" in refused(*base, "--seeds", "0-3")
+    assert files(tmp_path / "out") == before
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "000002.png").write_bytes(b"mine")
+    line = refused("sample", "--net", net, "--outdir", tmp_path / "mine", "--seeds", "0-3")
+    assert "no images of another origin" in line
+    assert files(tmp_path / "mine") == {"000002.png": b"mine"}
+    (tmp_path / "out" / generation.MANIFEST).write_text("{")
+    assert "expected a readable" in refused(*base, "--seeds", "0-3")
+
+
+def test_the_manifest_says_how_the_images_were_made(net, tmp_path) -> None:
+    call("sample", "--net", net, "--seeds", "3,0-1", "--cfg", "2", "--class", "1", "--outdir", tmp_path / "out")
+    found = json.loads((tmp_path / "out" / generation.MANIFEST).read_text())
+    assert found["net"] == {"name": "net.safetensors", "sha256": generation.sha256_of(net)}
+    expected = {"seeds": "3,0-1", "labels": "1", "steps": 2, "cfg": 2.0, "nfe": 4, "kind": "uniform", "method": "pushforward"}
+    assert {key: found[key] for key in expected} == expected
+
+
+def test_the_array_is_in_the_evaluators_layout(net, tmp_path) -> None:
+    path = tmp_path / "all.npz"
+    call("sample", "--net", net, "--seeds", "5,2", "--labels", "2,0", "--outdir", tmp_path / "out", "--npz", path)
+    with np.load(path, allow_pickle=False) as archive:
+        assert sorted(archive.files) == ["arr_0", "arr_1"]
+        assert archive["arr_0"].shape == (2, 8, 8, 1)
+        assert archive["arr_0"].dtype == np.uint8
+        assert archive["arr_1"].tolist() == [2, 0]
+        for image, seed in zip(archive["arr_0"], (5, 2), strict=True):
+            assert np.array_equal(image[:, :, 0], np.asarray(Image.open(tmp_path / "out" / f"{seed:06d}.png")))
+    assert [p.name for p in tmp_path.glob(".*")] == []
+
+
+def test_one_class_is_the_label_of_every_image(net, tmp_path) -> None:
+    call("sample", "--net", net, "--seeds", "0-2", "--class", "2", "--outdir", tmp_path / "a")
+    call("sample", "--net", net, "--seeds", "0-2", "--labels", "2", "--outdir", tmp_path / "b")
+    assert files(tmp_path / "a") == files(tmp_path / "b")
+    assert "got both" in refused("sample", "--net", net, "--class", "1", "--labels", "1", "--outdir", tmp_path / "c")
+
+
+def test_bfloat16_is_another_network(net, tmp_path) -> None:
+    call("sample", "--net", net, "--seeds", "0-3", "--outdir", tmp_path / "a")
+    call("sample", "--net", net, "--seeds", "0-3", "--precision", "bf16", "--outdir", tmp_path / "b")
+    one, other = (
+        np.stack([np.asarray(Image.open(tmp_path / d / f"00000{i}.png")) for i in range(4)]).astype(int) for d in "ab"
+    )
+    assert 0 < np.abs(one - other).mean() < 4
+
+
+def test_latents_are_kept_as_numbers(tmp_path) -> None:
+    path = tmp_path / "dit.safetensors"
+    checkpoints.save(path, FlowMap(DiT("S", patch=4, resolution=8, num_classes=2)))
+    npz = tmp_path / "all.npz"
+    output = call("sample", "--net", path, "--seeds", "3,5", "--outdir", tmp_path / "out", "--npz", npz).output
+    assert "wrote 2 latents (--vae decodes them)" in output
+    one = np.load(tmp_path / "out" / "000005.npy")
+    assert one.shape == (4, 8, 8)
+    assert one.dtype == np.float32
+    with np.load(npz) as archive:
+        assert np.array_equal(archive["arr_0"][1], one)
+    base = ("sample", "--net", path, "--seeds", "3,5", "--outdir", tmp_path / "other")
+    assert "expected pictures, got latents of 4 channels" in refused(*base, "--grid", "2x1")
+    assert "ends in .npz" in refused(*base, "--npz", tmp_path / "absent" / "all.npz")
+    assert not (tmp_path / "other").exists()
+
+
+def test_a_seed_twice_is_refused(net, tmp_path) -> None:
+    assert "expected every seed once" in refused("sample", "--net", net, "--seeds", "0-3,2", "--outdir", tmp_path / "out")
+
+
+@pytest.mark.parametrize("values", [[0], [0, 1, 2, 7], [3, 0, 1], [5, 4]])
+def test_seeds_as_text(values) -> None:
+    assert parse_integers(format_integers(values), "seeds") == values
+    assert format_integers(range(50000)) == "0-49999"

@@ -1,0 +1,149 @@
+"""Presets: what the published checkpoints and the paper say, and ``imm train --preset``."""
+
+from __future__ import annotations
+
+import numpy as np
+import parity
+import pytest
+import torch
+from click.testing import CliRunner
+
+from imm import IMMObjective, Sampler, checkpoints, presets
+from imm.cli import main
+from imm.networks import DDPMpp, DiT
+from imm.presets import PRESETS
+
+SIZES = [f"dit-{size}-{patch}" for size in ("s", "b", "l", "xl") for patch in (2, 4, 8)]
+
+
+def test_names() -> None:
+    assert sorted(PRESETS) == sorted(["cifar10", "imagenet256-ts-a2", "imagenet256-s-a1", *SIZES])
+    with pytest.raises(ValueError, match=r"unknown preset 'cifar'; expected one of \['cifar10', "):
+        presets.flow_map("cifar")
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_every_preset_fits_its_flow_map_objective_and_sampler(name) -> None:
+    preset = PRESETS[name]
+    with torch.device("meta"):
+        flow_map = presets.flow_map(name)
+    assert flow_map.training
+    assert flow_map.network.settings.items() >= preset.arguments.items()
+    assert flow_map.settings.items() >= preset.flow_map.items()
+    objective = IMMObjective(flow_map, **preset.objective)
+    assert {key: getattr(objective, key) for key in preset.objective} == preset.objective
+    small = preset.arguments | ({"width": 8} if preset.network == "DDPMpp" else {"size": "S", "patch": 8})
+    sampler = Sampler(presets.Preset(preset.network, small, preset.flow_map).build().eval(), **preset.sampling)
+    assert len(sampler.table) == preset.sampling["steps"]
+
+
+@pytest.mark.parametrize(
+    ("name", "listing", "second_time"),
+    [
+        ("cifar10", "state_dict_ddpmpp_cifar10.txt", "identity"),
+        ("imagenet256-ts-a2", "state_dict_dit_xl_2.txt", "stride"),
+        ("imagenet256-s-a1", "state_dict_dit_xl_2.txt", "identity"),
+    ],
+)
+def test_published_checkpoints_fit_their_presets(name, listing, second_time) -> None:
+    with torch.device("meta"):
+        flow_map = presets.flow_map(name)
+    state = {f"model.{key}": tuple(value.shape) for key, value in flow_map.network.state_dict().items()}
+    assert state == parity.names(listing)
+    assert (flow_map.second_time, flow_map.t_max, flow_map.sigma_data) == (second_time, 0.994, 0.5)
+
+
+def test_settings_of_the_paper() -> None:
+    """Table 5, and 1.4 in section I.2."""
+    cifar, best = PRESETS["cifar10"], PRESETS["imagenet256-ts-a2"]
+    assert (cifar.objective["k"], cifar.objective["a"], cifar.objective["b"]) == (15, 1, 5.0)
+    assert cifar.flow_map["parametrization"] == "simple_edm"
+    assert (best.objective["k"], best.objective["a"], best.objective["b"], best.objective["min_gap"]) == (12, 2, 4.0, 1e-4)
+    assert PRESETS["dit-xl-2"] == PRESETS["imagenet256-s-a1"]
+    network = presets.Preset("DDPMpp", cifar.arguments | {"width": 8}, cifar.flow_map).build().eval()
+    np.testing.assert_allclose(Sampler(network, **cifar.sampling).times, [0.994, 1.4 / 2.4, 0.006])
+
+
+def call(*arguments: str, ok: bool = True) -> str:
+    result = CliRunner().invoke(main, [str(a) for a in arguments])
+    assert (result.exit_code == 0) is ok, result.output
+    return result.output
+
+
+@pytest.fixture
+def pixels(tmp_path):
+    """Eight made-up 32x32 colour images of two classes."""
+    path = tmp_path / "data.npz"
+    np.savez(path, images=np.random.default_rng(0).integers(0, 256, (8, 32, 32, 3), dtype=np.uint8), labels=np.arange(8) % 2)
+    return path
+
+
+def train(data, outdir, *options: str, ok: bool = True) -> str:
+    return call("train", "--data", data, "--outdir", outdir, "--steps", "1", "--batch", "2", *options, ok=ok)
+
+
+def test_train_with_a_preset(pixels, tmp_path) -> None:
+    output = train(pixels, tmp_path / "run", "--preset", "cifar10", "--width", "8", "--particles", "2", "-b", "4")
+    assert "network: DDPMpp" in output
+    assert "preset: cifar10" in output
+    flow_map = checkpoints.load(tmp_path / "run" / "snapshot-0000001.safetensors")
+    assert isinstance(flow_map.network, DDPMpp)
+    assert flow_map.network.settings["width"] == 8
+    assert flow_map.network.settings["dropout"] == 0.2  # the preset's, not the option's default
+    assert flow_map.settings == {
+        "schedule": "fm",
+        "parametrization": "simple_edm",
+        "second_time": "identity",
+        "sigma_data": 0.5,
+        "time_scale": 1000.0,
+        "t_min": 0.006,
+        "t_max": 0.994,
+    }
+    _, settings = checkpoints.read_file(tmp_path / "run" / "training-state.safetensors", "training")
+    objective = settings["settings"]["objective"]
+    assert (objective["particles"], objective["k"], objective["a"], objective["b"]) == (2, 15, 1, 4.0)
+    call("sample", "--net", tmp_path / "run" / "snapshot-0000001.safetensors", "--seeds", "0", "--outdir", tmp_path / "samples")
+
+
+def test_an_option_equal_to_its_default_wins_too(pixels, tmp_path) -> None:
+    options = ("--preset", "cifar10", "--width", "8", "--particles", "2", "--dropout", "0.0", "--second-time", "stride")
+    train(pixels, tmp_path / "run", *options)
+    flow_map = checkpoints.load(tmp_path / "run" / "snapshot-0000001.safetensors")
+    assert flow_map.second_time == "stride"
+    assert flow_map.network.settings["dropout"] == 0.0
+
+
+def test_help_lists_every_preset() -> None:
+    words = call("train", "--help").replace(",", " ").split()
+    joined = "".join(words)  # a name may be broken at its dash
+    assert all(name in joined for name in PRESETS)
+
+
+def test_refusals(pixels, tmp_path) -> None:
+    def refused(*options: str) -> str:
+        return train(pixels, tmp_path / "run", *options, ok=False)
+
+    assert "is not one of 'cifar10'" in refused("--preset", "cifar")
+    assert "size: expected no such option beside --preset=cifar10" in refused("--preset", "cifar10", "--size", "S")
+    assert "whose network is DDPMpp with width, dropout, got unet" in refused("--preset", "cifar10", "--network", "unet")
+    latents = refused("--preset", "dit-s-2")
+    assert "data: expected images of 4 channels and 32x32 for the preset dit-s-2" in latents
+    assert "got [3, 32, 32]" in latents
+    smaller = refused("--preset", "cifar10", "--resolution", "16")
+    assert "(--resolution=32 resizes), got [3, 16, 16]" in smaller
+    assert not (tmp_path / "run").exists()
+
+
+def test_labels_are_checked_before_the_network_is_made() -> None:
+    from imm.cli.train import _check_fit
+    from imm.data import ImageData
+
+    images = torch.zeros(2, 4, 32, 32)
+    preset = PRESETS["imagenet256-s-a1"]
+    assert DiT.__name__ == preset.network
+    _check_fit("x", preset, ImageData(images, torch.tensor([0, 999]), 1000, "here"))
+    for labels, classes in ((None, 0), (torch.tensor([0, 1000]), 1001)):
+        with pytest.raises(
+            ValueError, match=rf"expected labels of at most 1000 classes for the preset x, got {classes} \(here\)"
+        ):
+            _check_fit("x", preset, ImageData(images, labels, classes, "here"))
