@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
+import imm
 from imm import FlowMap, checkpoints
 from imm.checkpoints import CheckpointError, from_published
 from imm.networks import DiT, UNet
@@ -21,7 +22,7 @@ def test_round_trip(small_flow_map, tmp_path) -> None:
     flow_map = FlowMap(small_flow_map.network, parametrization="simple_edm", second_time="identity", t_min=0.006, t_max=0.99)
     path = tmp_path / "a.safetensors"
     checkpoints.save(path, flow_map, extra={"note": "x"})
-    loaded = checkpoints.load(path)
+    loaded = imm.load(path)
     assert not loaded.training
     assert loaded.settings == flow_map.settings
     x = torch.randn(2, 1, 8, 8)

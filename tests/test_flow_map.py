@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from imm import FlowMap
+from imm.networks import DiT
 
 
 class Recorder(nn.Module):
@@ -130,6 +131,31 @@ def test_an_unconditional_network_takes_no_labels() -> None:
         flow_map(x, 0.5, 0.1, torch.tensor([0, 0]))
     with pytest.raises(ValueError, match="guidance: expected a class-conditional network"):
         flow_map(x, 0.5, 0.1, None, 2.0)
+
+
+@pytest.mark.parametrize("guided", [False, True])
+@pytest.mark.parametrize("network", ["UNet", "DiT"])
+def test_torch_export_with_any_batch(network, guided, small_unet) -> None:
+    if network == "DiT":
+        flow_map = FlowMap(DiT("S", patch=4, channels=1, resolution=8, num_classes=3)).eval()
+        torch.nn.init.normal_(flow_map.network.final_layer.linear.weight)
+    else:
+        flow_map = FlowMap(small_unet).eval()
+
+    def arguments(batch: int) -> tuple[torch.Tensor | None, ...]:
+        t, x = torch.rand(batch, dtype=torch.float64) * 0.99, torch.randn(batch, 1, 8, 8)
+        return x, t, t / 3, torch.arange(batch) % 4, torch.rand(batch, dtype=torch.float64) * 3 if guided else None
+
+    batch = torch.export.Dim("batch", min=1, max=64)
+    names = ("x", "t", "s", "labels", "guidance")
+    shapes = {name: {0: batch} for name in names[: 4 + guided]} | ({} if guided else {"guidance": None})
+    with torch.no_grad():
+        program = torch.export.export(flow_map, arguments(4), dynamic_shapes=shapes).module()
+        for size in (1, 4, 7):
+            given = arguments(size)
+            out = program(*given)
+            assert torch.equal(out, flow_map(*given))
+            assert float((out - given[0]).abs().max()) > 1e-3
 
 
 def test_bad_networks_and_settings_are_refused() -> None:

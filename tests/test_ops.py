@@ -186,7 +186,7 @@ def run(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
 
 
 def test_import_is_quiet_and_light() -> None:
-    code = "import sys, imm; print([m for m in ('triton', 'matplotlib', 'PIL', 'click') if m in sys.modules])"
+    code = "import sys, imm; print([m for m in ('triton', 'matplotlib', 'PIL', 'click', 'diffusers') if m in sys.modules])"
     result = run(code)
     assert (result.returncode, result.stdout.strip(), result.stderr) == (0, "[]", "")
     assert run("import torch, imm; assert not torch.cuda.is_initialized()").returncode == 0

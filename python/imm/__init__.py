@@ -3,7 +3,8 @@
 ``import imm`` never compiles, prints, needs triton or touches CUDA.
 """
 
-from imm import checkpoints, functional, networks, package, parametrizations, presets, sampling, schedules
+from imm import checkpoints, functional, latents, networks, package, parametrizations, presets, sampling, schedules
+from imm.checkpoints import load
 from imm.flow_map import FlowMap
 from imm.functional import noise
 from imm.objective import IMMObjective
@@ -17,6 +18,8 @@ __all__ = [
     "__version__",
     "checkpoints",
     "functional",
+    "latents",
+    "load",
     "networks",
     "noise",
     "package",

@@ -160,8 +160,7 @@ class FlowMap(nn.Module):
         assert labels is not None
         none = torch.full_like(labels, self.num_classes)
         both = self._call(torch.cat([scaled, scaled]), first.repeat(2), second.repeat(2), torch.cat([none, labels]))
-        uncond, cond = both.chunk(2)
-        return cond, uncond
+        return both[batch:], both[:batch]  # chunk(2) would fix the batch in torch.export
 
     def _call(self, x: Tensor, t: Tensor, s: Tensor, labels: Tensor | None) -> Tensor:
         g = self.network(x, t, s, labels)

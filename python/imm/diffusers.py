@@ -1,0 +1,459 @@
+"""IMM for the diffusers library, an extra: a network, a scheduler and a pipeline that it can save, load and run.
+
+The network's settings are those of one of ``imm.networks``; everything else that a flow map has (its ``settings``) and the time
+grid are the scheduler's. The two together make an :class:`imm.FlowMap`, which is what :class:`IMMPipeline` samples from.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from imm import functional, latents
+from imm.checkpoints.format import describe
+from imm.evaluation.pictures import to_picture
+from imm.flow_map import FlowMap
+from imm.networks import NETWORKS
+from imm.sampler import Sampler, as_labels
+from imm.sampling import StepTable, step_table, time_grid
+from imm.schedules import Time, as_time
+
+try:
+    from diffusers import AutoencoderKL, ConfigMixin, DiffusionPipeline, ImagePipelineOutput, ModelMixin, SchedulerMixin
+    from diffusers.configuration_utils import register_to_config
+    from diffusers.schedulers.scheduling_utils import SchedulerOutput
+except ImportError as error:
+    raise ImportError(f"imm.diffusers: {latents.NEEDED}") from error
+
+OUTPUT_TYPES = ("pil", "np", "pt", "latent")
+
+
+class IMMNetwork(ModelMixin, ConfigMixin):
+    """A network of ``imm.networks`` as a diffusers model.
+
+    Args:
+        name: "DDPMpp", "DiT" or "UNet". settings: its constructor's arguments.
+
+    Raises:
+        ValueError, TypeError: an unknown name, or settings that the network does not take.
+    """
+
+    @register_to_config
+    def __init__(self, name: str, settings: dict[str, Any]) -> None:
+        super().__init__()
+        if name not in NETWORKS:
+            raise ValueError(f"name: expected one of {sorted(NETWORKS)}, got {name!r}")
+        self.net = NETWORKS[name](**settings)
+
+    @classmethod
+    def around(cls, network: nn.Module) -> IMMNetwork:
+        """The model that holds this very network, one of ``imm.networks``. Raises ValueError for another."""
+        settings = dict(describe(FlowMap(network))["network"])
+        name = settings.pop("name")
+        if name not in NETWORKS:
+            raise ValueError(f"network: expected one of {sorted(NETWORKS)}, got {type(network).__name__}")
+        with torch.device("meta"):
+            model = cls(name=name, settings=settings)
+        model.net = getattr(network, "_orig_mod", network)  # what torch.compile wrapped
+        return model.train(network.training)
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike[str], **options: Any) -> Any:
+        """As in diffusers, but weights that are missing, or are not the network's, are an error (ValueError)."""
+        want_info = options.pop("output_loading_info", False)
+        model, info = super().from_pretrained(pretrained_model_name_or_path, output_loading_info=True, **options)
+        missing, unknown = sorted(info["missing_keys"]), sorted(info["unexpected_keys"])
+        if missing or unknown:
+            source = pretrained_model_name_or_path
+            raise ValueError(f"{source}: names do not fit the network: missing {missing[:4]}, unknown {unknown[:4]}")
+        return (model, info) if want_info else model
+
+    def forward(self, sample: Tensor, timestep: Time, second_timestep: Time, class_labels: Tensor | None = None) -> Tensor:
+        """The network's output G.
+
+        Args:
+            sample: ``[B, C, H, W]``, from :meth:`IMMScheduler.scale_model_input`, in the network's dtype.
+            timestep, second_timestep: one of ``scheduler.timesteps`` and its ``scheduler.second_timestep``, or ``[B]`` of each.
+            class_labels: ``[B]`` int64, ``num_classes`` meaning "none"; None for an unconditional network.
+
+        Returns:
+            ``[B, C, H, W]``: what :meth:`IMMScheduler.step` takes.
+        """
+        t, s = (as_time(v, sample.device).expand(len(sample)) for v in (timestep, second_timestep))
+        return self.net(sample, t, s, class_labels)
+
+
+class _Formulas(nn.Module):
+    """In place of a network, where only a flow map's formulas are wanted."""
+
+    num_classes = 0
+
+
+class IMMScheduler(SchedulerMixin, ConfigMixin):
+    """The steps of a flow map: :mod:`imm.sampling` in the words of diffusers.
+
+    Args:
+        schedule, parametrization, second_time, sigma_data, time_scale, t_min, t_max: as in :class:`imm.FlowMap`.
+        kind, mid_eta: the time grid (:func:`imm.sampling.time_grid`).
+        method: "pushforward" (paper algorithm 2) or "restart" (algorithm 5).
+
+    Attributes:
+        timesteps: ``[steps]`` float64, the first time of each step as the network takes it, ``time_scale * t``.
+        init_noise_sigma: what standard normal noise is multiplied by to begin with, sigma_data.
+
+    Raises:
+        ValueError: values other than these.
+    """
+
+    order = 1
+
+    @register_to_config
+    def __init__(
+        self,
+        schedule: str = "fm",
+        parametrization: str = "euler_fm",
+        second_time: str = "stride",
+        sigma_data: float = 0.5,
+        time_scale: float = 1000.0,
+        t_min: float = 0.0,
+        t_max: float = 0.994,
+        kind: str = "uniform",
+        mid_eta: Sequence[float] = (),
+        method: str = "pushforward",
+    ) -> None:
+        self.flow_map_settings: dict[str, Any] = {
+            "schedule": schedule,
+            "parametrization": parametrization,
+            "second_time": second_time,
+            "sigma_data": sigma_data,
+            "time_scale": time_scale,
+            "t_min": t_min,
+            "t_max": t_max,
+        }
+        self.init_noise_sigma = sigma_data
+        self.num_inference_steps: int | None = None
+        self.timesteps = torch.empty(0, dtype=torch.float64)
+        self._table: StepTable | None = None
+        self._made_table(len(mid_eta) + 1 if kind == "eta" else 1, kind, mid_eta)
+
+    def _made_table(self, steps: int, kind: str, mid_eta: Sequence[float]) -> StepTable:
+        flow_map = FlowMap(_Formulas(), **self.flow_map_settings)
+        return step_table(flow_map, time_grid(flow_map, steps, kind, mid_eta), self.config.method)
+
+    def set_timesteps(
+        self,
+        num_inference_steps: int,
+        device: torch.device | str | None = None,
+        *,
+        kind: str | None = None,
+        mid_eta: Sequence[float] = (),
+    ) -> None:
+        """Choose the time grid.
+
+        Args:
+            num_inference_steps: jumps, >= 1. device: of ``timesteps``.
+            kind, mid_eta: in place of the scheduler's own.
+
+        Raises:
+            ValueError: as :func:`imm.sampling.time_grid`.
+        """
+        if kind is None and mid_eta:
+            raise ValueError('mid_eta: expected a kind beside it, such as "eta", got none')
+        chosen = (self.config.kind, self.config.mid_eta) if kind is None else (kind, mid_eta)
+        self._table = self._made_table(num_inference_steps, *chosen)
+        self.num_inference_steps = num_inference_steps
+        self.timesteps = torch.tensor(self._table.t, dtype=torch.float64, device=device)
+
+    def _step(self, timestep: Time) -> tuple[StepTable, int]:
+        """The table, and the step that begins at a timestep."""
+        if self._table is None:
+            raise ValueError("timesteps: expected set_timesteps to be called first")
+        value = float(timestep)
+        distance = [abs(t - value) for t in self._table.t]
+        index = distance.index(min(distance))
+        if not distance[index] <= 1e-6 * self.config.time_scale:  # a float32 copy is as good
+            raise ValueError(f"timestep: expected one of {list(self._table.t)}, got {value}")
+        return self._table, index
+
+    def second_timestep(self, timestep: Time) -> float:
+        """What the network takes beside ``timestep``, one of ``timesteps``. Raises ValueError for another."""
+        table, i = self._step(timestep)
+        return table.s[i]
+
+    def scale_model_input(self, sample: Tensor, timestep: Time) -> Tensor:
+        """The network's input c_in(t) x, in the dtype of ``sample``; ``timestep`` as in :meth:`second_timestep`."""
+        table, i = self._step(timestep)
+        return sample * table.c_in[i]
+
+    def step(
+        self,
+        model_output: Tensor,
+        timestep: Time,
+        sample: Tensor,
+        *,
+        uncond_output: Tensor | None = None,
+        guidance_scale: Time | None = None,
+        seeds: Tensor | Sequence[int] | range | None = None,
+        return_dict: bool = True,
+    ) -> Any:
+        """One jump, with the bits of :class:`imm.Sampler`.
+
+        Args:
+            model_output: the network's G for ``sample`` and this timestep, ``[B, ...]``.
+            timestep: one of ``timesteps``.
+            sample: the state x_t, ``[B, ...]``.
+            uncond_output, guidance_scale: G without labels and the guidance w (number or ``[B]``), both or neither.
+            seeds: the images' seeds, which the method "restart" draws fresh noise from in every step but the last.
+
+        Returns:
+            ``SchedulerOutput(prev_sample)``, or ``(prev_sample,)`` where ``return_dict`` is False, in the dtype of ``sample``.
+
+        Raises:
+            ValueError: another timestep, shapes that differ, a restart without seeds.
+        """
+        table, i = self._step(timestep)
+        noisy = table.c_noise[i] != 0.0
+        if noisy and seeds is None:
+            raise ValueError('seeds: expected the images\' seeds for the method "restart", got None')
+        stepped = functional.flow_step(
+            sample,
+            model_output,
+            table.c_skip[i],
+            table.c_out[i],
+            g_uncond=uncond_output,
+            guidance=guidance_scale,
+            c_noise=table.c_noise[i] if noisy else None,
+            seeds=functional.as_seeds(seeds, sample.device) if noisy and seeds is not None else None,
+            step=i + 1,
+        )
+        return SchedulerOutput(prev_sample=stepped) if return_dict else (stepped,)
+
+
+class IMMPipeline(DiffusionPipeline):
+    """Images from class labels with a network, a scheduler and, for networks of latents, an autoencoder.
+
+    ``save_pretrained`` and ``from_pretrained`` write and read folders of safetensors and JSON; nothing in them is executed. The
+    hub is asked only where ``from_pretrained`` is given a hub name, or ``push_to_hub`` is called.
+
+    Args:
+        network: in evaluation mode. scheduler: of the flow map that the network was trained as.
+        vae: AutoencoderKL of as many latent channels as the network has; None: images or latents come as they are.
+
+    Raises:
+        TypeError, ValueError: components other than these.
+    """
+
+    _optional_components = ["vae"]  # noqa: RUF012  (diffusers' own declaration)
+    _callback_tensor_inputs = ["latents"]  # noqa: RUF012
+
+    def __init__(self, network: IMMNetwork, scheduler: IMMScheduler, vae: AutoencoderKL | None = None) -> None:
+        super().__init__()
+        for name, value, expected in (("network", network, IMMNetwork), ("scheduler", scheduler, IMMScheduler)):
+            if not isinstance(value, expected):
+                raise TypeError(f"{name}: expected an imm.diffusers.{expected.__name__}, got {type(value).__name__}")
+        if vae is not None and vae.config.latent_channels != network.net.channels:
+            got = vae.config.latent_channels
+            raise ValueError(f"vae: expected {network.net.channels} latent channels, as the network has, got {got}")
+        self.register_modules(network=network, scheduler=scheduler, vae=vae)
+        self._sampler: Sampler | None = None
+        self._sampler_of: tuple[Any, ...] = ()
+
+    @classmethod
+    def from_flow_map(
+        cls,
+        flow_map: FlowMap,
+        *,
+        vae: AutoencoderKL | None = None,
+        kind: str = "uniform",
+        mid_eta: Sequence[float] = (),
+        method: str = "pushforward",
+    ) -> IMMPipeline:
+        """A pipeline around the network of ``flow_map``, which stays the same object.
+
+        Args:
+            flow_map: such as :func:`imm.load` gives, of one of ``imm.networks``. vae: as in the class.
+            kind, mid_eta, method: as in :class:`IMMScheduler`.
+
+        Raises:
+            ValueError: a network that is not one of ``imm.networks``; what the components refuse.
+        """
+        scheduler = IMMScheduler(**flow_map.settings, kind=kind, mid_eta=list(mid_eta), method=method)
+        return cls(network=IMMNetwork.around(flow_map.network), scheduler=scheduler, vae=vae)
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike[str], **options: Any) -> Any:
+        """As in diffusers, but of safetensors only unless ``use_safetensors`` says otherwise."""
+        return super().from_pretrained(pretrained_model_name_or_path, **{"use_safetensors": True, **options})
+
+    @property
+    def flow_map(self) -> FlowMap:
+        """The flow map of the network and the scheduler. Raises ValueError where they do not fit."""
+        return FlowMap(self.network.net, **self.scheduler.flow_map_settings).train(self.network.net.training)
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        class_labels: int | Sequence[int] | Tensor | None = None,
+        guidance_scale: Time | None = None,
+        num_inference_steps: int = 2,
+        generator: torch.Generator | Sequence[torch.Generator] | None = None,
+        seeds: Tensor | Sequence[int] | range | None = None,
+        *,
+        batch_size: int | None = None,
+        rows: int | None = None,
+        output_type: str = "pil",
+        return_dict: bool = True,
+        callback_on_step_end: Callable[[Any, int, Tensor, dict[str, Tensor]], dict[str, Tensor]] | None = None,
+    ) -> Any:
+        """Generate images.
+
+        Args:
+            class_labels: one class an image, ``num_classes`` meaning "none", or one for all; None: all "none".
+            guidance_scale: classifier-free guidance w (a number or ``[B]``); None: without.
+            num_inference_steps: jumps.
+            generator: draws each image's seed, an integer in [0, 2^63 - 1); of a list each draws one. None, without seeds:
+                torch's default generator.
+            seeds: the images' seeds themselves, in place of a generator. An image depends on its own seed and label.
+            batch_size: images, where neither seeds nor labels nor a list of generators count them; 1 where nothing does.
+            rows: as in :class:`imm.Sampler`: run every batch in this many rows.
+            output_type: "pil" images; "np" ``[B, H, W, C]`` or "pt" ``[B, C, H, W]``, both float32 in [0, 1]; "latent": the
+                last state, ``[B, C, H, W]`` float32, which is images in [-1, 1] or latents.
+            return_dict: False: a tuple.
+            callback_on_step_end: called as ``callback(pipeline, step, timestep, {"latents": x})`` after each step; may return
+                ``{"latents": x}`` to go on with. Then the scheduler's steps are run one by one.
+
+        Returns:
+            ``ImagePipelineOutput`` with ``images``, or ``(images,)``. The bits are those of :meth:`imm.Sampler.sample` for the
+            same seeds, labels, guidance and rows; with a callback, to the rounding of a DiT's modulations.
+
+        Raises:
+            ValueError, TypeError: arguments other than these; pictures asked of a network of latents without a ``vae``.
+        """
+        flow_map = self.flow_map
+        self._check_output(output_type)
+        if rows is not None and callback_on_step_end is not None:
+            raise ValueError(f"rows: expected None beside callback_on_step_end, which sees whole batches, got {rows}")
+        count = _count(seeds, generator, class_labels, batch_size)
+        keys = _drawn(generator, count) if seeds is None else functional.as_seeds(seeds)
+        labels = None if class_labels is None else as_labels(_each(class_labels, count))
+        if callback_on_step_end is None:
+            images = self._made_sampler(flow_map, num_inference_steps, rows).sample(keys, labels, guidance_scale)
+        else:
+            images = self._step_by_step(flow_map, num_inference_steps, keys, labels, guidance_scale, callback_on_step_end)
+        result = self._shown(images, output_type)
+        return ImagePipelineOutput(images=result) if return_dict else (result,)
+
+    def _check_output(self, output_type: str) -> None:
+        if output_type not in OUTPUT_TYPES:
+            raise ValueError(f"output_type: expected one of {list(OUTPUT_TYPES)}, got {output_type!r}")
+        channels = self.network.net.channels
+        if output_type != "latent" and self.vae is None and channels not in (1, 3):
+            raise ValueError(
+                f'output_type: expected "latent" of a network of {channels} channels without a vae, got {output_type!r}; '
+                "for pictures give the pipeline a vae (imm.latents.load_vae)"
+            )
+
+    def _made_sampler(self, flow_map: FlowMap, steps: int, rows: int | None) -> Sampler:
+        """The last call's sampler where nothing but seeds, labels and guidance changed."""
+        wanted = (self.network.net, self.scheduler, steps, rows)
+        known = self._sampler_of
+        if self._sampler is None or known[2:] != wanted[2:] or known[0] is not wanted[0] or known[1] is not wanted[1]:
+            config = self.scheduler.config
+            grid = {"kind": config.kind, "mid_eta": config.mid_eta, "method": config.method}
+            self._sampler, self._sampler_of = Sampler(flow_map, steps=steps, rows=rows, **grid), wanted
+        return self._sampler
+
+    def _step_by_step(
+        self,
+        flow_map: FlowMap,
+        steps: int,
+        seeds: Tensor,
+        labels: Tensor | None,
+        guidance: Time | None,
+        callback: Callable[[Any, int, Tensor, dict[str, Tensor]], dict[str, Tensor]],
+    ) -> Tensor:
+        net, scheduler, device = self.network.net, self.scheduler, self._execution_device
+        if net.training:
+            raise ValueError("network: expected evaluation mode (network.eval()), got training mode")
+        labels = flow_map.checked_labels(labels, len(seeds), seeds.device if labels is None else labels.device)
+        if guidance is not None:
+            if labels is None:
+                raise ValueError("guidance: expected a class-conditional network, got one with num_classes = 0")
+            guidance = as_time(guidance)
+            if guidance.device.type == "cpu" and not bool(torch.isfinite(guidance).all()):
+                raise ValueError(f"guidance: expected finite numbers, got {guidance.tolist()}")
+            guidance = guidance.to(device)
+        seeds = seeds.to(device)
+        if labels is not None:
+            labels = labels.to(device)
+            if guidance is not None:
+                labels = torch.cat([torch.full_like(labels, flow_map.num_classes), labels])
+        scheduler.set_timesteps(steps, device=device)
+        x = functional.noise(seeds, flow_map.image_shape) * scheduler.init_noise_sigma
+        with torch.autocast(device.type, enabled=False):  # as in imm.Sampler
+            for i, t in enumerate(self.progress_bar(scheduler.timesteps)):
+                scaled = scheduler.scale_model_input(x, t).to(flow_map.network_dtype)
+                both = scaled if guidance is None else torch.cat([scaled, scaled])
+                g = self.network(both, t, scheduler.second_timestep(t), labels)
+                uncond, g = (None, g) if guidance is None else g.chunk(2)
+                x = scheduler.step(g, t, x, uncond_output=uncond, guidance_scale=guidance, seeds=seeds, return_dict=False)[0]
+                x = (callback(self, i, t, {"latents": x}) or {}).get("latents", x)
+        return x
+
+    def _shown(self, images: Tensor, output_type: str) -> Any:
+        if output_type == "latent":
+            return images
+        if self.vae is not None:
+            images = latents.decode(images, self.vae, batch=1)  # as imm sample: the others do not matter
+        if output_type == "pil":
+            return [to_picture(image) for image in images]
+        images = (images.float() / 2 + 0.5).clamp(0.0, 1.0)
+        return images if output_type == "pt" else images.permute(0, 2, 3, 1).cpu().numpy()
+
+
+def _count(seeds: Any, generator: Any, class_labels: Any, batch_size: int | None) -> int:
+    """How many images are asked for; whatever counts them must agree."""
+    if seeds is not None and generator is not None:
+        raise ValueError("seeds and generator: expected one of them at most")
+    if seeds is not None and _single(seeds):
+        raise ValueError(f"seeds: expected one integer an image, [B], got {seeds!r}")
+    counts = {
+        "seeds": None if seeds is None else len(seeds),
+        "generator": None if generator is None or isinstance(generator, torch.Generator) else len(generator),
+        "class_labels": None if class_labels is None or _single(class_labels) else len(class_labels),
+        "batch_size": batch_size,
+    }
+    given = {name: count for name, count in counts.items() if count is not None}
+    if len(set(given.values())) > 1:
+        raise ValueError(f"expected as many of each, got {', '.join(f'{name} {count}' for name, count in given.items())}")
+    count = next(iter(given.values()), 1)
+    if count < 1:
+        raise ValueError(f"{next(iter(given))}: expected at least one image, got {count}")
+    return count
+
+
+def _each(class_labels: Any, count: int) -> Any:
+    return [int(class_labels)] * count if _single(class_labels) else class_labels
+
+
+def _single(value: Any) -> bool:
+    return value.dim() == 0 if isinstance(value, Tensor) else not hasattr(value, "__len__")
+
+
+def _drawn(generator: torch.Generator | Sequence[torch.Generator] | None, count: int) -> Tensor:
+    """One seed an image, on the CPU."""
+    if generator is None or isinstance(generator, torch.Generator):
+        sources = [(generator, count)]
+    else:
+        sources = [(one, 1) for one in generator]
+    drawn = []
+    for source, size in sources:
+        if source is not None and not isinstance(source, torch.Generator):
+            raise TypeError(f"generator: expected a torch.Generator or a list of them, got {type(source).__name__}")
+        device = "cpu" if source is None else source.device
+        drawn.append(torch.randint(2**63 - 1, (size,), generator=source, device=device).cpu())
+    return torch.cat(drawn)

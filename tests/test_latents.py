@@ -1,0 +1,114 @@
+"""Decoding latents: the published scale, other autoencoders' own, parts, and what is refused."""
+
+from __future__ import annotations
+
+import builtins
+import json
+
+import pytest
+import torch
+
+from imm import latents
+
+diffusers = pytest.importorskip("diffusers")
+
+
+@pytest.fixture
+def vae() -> diffusers.AutoencoderKL:
+    """An autoencoder as small as they come, with the settings that tell an sd-vae-ft."""
+    return tiny_vae()
+
+
+def tiny_vae(**settings) -> diffusers.AutoencoderKL:
+    four = {"down_block_types": ("DownEncoderBlock2D",) * 4, "up_block_types": ("UpDecoderBlock2D",) * 4}
+    sizes = {"block_out_channels": (4, 4, 4, 4), "norm_num_groups": 2, "layers_per_block": 1}
+    return diffusers.AutoencoderKL(**four, **sizes, **settings).eval()
+
+
+def test_an_sd_vae_gets_latents_of_the_published_scale(vae) -> None:
+    x = torch.randn(3, 4, 4, 4) * 0.5
+    images = latents.decode(x, vae)
+    assert (images.shape, images.dtype) == ((3, 3, 32, 32), torch.float32)
+    assert not images.requires_grad
+    mean = torch.tensor([0.86488, -0.27787343, 0.21616915, 0.3738409])[:, None, None]
+    std = torch.tensor([4.85503674, 5.31922414, 3.93725398, 3.9870003])[:, None, None]
+    with torch.no_grad():
+        expected = vae.decode(mean + x * std / 0.5).sample.clamp(-1, 1)
+    torch.testing.assert_close(images, expected, rtol=1e-5, atol=1e-5)
+    assert float((expected - images.mean()).abs().max()) > 0.01  # the network says something
+
+
+@pytest.mark.parametrize(
+    ("settings", "scale", "shift"),
+    [
+        ({"scaling_factor": 0.25}, 4.0, 0.0),
+        ({"scaling_factor": 0.5, "shift_factor": 0.125}, 2.0, 0.125),
+        ({"scaling_factor": 0.5, "latents_mean": (1.0, 2.0, 3.0, 4.0), "latents_std": (2.0,) * 4}, 4.0, None),
+        ({"latents_mean": (0.0,) * 4, "latents_std": (1.0,) * 4}, 1 / 0.18215, 0.0),
+        ({"latent_channels": 8}, 1 / 0.18215, 0.0),
+    ],
+)
+def test_other_autoencoders_have_their_own_scale(settings, scale, shift) -> None:
+    vae = tiny_vae(**settings)
+    x = torch.randn(2, vae.config.latent_channels, 2, 2)
+    offset = torch.arange(1.0, 5.0)[:, None, None] if shift is None else shift
+    with torch.no_grad():
+        expected = vae.decode(x * scale + offset).sample.clamp(-1, 1)
+    torch.testing.assert_close(latents.decode(x, vae), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_in_parts(vae, monkeypatch) -> None:
+    x, seen = torch.randn(5, 4, 2, 2), []
+    whole, own = latents.decode(x, vae), vae.decode
+    monkeypatch.setattr(vae, "decode", lambda part: seen.append(len(part)) or own(part))
+    torch.testing.assert_close(latents.decode(x, vae, batch=2), whole, rtol=1e-5, atol=1e-5)
+    assert seen == [2, 2, 1]
+    assert latents.decode(x[:0], vae).shape == (0, 3, 16, 16)
+
+
+def test_it_computes_in_the_dtype_of_the_autoencoder(vae) -> None:
+    x = torch.randn(2, 4, 2, 2, dtype=torch.float64)
+    expected = latents.decode(x, vae)
+    out = latents.decode(x, vae.to(torch.bfloat16))
+    assert out.dtype == torch.float32
+    torch.testing.assert_close(out, expected, rtol=0.1, atol=0.1)
+    assert not torch.equal(out, expected)
+
+
+def test_bad_latents_are_refused(vae) -> None:
+    for x in (torch.randn(2, 3, 4, 4), torch.randn(4, 4, 4), torch.ones(1, 4, 4, 4, dtype=torch.int64)):
+        with pytest.raises(ValueError, match=r"latents: expected floating \[B, 4, h, w\], got "):
+            latents.decode(x, vae)
+    with pytest.raises(ValueError, match="batch: expected a count >= 1, got 0"):
+        latents.decode(torch.randn(1, 4, 2, 2), vae, batch=0)
+
+
+def test_from_a_folder(vae, tmp_path) -> None:
+    vae.save_pretrained(tmp_path)
+    loaded, x = latents.load_vae(tmp_path), torch.randn(1, 4, 2, 2)
+    assert not loaded.training
+    assert not any(p.requires_grad for p in loaded.parameters())
+    assert torch.equal(latents.decode(x, loaded), latents.decode(x, vae))
+
+
+def test_folders_without_safetensors_are_refused(vae, tmp_path) -> None:
+    vae.save_pretrained(tmp_path, safe_serialization=False)  # a pickle
+    with pytest.raises(OSError, match="safetensors"):
+        latents.load_vae(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps({}))
+    for source in (tmp_path / "absent", "absent", "../vae", "a/b/c", ""):
+        with pytest.raises((FileNotFoundError, OSError), match=r"vae: expected a folder|safetensors|config.json"):
+            latents.load_vae(source)
+
+
+def test_without_diffusers(monkeypatch, tmp_path) -> None:
+    real = builtins.__import__
+
+    def without(name, *args, **kwargs):
+        if name == "diffusers":
+            raise ImportError(name)
+        return real(name, *args, **kwargs)
+
+    monkeypatch.setattr(builtins, "__import__", without)
+    with pytest.raises(ImportError, match=r'vae: expected the diffusers library .* pip install "imm-kernels\[diffusers\]"'):
+        latents.load_vae(tmp_path)
