@@ -12,6 +12,7 @@ from imm.version import __version__
 _COMMANDS = {
     "demo": "Train on real digits from scratch, sample in 1-8 steps, score, report.",
     "train": "Train a network on images.",
+    "data": "Convert and measure data sets.",
     "sample": "Generate images from a checkpoint.",
     "export": "Compile a checkpoint ahead of time, for generation without Python.",
     "bench": "Time ops beside their peers (needs a checkout).",

@@ -1,4 +1,4 @@
-"""A training run with a progress bar that stops cleanly on a signal."""
+"""Progress bars, and a training run with one that stops cleanly on a signal."""
 
 from __future__ import annotations
 
@@ -11,6 +11,12 @@ from tqdm import tqdm
 from imm.training import Trainer
 
 
+def bar(total: int, unit: str, initial: int = 0) -> tqdm:
+    """A bar on stderr: live in a terminal, a line now and then in a file or a pipe."""
+    interval = 0.2 if sys.stderr.isatty() else 15.0
+    return tqdm(total=total, initial=initial, unit=unit, mininterval=interval, dynamic_ncols=True, smoothing=0.05)
+
+
 def run(trainer: Trainer, steps: int, max_seconds: float | None = None) -> int | None:
     """Train to ``steps`` with a bar (loss, images/s, gradient norm, time left); the signal that ended the run, if one did."""
     caught: list[int] = []
@@ -20,17 +26,15 @@ def run(trainer: Trainer, steps: int, max_seconds: float | None = None) -> int |
         trainer.stop = True
 
     old = {number: signal.signal(number, on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
-    # A file or a pipe gets a line now and then, a terminal a live bar.
-    interval = 0.2 if sys.stderr.isatty() else 15.0
-    bar = tqdm(total=steps, initial=trainer.step, unit="step", mininterval=interval, dynamic_ncols=True, smoothing=0.05)
+    steps_bar = bar(steps, "step", trainer.step)
 
     def on_log(row: dict[str, Any]) -> None:
         loss, norm = (float("nan") if row[name] is None else row[name] for name in ("loss", "grad_norm"))
-        bar.set_postfix_str(f"loss {loss:.5f}, {row['images_per_second']:.0f} images/s, |grad| {norm:.3f}", refresh=False)
+        steps_bar.set_postfix_str(f"loss {loss:.5f}, {row['images_per_second']:.0f} images/s, |grad| {norm:.3f}", refresh=False)
 
     try:
-        with bar:
-            trainer.run(steps, max_seconds=max_seconds, on_step=lambda step: bar.update(1), on_log=on_log)
+        with steps_bar:
+            trainer.run(steps, max_seconds=max_seconds, on_step=lambda step: steps_bar.update(1), on_log=on_log)
     finally:
         for number, handler in old.items():
             signal.signal(number, handler)
