@@ -165,7 +165,7 @@ def test_train_refusals(digits, tmp_path) -> None:
     base = ("train", "--data", digits, "--outdir", tmp_path / "run", "--steps", "2", *TRAIN)
     assert "multiple of particles = 4, got 6" in refused(*base, "--batch", "6")
     assert "expected t_min > 0" in refused(*base, "--mapping", "log_snr")
-    assert "expected 'mnist5k', a folder or an .npz file" in refused("train", "--data", "nowhere", *base[3:])
+    assert "expected 'mnist5k', a folder, or a .zip" in refused("train", "--data", "nowhere", *base[3:])
     assert "is not one of" in refused(*base, "--kernel", "gauss")
     call(*base)
     assert "expected the settings of the run to resume" in refused(*base, "-k", "9")

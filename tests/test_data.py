@@ -102,5 +102,5 @@ def test_bad_npz(tmp_path) -> None:
         path.write_bytes(content)
         with pytest.raises(ValueError, match=r"expected an .npz file"):
             load(str(path))
-    with pytest.raises(FileNotFoundError, match=r"expected 'mnist5k', a folder or an .npz file, got 'nowhere'"):
+    with pytest.raises(FileNotFoundError, match=r"expected 'mnist5k', a folder, or a .zip, .*, got 'nowhere'"):
         load("nowhere")

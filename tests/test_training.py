@@ -231,14 +231,14 @@ def test_bad_settings_are_refused(change, text, tmp_path) -> None:
 
 def test_bad_data_is_refused(tmp_path) -> None:
     good = images()
-    broken = good.images.clone()
+    broken = good.pixels.clone()
     broken[3] = float("nan")
     for data, text in (
-        (dataclasses.replace(good, images=broken), "expected finite images, got NaN"),
+        (dataclasses.replace(good, pixels=broken), "expected finite images, got NaN"),
         (dataclasses.replace(good, labels=None, num_classes=0), "expected labels of at most 3 classes"),
         (dataclasses.replace(good, num_classes=7), "at most 3 classes, got 7"),
-        (dataclasses.replace(good, images=good.images[:0]), "expected images, got none"),
-        (dataclasses.replace(good, images=good.images.repeat(1, 3, 1, 1)), r"expected images of \[1, 8\] .*, got \[3, 8, 8\]"),
+        (dataclasses.replace(good, pixels=good.pixels[:0]), "expected images, got none"),
+        (dataclasses.replace(good, pixels=good.pixels.repeat(1, 3, 1, 1)), r"expected images of \[1, 8\] .*, got \[3, 8, 8\]"),
     ):
         with pytest.raises(ValueError, match=text):
             trainer(tmp_path, data=data)

@@ -13,6 +13,7 @@ from imm.version import __version__
 _COMMANDS = {
     "demo": "Train on real digits from scratch, sample in 1-8 steps, score, report.",
     "train": "Train a network on images.",
+    "data": "Convert and measure data sets.",
     "sample": "Generate images from a checkpoint.",
     "import": "Turn a published checkpoint (.pkl) into one of ours, without running what is in it.",
     "export": "Compile a checkpoint ahead of time, for generation without Python.",

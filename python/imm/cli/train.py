@@ -32,7 +32,9 @@ OBJECTIVE_OPTIONS = {
 
 
 @click.command()
-@click.option("--data", required=True, metavar="PATH", help='"mnist5k", a folder of images (a sub-folder a class) or .npz.')
+@click.option(
+    "--data", required=True, metavar="PATH", help='"mnist5k", a folder of images, .zip, .npz, CIFAR-10, MNIST (docs/data.md).'
+)
 @click.option("--outdir", required=True, metavar="DIR", help="Snapshots, state and stats.jsonl. A run found here is resumed.")
 @click.option("--resolution", type=click.IntRange(min=4), help="Resize to this side. [default: as they are; mnist5k: 16]")
 @click.option("--steps", default=10000, show_default=True, type=click.IntRange(min=1), help="Steps in all.")

@@ -1,5 +1,6 @@
-"""Image data sets held in memory: real digits that ship inside a package, folders of images, npz files."""
+"""Image data sets: one door to read them (:func:`load`), in memory as bytes; statistics; conversion between layouts."""
 
-from imm.data.images import ImageData, load, mnist_5k
+from imm.data.images import ImageData, load, mnist_5k, to_float
+from imm.data.summary import digest, summarize
 
-__all__ = ["ImageData", "load", "mnist_5k"]
+__all__ = ["ImageData", "digest", "load", "mnist_5k", "summarize", "to_float"]

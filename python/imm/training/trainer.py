@@ -17,7 +17,7 @@ from torch import Tensor
 
 from imm import checkpoints
 from imm.checkpoints.format import build, describe, load_state
-from imm.data import ImageData
+from imm.data import ImageData, digest, to_float
 from imm.flow_map import FlowMap
 from imm.objective import T_BINS, IMMObjective
 from imm.training.ema import EMA
@@ -99,7 +99,7 @@ class Trainer:
             raise ValueError(f"data: expected images of {wanted} ({', '.join(_SHAPE)}), got {list(data.shape)} ({data.source})")
         if config.batch % objective.particles:
             raise ValueError(f"batch: expected a multiple of particles = {objective.particles}, got {config.batch}")
-        if not bool(torch.isfinite(data.images).all()):
+        if data.pixels.is_floating_point() and not bool(torch.isfinite(data.pixels).all()):
             raise ValueError(f"data: expected finite images, got NaN or infinity in {data.source}")
         if flow_map.num_classes and (data.labels is None or data.num_classes > flow_map.num_classes):
             raise ValueError(
@@ -107,7 +107,7 @@ class Trainer:
             )
         self.objective, self.config, self.outdir = objective, config, Path(outdir)
         self.device = parameter.device
-        self._images = data.images.to(self.device)
+        self._pixels = data.pixels.to(self.device)
         labels = data.labels if flow_map.num_classes else None
         self._labels = None if labels is None else labels.to(self.device)
         self._settings = self._describe(data)
@@ -222,7 +222,7 @@ class Trainer:
         with cast:
             labels = None if self._labels is None else self._labels[index]
             grad_scale = self._scaler.scale(torch.ones((), device=self.device)) if self._scaler.is_enabled() else None
-            loss, stats = self.objective(self._images[index], labels, grad_scale=grad_scale)
+            loss, stats = self.objective(to_float(self._pixels[index]), labels, grad_scale=grad_scale)
         self._optimizer.zero_grad(set_to_none=True)
         self._scaler.scale(loss).backward()
         self._scaler.unscale_(self._optimizer)
@@ -234,7 +234,7 @@ class Trainer:
 
     def _indices(self) -> Tensor:
         """The images of this step: positions step * batch, ... of the endless sequence of the epochs' permutations."""
-        count = len(self._images)
+        count = len(self._pixels)
         position = self.step * self.config.batch
         parts, left = [], self.config.batch
         while left:
@@ -273,16 +273,13 @@ class Trainer:
         config = dataclasses.asdict(self.config)
         del config["log_every"], config["snapshot_every"]  # they do not change the result
         config["betas"] = list(config["betas"])
-        digest = hashlib.sha256(data.images.numpy().tobytes())
-        if data.labels is not None:
-            digest.update(data.labels.numpy().tobytes())
         names = ("particles", "kernel", "estimator", "mapping_kind", "k", "a", "b", "min_gap", "label_dropout", "target_labels")
         objective = {n: getattr(self.objective, n) for n in (*names, "share_dropout", "eps")}
         return {
             **describe(self.objective.flow_map),
             "objective": {**objective, "bandwidths": list(self.objective.bandwidths)},
             "config": config,
-            "data": {"source": data.source, "count": len(data), "sha256": digest.hexdigest()},
+            "data": {"source": data.source, "count": len(data), "sha256": digest(data)},
         }
 
     def _load(self) -> None:

@@ -1,0 +1,110 @@
+"""Whole arrays: npz files, and MNIST's IDX files."""
+
+from __future__ import annotations
+
+import math
+import re
+import struct
+import zipfile
+import zlib
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from imm.data.files import MAX_ARRAY, MAX_FILE, Files, gunzip
+
+_IDX = re.compile(r"(?P<folder>.*/)?(?P<split>train|t10k|test)-images[.-]idx3-ubyte(\.gz)?")
+#: The arrays of images and labels: this library's names, and those of the ADM reference batches.
+_NPZ_NAMES = (("images", "labels"), ("arr_0", "arr_1"))
+
+
+def read_npz(path: Path) -> tuple[NDArray[np.uint8], NDArray[np.int64] | None]:
+    """Images ``[N, H, W, 1 or 3]`` uint8 and labels ``[N]``, if there are any, of an npz file.
+
+    Raises:
+        ValueError: a broken file, other arrays, or one that would unpack to more than ``MAX_ARRAY`` bytes.
+    """
+    try:
+        with zipfile.ZipFile(path) as archive:
+            large = [info.filename for info in archive.infolist() if info.file_size > MAX_ARRAY]
+        if large:
+            raise ValueError(f"{large[0]} is larger than {MAX_ARRAY} bytes")
+        with np.load(path, allow_pickle=False) as file:
+            names = next((pair for pair in _NPZ_NAMES if pair[0] in file.files), None)
+            if names is None:
+                raise KeyError(f"it has {file.files[:4]}")
+            for name in names:
+                if name in file.files:
+                    _check_header(path, name)
+            images = file[names[0]]
+            labels = file[names[1]] if names[1] in file.files else None
+    except (KeyError, OSError, ValueError, EOFError, RuntimeError, zlib.error, zipfile.BadZipFile) as error:
+        raise ValueError(f"data: expected an .npz file with an array called images or arr_0, got {path}: {error}") from error
+    if images.ndim == 3:
+        images = images[..., None]
+    if images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] not in (1, 3) or not images.size:
+        raise ValueError(
+            f"data: expected images [N, H, W] or [N, H, W, 1 or 3] of uint8, got {list(images.shape)} of {images.dtype}"
+        )
+    if labels is None:
+        return images, None
+    if labels.shape != images.shape[:1] or labels.dtype.kind not in "iu" or labels.min() < 0 or labels.max() >= 2**31:
+        raise ValueError(f"data: expected labels [{len(images)}] of integers >= 0, got {list(labels.shape)} of {labels.dtype}")
+    return images, labels.astype(np.int64)
+
+
+def find_idx(files: Files) -> dict[str, Callable[[], tuple[NDArray[np.uint8], NDArray[np.int64]]]] | None:
+    """The splits of MNIST's IDX layout among the files, or None where it is not that layout."""
+    found = [match for match in map(_IDX.fullmatch, files.names) if match]
+    splits = {"train" if match["split"] == "train" else "test": match[0] for match in found}
+    if len(splits) < len(found):
+        raise ValueError(f"data: expected one file of images a split in {files.path}, got {[match[0] for match in found]}")
+    order = [split for split in ("train", "test") if split in splits]
+    return {split: partial(read_idx, files, splits[split]) for split in order} or None
+
+
+def read_idx(files: Files, name: str) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
+    """Images ``[N, H, W, 1]`` of an ``...images-idx3-ubyte`` file, gzip or not, and the labels ``[N]`` of the file beside it.
+
+    Raises:
+        ValueError: no such files, broken ones, or as many labels as images not.
+    """
+    folder, slash, last = name.rpartition("/")
+    plain = last.removesuffix(".gz").replace("images", "labels").replace("idx3", "idx1")
+    beside = [folder + slash + plain + suffix for suffix in ("", ".gz")]
+    labels_name = next((candidate for candidate in beside if candidate in files.names), None)
+    if "images" not in last or labels_name is None:
+        raise ValueError(f"data: expected the labels {beside[0]} beside {name} in {files.path}, found none")
+    images = _idx_array(files, name, 3)
+    labels = _idx_array(files, labels_name, 1)
+    if len(labels) != len(images):
+        raise ValueError(f"data: expected {len(images)} labels in {labels_name} of {files.path}, got {len(labels)}")
+    return images[..., None], labels.astype(np.int64)
+
+
+def _idx_array(files: Files, name: str, dims: int) -> NDArray[np.uint8]:
+    """Two zero bytes, 8 for uint8, the number of dimensions, each of them as 4 bytes, most significant first, and the array."""
+    content = gunzip(files.read(name), MAX_FILE, f"{name} of {files.path}")
+    header = 4 + 4 * dims
+    if content[:4] != bytes((0, 0, 8, dims)) or len(content) < header:
+        raise ValueError(f"data: expected an IDX file of {dims}-dimensional uint8, got {name} of {files.path}")
+    shape = struct.unpack(f">{dims}I", content[4:header])
+    if len(content) - header != math.prod(shape) or not math.prod(shape):
+        raise ValueError(
+            f"data: expected {math.prod(shape)} bytes for {list(shape)} in {name} of {files.path}, got {len(content) - header}"
+        )
+    return np.frombuffer(content, np.uint8, offset=header).reshape(shape)
+
+
+def _check_header(path: Path, name: str) -> None:
+    """That the array's size is what its header says: numpy asks for the memory before it reads."""
+    with zipfile.ZipFile(path) as archive, archive.open(f"{name}.npy") as file:
+        version = np.lib.format.read_magic(file)
+        reader = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+        shape, _, dtype = reader(file)
+        size = archive.getinfo(f"{name}.npy").file_size - file.tell()
+    if not dtype.hasobject and math.prod(shape) * dtype.itemsize != size:
+        raise ValueError(f"{name} has {size} bytes for {list(shape)} of {dtype}")
