@@ -14,6 +14,7 @@ _COMMANDS = {
     "demo": "Train on real digits from scratch, sample in 1-8 steps, score, report.",
     "train": "Train a network on images.",
     "sample": "Generate images from a checkpoint.",
+    "eval": "Measure images against a reference, and compare what was measured.",
     "import": "Turn a published checkpoint (.pkl) into one of ours, without running what is in it.",
     "export": "Compile a checkpoint ahead of time, for generation without Python.",
     "bench": "Time ops beside their peers (needs a checkout).",
