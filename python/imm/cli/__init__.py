@@ -15,6 +15,7 @@ _COMMANDS = {
     "train": "Train a network on images.",
     "data": "Convert and measure data sets.",
     "sample": "Generate images from a checkpoint.",
+    "eval": "Measure images against a reference, and compare what was measured.",
     "import": "Turn a published checkpoint (.pkl) into one of ours, without running what is in it.",
     "export": "Compile a checkpoint ahead of time, for generation without Python.",
     "bench": "Time ops beside their peers (needs a checkout).",

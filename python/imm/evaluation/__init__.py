@@ -1,5 +1,25 @@
-"""Numbers that say how good samples are, without a pretrained network."""
+"""Numbers that say how good samples are, and the protocol that makes them comparable."""
 
+from imm.evaluation.evaluate import METRICS, ReferenceStatistics, evaluate
+from imm.evaluation.metrics import MMDReference, Neighbourhoods, inception_score, kernel_distance, neighbourhoods
 from imm.evaluation.pixels import PixelReference, PixelScores
+from imm.evaluation.sets import PictureSet, load_set, picture_set
+from imm.evaluation.statistics import FeatureStatistics, frechet_distance
 
-__all__ = ["PixelReference", "PixelScores"]
+__all__ = [
+    "METRICS",
+    "FeatureStatistics",
+    "MMDReference",
+    "Neighbourhoods",
+    "PictureSet",
+    "PixelReference",
+    "PixelScores",
+    "ReferenceStatistics",
+    "evaluate",
+    "frechet_distance",
+    "inception_score",
+    "kernel_distance",
+    "load_set",
+    "neighbourhoods",
+    "picture_set",
+]

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from imm import functional
+from imm.evaluation.metrics import MMDReference
 
 
 @dataclass(frozen=True)
@@ -26,11 +26,7 @@ class PixelScores:
 
 
 class PixelReference:
-    """Real images to score samples against.
-
-    The MMD is the unbiased U-statistic with k(x, y) = exp(-||x - y|| / median distance of the real images), on up to
-    ``mmd_count`` images a side.
-    """
+    """Real images to score samples against; the MMD is that of :class:`MMDReference`, on up to ``mmd_count`` images a side."""
 
     def __init__(self, images: Tensor, labels: Tensor, num_classes: int, mmd_count: int = 1000) -> None:
         if len(images) != len(labels) or len(images) < 2:
@@ -38,28 +34,26 @@ class PixelReference:
         self.real = images.flatten(1)
         self.labels = labels
         self.num_classes = num_classes
-        self._order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))
-        self._subset = self._order[:mmd_count]
-        real = self.real[self._subset]
-        distance = torch.cdist(real, real)
-        self._scale = self.real.shape[1] / float(distance[distance > 0].median())
-        self._real_real = self._mean_off_diagonal(real)
+        self._mmd = MMDReference(self.real, mmd_count)
         self._within = self._within_class_std(self.real, labels)
 
     def score(self, images: Tensor, labels: Tensor) -> PixelScores:
         """Scores of samples ``[N, ...]`` asked for with ``labels`` ``[N]``."""
+        return PixelScores(*self.label_scores(images, labels), self._mmd.score(images.flatten(1).to(self.real)))
+
+    def label_scores(self, images: Tensor, labels: Tensor) -> tuple[float, float]:
+        """Label match and spread alone."""
         flat = images.flatten(1).to(self.real)
         match = (self._nearest(flat) == labels).double().mean()
-        spread = self._within_class_std(flat, labels) / self._within
-        return PixelScores(float(match), float(spread), self._mmd(flat))
+        return float(match), float(self._within_class_std(flat, labels) / self._within)
 
     def score_real(self) -> PixelScores:
         """The real images against themselves: nearest other image, and one random half against the other by MMD."""
         distance = torch.cdist(self.real, self.real)
         distance.fill_diagonal_(float("inf"))
         match = (self.labels[distance.argmin(1)] == self.labels).double().mean()
-        other = self.real[self._order[len(self._subset) :]]
-        return PixelScores(float(match), 1.0, self._mmd(other) if len(other) > 1 else float("nan"))
+        other = self.real[self._mmd.order[self._mmd.count : 2 * self._mmd.count]]
+        return PixelScores(float(match), 1.0, self._mmd.score(other) if len(other) > 1 else float("nan"))
 
     def score_class_means(self, count: int = 1000) -> PixelScores:
         """What blurs would get: every sample the mean image of its class."""
@@ -76,17 +70,3 @@ class PixelReference:
         if not present:
             return torch.tensor(float("nan"))
         return torch.stack([group.double().var(0).mean() for group in present]).mean().sqrt()
-
-    def _gram_sum(self, x: Tensor, y: Tensor) -> float:
-        scale = torch.tensor([self._scale], dtype=torch.float64)
-        return float(functional.mmd_gram(x[None], y[None], scale).double().sum())
-
-    def _mean_off_diagonal(self, x: Tensor) -> float:
-        n = len(x)
-        return (self._gram_sum(x, x) - n) / (n * (n - 1))
-
-    def _mmd(self, flat: Tensor) -> float:
-        flat = flat[: len(self._subset)]
-        real = self.real[self._subset]
-        cross = self._gram_sum(flat, real) / (len(flat) * len(real))
-        return self._mean_off_diagonal(flat) + self._real_real - 2.0 * cross

@@ -1,0 +1,246 @@
+"""``imm eval``: metrics of images with their protocol; statistics of a reference; two results side by side."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import click
+import torch
+import torch.distributed as dist
+from tqdm import tqdm
+
+from imm.cli.options import device_line, pick_device
+from imm.evaluation import compare as comparison
+from imm.evaluation import networks
+from imm.evaluation.evaluate import (
+    METRICS,
+    ReferenceStatistics,
+    evaluate,
+    extract,
+    load_networks,
+    parse_metrics,
+    reference_protocol,
+)
+from imm.evaluation.networks import EFFICIENTNET, NAMES
+from imm.evaluation.sets import load_set
+from imm.evaluation.statistics import is_statistics, save_statistics
+
+DEFAULT_METRICS = "fd-efficientnet-lite0,kid-efficientnet-lite0,mmd-pixels"
+
+
+@contextmanager
+def processes(device: torch.device) -> Iterator[torch.device]:
+    """The process group that torchrun asks for, and this process's device; alone without torchrun."""
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        yield device
+        return
+    if device.type == "cuda" and device.index is None:
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(device)
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    try:
+        yield device
+    finally:
+        dist.destroy_process_group()
+
+
+def _is_first() -> bool:
+    return not dist.is_initialized() or dist.get_rank() == 0
+
+
+def _say(line: str) -> None:
+    if _is_first():
+        click.echo(line)
+
+
+def _writable_file(path: str) -> Path:
+    """Refuse, before work starts, a file whose folder is not there or cannot be written to."""
+    target = Path(path)
+    if target.is_dir() or not target.parent.is_dir() or not os.access(target.parent, os.W_OK):
+        raise ValueError(f"out: expected a file in a folder that can be written to, got {path}")
+    return target
+
+
+@contextmanager
+def _bars(total: int) -> Iterator[Any]:
+    """Progress of this process over the pictures of one network after the other."""
+    shown: dict[str, tqdm[Any]] = {}
+
+    def tell(name: str, done: int) -> None:
+        if name not in shown:
+            shown[name] = tqdm(total=total, desc=name, unit="img", leave=False, disable=None if _is_first() else True)
+        shown[name].update(done)
+
+    try:
+        yield tell
+    finally:
+        for bar in shown.values():
+            bar.close()
+
+
+def table(values: dict[str, float]) -> list[str]:
+    """Metrics as aligned lines, with what they are."""
+    lines = []
+    for name, value in values.items():
+        if name.endswith(".std"):
+            continue
+        std = values.get(f"{name}.std")
+        shown = f"{value:.6g}" + ("" if std is None else f" +- {std:.2g}")
+        lines.append((name, shown, METRICS[name].what if name in METRICS else ""))
+    widths = [max(len(line[i]) for line in lines) for i in range(2)]
+    return [f"{name:<{widths[0]}}  {shown:>{widths[1]}}  {what}".rstrip() for name, shown, what in lines]
+
+
+@click.group(invoke_without_command=True)
+@click.option("--images", metavar="SOURCE", help="Images to judge: a folder that imm sample wrote, or a source of --data.")
+@click.option("--ref", metavar="SOURCE", help="What to compare with: a source of --data, or a file of imm eval stats.")
+@click.option("--metrics", default=DEFAULT_METRICS, show_default=True, metavar="LIST", help=f"Of {', '.join(METRICS)}.")
+@click.option("--out", metavar="FILE", help="Where to write the numbers and their protocol (.json).")
+@click.option("--weights", metavar="FILE", help='Published Inception weights, for fid, kid, prdc, is; or "download".')
+@click.option("--resolution", type=click.IntRange(min=1), help="Resize the reference to this side. [default: as stored]")
+@click.option("--split", metavar="NAME", help="Which split the reference is, for the record; such as train.")
+@click.option("--batch", default=64, show_default=True, type=click.IntRange(min=1), help="Images at a time.")
+@click.option("--device", default="auto", show_default=True)
+@click.pass_context
+def command(
+    context: click.Context,
+    images: str | None,
+    ref: str | None,
+    metrics: str,
+    out: str | None,
+    weights: str | None,
+    resolution: int | None,
+    split: str | None,
+    batch: int,
+    device: str,
+) -> None:
+    """Measure how good images are, and write every number with the protocol it was measured by.
+
+    Runs under torchrun as well: the processes share the work, and the numbers stay the same. docs/evaluation.md says what the
+    metrics are.
+    """
+    given = [p.name for p in context.command.params if context.get_parameter_source(p.name or "") is _COMMAND_LINE]
+    if context.invoked_subcommand is not None:
+        if given:
+            raise click.UsageError(f"--{given[0]} belongs to imm eval itself, not before {context.invoked_subcommand}")
+        return
+    for name, value in (("--images", images), ("--ref", ref), ("--out", out)):
+        if value is None:
+            raise click.UsageError(f"Missing option '{name}'.")
+    assert images is not None
+    assert ref is not None
+    assert out is not None
+    names = parse_metrics(metrics)
+    target = _writable_file(out)
+    with processes(pick_device(device)) as own:
+        used = load_networks(names, weights, own)
+        pictures = load_set(images, resolution)
+        reference = ReferenceStatistics.load(ref) if is_statistics(ref) else load_set(ref, resolution)
+        if isinstance(reference, ReferenceStatistics) and split is not None:
+            raise ValueError("split: expected none beside reference statistics, which have their own")
+        _say(f"{pictures.source} against {_words(reference)}, on {device_line(own)}")
+        total = len(pictures) + (0 if isinstance(reference, ReferenceStatistics) else len(reference))
+        with _bars(total // (dist.get_world_size() if dist.is_initialized() else 1)) as tell:
+            result = evaluate(names, pictures, reference, used, device=own, batch=batch, split=split, progress=tell)
+        if result is None:
+            return
+    _write(target, json.dumps(result, indent=2, allow_nan=False) + "\n")
+    click.echo("\n".join(table(result["metrics"])))
+    for line in cautions(result):
+        click.echo(f"note: {line}")
+    click.echo(f"wrote {target}")
+
+
+_COMMAND_LINE = click.core.ParameterSource.COMMANDLINE
+
+
+def _words(reference: Any) -> str:
+    if isinstance(reference, ReferenceStatistics):
+        return f"statistics of {reference.protocol['reference']['source']}"
+    return str(reference.source)
+
+
+def cautions(result: dict[str, Any]) -> list[str]:
+    """What a reader of the numbers should know."""
+    protocol = result["protocol"]
+    fewest = min(protocol["images"]["count"], protocol["reference"]["count"])
+    out = []
+    frechet = [name for name in protocol["settings"] if METRICS[name].kind == "fd"]
+    if frechet and fewest < 10_000:
+        out.append(f"{', '.join(frechet)}: biased upwards by {fewest} images; compare with the same number only")
+    if "fid" in frechet and protocol["images"]["count"] != 50_000:
+        out.append(f"fid: of {protocol['images']['count']} images; published figures are of 50000")
+    if protocol["images"]["digest"] == protocol["reference"]["digest"]:
+        out.append("the images are the reference")
+    return out
+
+
+@command.command("stats")
+@click.option("--data", required=True, metavar="SOURCE", help="The reference images: a source of --data.")
+@click.option("--out", required=True, metavar="FILE", help="Where to write (.npz).")
+@click.option("--features", default=EFFICIENTNET, show_default=True, metavar="LIST", help=f"Of {', '.join(NAMES)}.")
+@click.option("--weights", metavar="FILE", help='Published Inception weights, for inception; or "download".')
+@click.option("--resolution", type=click.IntRange(min=1), help="Resize to this side. [default: as stored]")
+@click.option("--split", metavar="NAME", help="Which split this is, for the record; such as train.")
+@click.option("--batch", default=64, show_default=True, type=click.IntRange(min=1), help="Images at a time.")
+@click.option("--device", default="auto", show_default=True)
+def stats(
+    data: str,
+    out: str,
+    features: str,
+    weights: str | None,
+    resolution: int | None,
+    split: str | None,
+    batch: int,
+    device: str,
+) -> None:
+    """Mean and covariance of a reference's features, for --ref of Frechet distances."""
+    names = list(dict.fromkeys(features.split(",")))
+    target = _writable_file(out)
+    if target.suffix != ".npz":
+        raise ValueError(f"out: expected a file ending in .npz, got {out}")
+    with processes(pick_device(device)) as own:
+        used = [networks.load(name, weights, own) for name in names]
+        pictures = load_set(data, resolution)
+        if len(pictures) < 2:
+            raise ValueError(f"data: expected at least 2 images, got {len(pictures)}")
+        _say(f"{pictures.source}, on {device_line(own)}")
+        with _bars(len(pictures) // (dist.get_world_size() if dist.is_initialized() else 1)) as tell:
+            found = {
+                network.name: extract(network, pictures, own, batch, False, partial(tell, network.name)).statistics
+                for network in used
+            }
+        if not _is_first():
+            return
+    save_statistics(target, found, reference_protocol(pictures, split, used))
+    click.echo(f"wrote {target}: {', '.join(found)} of {len(pictures)} images")
+
+
+@command.command("compare")
+@click.argument("first", metavar="A.json")
+@click.argument("second", metavar="B.json")
+def compare(first: str, second: str) -> None:
+    """Two results side by side; exits with 1, saying what differs, where their protocols are not alike."""
+    a, b = comparison.read_result(first), comparison.read_result(second)
+    wrong = comparison.differences(a, b)
+    if wrong:
+        raise click.ClickException("these numbers cannot be compared; the protocols differ in\n  " + "\n  ".join(wrong))
+    click.echo("\n".join(comparison.side_by_side(a, b, (first, second))))
+    differing = comparison.remarks(a, b)
+    if differing:
+        click.echo("\n".join(["differing, as they may:", *(f"  {line}" for line in differing)]))
+
+
+def _write(target: Path, text: str) -> None:
+    part = target.with_name(f".{target.name}.{os.getpid()}.part")
+    try:
+        part.write_text(text)
+        os.replace(part, target)
+    finally:
+        part.unlink(missing_ok=True)

@@ -1,0 +1,347 @@
+"""Metrics of a set of pictures, each written down with the protocol it was measured by."""
+
+from __future__ import annotations
+
+import math
+import platform
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from imm.evaluation import metrics, networks
+from imm.evaluation.networks import EFFICIENTNET, INCEPTION, FeatureNetwork
+from imm.evaluation.pixels import PixelReference
+from imm.evaluation.sets import PictureSet, shorten
+from imm.evaluation.statistics import FeatureStatistics, load_statistics
+from imm.version import __version__
+
+FORMAT_VERSION = 1
+#: Most images a side that the MMD by Laplace kernel takes.
+MMD_COUNT = 2000
+QUANTISATION = "uint8: as stored, or floor(127.5 x + 128) clipped to 0..255"
+
+
+@dataclass(frozen=True)
+class Metric:
+    """What a metric's name stands for.
+
+    Attributes:
+        kind: "fd", "kid", "prdc", "is", "mmd" or "label-match". features: the network, or None for pixels. what: in words.
+    """
+
+    kind: str
+    features: str | None
+    what: str
+
+
+METRICS = {
+    "fid": Metric("fd", INCEPTION, "Frechet inception distance"),
+    "kid": Metric("kid", INCEPTION, "kernel inception distance"),
+    "prdc": Metric("prdc", INCEPTION, "precision, recall, density, coverage on Inception features"),
+    "is": Metric("is", INCEPTION, "inception score"),
+    "fd-efficientnet-lite0": Metric("fd", EFFICIENTNET, "Frechet distance on EfficientNet-Lite0 features, not FID"),
+    "kid-efficientnet-lite0": Metric("kid", EFFICIENTNET, "KID's kernel distance on EfficientNet-Lite0 features, not KID"),
+    "prdc-efficientnet-lite0": Metric("prdc", EFFICIENTNET, "precision to coverage on EfficientNet-Lite0 features"),
+    "mmd-efficientnet-lite0": Metric("mmd", EFFICIENTNET, "squared MMD, Laplace kernel, on EfficientNet-Lite0 features"),
+    "mmd-pixels": Metric("mmd", None, "squared MMD, Laplace kernel, on pixels"),
+    "label-match": Metric(
+        "label-match", None, "share whose nearest real image, by pixels, has the asked label; spread in a class"
+    ),
+}
+
+
+@dataclass(frozen=True)
+class ReferenceStatistics:
+    """The reference as mean and covariance of features, with their protocol; enough for Frechet distances."""
+
+    statistics: dict[str, FeatureStatistics]
+    protocol: dict[str, Any]
+
+    @classmethod
+    def load(cls, path: str | Path) -> ReferenceStatistics:
+        """From the file that ``imm eval stats`` wrote. Raises ValueError for another."""
+        statistics, protocol = load_statistics(path)
+        missing = {"reference", "features"} - protocol.keys()
+        if missing:
+            raise ValueError(f"{path}: expected statistics with their protocol, got none of {', '.join(sorted(missing))}")
+        return cls(statistics, protocol)
+
+
+@dataclass(frozen=True)
+class Features:
+    """What a network makes of a set: statistics of all, and, where asked for, features ``[N, D]`` and logits in their order."""
+
+    statistics: FeatureStatistics
+    features: Tensor | None
+    logits: Tensor | None
+
+
+def split_of(n: int, rank: int, world: int) -> range:
+    """The images of a rank: contiguous, as even as can be."""
+    return range(n * rank // world, n * (rank + 1) // world)
+
+
+def extract(
+    network: FeatureNetwork,
+    pictures: PictureSet,
+    device: torch.device | str = "cpu",
+    batch: int = 64,
+    keep: bool = True,
+    progress: Callable[[int], None] | None = None,
+) -> Features:
+    """Run a network over a set; every process takes its share, and all end up with the whole. Collective.
+
+    Args:
+        network: on ``device``. pictures: the same in every process. batch: at a time.
+        keep: features and logits too, not the statistics alone. progress: is told how many pictures were done.
+    """
+    together = dist.is_initialized() and dist.get_world_size() > 1
+    rank, world = (dist.get_rank(), dist.get_world_size()) if together else (0, 1)
+    mine = split_of(len(pictures), rank, world)
+    statistics = FeatureStatistics(network.dimensions)
+    features, logits = torch.empty(len(mine), network.dimensions), torch.empty(len(mine), network.logits)
+    # Published numbers are float32 throughout; TF32 would be cuDNN's default.
+    with torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False):
+        for start in range(0, len(mine), batch):
+            rows = range(start, min(start + batch, len(mine)))
+            got, scores = network(pictures.pixels[mine.start + rows.start : mine.start + rows.stop].to(device))
+            statistics.update(got)
+            if keep:
+                features[rows.start : rows.stop] = got.cpu()
+                if scores is not None:
+                    logits[rows.start : rows.stop] = scores.cpu()
+            if progress is not None:
+                progress(len(rows))
+    if together:
+        statistics.all_reduce(device)
+        if keep:
+            features, logits = (_gathered(part, len(pictures), device) for part in (features, logits))
+    return Features(statistics, features if keep else None, logits if keep and network.logits else None)
+
+
+def _gathered(part: Tensor, count: int, device: torch.device | str) -> Tensor:
+    """The parts of all ranks one after the other, on the CPU."""
+    parts = []
+    for rank in range(dist.get_world_size()):
+        share = split_of(count, rank, dist.get_world_size())
+        block = (part if rank == dist.get_rank() else part.new_empty(len(share), part.shape[1])).to(device)
+        dist.broadcast(block, src=rank)
+        parts.append(block.cpu())
+    return torch.cat(parts)
+
+
+def reference_protocol(pictures: PictureSet, split: str | None, used: Iterable[FeatureNetwork]) -> dict[str, Any]:
+    """What must be written beside anything measured on the reference."""
+    return {
+        "reference": {**_about(pictures), "split": split},
+        "features": {
+            network.name: {"sha256": network.sha256, "preprocessing": network.preprocessing, "package": network.package}
+            for network in used
+        },
+    }
+
+
+def _about(pictures: PictureSet) -> dict[str, Any]:
+    return {
+        "source": pictures.source,
+        "count": len(pictures),
+        "shape": list(pictures.shape),
+        "resize": pictures.resize,
+        "digest": pictures.digest,
+    }
+
+
+def parse_metrics(text: str) -> list[str]:
+    """ "fid,kid" -> ["fid", "kid"]. Raises ValueError for unknown or repeated names."""
+    names = [name.strip() for name in text.split(",")]
+    for name in names:
+        if name not in METRICS:
+            raise ValueError(f"metrics: expected some of {', '.join(METRICS)}, got {name!r}")
+    if len(set(names)) < len(names):
+        raise ValueError(f"metrics: expected each once, got {text!r}")
+    return names
+
+
+def check(names: Sequence[str], pictures: PictureSet, reference: PictureSet | ReferenceStatistics) -> None:
+    """Raise ValueError, before any work, where a metric cannot be measured on these."""
+    known = reference.protocol["reference"] if isinstance(reference, ReferenceStatistics) else _about(reference)
+    if list(pictures.shape) != known["shape"]:
+        raise ValueError(
+            f"images: expected the reference's [channels, height, width] {known['shape']}, got {list(pictures.shape)}; "
+            "--resolution resizes the reference"
+        )
+    for name in names:
+        metric = METRICS[name]
+        least = {"prdc": metrics.DENSITY_NEIGHBOURS + 1, "is": metrics.SPLITS}.get(metric.kind, 2)
+        if len(pictures) < least:
+            raise ValueError(f"{name}: expected at least {least} images, got {len(pictures)}")
+        if metric.kind == "is":
+            continue
+        if known["count"] < least:
+            raise ValueError(f"{name}: expected at least {least} images in the reference, got {known['count']}")
+        if isinstance(reference, ReferenceStatistics):
+            if metric.kind != "fd":
+                raise ValueError(f"{name}: expected images as the reference, got statistics; give their source to --ref")
+            if metric.features not in reference.statistics:
+                found = ", ".join(reference.statistics)
+                raise ValueError(f"{name}: expected reference statistics of {metric.features}, got {found}")
+        elif metric.kind == "label-match":
+            for what, labels in (("images", pictures.labels), ("reference", reference.labels)):
+                if labels is None:
+                    raise ValueError(f"{name}: expected labels of the {what}, got none")
+
+
+def load_networks(
+    names: Iterable[str], weights: str | Path | None = None, device: torch.device | str = "cpu"
+) -> dict[str, FeatureNetwork]:
+    """The feature networks that metrics need, by name; for ``weights`` see :func:`imm.evaluation.networks.inception`."""
+    wanted = dict.fromkeys(METRICS[name].features for name in names)
+    return {name: networks.load(name, weights, device) for name in wanted if name is not None}
+
+
+def evaluate(
+    names: Sequence[str],
+    pictures: PictureSet,
+    reference: PictureSet | ReferenceStatistics,
+    used: Mapping[str, FeatureNetwork] | None = None,
+    *,
+    device: torch.device | str = "cpu",
+    batch: int = 64,
+    split: str | None = None,
+    progress: Callable[[str, int], None] | None = None,
+) -> dict[str, Any] | None:
+    """Measure metrics of pictures against a reference. Collective where there is a process group.
+
+    Args:
+        names: of :data:`METRICS`. pictures: to judge. reference: real ones, or their statistics.
+        used: what :func:`load_networks` gave for these names and the device; None loads them.
+        device: of this process. batch: pictures at a time through a network.
+        split: which split the reference is, for the record.
+        progress: is told a network's name and how many pictures it has done.
+
+    Returns:
+        On rank 0 ``{"format_version", "metrics", "protocol"}``, what JSON can hold (docs/evaluation.md has the fields); None on
+        other ranks.
+
+    Raises:
+        ValueError, FileNotFoundError: with what was expected and what came.
+
+    Example:
+        >>> real, fake = picture_set(torch.rand(64, 1, 8, 8)), picture_set(torch.rand(64, 1, 8, 8))
+        >>> evaluate(["mmd-pixels"], fake, real)["metrics"].keys()
+        dict_keys(['mmd-pixels'])
+    """
+    check(names, pictures, reference)
+    used = load_networks(names, None, device) if used is None else used
+    if isinstance(reference, ReferenceStatistics):
+        _check_networks(reference, used)
+        about = {"reference": reference.protocol["reference"]}
+    else:
+        about = reference_protocol(reference, split, ())
+    about["features"] = reference_protocol(pictures, None, used.values())["features"]
+    chosen = {name: METRICS[name] for name in names}
+    ours: dict[str, Features] = {}
+    theirs: dict[str, Features] = {}
+    for name, network in used.items():
+        kinds = {metric.kind for metric in chosen.values() if metric.features == name}
+        tell = None if progress is None else partial(progress, name)
+        ours[name] = extract(network, pictures, device, batch, kinds != {"fd"}, tell)
+        if isinstance(reference, ReferenceStatistics):
+            if name in reference.statistics:
+                theirs[name] = Features(reference.statistics[name], None, None)
+        elif kinds != {"is"}:
+            theirs[name] = extract(network, reference, device, batch, bool(kinds - {"fd", "is"}), tell)
+    if dist.is_initialized() and dist.get_rank() != 0:
+        return None
+    values: dict[str, float] = {}
+    settings: dict[str, Any] = {}
+    for name, metric in chosen.items():
+        if metric.features is None:
+            assert isinstance(reference, PictureSet)
+            found, chosen_settings = _on_pixels(name, metric.kind, pictures, reference)
+        else:
+            place = torch.device(device)
+            found, chosen_settings = _on_features(name, metric.kind, ours[metric.features], theirs.get(metric.features), place)
+        values |= found
+        settings[name] = {"what": metric.what, **chosen_settings}
+    seeds = None if pictures.seeds is None else shorten(pictures.seeds)
+    protocol = {
+        "images": {**_about(pictures), "seeds": seeds},
+        "generation": _with_evaluations(pictures.generation),
+        **about,
+        "quantisation": QUANTISATION,
+        "settings": settings,
+        "versions": _versions(),
+        "device": torch.cuda.get_device_name(device) if torch.device(device).type == "cuda" else "cpu",
+        "processes": dist.get_world_size() if dist.is_initialized() else 1,
+    }
+    return {"format_version": FORMAT_VERSION, "metrics": values, "protocol": protocol}
+
+
+def _on_features(
+    name: str, kind: str, ours: Features, theirs: Features | None, device: torch.device
+) -> tuple[dict[str, float], dict[str, Any]]:
+    """Values and settings of one metric."""
+    if kind == "is":
+        assert ours.logits is not None
+        mean, std = metrics.inception_score(ours.logits)
+        return {name: mean, f"{name}.std": std}, {"splits": metrics.SPLITS, "seed": metrics.SEED}
+    assert theirs is not None
+    if kind == "fd":
+        return {name: ours.statistics.frechet_distance(theirs.statistics)}, {}
+    assert ours.features is not None
+    assert theirs.features is not None
+    x, y = ours.features.to(device), theirs.features.to(device)
+    if kind == "kid":
+        mean, std = metrics.kernel_distance(x, y)
+        size = min(metrics.SUBSET_SIZE, len(x), len(y))
+        return {name: mean, f"{name}.std": std}, {"subsets": metrics.SUBSETS, "subset_size": size, "seed": metrics.SEED}
+    if kind == "prdc":
+        shares = asdict(metrics.neighbourhoods(x, y))
+        neighbours = {"neighbours": metrics.NEIGHBOURS, "density_neighbours": metrics.DENSITY_NEIGHBOURS}
+        return {f"{name}.{key}": value for key, value in shares.items()}, neighbours
+    return {name: metrics.MMDReference(y, MMD_COUNT).score(x)}, _mmd_settings(len(x), len(y))
+
+
+def _on_pixels(name: str, kind: str, pictures: PictureSet, reference: PictureSet) -> tuple[dict[str, float], dict[str, Any]]:
+    x, y = (one.pixels.flatten(1).float() / 127.5 - 1.0 for one in (pictures, reference))
+    if kind == "mmd":
+        return {name: metrics.MMDReference(y, MMD_COUNT).score(x)}, _mmd_settings(len(x), len(y))
+    assert reference.labels is not None
+    assert pictures.labels is not None
+    match, spread = PixelReference(y, reference.labels, reference.num_classes).label_scores(x, pictures.labels)
+    return {name: match} | ({f"{name}.spread": spread} if math.isfinite(spread) else {}), {}
+
+
+def _mmd_settings(n: int, m: int) -> dict[str, Any]:
+    return {"bandwidth": "median distance of the reference", "count": min(n, MMD_COUNT), "reference_count": min(m, MMD_COUNT)}
+
+
+def _check_networks(reference: ReferenceStatistics, used: Mapping[str, FeatureNetwork]) -> None:
+    for name, network in used.items():
+        if name not in reference.statistics:
+            continue
+        found = reference.protocol["features"][name]
+        for key, own in (("sha256", network.sha256), ("preprocessing", network.preprocessing)):
+            if found[key] != own:
+                raise ValueError(f"{name}: expected reference statistics of {key} {own}, got {found[key]}")
+
+
+def _with_evaluations(generation: dict[str, Any] | None) -> dict[str, Any] | None:
+    """The sampler's record, with the number of network evaluations an image where it says enough."""
+    if generation is None or "nfe" in generation or not isinstance(generation.get("steps"), int):
+        return generation
+    return {**generation, "nfe": generation["steps"] * (1 if generation.get("cfg") is None else 2)}
+
+
+def _versions() -> dict[str, str]:
+    own = {"imm": __version__, "python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__}
+    return {**own, "pillow": version("pillow")}

@@ -1,0 +1,191 @@
+"""The sets of pictures that are compared, as eight-bit values, with all that is known of how they came about."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from imm.data import load
+from imm.evaluation.pictures import to_uint8
+
+#: What the sampler writes beside its images; the fields that are read are in docs/evaluation.md.
+GENERATION_FILE = "generation.json"
+GRID_FILE = "grid.png"
+
+
+@dataclass(frozen=True)
+class PictureSet:
+    """Pictures to evaluate, or to compare with.
+
+    Attributes:
+        pixels: ``[N, 1 or 3, H, W]`` uint8. labels: ``[N]`` int64 or None. num_classes: 0 without labels.
+        source: where they come from, in words. digest: sha256 of pixels and labels.
+        resize: how they were resized, in words, or None.
+        seeds: of generated images in the order of ``pixels``, or None. generation: what the sampler wrote of them, or None.
+    """
+
+    pixels: Tensor
+    labels: Tensor | None
+    num_classes: int
+    source: str
+    digest: str
+    resize: str | None = None
+    seeds: tuple[int, ...] | None = None
+    generation: dict[str, Any] | None = None
+
+    def __len__(self) -> int:
+        return len(self.pixels)
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """(channels, height, width) of one picture."""
+        return tuple(self.pixels.shape[1:])  # type: ignore[return-value]
+
+
+def picture_set(images: Tensor, labels: Tensor | None = None, source: str = "a tensor") -> PictureSet:
+    """A set from images in memory.
+
+    Args:
+        images: ``[N, 1 or 3, H, W]``, uint8, or floating in [-1, 1], which is quantised as :func:`to_uint8` does.
+        labels: ``[N]`` integers >= 0, or None. source: in words.
+
+    Raises:
+        ValueError: shapes, no images, values that are not finite.
+    """
+    if images.dim() != 4 or images.shape[1] not in (1, 3) or len(images) == 0:
+        raise ValueError(f"images: expected [N, 1 or 3, H, W], got {list(images.shape)}")
+    if images.is_floating_point() and not bool(torch.isfinite(images).all()):
+        raise ValueError("images: expected finite values in [-1, 1], got NaN or infinity")
+    if not images.is_floating_point() and images.dtype != torch.uint8:
+        raise ValueError(f"images: expected uint8 or floating values in [-1, 1], got {images.dtype}")
+    if labels is not None and labels.shape != images.shape[:1]:
+        raise ValueError(f"labels: expected [{len(images)}], got {list(labels.shape)}")
+    pixels = (to_uint8(images) if images.is_floating_point() else images).cpu().contiguous()
+    labels = None if labels is None else labels.cpu().long()
+    classes = 0 if labels is None else int(labels.max()) + 1
+    return PictureSet(pixels, labels, classes, source, _digest(pixels, labels))
+
+
+def load_set(source: str, resolution: int | None = None) -> PictureSet:
+    """Pictures from what ``imm sample`` wrote, or from any source of :func:`imm.data.load`.
+
+    A folder of PNG files that are named by seeds, with or without sub-folders of a thousand, is read in the order of the seeds;
+    its picture of all (grid.png) is left out, and its generation.json says the rest.
+
+    Args:
+        source: the folder, or a source of ``--data``. resolution: side to resize to, antialiased; never of generated images.
+
+    Raises:
+        ValueError, FileNotFoundError: with what was expected and what came.
+    """
+    folder = Path(source)
+    files = seed_files(folder) if folder.is_dir() else {}
+    if files:
+        return _generated(folder, files, resolution)
+    if (folder / GENERATION_FILE).exists():
+        raise ValueError(f"images: expected PNG files named by their seeds beside {GENERATION_FILE} in {folder}, found none")
+    data = load(source, resolution)
+    out = picture_set(data.images, data.labels, data.source)
+    resize = None if resolution is None else f"bilinear, antialiased, to {resolution}x{resolution} where of another size"
+    return PictureSet(out.pixels, out.labels, data.num_classes, out.source, out.digest, resize)
+
+
+def seed_files(folder: Path) -> dict[int, Path]:
+    """PNG files by seed, if ``folder`` holds nothing else: SEED.png, or THOUSANDS/SEED.png, of six digits or more."""
+    out: dict[int, Path] = {}
+    for path in folder.rglob("*.png"):
+        parts = path.relative_to(folder).parts
+        if any(part.startswith(".") for part in parts) or parts == (GRID_FILE,):
+            continue
+        seed = int(path.stem) if re.fullmatch(r"\d{6,}", path.stem) else -1
+        if seed < 0 or parts[:-1] not in ((), (f"{seed - seed % 1000:06d}",)) or seed in out:
+            return {}
+        out[seed] = path
+    return dict(sorted(out.items()))
+
+
+def _generated(folder: Path, files: dict[int, Path], resolution: int | None) -> PictureSet:
+    from PIL import Image, UnidentifiedImageError
+
+    seeds = tuple(files)
+    generation, labels = _read_generation(folder, seeds)
+    pictures: list[np.ndarray[Any, Any]] = []
+    for file in files.values():
+        try:
+            with Image.open(file) as picture:
+                pictures.append(np.asarray(picture.convert("L" if picture.mode in ("1", "L") else "RGB")))
+        except (UnidentifiedImageError, OSError) as error:
+            raise ValueError(f"images: expected an image, got {file}: {error}") from error
+        if pictures[-1].shape != pictures[0].shape:
+            raise ValueError(f"images: expected one size, got {pictures[0].shape} and {pictures[-1].shape} ({file})")
+    pixels = torch.from_numpy(np.stack(pictures))
+    pixels = pixels[:, None] if pixels.dim() == 3 else pixels.permute(0, 3, 1, 2).contiguous()
+    if resolution is not None and tuple(pixels.shape[2:]) != (resolution, resolution):
+        size = f"{pixels.shape[3]}x{pixels.shape[2]}"
+        raise ValueError(f"resolution: expected that of the generated images, {size}, got {resolution}")
+    out = picture_set(pixels, labels, f"{len(seeds)} images in {folder}")
+    return PictureSet(out.pixels, out.labels, out.num_classes, out.source, out.digest, None, seeds, generation)
+
+
+def _read_generation(folder: Path, seeds: tuple[int, ...]) -> tuple[dict[str, Any] | None, Tensor | None]:
+    """The sampler's record without its seeds and labels, and the labels in the order of ``seeds``."""
+    path = folder / GENERATION_FILE
+    if not path.exists():
+        return None, None
+    try:
+        record = json.loads(path.read_text())
+        own = expand(record.pop("seeds")) if isinstance(record["seeds"], str) else [int(seed) for seed in record.pop("seeds")]
+        labels = record.pop("labels", None)
+        if labels is not None and (len(labels) != len(own) or any(type(label) is not int or label < 0 for label in labels)):
+            raise ValueError(f"labels for {len(own)} seeds: {str(labels)[:60]}")
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        raise ValueError(f"{path}: expected what imm sample writes, got: {error!r}") from error
+    if sorted(own) != list(seeds):
+        odd = sorted(set(own) ^ set(seeds)) or sorted(own)
+        raise ValueError(
+            f"{path}: expected the seeds of the {len(seeds)} images beside it, got {len(own)} seeds; "
+            f"{odd[0]} is not in both, so not all images are of one run"
+        )
+    if labels is None:
+        return record, None
+    by_seed = dict(zip(own, labels, strict=True))
+    return record, torch.tensor([by_seed[seed] for seed in seeds])
+
+
+def expand(text: str) -> list[int]:
+    """ "0-63,70" -> [0, ..., 63, 70]."""
+    out: list[int] = []
+    for item in text.split(","):
+        match = re.fullmatch(r"(\d+)(?:-(\d+))?", item)
+        if not match:
+            raise ValueError(f"expected seeds such as 0-63,70, got {text[:60]!r}")
+        out.extend(range(int(match[1]), int(match[2] or match[1]) + 1))
+    return out
+
+
+def shorten(numbers: tuple[int, ...]) -> str:
+    """[0, ..., 63, 70] -> "0-63,70", in ascending order."""
+    runs: list[list[int]] = []
+    for number in sorted(numbers):
+        if runs and number == runs[-1][1] + 1:
+            runs[-1][1] = number
+        else:
+            runs.append([number, number])
+    return ",".join(str(first) if first == last else f"{first}-{last}" for first, last in runs)
+
+
+def _digest(pixels: Tensor, labels: Tensor | None) -> str:
+    """sha256 of a line with the shape, the pixels, and the labels as little-endian int64."""
+    out = hashlib.sha256(f"imm-data 1 uint8 {' '.join(map(str, pixels.shape))}\n".encode())
+    for part in pixels.split(1000):
+        out.update(part.contiguous().numpy().tobytes())
+    out.update(b"no labels\n" if labels is None else b"labels\n" + labels.numpy().astype("<i8").tobytes())
+    return out.hexdigest()
