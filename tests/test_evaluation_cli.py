@@ -7,6 +7,7 @@ import importlib.util
 import io
 import json
 import os
+import subprocess
 import sys
 
 import numpy as np
@@ -15,6 +16,7 @@ import torch
 from click.testing import CliRunner
 from PIL import Image
 
+from imm import checkpoints
 from imm.cli import main
 from imm.evaluation import networks, picture_set
 from imm.evaluation.evaluate import evaluate
@@ -141,7 +143,7 @@ def test_statistics_as_the_reference(sets, stand_in, tmp_path) -> None:
 
 
 def test_generated_images(sets, tmp_path) -> None:
-    record = {"seeds": [3, 1, 2], "labels": [0, 1, 2], "steps": 2, "cfg": 1.5, "net": {"name": "net", "sha256": "ab"}}
+    record = {"seeds": "3,1-2", "labels": "all in turn", "classes": 3, "nfe": 4, "net": {"name": "net", "sha256": "ab"}}
     found = load_set(str(generated(tmp_path / "a", [1, 2, 3], record=record)))
     assert found.seeds == (1, 2, 3)
     assert found.labels.tolist() == [1, 2, 0]
@@ -151,13 +153,13 @@ def test_generated_images(sets, tmp_path) -> None:
     call("eval", "--images", tmp_path / "a", "--ref", sets[0], "--out", out, "--metrics", "mmd-pixels,label-match")
     protocol = json.loads(out.read_text())["protocol"]
     assert protocol["images"]["seeds"] == "1-3"
-    assert protocol["generation"] == {"steps": 2, "cfg": 1.5, "net": {"name": "net", "sha256": "ab"}, "nfe": 4}
+    assert protocol["generation"] == {key: value for key, value in record.items() if key != "seeds"}
     assert protocol["settings"]["mmd-pixels"]["count"] == 3
 
     nested = load_set(str(generated(tmp_path / "b", [1, 2, 3, 1001], subdirs=True, record={"seeds": "1-3,1001"})))
     assert nested.seeds == (1, 2, 3, 1001)
     assert torch.equal(nested.pixels[:3], found.pixels)
-    with pytest.raises(ValueError, match="1001 is not in both, so not all images are of one run"):
+    with pytest.raises(ValueError, match="1001 is not in both, so the run is not finished"):
         load_set(str(generated(tmp_path / "c", [1, 2, 3, 1001], record={"seeds": "1-3"})))
     with pytest.raises(ValueError, match="resolution: expected that of the generated images, 8x8, got 4"):
         load_set(str(tmp_path / "a"), 4)
@@ -367,3 +369,76 @@ def test_halves_of_cifar10_are_closer_than_noise() -> None:
     near, far = (evaluate(names, one, first)["metrics"] for one in (second, noise))
     for name in names:
         assert near[name] < 0.3 * far[name], name
+
+
+def test_what_the_sampler_writes(small_flow_map, tmp_path) -> None:
+    """imm sample, imm eval and imm eval compare in a row, and two processes in the end."""
+    net = tmp_path / "net.safetensors"
+    checkpoints.save(net, small_flow_map)
+    images = np.random.default_rng(0).integers(0, 256, (30, 8, 8), dtype=np.uint8)
+    np.savez(tmp_path / "real.npz", images=images, labels=np.arange(30) % 3)
+    files = []
+    for steps in (1, 2):
+        folder = tmp_path / f"{steps}"
+        call("sample", "--net", net, "--seeds", "5,0-3", "--steps", steps, "--outdir", folder, "--grid", "2x2", "--subdirs")
+        files.append(tmp_path / f"{steps}.json")
+        arguments = ("eval", "--images", folder, "--ref", tmp_path / "real.npz", "--metrics", "mmd-pixels,label-match")
+        call(*arguments, "--out", files[-1])
+    assert load_set(str(tmp_path / "1")).labels.tolist() == [1, 2, 0, 1, 0]  # of seeds 0-3 and 5
+    protocol = json.loads(files[0].read_text())["protocol"]
+    assert protocol["images"]["seeds"] == "0-3,5"
+    assert protocol["generation"]["net"] == {"name": net.name, "sha256": hashlib.sha256(net.read_bytes()).hexdigest()}
+    assert protocol["generation"]["nfe"] == 1
+    assert "generation.nfe: 1 and 2" in call("eval", "compare", *files).output
+
+
+PROGRAM = """
+import sys
+from imm import checkpoints
+from imm.cli import main
+from imm.evaluation import networks
+from imm.evaluation.networks import FeatureNetwork
+import torch
+
+def load(name, weights=None, device="cpu"):
+    mix = torch.randn(192, 8, generator=torch.Generator().manual_seed(0))
+    return FeatureNetwork(name, "0" * 64, "none", "mixed", 8, 0, lambda x: (x.float().flatten(1) @ mix, None))
+
+networks.load = load
+main()
+"""
+
+
+def test_two_processes_measure_the_same(sets, tmp_path) -> None:
+    program = tmp_path / "program.py"
+    program.write_text(PROGRAM)
+    results = []
+    for world in (1, 2):
+        out = tmp_path / f"{world}.json"
+        metrics = "fd-efficientnet-lite0,kid-efficientnet-lite0,mmd-pixels"
+        command = [
+            str(program),
+            "eval",
+            "--images",
+            sets[1],
+            "--ref",
+            sets[0],
+            "--out",
+            out,
+            "--metrics",
+            metrics,
+            "--batch",
+            "9",
+        ]
+        launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"] if world == 2 else []
+        done = subprocess.run(
+            [sys.executable, *launch, *map(str, command)], capture_output=True, text=True, timeout=200, check=False
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+        assert done.stdout.count("wrote ") == 1
+        results.append(json.loads(out.read_text()))
+    assert [result["protocol"].pop("processes") for result in results] == [1, 2]
+    assert results[0]["protocol"] == results[1]["protocol"]
+    for name, value in results[0]["metrics"].items():
+        # The last bits of float32 features depend on the batches, which end elsewhere; KID is a difference of large sums.
+        assert results[1]["metrics"][name] == pytest.approx(value, rel=1e-6 if "kid" in name else 1e-10), name

@@ -41,7 +41,8 @@ def test_recorded_numbers(case) -> None:
     x = recorded_features(1, case["n"], case["d"], case["shift"], case["scale"])
     y = recorded_features(2, case["m"], case["d"])
     distance = statistics_of(x).frechet_distance(statistics_of(y))
-    assert distance == pytest.approx(case["frechet_inception_distance"], rel=1e-9)
+    assert distance == pytest.approx(case["frechet_inception_distance"], rel=1e-8)  # theirs has 8 digits
+    assert distance == pytest.approx(case["frechet_exact"], rel=1e-12)
     mean, std = kernel_distance(x, y)
     assert mean == pytest.approx(case["kernel_inception_distance_mean"], rel=1e-9)
     assert std == pytest.approx(case["kernel_inception_distance_std"], rel=1e-7, abs=1e-13)
@@ -141,7 +142,7 @@ statistics = FeatureStatistics(x.shape[1])
 for part in x[mine.start : mine.stop].split(13):
     statistics.update(part)
 statistics.all_reduce()
-everything = _gathered(x[mine.start : mine.stop], len(x), "cpu")
+everything = _gathered(x[mine.start : mine.stop], len(x))
 torch.save((statistics.n, statistics.mean, statistics.m2, everything), f"{path}.{rank}")
 dist.destroy_process_group()
 """
@@ -183,7 +184,9 @@ def test_neighbourhoods_by_hand() -> None:
     stuck = neighbourhoods(torch.full((10, 1), 0.0) + 1e-3 * line, line)
     assert stuck.precision == 1.0
     assert stuck.recall == 0.1
-    assert stuck.coverage == 0.5  # 0 to 4: the fifth neighbour of 4 is 5 from... 0 is within 3 of it; 5 and on are too far
+    # The fifth neighbour of 0 to 9 is 5, 4, 3, 3, 3, 3, 3, 3, 4, 5 away: the balls of 0, 1 and 2 hold all, 3's all but 0 itself.
+    assert stuck.coverage == 0.4
+    assert stuck.density == pytest.approx((10 + 10 + 10 + 9) / (5 * 10))
 
 
 def test_inception_score_limits() -> None:

@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import click
-import torch
-import torch.distributed as dist
 from tqdm import tqdm
 
 from imm.cli.options import device_line, pick_device
+from imm.cli.progress import bar
+from imm.distributed import Processes, device_of, processes
 from imm.evaluation import compare as comparison
 from imm.evaluation import networks
 from imm.evaluation.evaluate import (
@@ -34,31 +34,6 @@ from imm.evaluation.statistics import is_statistics, save_statistics
 DEFAULT_METRICS = "fd-efficientnet-lite0,kid-efficientnet-lite0,mmd-pixels"
 
 
-@contextmanager
-def processes(device: torch.device) -> Iterator[torch.device]:
-    """The process group that torchrun asks for, and this process's device; alone without torchrun."""
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
-        yield device
-        return
-    if device.type == "cuda" and device.index is None:
-        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
-        torch.cuda.set_device(device)
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    try:
-        yield device
-    finally:
-        dist.destroy_process_group()
-
-
-def _is_first() -> bool:
-    return not dist.is_initialized() or dist.get_rank() == 0
-
-
-def _say(line: str) -> None:
-    if _is_first():
-        click.echo(line)
-
-
 def _writable_file(path: str) -> Path:
     """Refuse, before work starts, a file whose folder is not there or cannot be written to."""
     target = Path(path)
@@ -68,20 +43,20 @@ def _writable_file(path: str) -> Path:
 
 
 @contextmanager
-def _bars(total: int) -> Iterator[Any]:
-    """Progress of this process over the pictures of one network after the other."""
+def _bars(total: int, where: Processes) -> Iterator[Callable[[str, int], None]]:
+    """Progress of the first process over its share of ``total`` pictures, for one network after the other."""
     shown: dict[str, tqdm[Any]] = {}
 
     def tell(name: str, done: int) -> None:
         if name not in shown:
-            shown[name] = tqdm(total=total, desc=name, unit="img", leave=False, disable=None if _is_first() else True)
+            shown[name] = bar(total // where.world, "image", desc=name, disable=not where.first)
         shown[name].update(done)
 
     try:
         yield tell
     finally:
-        for bar in shown.values():
-            bar.close()
+        for one in shown.values():
+            one.close()
 
 
 def table(values: dict[str, float]) -> list[str]:
@@ -138,15 +113,17 @@ def command(
     assert out is not None
     names = parse_metrics(metrics)
     target = _writable_file(out)
-    with processes(pick_device(device)) as own:
+    with processes() as where:
+        own = device_of(where.local_rank) if device == "auto" else pick_device(device)
         used = load_networks(names, weights, own)
         pictures = load_set(images, resolution)
         reference = ReferenceStatistics.load(ref) if is_statistics(ref) else load_set(ref, resolution)
         if isinstance(reference, ReferenceStatistics) and split is not None:
             raise ValueError("split: expected none beside reference statistics, which have their own")
-        _say(f"{pictures.source} against {_words(reference)}, on {device_line(own)}")
+        if where.first:
+            click.echo(f"{pictures.source} against {_words(reference)}, on {device_line(own)}")
         total = len(pictures) + (0 if isinstance(reference, ReferenceStatistics) else len(reference))
-        with _bars(total // (dist.get_world_size() if dist.is_initialized() else 1)) as tell:
+        with _bars(total, where) as tell:
             result = evaluate(names, pictures, reference, used, device=own, batch=batch, split=split, progress=tell)
         if result is None:
             return
@@ -205,18 +182,20 @@ def stats(
     target = _writable_file(out)
     if target.suffix != ".npz":
         raise ValueError(f"out: expected a file ending in .npz, got {out}")
-    with processes(pick_device(device)) as own:
+    with processes() as where:
+        own = device_of(where.local_rank) if device == "auto" else pick_device(device)
         used = [networks.load(name, weights, own) for name in names]
         pictures = load_set(data, resolution)
         if len(pictures) < 2:
             raise ValueError(f"data: expected at least 2 images, got {len(pictures)}")
-        _say(f"{pictures.source}, on {device_line(own)}")
-        with _bars(len(pictures) // (dist.get_world_size() if dist.is_initialized() else 1)) as tell:
+        if where.first:
+            click.echo(f"{pictures.source}, on {device_line(own)}")
+        with _bars(len(pictures), where) as tell:
             found = {
                 network.name: extract(network, pictures, own, batch, False, partial(tell, network.name)).statistics
                 for network in used
             }
-        if not _is_first():
+        if not where.first:
             return
     save_statistics(target, found, reference_protocol(pictures, split, used))
     click.echo(f"wrote {target}: {', '.join(found)} of {len(pictures)} images")

@@ -102,6 +102,7 @@ def _run(
         "checkpoint": read_settings(net, "flow_map").get("extra", {}),
         "seeds": format_integers(seed_list),
         "labels": label_text if label_text is not None or all_labels is None else "all in turn",
+        "classes": flow_map.num_classes,
         "steps": steps,
         "kind": kind,
         "mid_eta": between,

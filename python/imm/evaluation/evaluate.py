@@ -97,7 +97,8 @@ def extract(
     keep: bool = True,
     progress: Callable[[int], None] | None = None,
 ) -> Features:
-    """Run a network over a set; every process takes its share, and all end up with the whole. Collective.
+    """Run a network over a set; every process takes its share, and all end up with the whole. Collective
+    over gloo.
 
     Args:
         network: on ``device``. pictures: the same in every process. batch: at a time.
@@ -121,20 +122,20 @@ def extract(
             if progress is not None:
                 progress(len(rows))
     if together:
-        statistics.all_reduce(device)
+        statistics.all_reduce()
         if keep:
-            features, logits = (_gathered(part, len(pictures), device) for part in (features, logits))
+            features, logits = (_gathered(part, len(pictures)) for part in (features, logits))
     return Features(statistics, features if keep else None, logits if keep and network.logits else None)
 
 
-def _gathered(part: Tensor, count: int, device: torch.device | str) -> Tensor:
+def _gathered(part: Tensor, count: int) -> Tensor:
     """The parts of all ranks one after the other, on the CPU."""
     parts = []
     for rank in range(dist.get_world_size()):
         share = split_of(count, rank, dist.get_world_size())
-        block = (part if rank == dist.get_rank() else part.new_empty(len(share), part.shape[1])).to(device)
+        block = part if rank == dist.get_rank() else part.new_empty(len(share), part.shape[1])
         dist.broadcast(block, src=rank)
-        parts.append(block.cpu())
+        parts.append(block)
     return torch.cat(parts)
 
 
@@ -275,7 +276,7 @@ def evaluate(
     seeds = None if pictures.seeds is None else shorten(pictures.seeds)
     protocol = {
         "images": {**_about(pictures), "seeds": seeds},
-        "generation": _with_evaluations(pictures.generation),
+        "generation": pictures.generation,
         **about,
         "quantisation": QUANTISATION,
         "settings": settings,
@@ -333,13 +334,6 @@ def _check_networks(reference: ReferenceStatistics, used: Mapping[str, FeatureNe
         for key, own in (("sha256", network.sha256), ("preprocessing", network.preprocessing)):
             if found[key] != own:
                 raise ValueError(f"{name}: expected reference statistics of {key} {own}, got {found[key]}")
-
-
-def _with_evaluations(generation: dict[str, Any] | None) -> dict[str, Any] | None:
-    """The sampler's record, with the number of network evaluations an image where it says enough."""
-    if generation is None or "nfe" in generation or not isinstance(generation.get("steps"), int):
-        return generation
-    return {**generation, "nfe": generation["steps"] * (1 if generation.get("cfg") is None else 2)}
 
 
 def _versions() -> dict[str, str]:

@@ -136,27 +136,27 @@ def _generated(folder: Path, files: dict[int, Path], resolution: int | None) -> 
 
 
 def _read_generation(folder: Path, seeds: tuple[int, ...]) -> tuple[dict[str, Any] | None, Tensor | None]:
-    """The sampler's record without its seeds and labels, and the labels in the order of ``seeds``."""
+    """The sampler's record without its seeds, and the labels in the order of ``seeds``."""
     path = folder / GENERATION_FILE
     if not path.exists():
         return None, None
     try:
         record = json.loads(path.read_text())
-        own = expand(record.pop("seeds")) if isinstance(record["seeds"], str) else [int(seed) for seed in record.pop("seeds")]
-        labels = record.pop("labels", None)
-        if labels is not None and (len(labels) != len(own) or any(type(label) is not int or label < 0 for label in labels)):
-            raise ValueError(f"labels for {len(own)} seeds: {str(labels)[:60]}")
+        own = expand(record.pop("seeds"))
+        text, classes = record.get("labels"), record.get("classes")
+        # Repeated over the seeds in the order in which they were asked for.
+        labels = list(range(classes or 0)) if text == "all in turn" else expand(text) if text is not None else []
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         raise ValueError(f"{path}: expected what imm sample writes, got: {error!r}") from error
     if sorted(own) != list(seeds):
         odd = sorted(set(own) ^ set(seeds)) or sorted(own)
         raise ValueError(
             f"{path}: expected the seeds of the {len(seeds)} images beside it, got {len(own)} seeds; "
-            f"{odd[0]} is not in both, so not all images are of one run"
+            f"{odd[0]} is not in both, so the run is not finished, or not all images are of it"
         )
-    if labels is None:
+    if not labels:
         return record, None
-    by_seed = dict(zip(own, labels, strict=True))
+    by_seed = {seed: labels[i % len(labels)] for i, seed in enumerate(own)}
     return record, torch.tensor([by_seed[seed] for seed in seeds])
 
 
