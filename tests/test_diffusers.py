@@ -16,7 +16,7 @@ from test_latents import tiny_vae
 import imm
 from imm import FlowMap, Sampler, latents, noise, sampling
 from imm.evaluation.pictures import to_uint8
-from imm.networks import DiT, UNet
+from imm.networks import DDPMpp, DiT, UNet
 
 diffusers = pytest.importorskip("diffusers")
 
@@ -204,6 +204,23 @@ def test_a_network_alone(small_unet, tmp_path) -> None:
     expected, found = small_unet.state_dict(), loaded.net.state_dict()
     assert expected.keys() == found.keys()
     assert all(torch.equal(expected[name], found[name]) for name in expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_loaded_network_lies_in_memory_as_one_that_was_made(dtype, latent_flow_map, tmp_path) -> None:
+    own = DDPMpp(resolution=8, width=32, blocks=1, multipliers=(1, 2), attention=(4,), augment_dim=0)
+    for parameter in own.parameters():
+        torch.nn.init.normal_(parameter, std=0.02)
+    for i, network in enumerate((own.to(dtype).eval(), latent_flow_map.network.to(dtype))):
+        flow_map = FlowMap(network).eval()
+        IMMPipeline.from_flow_map(flow_map).save_pretrained(tmp_path / str(i))
+        loaded = quiet(IMMPipeline.from_pretrained(tmp_path / str(i), dtype=dtype))
+        found = dict(loaded.network.net.named_parameters())
+        assert all(p.stride() == found[name].stride() for name, p in network.named_parameters())
+        assert all(p.data_ptr() % 64 == 0 for p in found.values())
+        assert loaded.network.dtype == dtype
+        out = loaded(seeds=SEEDS, output_type="latent").images
+        assert torch.equal(out, Sampler(flow_map, steps=2).sample(SEEDS))
 
 
 def test_incomplete_weights_are_refused(pipeline, tmp_path) -> None:

@@ -70,6 +70,8 @@ class IMMNetwork(ModelMixin, ConfigMixin):
         if missing or unknown:
             source = pretrained_model_name_or_path
             raise ValueError(f"{source}: names do not fit the network: missing {missing[:4]}, unknown {unknown[:4]}")
+        if options.get("device_map") is None:
+            model.net = _laid_out(model.net, model.config)
         return (model, info) if want_info else model
 
     def forward(self, sample: Tensor, timestep: Time, second_timestep: Time, class_labels: Tensor | None = None) -> Tensor:
@@ -85,6 +87,20 @@ class IMMNetwork(ModelMixin, ConfigMixin):
         """
         t, s = (as_time(v, sample.device).expand(len(sample)) for v in (timestep, second_timestep))
         return self.net(sample, t, s, class_labels)
+
+
+def _laid_out(net: nn.Module, config: Any) -> nn.Module:
+    """``net`` in memory as its constructor lays it out.
+
+    What diffusers loads lies as in the file: at addresses that are not aligned and never channels-last, for which libraries
+    choose other, often slower, kernels and other last bits.
+    """
+    first = next(net.parameters())
+    with torch.device("meta"):
+        made = NETWORKS[config.name](**config.settings)
+    made = made.to(first.dtype).to_empty(device=first.device)
+    made.load_state_dict(net.state_dict())  # all of it: no buffer is left out of the state
+    return made.train(net.training)
 
 
 class _Formulas(nn.Module):
