@@ -184,7 +184,7 @@ def test_neighbourhoods_by_hand() -> None:
     stuck = neighbourhoods(torch.full((10, 1), 0.0) + 1e-3 * line, line)
     assert stuck.precision == 1.0
     assert stuck.recall == 0.1
-    # The fifth neighbour of 0 to 9 is 5, 4, 3, 3, 3, 3, 3, 3, 4, 5 away: the balls of 0, 1 and 2 hold all, 3's all but 0 itself.
+    # The fifth neighbour of 0 to 9 is 5, 4, 3, 3, 3, 3, 3, 3, 4, 5 away: the balls of 0, 1, 2 hold all, 3's all but 0 itself.
     assert stuck.coverage == 0.4
     assert stuck.density == pytest.approx((10 + 10 + 10 + 9) / (5 * 10))
 
