@@ -79,7 +79,9 @@ def table(values: dict[str, float]) -> list[str]:
 @click.option("--out", metavar="FILE", help="Where to write the numbers and their protocol (.json).")
 @click.option("--weights", metavar="FILE", help='Published Inception weights, for fid, kid, prdc, is; or "download".')
 @click.option("--resolution", type=click.IntRange(min=1), help="Resize the reference to this side. [default: as stored]")
-@click.option("--split", metavar="NAME", help="Which split the reference is, for the record; such as train.")
+@click.option(
+    "--split", metavar="NAME", help="Which split of the reference, such as train; of a source without splits, for the record."
+)
 @click.option("--batch", default=64, show_default=True, type=click.IntRange(min=1), help="Images at a time.")
 @click.option("--device", default="auto", show_default=True)
 @click.pass_context
@@ -117,7 +119,7 @@ def command(
         own = device_of(where.local_rank) if device == "auto" else pick_device(device)
         used = load_networks(names, weights, own)
         pictures = load_set(images, resolution)
-        reference = ReferenceStatistics.load(ref) if is_statistics(ref) else load_set(ref, resolution)
+        reference = ReferenceStatistics.load(ref) if is_statistics(ref) else load_set(ref, resolution, split)
         if isinstance(reference, ReferenceStatistics) and split is not None:
             raise ValueError("split: expected none beside reference statistics, which have their own")
         if where.first:
@@ -164,7 +166,9 @@ def cautions(result: dict[str, Any]) -> list[str]:
 @click.option("--features", default=EFFICIENTNET, show_default=True, metavar="LIST", help=f"Of {', '.join(NAMES)}.")
 @click.option("--weights", metavar="FILE", help='Published Inception weights, for inception; or "download".')
 @click.option("--resolution", type=click.IntRange(min=1), help="Resize to this side. [default: as stored]")
-@click.option("--split", metavar="NAME", help="Which split this is, for the record; such as train.")
+@click.option(
+    "--split", metavar="NAME", help="Which split of the data, such as train; of a source without splits, for the record."
+)
 @click.option("--batch", default=64, show_default=True, type=click.IntRange(min=1), help="Images at a time.")
 @click.option("--device", default="auto", show_default=True)
 def stats(
@@ -185,7 +189,7 @@ def stats(
     with processes() as where:
         own = device_of(where.local_rank) if device == "auto" else pick_device(device)
         used = [networks.load(name, weights, own) for name in names]
-        pictures = load_set(data, resolution)
+        pictures = load_set(data, resolution, split)
         if len(pictures) < 2:
             raise ValueError(f"data: expected at least 2 images, got {len(pictures)}")
         if where.first:

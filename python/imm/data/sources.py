@@ -70,6 +70,10 @@ class Source:
             yield picture
 
 
+class NoSplitsError(ValueError):
+    """A split was asked of a source that is one set."""
+
+
 @contextmanager
 def open_source(source: str, split: str | None = None) -> Iterator[Source]:
     """Recognise a layout (docs/data.md has the table) and open it.
@@ -106,7 +110,7 @@ def open_source(source: str, split: str | None = None) -> Iterator[Source]:
         if splits is not None:
             opened = _of_arrays(*_chosen(splits, split or "train", source), f"{source} ({split or 'train'})")
         elif split not in (None, "all"):
-            raise ValueError(f"split: expected all for {source}, which has no splits, got {split}")
+            raise NoSplitsError(f"split: expected all for {source}, which has no splits, got {split}")
         assert opened is not None
         yield opened
 

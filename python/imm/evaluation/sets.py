@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import re
 from dataclasses import dataclass
@@ -13,7 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from imm.data import load
+from imm.data import digest, load
+from imm.data.sources import NoSplitsError
 from imm.evaluation.pictures import to_uint8
 
 #: What the sampler writes beside its images; the fields that are read are in docs/evaluation.md.
@@ -27,7 +27,7 @@ class PictureSet:
 
     Attributes:
         pixels: ``[N, 1 or 3, H, W]`` uint8. labels: ``[N]`` int64 or None. num_classes: 0 without labels.
-        source: where they come from, in words. digest: sha256 of pixels and labels.
+        source: where they come from, in words. digest: :func:`imm.data.digest` of pixels and labels.
         resize: how they were resized, in words, or None.
         seeds: of generated images in the order of ``pixels``, or None. generation: what the sampler wrote of them, or None.
     """
@@ -71,10 +71,10 @@ def picture_set(images: Tensor, labels: Tensor | None = None, source: str = "a t
     pixels = (to_uint8(images) if images.is_floating_point() else images).cpu().contiguous()
     labels = None if labels is None else labels.cpu().long()
     classes = 0 if labels is None else int(labels.max()) + 1
-    return PictureSet(pixels, labels, classes, source, _digest(pixels, labels))
+    return PictureSet(pixels, labels, classes, source, digest(pixels, labels))
 
 
-def load_set(source: str, resolution: int | None = None) -> PictureSet:
+def load_set(source: str, resolution: int | None = None, split: str | None = None) -> PictureSet:
     """Pictures from what ``imm sample`` wrote, or from any source of :func:`imm.data.load`.
 
     A folder of PNG files that are named by seeds, with or without sub-folders of a thousand, is read in the order of the seeds;
@@ -82,6 +82,7 @@ def load_set(source: str, resolution: int | None = None) -> PictureSet:
 
     Args:
         source: the folder, or a source of ``--data``. resolution: side to resize to, antialiased; never of generated images.
+        split: which one of a source that has several; of another it only says what the images are.
 
     Raises:
         ValueError, FileNotFoundError: with what was expected and what came.
@@ -92,8 +93,11 @@ def load_set(source: str, resolution: int | None = None) -> PictureSet:
         return _generated(folder, files, resolution)
     if (folder / GENERATION_FILE).exists():
         raise ValueError(f"images: expected PNG files named by their seeds beside {GENERATION_FILE} in {folder}, found none")
-    data = load(source, resolution)
-    out = picture_set(data.images, data.labels, data.source)
+    try:
+        data = load(source, resolution, split)
+    except NoSplitsError:
+        data = load(source, resolution)
+    out = picture_set(data.pixels, data.labels, data.source)
     resize = None if resolution is None else f"bilinear, antialiased, to {resolution}x{resolution} where of another size"
     return PictureSet(out.pixels, out.labels, data.num_classes, out.source, out.digest, resize)
 
@@ -180,12 +184,3 @@ def shorten(numbers: tuple[int, ...]) -> str:
         else:
             runs.append([number, number])
     return ",".join(str(first) if first == last else f"{first}-{last}" for first, last in runs)
-
-
-def _digest(pixels: Tensor, labels: Tensor | None) -> str:
-    """sha256 of a line with the shape, the pixels, and the labels as little-endian int64."""
-    out = hashlib.sha256(f"imm-data 1 uint8 {' '.join(map(str, pixels.shape))}\n".encode())
-    for part in pixels.split(1000):
-        out.update(part.contiguous().numpy().tobytes())
-    out.update(b"no labels\n" if labels is None else b"labels\n" + labels.numpy().astype("<i8").tobytes())
-    return out.hexdigest()
