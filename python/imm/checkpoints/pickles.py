@@ -29,7 +29,7 @@ from torch import Tensor
 
 from imm.checkpoints.format import CheckpointError
 
-#: Of one file with everything nested in it. The published DiT-XL/2 needs about 40,000.
+#: Of one file with everything nested in it. The published DiT-XL/2 needs about 66,000.
 MAX_OPCODES = 1_000_000
 #: Bytes of one string; the longest that is expected is a module's source.
 MAX_TEXT = 1 << 22

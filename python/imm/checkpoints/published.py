@@ -24,7 +24,7 @@ _MAX_TENSORS = 10_000
 _MAX_DEPTH = 32
 #: All tensors together may have this many times the bytes of the file: some names may share a storage.
 _MAX_SHARING = 2
-#: No setting is as large as this many characters.
+#: No setting has as many characters or items, nor a message.
 _MAX_SETTING = 1_000
 #: Largest values of the settings that say how large a network is; its shapes are compared with the file's after that.
 _LARGEST = {"img_resolution": 4096, "img_channels": 4096, "label_dim": 1_000_000, "model_channels": 8192, "num_blocks": 64}
@@ -65,7 +65,7 @@ def import_published(path: str | os.PathLike[str], dest: str | os.PathLike[str],
         flow_map = from_published(state_dict, settings)
         digest = hashlib.sha256(view).hexdigest()
     except CheckpointError as error:
-        raise CheckpointError(f"{source}: {error}") from error
+        raise CheckpointError(f"{source}: {str(error)[:_MAX_SETTING]}") from error  # which may quote the file's settings
     precision = settings.get("mixed_precision")
     precision = str(precision).removeprefix("torch.") if isinstance(precision, torch.dtype) else None
     save(target, flow_map, extra={"source": {"name": source.name, "sha256": digest, "mixed_precision": precision}})
@@ -160,7 +160,7 @@ class _Walk:
             or (type(value) is str and len(value) < _MAX_SETTING)
         ):
             return value
-        if type(value) not in (tuple, list, Table) or depth == 8:
+        if type(value) not in (tuple, list, Table) or len(value) >= _MAX_SETTING or depth == 8:
             return _OTHER
         pairs = type(value) is Table
         if pairs and not all(type(key) is str and len(key) < _MAX_SETTING for key, _ in value):
@@ -208,8 +208,13 @@ def from_published(state_dict: Mapping[str, Tensor], settings: Mapping[str, Any]
     try:
         with torch.device("meta"):  # compared before memory of the size that the settings say is taken
             skeleton = _network(settings)
-        derived = dict(skeleton.named_buffers()).keys() - weights.keys()
-        check_state({k: v for k, v in skeleton.state_dict().items() if k not in derived}, weights, "state_dict")
+    except CheckpointError:
+        raise
+    except (ArithmeticError, RuntimeError, TypeError, ValueError) as error:  # RuntimeError: a size that no tensor can have
+        raise CheckpointError(f"settings: {str(error).splitlines()[0]}") from error
+    derived = dict(skeleton.named_buffers()).keys() - weights.keys()
+    check_state({k: v for k, v in skeleton.state_dict().items() if k not in derived}, weights, "state_dict")
+    try:
         flow_map = FlowMap(
             _network(settings),
             schedule=settings["noise_schedule"],
@@ -220,8 +225,6 @@ def from_published(state_dict: Mapping[str, Tensor], settings: Mapping[str, Any]
             t_min=settings["eps"],
             t_max=settings["T"],
         )
-    except CheckpointError:
-        raise
     except (TypeError, ValueError) as error:
         raise CheckpointError(f"settings: {error}") from error
     for name, buffer in flow_map.network.named_buffers():
@@ -264,6 +267,9 @@ def _ddpmpp(settings: Mapping[str, Any]) -> DDPMpp:
         value = settings.get(name, expected)
         if (list(value) if isinstance(value, tuple) else value) != expected:
             raise CheckpointError(f"{name}: expected {expected!r}, as DDPM++ has it, got {value!r}")
+    dropout = settings.get("dropout", 0.2)
+    if not 0 <= dropout <= 1:  # torch takes a NaN
+        raise CheckpointError(f"dropout: expected 0..1, got {dropout!r}")
     resolution, multipliers = settings["img_resolution"], list(settings.get("channel_mult", (2, 2, 2)))
     sides = [resolution >> level for level in range(len(multipliers))]
     return DDPMpp(
@@ -274,6 +280,6 @@ def _ddpmpp(settings: Mapping[str, Any]) -> DDPMpp:
         multipliers=multipliers,
         blocks=settings.get("num_blocks", 4),
         attention=[side for side in settings.get("attn_resolutions", (16,)) if side in sides],
-        dropout=settings.get("dropout", 0.2),
+        dropout=dropout,
         augment_dim=settings.get("augment_dim") or 0,
     )
