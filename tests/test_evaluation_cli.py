@@ -21,7 +21,7 @@ from imm.cli import main
 from imm.evaluation import networks, picture_set
 from imm.evaluation.evaluate import evaluate
 from imm.evaluation.networks import FeatureNetwork
-from imm.evaluation.sets import expand, load_set, shorten
+from imm.evaluation.sets import load_set
 
 
 def call(*arguments, ok: bool = True):
@@ -179,13 +179,6 @@ def test_class_folders_are_not_seeds(tmp_path) -> None:
     found = load_set(str(tmp_path / "set"))
     assert found.seeds is None
     assert found.labels.tolist() == [0, 1]
-
-
-def test_seed_lists() -> None:
-    assert shorten((5, 0, 1, 2, 9, 8)) == "0-2,5,8-9"
-    assert expand("0-2,5,8-9") == [0, 1, 2, 5, 8, 9]
-    with pytest.raises(ValueError, match="expected seeds such as"):
-        expand("x")
 
 
 def test_pictures_in_memory() -> None:

@@ -18,9 +18,10 @@ from PIL import Image
 from test_cli import call, refused
 
 from imm import FlowMap, checkpoints, generation
-from imm.cli.options import format_integers, parse_integers
 from imm.distributed import Processes
+from imm.evaluation.sets import GENERATION_FILE
 from imm.networks import DiT, UNet
+from imm.seeds import format_integers, parse_integers
 
 IMM = [sys.executable, "-m", "imm", "sample"]
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "imm", "sample"]
@@ -104,13 +105,13 @@ def test_a_folder_of_other_images_is_refused(net, tmp_path) -> None:
     line = refused("sample", "--net", net, "--outdir", tmp_path / "mine", "--seeds", "0-3")
     assert "no images of another origin" in line
     assert files(tmp_path / "mine") == {"000002.png": b"mine"}
-    (tmp_path / "out" / generation.MANIFEST).write_text("{")
+    (tmp_path / "out" / GENERATION_FILE).write_text("{")
     assert "expected a readable" in refused(*base, "--seeds", "0-3")
 
 
 def test_the_manifest_says_how_the_images_were_made(net, tmp_path) -> None:
     call("sample", "--net", net, "--seeds", "3,0-1", "--cfg", "2", "--class", "1", "--outdir", tmp_path / "out")
-    found = json.loads((tmp_path / "out" / generation.MANIFEST).read_text())
+    found = json.loads((tmp_path / "out" / GENERATION_FILE).read_text())
     assert found["net"] == {"name": "net.safetensors", "sha256": generation.sha256_of(net)}
     expected = {"seeds": "3,0-1", "labels": "1", "steps": 2, "cfg": 2.0, "nfe": 4, "kind": "uniform", "method": "pushforward"}
     assert {key: found[key] for key in expected} == expected

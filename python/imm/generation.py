@@ -21,9 +21,9 @@ from torch import Tensor
 
 from imm.distributed import Processes
 from imm.evaluation.pictures import save_picture, to_picture
+from imm.evaluation.sets import GENERATION_FILE
 from imm.sampler import Sampler
 
-MANIFEST = "generation.json"
 #: What says how a folder was made and does not change an image.
 _NOTES = "made_with"
 _WRITERS = 4
@@ -31,14 +31,10 @@ _WRITERS = 4
 
 def sha256_of(path: str | os.PathLike[str]) -> str:
     """A file's digest, in hexadecimal."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else _sha256(file)
-
-
-def _sha256(file: Any) -> str:
     digest = hashlib.sha256()
-    while block := file.read(1 << 20):
-        digest.update(block)
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
     return digest.hexdigest()
 
 
@@ -63,7 +59,7 @@ class ImageFolder:
         Raises:
             ValueError: the folder holds images that were made in another way, or not by this function.
         """
-        path = self.root / MANIFEST
+        path = self.root / GENERATION_FILE
         if where.first and not path.is_file():
             present = next((seed for seed in seeds if self.path(seed).exists()), None)
             if present is not None:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from imm import checkpoints, generation
 from imm.checkpoints.format import read_settings
-from imm.cli.options import device_line, format_integers, parse_floats, parse_grid, parse_integers, pick_device, writable_folder
+from imm.cli.options import device_line, parse_floats, parse_grid, pick_device, writable_folder
 from imm.cli.progress import bar
 from imm.distributed import Processes, device_of, processes
 from imm.evaluation.pictures import grid, save_picture
@@ -22,6 +22,7 @@ from imm.flow_map import FlowMap
 from imm.generation import ImageFolder
 from imm.sampler import Sampler
 from imm.sampling import KINDS, METHODS, time_grid
+from imm.seeds import format_integers, parse_integers
 
 PRECISIONS = {"fp32": None, "bf16": torch.bfloat16}
 

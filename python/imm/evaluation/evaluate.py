@@ -19,8 +19,9 @@ from torch import Tensor
 from imm.evaluation import metrics, networks
 from imm.evaluation.networks import EFFICIENTNET, INCEPTION, FeatureNetwork
 from imm.evaluation.pixels import PixelReference
-from imm.evaluation.sets import PictureSet, shorten
+from imm.evaluation.sets import PictureSet
 from imm.evaluation.statistics import FeatureStatistics, load_statistics
+from imm.seeds import format_integers
 from imm.version import __version__
 
 FORMAT_VERSION = 1
@@ -273,7 +274,7 @@ def evaluate(
             found, chosen_settings = _on_features(name, metric.kind, ours[metric.features], theirs.get(metric.features), place)
         values |= found
         settings[name] = {"what": metric.what, **chosen_settings}
-    seeds = None if pictures.seeds is None else shorten(pictures.seeds)
+    seeds = None if pictures.seeds is None else format_integers(pictures.seeds)
     protocol = {
         "images": {**_about(pictures), "seeds": seeds},
         "generation": pictures.generation,

@@ -15,6 +15,7 @@ from torch import Tensor
 from imm.data import digest, load
 from imm.data.sources import NoSplitsError
 from imm.evaluation.pictures import to_uint8
+from imm.seeds import parse_integers
 
 #: What the sampler writes beside its images; the fields that are read are in docs/evaluation.md.
 GENERATION_FILE = "generation.json"
@@ -146,10 +147,13 @@ def _read_generation(folder: Path, seeds: tuple[int, ...]) -> tuple[dict[str, An
         return None, None
     try:
         record = json.loads(path.read_text())
-        own = expand(record.pop("seeds"))
+        own = parse_integers(record.pop("seeds"), "seeds")
         text, classes = record.get("labels"), record.get("classes")
         # Repeated over the seeds in the order in which they were asked for.
-        labels = list(range(classes or 0)) if text == "all in turn" else expand(text) if text is not None else []
+        if text == "all in turn":
+            labels = list(range(classes or 0))
+        else:
+            labels = parse_integers(text, "labels") if text is not None else []
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         raise ValueError(f"{path}: expected what imm sample writes, got: {error!r}") from error
     if sorted(own) != list(seeds):
@@ -162,25 +166,3 @@ def _read_generation(folder: Path, seeds: tuple[int, ...]) -> tuple[dict[str, An
         return record, None
     by_seed = {seed: labels[i % len(labels)] for i, seed in enumerate(own)}
     return record, torch.tensor([by_seed[seed] for seed in seeds])
-
-
-def expand(text: str) -> list[int]:
-    """ "0-63,70" -> [0, ..., 63, 70]."""
-    out: list[int] = []
-    for item in text.split(","):
-        match = re.fullmatch(r"(\d+)(?:-(\d+))?", item)
-        if not match:
-            raise ValueError(f"expected seeds such as 0-63,70, got {text[:60]!r}")
-        out.extend(range(int(match[1]), int(match[2] or match[1]) + 1))
-    return out
-
-
-def shorten(numbers: tuple[int, ...]) -> str:
-    """[0, ..., 63, 70] -> "0-63,70", in ascending order."""
-    runs: list[list[int]] = []
-    for number in sorted(numbers):
-        if runs and number == runs[-1][1] + 1:
-            runs[-1][1] = number
-        else:
-            runs.append([number, number])
-    return ",".join(str(first) if first == last else f"{first}-{last}" for first, last in runs)
