@@ -16,7 +16,7 @@ from imm.benchmark import environment
 from imm.benchmark.case import COPY, MATMUL, Case, Peer, Step, load, operations
 from imm.benchmark.memory import peak_bytes
 from imm.benchmark.rows import OK, Row, append, claims, table
-from imm.benchmark.timing import Clock, clock, sets_of_buffers
+from imm.benchmark.timing import Clock, clock, do_bench, sets_of_buffers
 
 
 @dataclass(frozen=True)
@@ -136,8 +136,17 @@ def measure(case: Case, device: torch.device, effort: Effort = FULL) -> list[Row
             rounds += 1
         for row in found[-len(prepared) :]:
             if row.peer in samples:
-                row.timed(samples[row.peer], samples[COPY])
+                row.timed(samples[row.peer], samples[COPY], samples.get(MATMUL))
+        if device.type == "cuda" and cache == case.caches[0]:
+            _beside(found[-len(prepared) :], dict((row.peer, steps) for row, steps in prepared))
     return found
+
+
+def _beside(rows: list[Row], steps: dict[str, list[Step]]) -> None:
+    """What triton.testing.do_bench says of the peers that were timed."""
+    for row in rows:
+        if row.median_us is not None and (seconds := do_bench(steps[row.peer][0])) is not None:
+            row.do_bench_us = round(1e6 * seconds, 3)
 
 
 def run(op: str, device: torch.device, out: Path | None, *, quick: bool, say: Callable[[str], None] = print) -> list[Row]:

@@ -21,8 +21,9 @@ class Row:
     """One peer at one case. Times in microseconds; None where there is none: refused, or not applicable.
 
     cache: "cold" or "warm". error: the largest relative error against float64. peak_bytes: inputs, what the peer keeps and the
-    most that a step allocates. ratio_to_copy: the median of the ratios to the copy of the same round.
-    samples_us: every round's time, in order, with spaces in between.
+    most that a step allocates. ratio_to_copy: the median of the ratios to the copy of the same round. share_of_floor: of the
+    time, what the slower ceiling of the same round takes: the copy or, where the arithmetic is products, one product.
+    do_bench_us: the median of triton.testing.do_bench, on CUDA. samples_us: every round's time, in order, with spaces in between.
     """
 
     op: str
@@ -42,6 +43,8 @@ class Row:
     bytes: int = 0
     gb_per_s: float | None = None
     ratio_to_copy: float | None = None
+    share_of_floor: float | None = None
+    do_bench_us: float | None = None
     flops: int = 0
     gflop_per_s: float | None = None
     error: float | None = None
@@ -64,8 +67,8 @@ class Row:
         }
         return cls(op=case.op, mode=case.mode, shape=case.size, **known, **values)
 
-    def timed(self, seconds: Sequence[float], copy: Sequence[float]) -> None:
-        """Fill in the times, from this peer's samples and those of the copy, round by round, in seconds."""
+    def timed(self, seconds: Sequence[float], copy: Sequence[float], product: Sequence[float] | None = None) -> None:
+        """Fill in the times, from this peer's samples and those of the ceilings, round by round, in seconds."""
         ordered = torch.tensor(sorted(seconds), dtype=torch.float64)
         p20, median, p80 = (float(torch.quantile(ordered, q)) for q in (0.2, 0.5, 0.8))
         self.rounds = len(seconds)
@@ -73,6 +76,8 @@ class Row:
         self.gb_per_s = round(self.bytes / median * 1e-9, 4)
         self.samples_us = " ".join(f"{1e6 * t:.5g}" for t in seconds)
         self.ratio_to_copy = round(paired(seconds, copy), 4)
+        floor = [max(ceilings) for ceilings in zip(copy, product or copy, strict=True)]
+        self.share_of_floor = round(paired(floor, seconds), 4)
         self.gflop_per_s = None if self.peer == COPY else round(self.flops / median * 1e-9, 4)
 
     @property
@@ -132,16 +137,17 @@ def duration(us: float | None) -> str:
 
 
 def cells(row: Row) -> list[str]:
-    """A row as text: peer, median, p20 to p80, GB/s, ratio to the copy, error, peak memory."""
+    """A row as text, under HEADINGS."""
     if row.median_us is None:
-        return [row.peer, row.status, "", "", "", "", ""]
+        return [row.peer, row.status, *[""] * (len(HEADINGS) - 2)]
     error = "" if row.error is None else f"{row.error:.0e}"
     peak = "" if row.peak_bytes is None else f"{row.peak_bytes / 1e6:.1f} MB"
-    spread = f"{duration(row.p20_us)} to {duration(row.p80_us)}"
-    return [row.peer, duration(row.median_us), spread, f"{row.gb_per_s:.1f}", f"{row.ratio_to_copy:.2f}", error, peak]
+    low, high = interval(row.samples)
+    rates = [f"{row.gb_per_s:.1f}", f"{row.ratio_to_copy:.2f}", "" if row.share_of_floor is None else f"{row.share_of_floor:.0%}"]
+    return [row.peer, duration(row.median_us), f"{duration(low)} to {duration(high)}", *rates, error, peak]
 
 
-HEADINGS = ("peer", "median", "p20 to p80", "GB/s", "x copy", "error", "peak")
+HEADINGS = ("peer", "median", "spread", "GB/s", "x copy", "of floor", "error", "peak")
 
 
 def title(row: Row) -> str:

@@ -35,6 +35,16 @@ class Clock:
     outputs: tuple[Tensor, ...]
 
 
+def do_bench(step: Step) -> float | None:
+    """The median that triton.testing.do_bench gives, in seconds: cold, and with its write-back of what it clears beside the step
+    and the launches within. None without triton."""
+    try:
+        from triton.testing import do_bench as measured
+    except ImportError:
+        return None
+    return float(measured(step, return_mode="median")) * 1e-3
+
+
 def sets_of_buffers(device: torch.device, bytes_per_set: int) -> int:
     """How many independent sets of inputs a case needs."""
     count = math.ceil(ROTATED_BYTES / bytes_per_set)
