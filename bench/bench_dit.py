@@ -5,13 +5,14 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from imm.benchmark.case import Case, Claim, Peer, Step
-from imm.benchmark.networks import random_dit
+from imm.benchmark.networks import parameters, random_dit
 from imm.networks import DiT
 from imm.networks.dit import SIZES
 
@@ -33,8 +34,12 @@ def form(made: DiT, *, fused: bool) -> DiT:
     return other
 
 
-def evaluated(call: Callable[..., Tensor]) -> Peer:
+def evaluated(make: Callable[[], Callable[..., Tensor]]) -> Peer:
+    """``make`` gives the network's form when the peer is prepared."""
+
     def prepare(x: Tensor, *rest: Tensor) -> Step:
+        call = make()
+
         @torch.no_grad()
         def step() -> tuple[Tensor, ...]:
             return (call(x, *rest),)
@@ -44,10 +49,12 @@ def evaluated(call: Callable[..., Tensor]) -> Peer:
     return prepare
 
 
-def trained(call: Callable[..., Tensor], made: DiT) -> Peer:
+def trained(make: Callable[[], Callable[..., Tensor]], network: Callable[[], DiT]) -> Peer:
     """Forward and backward; of the gradients those of the first and the last product are looked at."""
 
     def prepare(*inputs: Tensor) -> Step:
+        call, made = make(), network()
+
         def step() -> tuple[Tensor, ...]:
             made.zero_grad(set_to_none=True)
             out = call(*inputs)
@@ -60,8 +67,9 @@ def trained(call: Callable[..., Tensor], made: DiT) -> Peer:
     return prepare
 
 
-def hoisted(made: DiT) -> Peer:
+def hoisted(make: Callable[[], DiT]) -> Peer:
     def prepare(x: Tensor, t: Tensor, s: Tensor, labels: Tensor) -> Step:
+        made = make()
         with torch.no_grad():
             modulation = made.condition(torch.stack([t[:1], s[:1]], dim=1), labels)[0]
 
@@ -76,32 +84,33 @@ def hoisted(made: DiT) -> Peer:
 
 def case(size: str, rows: int, device: torch.device, dtype: torch.dtype = torch.float32) -> Case:
     features, depth, _ = SIZES[size]
-    exact = random_dit(size, torch.float32, device)
-    made = copy.deepcopy(exact).to(dtype)
-    fused, plain = form(made, fused=True), form(made, fused=False)
+    exact = cache(lambda: random_dit(size, torch.float32, device))
+    made = cache(lambda: copy.deepcopy(exact()).to(dtype))
+    fused, plain = cache(lambda: form(made(), fused=True)), cache(lambda: form(made(), fused=False))
 
     def inputs() -> tuple[Any, ...]:
+        made()  # before what the peers allocate is counted
         time = torch.full((rows,), 994.0, dtype=torch.float64, device=device)
         labels = torch.arange(rows, device=device) % 1001
         return torch.randn(rows, 4, 32, 32, device=device).to(dtype), time, time * 0.5, labels
 
     def truth(x: Tensor, *rest: Tensor) -> tuple[Tensor, ...]:
         with torch.no_grad():
-            wide = form(copy.deepcopy(made).double(), fused=False)
+            wide = form(copy.deepcopy(made()).double(), fused=False)
             return (torch.cat([wide(x[i : i + 1].double(), *(v[i : i + 1] for v in rest)) for i in range(len(x))]),)
 
     peers: dict[str, Peer] = {
         FUSED: evaluated(fused),
         HOISTED: hoisted(fused),
         PLAIN: evaluated(plain),
-        COMPILED: lambda *given: evaluated(torch.compile(plain))(*given),
-        COMPILED_FUSED: lambda *given: evaluated(torch.compile(fused))(*given),
+        COMPILED: evaluated(lambda: torch.compile(plain())),
+        COMPILED_FUSED: evaluated(lambda: torch.compile(fused())),
     }
     if device.type == "cuda":
-        peers[MAX_AUTOTUNE] = lambda *given: evaluated(torch.compile(plain, mode="max-autotune-no-cudagraphs"))(*given)
+        peers[MAX_AUTOTUNE] = evaluated(lambda: torch.compile(plain(), mode="max-autotune-no-cudagraphs"))
     if dtype != torch.float32:
-        peers[FLOAT32] = lambda x, *rest: evaluated(form(exact, fused=False))(x.float(), *rest)
-    tokens, weights = 256, sum(p.numel() for p in made.parameters())
+        peers[FLOAT32] = lambda x, *rest: evaluated(lambda: form(exact(), fused=False))(x.float(), *rest)
+    tokens, weights = 256, parameters(size)
     linear, attention = 24 * features**2 * tokens, 4 * tokens**2 * features
     return Case(
         op="dit",
@@ -122,22 +131,26 @@ def case(size: str, rows: int, device: torch.device, dtype: torch.dtype = torch.
 
 def training_case(size: str, rows: int, device: torch.device, dtype: torch.dtype = torch.float32) -> Case:
     evaluation = case(size, rows, device, dtype)
-    made = random_dit(size, dtype, device).requires_grad_()
-    fused, plain = form(made, fused=True), form(made, fused=False)
+    made = cache(lambda: random_dit(size, dtype, device).requires_grad_())
+    fused, plain = cache(lambda: form(made(), fused=True)), cache(lambda: form(made(), fused=False))
+
+    def inputs() -> tuple[Any, ...]:
+        made()
+        return evaluation.inputs()
 
     def truth(x: Tensor, *rest: Tensor) -> tuple[Tensor, ...]:
-        wide = form(copy.deepcopy(made).double(), fused=False)
-        return trained(wide, wide)(x.double(), *rest)()
+        wide = form(copy.deepcopy(made()).double(), fused=False)
+        return trained(lambda: wide, lambda: wide)(x.double(), *rest)()
 
     peers: dict[str, Peer] = {
         FUSED: trained(fused, made),
         PLAIN: trained(plain, made),
-        COMPILED: lambda *given: trained(torch.compile(plain), made)(*given),
-        COMPILED_FUSED: lambda *given: trained(torch.compile(fused), made)(*given),
+        COMPILED: trained(lambda: torch.compile(plain()), made),
+        COMPILED_FUSED: trained(lambda: torch.compile(fused()), made),
     }
     # The backward reads the weights again and writes as many gradients; its products are twice the forward's.
     more = {"bytes": 3 * evaluation.bytes, "flops": 3 * evaluation.flops, "tolerances": 3 * evaluation.tolerances}
-    return replace(evaluation, mode="forward + backward", truth=truth, peers=peers, **more)
+    return replace(evaluation, mode="forward + backward", inputs=inputs, truth=truth, peers=peers, **more)
 
 
 def cases(device: torch.device, quick: bool) -> Iterator[Case]:

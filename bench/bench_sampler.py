@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator
+from functools import cache
 from typing import Any
 
 import torch
@@ -11,9 +12,9 @@ from torch import Tensor, nn
 
 from imm import sampling
 from imm.benchmark.case import Case, Claim, Peer, Step
-from imm.benchmark.networks import random_dit
+from imm.benchmark.networks import parameters, random_dit, random_unet
 from imm.flow_map import FlowMap
-from imm.networks import DiT, UNet
+from imm.networks import DiT
 from imm.networks.dit import SIZES
 from imm.sampler import Sampler
 
@@ -40,12 +41,7 @@ CLAIMS = (
 
 
 def network(name: str, device: torch.device) -> nn.Module:
-    if name != "unet":
-        return random_dit(name, torch.float32, device)
-    torch.manual_seed(0)
-    made = UNet()
-    nn.init.normal_(made.conv_out.weight, std=0.1)
-    return made.to(device).eval().requires_grad_(False)
+    return random_unet(device) if name == "unet" else random_dit(name, torch.float32, device)
 
 
 def with_network(flow_map: FlowMap, made: nn.Module, dtype: torch.dtype) -> FlowMap:
@@ -161,39 +157,45 @@ def parts(flow_map: FlowMap, times: Tensor, images: int, guidance: float | None)
 
 
 def case(name: str, steps: int, images: int, device: torch.device) -> Case:
-    exact = FlowMap(network(name, device)).eval()
     guidance = None if name == "unet" else GUIDANCE
     rows = images * (1 if guidance is None else 2)
-    times = sampling.time_grid(exact, steps)
-    plain = with_network(exact, exact.network, torch.float32)
-    half = with_network(exact, exact.network, torch.bfloat16)
+    exact = cache(lambda: FlowMap(network(name, device)).eval())
+    times = cache(lambda: sampling.time_grid(exact(), steps))
+    plain = cache(lambda: with_network(exact(), exact().network, torch.float32))
+    half = cache(lambda: with_network(exact(), exact().network, torch.bfloat16))
+    own = exact if name == "unet" else cache(lambda: FlowMap(half_network(exact().network), **exact().settings).eval())
+    parts_of_a_call = cache(lambda: parts(own(), times(), images, guidance))
 
     def inputs() -> tuple[Any, ...]:
-        return torch.arange(images, device=device), torch.arange(images, device=device) % exact.num_classes
+        for name in make:
+            made(name)  # before what the peers allocate is counted
+        parts_of_a_call()
+        return torch.arange(images, device=device), torch.arange(images, device=device) % exact().num_classes
 
     def truth(seeds: Tensor, labels: Tensor) -> tuple[Tensor, ...]:
-        wide = with_network(exact, exact.network, torch.float64)
+        wide = with_network(exact(), exact().network, torch.float64)
         x = sampling.initial_state(wide, seeds, wide.image_shape)
         parts = zip(x.double().split(2), labels.split(2), strict=True)
-        return (torch.cat([sampling.pushforward(wide, a, times, b, guidance, torch.float64) for a, b in parts]),)
+        return (torch.cat([sampling.pushforward(wide, a, times(), b, guidance, torch.float64) for a, b in parts]),)
 
-    own = exact if name == "unet" else FlowMap(half_network(exact.network), **exact.settings).eval()
     options: dict[str, Any] = {"steps": steps, "guidance": guidance}
     make: dict[str, Callable[[], Peer]] = {
-        SAMPLER_16: lambda: sampled(Sampler(exact, dtype=torch.bfloat16, **options)),
-        SAMPLER: lambda: sampled(Sampler(exact, **options)),
-        EAGER: lambda: eager(plain, times, guidance),
-        EAGER_16: lambda: eager(half, times, guidance),
-        COMPILED_16: lambda: compiled(half, times, guidance, None),
+        SAMPLER_16: lambda: sampled(Sampler(exact(), dtype=torch.bfloat16, **options)),
+        SAMPLER: lambda: sampled(Sampler(exact(), **options)),
+        EAGER: lambda: eager(plain(), times(), guidance),
+        EAGER_16: lambda: eager(half(), times(), guidance),
+        COMPILED_16: lambda: compiled(half(), times(), guidance, None),
     }
     if device.type == "cuda":
-        make[STEPWISE_16] = lambda: sampled(Sampler(exact, dtype=torch.bfloat16, graph=False, **options))
+        make[STEPWISE_16] = lambda: sampled(Sampler(exact(), dtype=torch.bfloat16, graph=False, **options))
         for mode in ("reduce-overhead", "max-autotune"):
-            make[f"{COMPILED_16} {mode}"] = lambda mode=mode: compiled(half, times, guidance, mode)
+            make[f"{COMPILED_16} {mode}"] = lambda mode=mode: compiled(half(), times(), guidance, mode)
     if (steps, images) == (1, 1):
-        make[FIRST] = lambda: lambda seeds, labels: lambda: (Sampler(exact, **options).sample(seeds, labels),)
-    peers: dict[str, Peer] = {peer: made() for peer, made in make.items()}
-    weights = sum(p.numel() for p in exact.network.parameters())
+        make[FIRST] = lambda: lambda seeds, labels: lambda: (Sampler(exact(), **options).sample(seeds, labels),)
+    made = cache(lambda peer: make[peer]())
+    ceilings: dict[str, Peer] = {BARE: lambda *given: bare(exact(), rows)(*given)} if steps == 1 else {}
+    for part in (NETWORK, UPDATES) if name == "unet" else (NETWORK, UPDATES, CONDITION):
+        ceilings[part] = lambda *given, part=part: parts_of_a_call()[part](*given)
     features, depth, _ = (0, 0, 0) if name == "unet" else SIZES[name]
     tokens = 256
     return Case(
@@ -202,14 +204,14 @@ def case(name: str, steps: int, images: int, device: torch.device) -> Case:
         shape={"DiT": features, "steps": steps, "images": images},
         dtype=torch.float32,
         # The weights once a step, in 16 bits.
-        bytes=2 * steps * weights,
+        bytes=2 * steps * parameters(name),
         flops=steps * rows * depth * (24 * features**2 * tokens + 4 * tokens**2 * features),
         inputs=inputs,
         truth=truth,
         tolerances=(1e-3,),
-        peers=peers,
-        ceilings={**({BARE: bare(exact, rows)} if steps == 1 else {}), **parts(own, times, images, guidance)},
-        rough={peer: 0.1 for peer in peers if "bfloat16" in peer},
+        peers={peer: lambda *given, peer=peer: made(peer)(*given) for peer in make},
+        ceilings=ceilings,
+        rough={peer: 0.1 for peer in make if "bfloat16" in peer},
         products=name != "unet",
         caches=("warm",),
     )

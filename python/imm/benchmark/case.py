@@ -2,6 +2,9 @@
 
 cases(device, quick)   its Cases, real shapes first; ``quick``: the first one only
 CLAIMS                 ratios of two peers that are published with their bound (optional)
+
+To declare a case costs nothing and needs no device, so that ``imm bench --predict`` can read it anywhere: tensors and networks
+are made when ``inputs`` is called (:mod:`imm.benchmark.networks`).
 """
 
 from __future__ import annotations

@@ -13,9 +13,20 @@ from imm.cli.options import device_line, pick_device, writable_folder
 @click.option("--out", metavar="DIR", help="Append rows.csv and rows.jsonl there, and write environment.json.")
 @click.option("--quick", is_flag=True, help="The first shape of each op, a few seconds each.")
 @click.option("--threads", type=click.IntRange(min=1), help="CPU threads; by default torch's own number.")
-def command(op: str, device_name: str, out: str | None, quick: bool, threads: int | None) -> None:
+@click.option(
+    "--predict", metavar="NAME", help="Time nothing: print floors on a machine (h100, h200, ..., or a results folder)."
+)
+def command(op: str, device_name: str, out: str | None, quick: bool, threads: int | None, predict: str | None) -> None:
     """Time OP (mmd, flow_step, noise or all) beside its peers: interleaved, checked, against a copy of the same bytes."""
     import torch
+
+    if predict is not None:
+        from imm.benchmark.predict import report
+
+        if (device_name, out, threads) != ("auto", None, None):
+            raise ValueError("predict: expected no --device, --out or --threads, since nothing is timed")
+        report(op, predict, quick=quick, say=click.echo)
+        return
 
     from imm.benchmark import load, operations, run
 
