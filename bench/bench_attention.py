@@ -14,6 +14,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from imm.benchmark.case import Case, Claim, Peer, Step
 
+TESTS = {"test_attention.py": ""}
+
 #: Rows, tokens, heads, head size: DiT-S and DiT-XL; guidance takes two rows an image.
 CPU_SHAPES = ((8, 256, 6, 64), (2, 256, 16, 72))
 CUDA_SHAPES = ((128, 256, 16, 72), (16, 256, 16, 72), (2, 256, 16, 72), (512, 256, 16, 72), (128, 256, 6, 64))

@@ -16,6 +16,8 @@ from imm.benchmark.networks import parameters, random_dit
 from imm.networks import DiT
 from imm.networks.dit import SIZES
 
+TESTS = {"test_dit.py": "both_forms"}
+
 #: Size and rows: guidance takes two rows an image.
 CPU_SHAPES = (("S", 2), ("S", 16))
 CUDA_SHAPES = (("XL", 2), ("XL", 16), ("XL", 128), ("XL", 512), ("S", 128))

@@ -12,6 +12,8 @@ from imm.benchmark.case import Case, Peer, Step
 from imm.functional import flow_step
 from imm.ops import flow_step as ops
 
+TESTS = {"test_flow_step.py": ""}
+
 #: Images of CIFAR-10 and latents of ImageNet.
 SHAPES = ((256, 3, 32, 32), (256, 4, 32, 32))
 

@@ -13,6 +13,8 @@ from imm.benchmark.case import COPY, MATMUL, Case, Claim, Step
 from imm.functional import mmd_loss
 from imm.ops import mmd
 
+TESTS = {"test_mmd.py": ""}
+
 #: (G, M, D). CIFAR-10 and ImageNet latents at M = 4, then larger sets.
 CPU_SHAPES = ((256, 4, 3072), (512, 4, 4096), (512, 8, 4096), (32, 16, 16384), (64, 64, 4096))
 #: B = G M = 4096 images, 512 of many features, and few.

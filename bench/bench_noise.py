@@ -12,6 +12,8 @@ from imm.benchmark.case import Case, Peer, Step
 from imm.functional import noise
 from imm.ops import noise as ops
 
+TESTS = {"test_noise.py": ""}
+
 #: Images of CIFAR-10 and latents of ImageNet.
 SHAPES = ((256, 3 * 32 * 32), (256, 4 * 32 * 32))
 STEP = 3

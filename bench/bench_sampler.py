@@ -18,6 +18,8 @@ from imm.networks import DiT
 from imm.networks.dit import SIZES
 from imm.sampler import Sampler
 
+TESTS = {"test_sampler.py": "bits_of_the_eager_loop parity fixed_rows"}
+
 #: Network, steps, images. With guidance, but for the network of the demo.
 CPU_SHAPES = (("unet", 1, 1), ("unet", 4, 1), ("unet", 1, 64), ("S", 1, 1), ("S", 4, 1), ("S", 1, 8))
 CUDA_SHAPES = (

@@ -21,7 +21,7 @@ import torch
 from click.testing import CliRunner
 from torch import Tensor
 
-from imm.benchmark import Case, Claim, case, docs, environment, harness, load, measure, operations, rows, timing
+from imm.benchmark import Case, Claim, case, docs, environment, gate, harness, load, measure, operations, rows, timing
 from imm.cli import main
 
 CPU = torch.device("cpu")
@@ -105,6 +105,39 @@ def test_peers_take_turns() -> None:
     turns = [name for name, _ in itertools.groupby(calls)]
     assert "".join(turns[-15:]) == "abc" * 5
     assert all(row.rounds == 5 and row.threads == torch.get_num_threads() for row in found)
+
+
+def test_an_op_whose_tests_fail_is_not_timed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "tests").mkdir()
+    (tmp_path / "tests" / "test_a.py").write_text("def test_right(): pass\ndef test_wrong_sum(): assert 1 + 1 == 3\n")
+    (tmp_path / "tests" / "test_b.py").write_text("import no_such_package\n")
+    (tmp_path / "tests" / "test_c.py").write_text("def test_c(): pass\n")
+    asked = {"a": {"test_a.py": ""}, "half": {"test_a.py": "right"}, "c": {"test_c.py": ""}, "none": {"test_c.py": "absent"}}
+    found = gate.refusals(asked, tmp_path)
+    assert found == {"a": "1 of its tests fail, test_a.py::test_wrong_sum first", "none": "none of its tests ran"}
+    assert "test_b.py" in gate.refusals({"b": {"test_b.py": ""}}, tmp_path)["b"]
+    with pytest.raises(FileNotFoundError, match=r"test_d\.py"):
+        gate.refusals({"d": {"test_d.py": ""}}, tmp_path)
+    monkeypatch.setattr(gate, "refusals", lambda asked, root: dict.fromkeys(asked, "1 of its tests fail"))
+    said: list[str] = []
+    assert harness.run("flow_step", CPU, None, quick=True, say=said.append) == []
+    assert said == ["flow_step: refused: 1 of its tests fail\n"]
+
+
+def test_slow_peers_have_the_least_rounds() -> None:
+    effort = harness.Effort(0.2, 3, 30)  # slow: 4 ms
+    found = {row.peer: row for row in measure(doubling(quick=by(lambda x: 2 * x), late=by(late)), CPU, effort)}
+    assert found["late"].rounds == 3
+    assert found["quick"].rounds == found[case.COPY].rounds == 30
+    assert found["late"].ratio_to_copy == pytest.approx(rows.paired(found["late"].samples, found[case.COPY].samples), rel=0.02)
+
+
+def test_the_share_of_the_floor_is_that_of_the_slower_ceiling() -> None:
+    row = rows.Row("op", "mode", "N=1", "float32", "cpu", peer="imm", bytes=8)
+    row.timed([4.0, 4.0, 4.0], [1.0, 1.0, 1.0], [2.0, 2.0, 2.0])
+    assert (row.ratio_to_copy, row.share_of_floor) == (4.0, 0.5)
+    row.timed([4.0, 4.0, 4.0], [1.0, 1.0, 1.0], None)
+    assert row.share_of_floor == 0.25
 
 
 def test_csv_has_the_columns_and_comes_back(tmp_path: Path) -> None:
@@ -237,7 +270,8 @@ def test_ceilings_and_rough_peers() -> None:
 
 
 def test_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    module = SimpleNamespace(cases=lambda device, quick: [doubling(right=by(lambda x: 2 * x))], CLAIMS=())
+    module = SimpleNamespace(cases=lambda device, quick: [doubling(right=by(lambda x: 2 * x))], CLAIMS=(), TESTS={})
+    monkeypatch.setattr(gate, "refusals", lambda asked, root: {})
     monkeypatch.setattr(harness, "load", lambda op: module)
     monkeypatch.setattr(harness, "QUICK", BRIEF)
     result = CliRunner().invoke(main, ["bench", "noise", "--quick", "--device=cpu", "--out", str(tmp_path)])

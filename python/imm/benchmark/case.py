@@ -1,6 +1,7 @@
 """What an op file ``bench/bench_<op>.py`` declares.
 
 cases(device, quick)   its Cases, real shapes first; ``quick``: the first one only
+TESTS                  its own tests, without which it is not timed (:mod:`imm.benchmark.gate`)
 CLAIMS                 ratios of two peers that are published with their bound (optional)
 
 To declare a case costs nothing and needs no device, so that ``imm bench --predict`` can read it anywhere: tensors and networks

@@ -13,21 +13,21 @@ from pathlib import Path
 
 from imm.benchmark.case import folder as bench_folder
 from imm.benchmark.case import load
-from imm.benchmark.rows import HEADINGS, Row, cells, ratios, read, title
+from imm.benchmark.rows import Row, cells, ratios, read, title
 
 _HEAD = """# Performance
 
 Made by `python -m imm.benchmark.docs > docs/performance.md` from the rows in `bench/results`; figures are not edited by hand.
 
-Every row is the median of many calls; peers take turns (A B C A B C ...) in one process with a fixed number of threads. Cold
-buffers rotate, so that inputs and outputs come from memory and go there, as where other work lies between two calls; warm ones
-are the same at each call, as in a loop. GB/s counts the bytes that the algorithm must move, whatever the peer moves. A ratio is
-the median of each round's: what slows the machine down for a while slows both down. "x copy" is that to a copy that moves as
-many bytes: 1 is the ceiling for work limited by memory; "of floor" is the share that the slower of this copy and, for work that is
-products, one square product of as many flops would take. "spread" is from the 20 % to the 80 % quantile of the first and of the
-second half of the calls together. "error" is the largest difference from float64, relative to the largest
-number; a peer that is wrong is not timed. "peak" is inputs, what the peer keeps and the most that a step allocates, without the
-weights that were there before.
+Every row is the median of many calls; peers take turns (A B C A B C ...) in one process with a fixed number of threads, after
+the op's own tests. Cold buffers rotate, so that inputs and outputs come from memory and go there, as where other work lies
+between two calls; warm ones are the same at each call, as in a loop. "spread" is from the 20 % to the 80 % quantile of the
+first and of the second half of the calls together. GB/s counts the bytes that the algorithm must move, whatever the peer
+moves. A ratio is the median of each round's: what slows the machine down for a while slows both down. "x copy" is that to a
+copy that moves as many bytes: 1 is the ceiling for work limited by memory. "of floor" is the share of the time that the
+slower of this copy and, for work that is products, one square product of as many flops takes. "error" is the largest
+difference from float64, relative to the largest number; a peer that is wrong is not timed. "peak" is inputs, what the peer
+keeps and the most that a step allocates, without the weights that were there before.
 `imm bench all` measures your machine.
 """
 
@@ -71,7 +71,7 @@ def section(folder: Path) -> str:
         if e["device"] == "cpu" and (text := _claims(cases)):
             parts.append(text.rstrip())
         for rows in cases:
-            parts += [f"### {title(rows[0])}", _markdown([HEADINGS, *(cells(row) for row in rows)])]
+            parts += [f"### {title(rows[0])}", _markdown(cells(rows))]
     return "\n\n".join(parts) + "\n"
 
 

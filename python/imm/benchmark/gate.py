@@ -63,7 +63,9 @@ def refusals(asked: Mapping[str, Tests], root: Path) -> dict[str, str]:
         command = [sys.executable, "-m", "pytest", "-p", "imm_gate", "-p", "no:cacheprovider", "-q", "--tb=no"]
         command += [str(root / "tests" / name) for name in files]
         try:
-            done = subprocess.run(command, cwd=root, env=variables, capture_output=True, text=True, timeout=_SECONDS, check=False)
+            done = subprocess.run(
+                command, cwd=root, env=variables, capture_output=True, text=True, timeout=_SECONDS, check=False
+            )
         except subprocess.TimeoutExpired:
             return dict.fromkeys(asked, f"tests did not end within {_SECONDS} s")
         if not out.exists():

@@ -12,8 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from imm.benchmark import environment
+from imm.benchmark import environment, gate
 from imm.benchmark.case import COPY, MATMUL, Case, Peer, Step, load, operations
+from imm.benchmark.case import folder as bench_folder
 from imm.benchmark.memory import peak_bytes
 from imm.benchmark.rows import OK, Row, append, claims, table
 from imm.benchmark.timing import Clock, clock, do_bench, sets_of_buffers
@@ -21,15 +22,21 @@ from imm.benchmark.timing import Clock, clock, do_bench, sets_of_buffers
 
 @dataclass(frozen=True)
 class Effort:
-    """How long a case is measured: rounds until ``seconds`` are over, within the bounds."""
+    """How long a case is measured with one cache: ``least`` rounds of all peers, then rounds of those that take less than
+    ``seconds`` / 50 a call, until ``seconds`` are over or there are ``most``."""
 
     seconds: float
     least: int
     most: int
 
+    @property
+    def slow(self) -> float:
+        """Seconds of a call beyond which a peer has the least rounds."""
+        return self.seconds / 50
 
-QUICK = Effort(4.0, 7, 100)
-FULL = Effort(12.0, 11, 300)
+
+QUICK = Effort(1.5, 6, 100)
+FULL = Effort(5.0, 10, 300)
 
 
 def copy_peer(case: Case, device: torch.device) -> Peer:
@@ -106,6 +113,19 @@ def _ready(case: Case, steps: list[Step], truth: tuple[Tensor, ...], device: tor
     return ready if row.status == OK else None
 
 
+def _in_turns(clocks: dict[str, Clock], effort: Effort) -> dict[str, list[float]]:
+    """Samples of every peer, A B C A B C ...; those of one index are of one round."""
+    samples: dict[str, list[float]] = {name: [] for name in clocks}
+    start, rounds, turns = time.perf_counter(), 0, dict(clocks)
+    while turns and (rounds < effort.least or (rounds < effort.most and time.perf_counter() - start < effort.seconds)):
+        for name, ready in turns.items():
+            samples[name].append(ready.sample())
+        rounds += 1
+        if rounds == effort.least:
+            turns = {name: ready for name, ready in turns.items() if min(samples[name]) < effort.slow}
+    return samples
+
+
 def measure(case: Case, device: torch.device, effort: Effort = FULL) -> list[Row]:
     """One row per cache and peer, the ceilings first. A peer that fails or is wrong has a row that says so, without a time."""
     torch.manual_seed(0)
@@ -128,17 +148,12 @@ def measure(case: Case, device: torch.device, effort: Effort = FULL) -> list[Row
             found.append(row)
             if steps and (ready := _ready(case, steps, truth, device, row)):
                 clocks[row.peer], row.method = ready, ready.method
-        samples: dict[str, list[float]] = {name: [] for name in clocks}
-        start, rounds = time.perf_counter(), 0
-        while rounds < effort.least or (rounds < effort.most and time.perf_counter() - start < effort.seconds):
-            for name, ready in clocks.items():
-                samples[name].append(ready.sample())
-            rounds += 1
+        samples = _in_turns(clocks, effort)
         for row in found[-len(prepared) :]:
             if row.peer in samples:
                 row.timed(samples[row.peer], samples[COPY], samples.get(MATMUL))
         if device.type == "cuda" and cache == case.caches[0]:
-            _beside(found[-len(prepared) :], dict((row.peer, steps) for row, steps in prepared))
+            _beside(found[-len(prepared) :], {row.peer: steps for row, steps in prepared})
     return found
 
 
@@ -149,17 +164,32 @@ def _beside(rows: list[Row], steps: dict[str, list[Step]]) -> None:
             row.do_bench_us = round(1e6 * seconds, 3)
 
 
-def run(op: str, device: torch.device, out: Path | None, *, quick: bool, say: Callable[[str], None] = print) -> list[Row]:
+def run(
+    op: str,
+    device: torch.device,
+    out: Path | None,
+    *,
+    quick: bool,
+    say: Callable[[str], None] = print,
+    tests: bool = True,
+) -> list[Row]:
     """Measure an op ("all": every one), print a table per case, and append rows and the environment to the folder ``out``.
 
+    Args:
+        quick: the first case of each op, for a few seconds.
+        tests: run each op's own tests first and refuse its figures while one fails; False where they have just run.
     Raises ValueError for an op without a file, FileNotFoundError outside a checkout.
     """
     chosen = operations() if op == "all" else [op]
     modules = {name: load(name) for name in chosen}
     torch.set_num_threads(torch.get_num_threads())  # from here on a fixed number
     recorded = environment.record(device)
+    refused = gate.refusals({name: module.TESTS for name, module in modules.items()}, bench_folder().parent) if tests else {}
     rows: list[Row] = []
-    for module in modules.values():
+    for name, module in modules.items():
+        if name in refused:
+            say(f"{name}: refused: {refused[name]}\n")
+            continue
         for case in module.cases(device, quick):
             measured = measure(case, device, QUICK if quick or device.type == "cuda" else FULL)
             for row in measured:

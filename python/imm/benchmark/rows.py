@@ -23,7 +23,8 @@ class Row:
     cache: "cold" or "warm". error: the largest relative error against float64. peak_bytes: inputs, what the peer keeps and the
     most that a step allocates. ratio_to_copy: the median of the ratios to the copy of the same round. share_of_floor: of the
     time, what the slower ceiling of the same round takes: the copy or, where the arithmetic is products, one product.
-    do_bench_us: the median of triton.testing.do_bench, on CUDA. samples_us: every round's time, in order, with spaces in between.
+    do_bench_us: the median of triton.testing.do_bench, on CUDA.
+    samples_us: every round's time, in order, with spaces in between.
     """
 
     op: str
@@ -76,7 +77,7 @@ class Row:
         self.gb_per_s = round(self.bytes / median * 1e-9, 4)
         self.samples_us = " ".join(f"{1e6 * t:.5g}" for t in seconds)
         self.ratio_to_copy = round(paired(seconds, copy), 4)
-        floor = [max(ceilings) for ceilings in zip(copy, product or copy, strict=True)]
+        floor = [max(ceilings) for ceilings in zip(copy, product or copy, strict=False)]
         self.share_of_floor = round(paired(floor, seconds), 4)
         self.gflop_per_s = None if self.peer == COPY else round(self.flops / median * 1e-9, 4)
 
@@ -96,8 +97,9 @@ def interval(values: Sequence[float]) -> tuple[float, float]:
 
 
 def paired(times: Sequence[float], others: Sequence[float]) -> float:
-    """The median of times over others of the same rounds: what slows a machine down for a while slows both down."""
-    return float(torch.quantile(torch.tensor(times, dtype=torch.float64) / torch.tensor(others, dtype=torch.float64), 0.5))
+    """The median of times over others of the same rounds, as many as both have: what slows a machine down slows both."""
+    found = [time / other for time, other in zip(times, others, strict=False)]
+    return float(torch.quantile(torch.tensor(found, dtype=torch.float64), 0.5))
 
 
 COLUMNS = tuple(field.name for field in fields(Row))
@@ -136,18 +138,27 @@ def duration(us: float | None) -> str:
     return f"{us / 1e3:.2f} ms" if us >= 1e3 else f"{us:.1f} us"
 
 
-def cells(row: Row) -> list[str]:
-    """A row as text, under HEADINGS."""
+_HEADINGS = ("peer", "median", "spread", "GB/s", "x copy", "of floor", "error", "peak", "do_bench")
+
+
+def _cells(row: Row) -> list[str]:
+    """A row as text, under the headings."""
     if row.median_us is None:
-        return [row.peer, row.status, *[""] * (len(HEADINGS) - 2)]
+        return [row.peer, row.status, *[""] * (len(_HEADINGS) - 2)]
     error = "" if row.error is None else f"{row.error:.0e}"
     peak = "" if row.peak_bytes is None else f"{row.peak_bytes / 1e6:.1f} MB"
+    beside = "" if row.do_bench_us is None else duration(row.do_bench_us)
+    share = "" if row.share_of_floor is None else f"{row.share_of_floor:.0%}"
     low, high = interval(row.samples)
-    rates = [f"{row.gb_per_s:.1f}", f"{row.ratio_to_copy:.2f}", "" if row.share_of_floor is None else f"{row.share_of_floor:.0%}"]
-    return [row.peer, duration(row.median_us), f"{duration(low)} to {duration(high)}", *rates, error, peak]
+    rates = [f"{row.gb_per_s:.1f}", f"{row.ratio_to_copy:.2f}", share]
+    return [row.peer, duration(row.median_us), f"{duration(low)} to {duration(high)}", *rates, error, peak, beside]
 
 
-HEADINGS = ("peer", "median", "spread", "GB/s", "x copy", "of floor", "error", "peak")
+def cells(rows: Sequence[Row]) -> list[list[str]]:
+    """The rows as text below a line of headings, without the columns that none of them has."""
+    lines = [list(_HEADINGS), *map(_cells, rows)]
+    kept = [i for i in range(len(_HEADINGS)) if any(line[i] for line in lines[1:])]
+    return [[line[i] for i in kept] for line in lines]
 
 
 def title(row: Row) -> str:
@@ -158,9 +169,9 @@ def title(row: Row) -> str:
 
 def table(rows: Sequence[Row]) -> str:
     """The rows of one case, aligned."""
-    lines = [list(HEADINGS), *(cells(row) for row in rows)]
+    lines = cells(rows)
     # A reason is longer than a time and has its line to itself.
-    widths = [max(len(line[i]) for line in lines if i != 1 or line[2]) for i in range(len(HEADINGS))]
+    widths = [max(len(line[i]) for line in lines if i != 1 or any(line[2:])) for i in range(len(lines[0]))]
     texts = []
     for line in lines:
         first, *others = (cell.rjust(width) for cell, width in zip(line, widths, strict=True))

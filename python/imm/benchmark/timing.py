@@ -36,8 +36,8 @@ class Clock:
 
 
 def do_bench(step: Step) -> float | None:
-    """The median that triton.testing.do_bench gives, in seconds: cold, and with its write-back of what it clears beside the step
-    and the launches within. None without triton."""
+    """The median that triton.testing.do_bench gives, in seconds: cold, with launches, beside a write-back of what it clears.
+    None without triton."""
     try:
         from triton.testing import do_bench as measured
     except ImportError:
