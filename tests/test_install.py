@@ -32,22 +32,31 @@ print(imm.__version__)
 """
 
 
+# A native wheel takes minutes; tests/builds.py has a native install from a clean clone.
+@pytest.fixture(scope="module", params=["0", pytest.param("1", marks=pytest.mark.full)], ids=["pure", "native"])
+def native(request) -> str:
+    """What IMM_BUILD_NATIVE is."""
+    return request.param
+
+
 @pytest.fixture(scope="module")
-def distributions(tmp_path_factory) -> Path:
+def distributions(native, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("dist")
     command = [sys.executable, "-m", "build", "--no-isolation", "--outdir", str(folder), str(ROOT)]
-    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    environment = {**os.environ, "IMM_BUILD_NATIVE": native}
+    result = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
     assert result.returncode == 0, result.stdout + result.stderr
     return folder
 
 
-def test_contents(distributions) -> None:
+def test_contents(native, distributions) -> None:
     (wheel,), (sdist,) = distributions.glob("*.whl"), distributions.glob("*.tar.gz")
     assert wheel.name.startswith("imm_kernels-0.1.0-")
     with zipfile.ZipFile(wheel) as archive:
         names = archive.namelist()
     for name in ("imm/__init__.py", "imm/ops/mmd.py", "imm/cli/demo.py", "imm_kernels/__init__.py"):
         assert name in names
+    assert any(name.endswith(".so") for name in names) == (native == "1")
     tops = {name.split("/")[0] for name in names}
     assert tops == {"imm", "imm_kernels", "imm_kernels-0.1.0.dist-info"}
     with tarfile.open(sdist) as archive:
@@ -68,19 +77,19 @@ def environment(tmp_path_factory) -> Path:
     return folder / "bin"
 
 
-def run(command: list[str | Path], folder: Path) -> str:
-    variables = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
+def run(command: list[str | Path], folder: Path, **environment: str) -> str:
+    variables = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"} | environment
     result = subprocess.run(command, capture_output=True, text=True, check=False, cwd=folder, env=variables)
     assert result.returncode == 0, result.stdout + result.stderr
     return result.stdout
 
 
 @pytest.mark.parametrize("pattern", ["*.whl", "*.tar.gz"])
-def test_install_in_a_clean_environment(pattern, distributions, environment, tmp_path) -> None:
+def test_install_in_a_clean_environment(pattern, native, distributions, environment, tmp_path) -> None:
     (distribution,) = distributions.glob(pattern)
     python = environment / "python"
     options = ["--quiet", "--no-deps", "--no-build-isolation", "--force-reinstall"]
-    run([python, "-m", "pip", "install", *options, distribution], tmp_path)
+    run([python, "-m", "pip", "install", *options, distribution], tmp_path, IMM_BUILD_NATIVE=native)
     assert run([python, "-c", PROGRAM], tmp_path).strip() == "0.1.0"
     assert (tmp_path / "net.safetensors").exists()
     assert "mmd_loss: " in run([environment / "imm", "doctor"], tmp_path)
