@@ -119,9 +119,6 @@ def test_csv_has_the_columns_and_comes_back(tmp_path: Path) -> None:
     assert wanted <= set(rows.COLUMNS)
     assert [line["peer"] for line in lines] == [case.COPY, "right", "broken"]
     assert rows.read(tmp_path / "rows.csv") == measured
-    assert [json.loads(text)["peer"] for text in (tmp_path / "rows.jsonl").read_text().splitlines()] == [
-        r.peer for r in measured
-    ]
     rows.append(tmp_path, measured)  # measured again: the last counts
     assert len(rows.read(tmp_path / "rows.csv")) == 3
 
@@ -243,7 +240,7 @@ def test_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     result = CliRunner().invoke(main, ["bench", "noise", "--quick", "--device=cpu", "--out", str(tmp_path)])
     assert result.exit_code == 0, result.output
     assert "double forward, N=1000" in result.output
-    assert {p.name for p in tmp_path.iterdir()} == {"rows.csv", "rows.jsonl", "environment.json"}
+    assert {p.name for p in tmp_path.iterdir()} == {"rows.csv", "environment.json"}
     recorded = json.loads((tmp_path / "environment.json").read_text())
     assert {"machine", "threads", "torch", "triton", "imm", "commit", "dirty", "capability", "implementations"} <= set(recorded)
     assert {row.commit for row in rows.read(tmp_path / "rows.csv")} == {recorded["commit"]}
