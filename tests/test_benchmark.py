@@ -249,6 +249,22 @@ def test_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert wrong.output.startswith(f"Error: op: expected one of {operations()} or all")
 
 
+def test_a_run_goes_on_with_the_cases_that_are_not_done(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cases = [doubling(right=by(lambda x: 2 * x))]
+    monkeypatch.setattr(harness, "load", lambda op: SimpleNamespace(cases=lambda device, quick: cases))
+    monkeypatch.setattr(harness, "QUICK", BRIEF)
+    measure_modes = lambda **options: [
+        row.mode for row in harness.run("noise", CPU, tmp_path, quick=True, say=lambda text: None, **options)[::2]
+    ]
+    assert measure_modes(resume=True) == ["forward"]
+    cases.append(dataclasses.replace(cases[0], mode="backward"))
+    assert measure_modes(resume=True) == ["backward"]
+    assert measure_modes(resume=True) == []
+    assert measure_modes() == ["forward", "backward"]
+    monkeypatch.setattr(environment, "commit", lambda: ("another", False))
+    assert measure_modes(resume=True) == ["forward", "backward"]
+
+
 def test_without_a_checkout_one_line_says_so(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(case, "__file__", str(tmp_path / "site-packages" / "imm" / "benchmark" / "case.py"))
     result = CliRunner().invoke(main, ["bench", "all", "--device=cpu"])

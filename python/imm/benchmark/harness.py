@@ -15,7 +15,7 @@ from torch import Tensor
 from imm.benchmark import environment
 from imm.benchmark.case import COPY, MATMUL, Case, Peer, Step, load, operations
 from imm.benchmark.memory import peak_bytes
-from imm.benchmark.rows import OK, Row, append, claims, table
+from imm.benchmark.rows import OK, Row, append, claims, read, table
 from imm.benchmark.timing import Clock, clock, sets_of_buffers
 
 
@@ -140,18 +140,38 @@ def measure(case: Case, device: torch.device, effort: Effort = FULL) -> list[Row
     return found
 
 
-def run(op: str, device: torch.device, out: Path | None, *, quick: bool, say: Callable[[str], None] = print) -> list[Row]:
+def measured_before(folder: Path | None, commit: str) -> set[tuple[str, ...]]:
+    """(op, mode, shape, dtype, device) of the cases that a folder has rows of, from this commit."""
+    path = None if folder is None else folder / "rows.csv"
+    found = read(path) if path is not None and path.exists() else []
+    return {(row.op, row.mode, row.shape, row.dtype, row.device) for row in found if row.commit == commit}
+
+
+def run(
+    op: str,
+    device: torch.device,
+    out: Path | None,
+    *,
+    quick: bool,
+    resume: bool = False,
+    say: Callable[[str], None] = print,
+) -> list[Row]:
     """Measure an op ("all": every one), print a table per case, and append rows and the environment to the folder ``out``.
 
+    ``resume`` leaves out the cases that ``out`` has from this commit: a run that was cut short goes on.
     Raises ValueError for an op without a file, FileNotFoundError outside a checkout.
     """
     chosen = operations() if op == "all" else [op]
     modules = {name: load(name) for name in chosen}
     torch.set_num_threads(torch.get_num_threads())  # from here on a fixed number
     recorded = environment.record(device)
+    done = measured_before(out, recorded["commit"]) if resume else set()
     rows: list[Row] = []
     for module in modules.values():
         for case in module.cases(device, quick):
+            if (case.op, case.mode, case.size, str(case.dtype).removeprefix("torch."), device.type) in done:
+                say(f"{case.op} {case.mode}, {case.size}, {case.dtype}: measured before")
+                continue
             measured = measure(case, device, QUICK if quick or device.type == "cuda" else FULL)
             for row in measured:
                 row.commit, row.machine = recorded["commit"], recorded["machine"]
