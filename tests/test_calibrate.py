@@ -111,7 +111,7 @@ def test_a_failure_is_recorded_and_tried_again_after_the_others(
     assert calibrate.calibrate(path, CPU, frozenset(), lambda text: None) == 1
     assert calls == ["slow", "broken"]
     monkeypatch.setattr(calibrate, "TOTAL", 0.0)
-    calibrate.calibrate(path, CPU, frozenset(), lambda text: None)
+    assert calibrate.calibrate(path, CPU, frozenset(), lambda text: None) == 1
     assert {entry["status"] for entry in entries(path).values()} == {"ok", "no time left"}
 
 
