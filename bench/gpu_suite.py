@@ -4,8 +4,9 @@
     python bench/gpu_suite.py --out DIR --dry-run        the plan, and what a CPU can do of it without a build
 
 The stages run most valuable first, each with its own time limit; one that fails or runs over is recorded and the next begins.
-Run again with the same DIR, it goes on with the stages that are not done. DIR gets at most 8 files of under 16 MB together:
-summary.json, environment.json, build.txt, tests.txt, sanitizer.txt, bench.txt, rows.csv, rows.jsonl.
+What is timed was tested first: an op whose tests failed is left out of the calibrations, and its benchmarks are recorded as
+refused. Run again with the same DIR, it goes on with the stages that are not done. DIR gets at most 8 files of under 16 MB
+together: summary.json, environment.json, build.txt, tests.txt, sanitizer.txt, calibration.json, bench.txt, rows.csv.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import importlib.util
 import json
 import os
 import platform
+import re
 import shutil
 import signal
 import subprocess
@@ -31,6 +33,7 @@ ROOT = Path(__file__).resolve().parents[1]
 TOTAL = 525.0  # seconds; under 9 minutes with the starts of the processes
 LEAST = 10.0  # seconds in which a stage can do something
 TEXT_BYTES = 1_000_000  # of each text file
+WORKERS = 8  # processes that share the GPU in tests
 PACKAGES = (
     "torch",
     "triton",
@@ -40,6 +43,7 @@ PACKAGES = (
     "tqdm",
     "PIL",
     "pytest",
+    "xdist",
     "hypothesis",
     "setuptools",
     "matplotlib",
@@ -64,9 +68,31 @@ DRY_TESTS = ("test_noise",)
 GPU_BENCHES = {"mmd": 100, "attention": 60, "dit": 100, "sampler": 120, "adaln": 40}
 GPU_BENCHES |= {"flow_map_mmd": 30, "flow_step": 20, "noise": 30}
 DRY_BENCHES = {name: GPU_BENCHES[name] for name in ("mmd", "flow_map_mmd", "flow_step", "noise")}
+#: What a benchmark rests on: words in the names of tests, checks, kernels and files. One that failed with such a word stops it.
+ABOUT = {
+    "mmd": ("mmd",),
+    "attention": ("attention",),
+    "dit": ("test_dit", "adaln", "attention", "timestep"),
+    "sampler": ("test_sampl", "sampling_step", "test_dit", "adaln", "attention", "timestep", "flow_step", "noise"),
+    "adaln": ("adaln",),
+    "flow_map_mmd": ("mmd", "flow_step"),
+    "flow_step": ("flow_step",),
+    "noise": ("noise",),
+    "objective": ("test_objective", "mmd", "flow_step"),
+}
+CALIBRATED = ("mmd", "attention")  # of our ops
+REFUSED = "refused: tests failed"
+#: A test's verdict in pytest's output, before or after its name, or what comes in its place; a check's of check_kernels.py;
+#: what the sanitizer says it has found.
+_TEST = re.compile(r"\b(?:FAILED|ERROR)\b.*?(tests/test_\w+\.py\S*)|(tests/test_\w+\.py\S*).* (?:FAILED|ERROR)\b")
+_CRASH = re.compile(r"(tests/test_\w+\.py::\S+)\s+Fatal Python error")
+_CHECK = re.compile(r"^(.+?): (?:FAILED|WRONG)\b", re.MULTILINE)
+_FOUND = re.compile(r"=========\s+(?:Invalid|Misaligned|Error: (?:Race|Potential))")
 #: Runs benchmarks without the command line, which needs click.
 BENCH = "import sys, torch; from pathlib import Path; from imm.benchmark import run; "
-BENCH += "run(sys.argv[1], torch.device(sys.argv[2]), Path(sys.argv[3]), quick=sys.argv[4] == 'quick')"
+BENCH += (
+    "run(sys.argv[1], torch.device(sys.argv[2]), Path(sys.argv[3]), quick=sys.argv[4] == 'quick', resume=True, tests=False)"
+)
 
 
 @dataclass(frozen=True)
@@ -110,8 +136,13 @@ def pytest_command(names: tuple[str, ...]) -> tuple[list[str] | str, list[str]]:
     absent = {path: needs(path) for path in paths}
     notes = [f"{path.name} skipped: {', '.join(lacking)} not installed" for path, lacking in absent.items() if lacking]
     files = [str(path) for path, lacking in absent.items() if not lacking]
-    # A test that starts a child for Triton's interpreter says nothing about a GPU.
-    options = ["-p", "no:cacheprovider", "-k", "not interpreter", "-rs", "--durations=8"]
+    # A test that starts a child for Triton's interpreter says nothing about a GPU, nor does one of the processor's time. Every
+    # verdict is printed as it falls, for :func:`failed` to read where the time runs out. Most of the time goes to compiling
+    # kernels, which takes processors.
+    options = ["-p", "no:cacheprovider", "-p", "dead_device", "-k", "not interpreter and not costs"]
+    options += ["-vv", "-rs", "--durations=8"]
+    if importlib.util.find_spec("xdist"):
+        options += ["-n", str(min(WORKERS, os.cpu_count() or 1)), "--dist", "worksteal"]
     return [sys.executable, "-m", "pytest", *files, *options] if files else "; ".join(notes), notes
 
 
@@ -121,19 +152,26 @@ def plan(options: argparse.Namespace, found: dict[str, Any]) -> tuple[list[Stage
     why_not = "dry run" if options.dry_run else "no GPU"
     script = [python, "bench/check_kernels.py"]
     build = [python, "bench/build_in_place.py", *(["--cuda"] if found["tools"]["nvcc"] else [])]
-    memcheck: list[str] | str = ["compute-sanitizer", "--tool", "memcheck", "--error-exitcode", "9", *script]
+    sanitizer = ["compute-sanitizer", "--error-exitcode", "9", "--print-limit", "40"]
+    # What libraries try in vain is no error of ours.
+    memcheck: list[str] | str = [*sanitizer, "--tool", "memcheck", "--report-api-errors", "no", *script]
+    # It follows every access to shared memory, and takes 10 to 100 times as long.
+    racecheck: list[str] | str = [*sanitizer, "--tool", "racecheck", *script, "--small"]
     if not found["tools"]["compute-sanitizer"]:
-        memcheck = "compute-sanitizer not found"
+        memcheck = racecheck = "compute-sanitizer not found"
     triton, notes = pytest_command(TRITON_TESTS)
     ops, more = pytest_command(OP_TESTS if gpu else DRY_TESTS)
     stages = [
         Stage("build", 90, "build.txt", build if gpu else why_not),
-        Stage("kernels", 60, "tests.txt", script if gpu else why_not),
+        Stage("kernels", 60, "tests.txt", [*script, "--jobs", str(WORKERS)] if gpu else why_not),
         Stage("triton tests", 80, "tests.txt", triton if gpu else why_not),
         Stage("op tests", 55, "tests.txt", ops),
         Stage("memcheck", 60, "sanitizer.txt", memcheck if gpu else why_not),
+        Stage("racecheck", 45, "sanitizer.txt", racecheck if gpu else why_not),
     ]
     where, effort = ("cuda", "full") if gpu else ("cpu", "quick")
+    calibrate = [python, "bench/calibrate.py", "--out", str(options.out.resolve()), "--device", where]
+    stages.append(Stage("calibrations", 65, "bench.txt", calibrate))
     slower = 1 if gpu else 3
     for op, limit in (GPU_BENCHES if gpu else DRY_BENCHES).items():
         command = [python, "-c", BENCH, op, where, str(options.out.resolve()), effort]
@@ -165,6 +203,28 @@ def execute(stage: Stage, limit: float, environment: dict[str, str]) -> tuple[di
     return outcome, text
 
 
+def failed(text: str) -> list[str]:
+    """The tests and checks that a stage's output says have failed; of the sanitizer's, during which it found something."""
+    names: list[str] = []
+    if text.startswith("========= COMPUTE-SANITIZER"):  # a check that it makes fail says nothing: it may not know the device
+        found = False
+        for line in text.splitlines():
+            if line.startswith("="):
+                found = found or bool(_FOUND.match(line))
+            elif found:  # a check prints its line when its kernels have ended
+                names.append(line.partition(": ")[0])
+                found = False
+    else:
+        names = [one or other for one, other in _TEST.findall(text)] + _CRASH.findall(text) + _CHECK.findall(text)
+    return sorted({name.strip(" :")[:160] for name in names})[:100]
+
+
+def refusing(op: str, done: dict[str, Any]) -> list[str]:
+    """What failed, in the stages that are done, that a benchmark rests on."""
+    names = [name for outcome in done.values() for name in outcome.get("failed", ())]
+    return [name for name in names if any(word in name for word in ABOUT.get(op, (op,)))]
+
+
 def shorten(text: str) -> str:
     """At most half of TEXT_BYTES from either end."""
     half = TEXT_BYTES // 8  # a character is at most 4 bytes
@@ -189,28 +249,46 @@ def main(say: Callable[..., None] = print) -> int:
     stages, notes = plan(options, found)
     say(json.dumps(found, indent=2), *notes, sep="\n")
     environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
-    environment["PYTHONPATH"] = os.pathsep.join([str(ROOT / "python"), str(ROOT), os.environ.get("PYTHONPATH", "")])
+    folders = (ROOT / "python", ROOT, ROOT / "bench", os.environ.get("PYTHONPATH", ""))
+    environment["PYTHONPATH"] = os.pathsep.join(map(str, folders))
     # The caching allocator hides accesses beyond a tensor from the sanitizer.
     strict = {**environment, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+    shared = {**environment, "OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // WORKERS))}
+    environments = {"memcheck": strict, "kernels": shared, "triton tests": shared, "op tests": shared}
     if options.commit:
         environment["IMM_COMMIT"] = options.commit
+
+    def keep() -> None:
+        total = round(time.monotonic() - began, 1)
+        path.write_text(json.dumps({"machine": found, "notes": notes, "seconds": total, "stages": done}, indent=2) + "\n")
+
     for stage in stages:
         what = stage.command if isinstance(stage.command, str) else " ".join(stage.command)
         say(f"plan: {stage.name}, {stage.limit:.0f} s: {what}")
     for stage in stages:
+        op = stage.name.removeprefix("bench ") if stage.name.startswith("bench ") else ""
+        if op and (reasons := refusing(op, done)):
+            done[stage.name] = {"status": REFUSED, "reason": ", ".join(reasons[:3])}
+            keep()
+            say(f"{stage.name}: {REFUSED}: {done[stage.name]['reason']}", flush=True)
+            continue
         if done.get(stage.name, {}).get("status") == "ok":
             say(f"{stage.name}: done before")
             continue
+        if stage.name == "calibrations" and not isinstance(stage.command, str):
+            untimed = ",".join(name for name in CALIBRATED if refusing(name, done))
+            stage = replace(stage, command=[*stage.command, "--refused", untimed])
         left = TOTAL - (time.monotonic() - began)
         if left < LEAST and not isinstance(stage.command, str):
             stage = replace(stage, command="no time left; run again with the same folder")
         limit = min(stage.limit, options.limit, left)
-        outcome, text = execute(stage, limit, strict if stage.name == "memcheck" else environment)
+        outcome, text = execute(stage, limit, environments.get(stage.name, environment))
+        if stage.file in ("tests.txt", "sanitizer.txt") and (names := failed(text)):
+            outcome["failed"] = names
         done[stage.name] = outcome
         with (out / stage.file).open("a") as file:
             file.write(shorten(f"== {stage.name}: {outcome['status']}\n{text}"))
-        total = round(time.monotonic() - began, 1)
-        path.write_text(json.dumps({"machine": found, "notes": notes, "seconds": total, "stages": done}, indent=2) + "\n")
+        keep()
         say(f"{stage.name}: {outcome['status']} {outcome.get('seconds', '')} {outcome.get('reason', '')}", flush=True)
     return 1 if any(outcome["status"] in ("failed", "timed out") for outcome in done.values()) else 0
 

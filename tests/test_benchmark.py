@@ -152,9 +152,6 @@ def test_csv_has_the_columns_and_comes_back(tmp_path: Path) -> None:
     assert wanted <= set(rows.COLUMNS)
     assert [line["peer"] for line in lines] == [case.COPY, "right", "broken"]
     assert rows.read(tmp_path / "rows.csv") == measured
-    assert [json.loads(text)["peer"] for text in (tmp_path / "rows.jsonl").read_text().splitlines()] == [
-        r.peer for r in measured
-    ]
     rows.append(tmp_path, measured)  # measured again: the last counts
     assert len(rows.read(tmp_path / "rows.csv")) == 3
 
@@ -277,13 +274,29 @@ def test_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     result = CliRunner().invoke(main, ["bench", "noise", "--quick", "--device=cpu", "--out", str(tmp_path)])
     assert result.exit_code == 0, result.output
     assert "double forward, N=1000" in result.output
-    assert {p.name for p in tmp_path.iterdir()} == {"rows.csv", "rows.jsonl", "environment.json"}
+    assert {p.name for p in tmp_path.iterdir()} == {"rows.csv", "environment.json"}
     recorded = json.loads((tmp_path / "environment.json").read_text())
     assert {"machine", "threads", "torch", "triton", "imm", "commit", "dirty", "capability", "implementations"} <= set(recorded)
     assert {row.commit for row in rows.read(tmp_path / "rows.csv")} == {recorded["commit"]}
     wrong = CliRunner().invoke(main, ["bench", "nothing"])
     assert wrong.exit_code == 1
     assert wrong.output.startswith(f"Error: op: expected one of {operations()} or all")
+
+
+def test_a_run_goes_on_with_the_cases_that_are_not_done(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cases = [doubling(right=by(lambda x: 2 * x))]
+    monkeypatch.setattr(harness, "load", lambda op: SimpleNamespace(cases=lambda device, quick: cases))
+    monkeypatch.setattr(harness, "QUICK", BRIEF)
+    measure_modes = lambda **options: [
+        row.mode for row in harness.run("noise", CPU, tmp_path, quick=True, say=lambda text: None, **options)[::2]
+    ]
+    assert measure_modes(resume=True) == ["forward"]
+    cases.append(dataclasses.replace(cases[0], mode="backward"))
+    assert measure_modes(resume=True) == ["backward"]
+    assert measure_modes(resume=True) == []
+    assert measure_modes() == ["forward", "backward"]
+    monkeypatch.setattr(environment, "commit", lambda: ("another", False))
+    assert measure_modes(resume=True) == ["forward", "backward"]
 
 
 def test_without_a_checkout_one_line_says_so(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from imm.benchmark import environment, gate
 from imm.benchmark.case import COPY, MATMUL, Case, Peer, Step, load, operations
 from imm.benchmark.case import folder as bench_folder
 from imm.benchmark.memory import peak_bytes
-from imm.benchmark.rows import OK, Row, append, claims, table
+from imm.benchmark.rows import OK, Row, append, claims, read, table
 from imm.benchmark.timing import Clock, clock, do_bench, sets_of_buffers
 
 
@@ -164,19 +164,28 @@ def _beside(rows: list[Row], steps: dict[str, list[Step]]) -> None:
             row.do_bench_us = round(1e6 * seconds, 3)
 
 
+def measured_before(folder: Path | None, commit: str) -> set[tuple[str, ...]]:
+    """(op, mode, shape, dtype, device) of the cases that a folder has rows of, from this commit."""
+    path = None if folder is None else folder / "rows.csv"
+    found = read(path) if path is not None and path.exists() else []
+    return {(row.op, row.mode, row.shape, row.dtype, row.device) for row in found if row.commit == commit}
+
+
 def run(
     op: str,
     device: torch.device,
     out: Path | None,
     *,
     quick: bool,
-    say: Callable[[str], None] = print,
+    resume: bool = False,
     tests: bool = True,
+    say: Callable[[str], None] = print,
 ) -> list[Row]:
     """Measure an op ("all": every one), print a table per case, and append rows and the environment to the folder ``out``.
 
     Args:
         quick: the first case of each op, for a few seconds.
+        resume: leave out the cases that ``out`` has from this commit: a run that was cut short goes on.
         tests: run each op's own tests first and refuse its figures while one fails; False where they have just run.
     Raises ValueError for an op without a file, FileNotFoundError outside a checkout.
     """
@@ -185,12 +194,16 @@ def run(
     torch.set_num_threads(torch.get_num_threads())  # from here on a fixed number
     recorded = environment.record(device)
     refused = gate.refusals({name: module.TESTS for name, module in modules.items()}, bench_folder().parent) if tests else {}
+    done = measured_before(out, recorded["commit"]) if resume else set()
     rows: list[Row] = []
     for name, module in modules.items():
         if name in refused:
             say(f"{name}: refused: {refused[name]}\n")
             continue
         for case in module.cases(device, quick):
+            if (case.op, case.mode, case.size, str(case.dtype).removeprefix("torch."), device.type) in done:
+                say(f"{case.op} {case.mode}, {case.size}, {case.dtype}: measured before")
+                continue
             measured = measure(case, device, QUICK if quick or device.type == "cuda" else FULL)
             for row in measured:
                 row.commit, row.machine = recorded["commit"], recorded["machine"]

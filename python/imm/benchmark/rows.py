@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import json
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -106,16 +105,13 @@ COLUMNS = tuple(field.name for field in fields(Row))
 
 
 def append(folder: Path, rows: Iterable[Row]) -> None:
-    """Add rows to ``rows.csv`` and ``rows.jsonl`` of the folder."""
+    """Add rows to ``rows.csv`` of the folder."""
     folder.mkdir(parents=True, exist_ok=True)
-    values = [asdict(row) for row in rows]
     with (folder / "rows.csv").open("a", newline="") as file:
         writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
         if file.tell() == 0:
             writer.writeheader()
-        writer.writerows(values)
-    with (folder / "rows.jsonl").open("a") as file:
-        file.writelines(json.dumps(value) + "\n" for value in values)
+        writer.writerows(asdict(row) for row in rows)
 
 
 _PARSERS: dict[Any, Callable[[str], Any]] = {"str": str, "int": int, "float | None": lambda text: float(text) if text else None}

@@ -10,7 +10,7 @@ from imm.cli.options import device_line, pick_device, writable_folder
 @click.command()
 @click.argument("op", default="all")
 @click.option("--device", "device_name", default="auto", help="auto, cpu, cuda or cuda:N.")
-@click.option("--out", metavar="DIR", help="Append rows.csv and rows.jsonl there, and write environment.json.")
+@click.option("--out", metavar="DIR", help="Append to rows.csv there, and write environment.json.")
 @click.option("--quick", is_flag=True, help="The first shape of each op, a few seconds each.")
 @click.option("--threads", type=click.IntRange(min=1), help="CPU threads; by default torch's own number.")
 @click.option(
