@@ -1,7 +1,8 @@
 """The benchmark harness: op files in ``bench/`` declare inputs, peers, bytes and flops; what is here measures them.
 
 ``case`` is what an op file declares, ``timing`` the clocks, ``harness`` the measurement, ``rows`` the table and the files,
-``environment`` the machine, ``docs`` the page made from committed rows.
+``environment`` the machine, ``docs`` the page made from committed rows; ``compare`` is about two runs, ``revisions`` about two
+commits.
 """
 
 from imm.benchmark.case import Case, Claim, load, operations
