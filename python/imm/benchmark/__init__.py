@@ -2,7 +2,7 @@
 
 ``case`` is what an op file declares, ``timing`` the clocks, ``harness`` the measurement, ``rows`` the table and the files,
 ``environment`` the machine, ``docs`` the page made from committed rows; ``machines`` what machines can do at most, ``predict``
-the floors that follow.
+the floors that follow; ``compare`` is about two runs, ``revisions`` about two commits.
 """
 
 from imm.benchmark.case import Case, Claim, load, operations

@@ -1,23 +1,61 @@
-"""``imm bench``: time an op beside its peers; needs a checkout."""
+"""``imm bench``: time an op beside its peers or compare two such runs; needs a checkout."""
 
 from __future__ import annotations
+
+import contextlib
+from pathlib import Path
+from typing import Any
 
 import click
 
 from imm.cli.options import device_line, pick_device, writable_folder
 
+_OF_BASE = ("out", "base", "fail_if_slower")
 
-@click.command()
+
+class _Bench(click.Command):
+    """OP with its options; ``compare`` in its place is a command of its own."""
+
+    def make_context(self, info_name: str | None, args: list[str], *rest: Any, **extra: Any) -> click.Context:
+        if args[:1] == ["compare"]:
+            return compare.make_context(f"{info_name} compare", args[1:], *rest, **extra)
+        return super().make_context(info_name, args, *rest, **extra)
+
+    def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        from imm.benchmark import operations
+
+        with contextlib.suppress(FileNotFoundError):  # without a checkout there are none
+            found = ", ".join([*operations(), "or all"])
+            with formatter.section("OP"):
+                formatter.write_text(found)
+        with formatter.section("Commands"):
+            formatter.write_dl([("compare A B", compare.get_short_help_str(90))])
+
+
+@click.command(cls=_Bench)
 @click.argument("op", default="all")
 @click.option("--device", "device_name", default="auto", help="auto, cpu, cuda or cuda:N.")
 @click.option("--out", metavar="DIR", help="Append to rows.csv there, and write environment.json.")
 @click.option("--quick", is_flag=True, help="The first shape of each op, a few seconds each.")
 @click.option("--threads", type=click.IntRange(min=1), help="CPU threads; by default torch's own number.")
+@click.option("--base", metavar="REV", help="Measure this commit and the working tree, twice each in turns, and compare.")
+@click.option("--fail-if-slower", is_flag=True, help="With --base: exit with 1 where a peer of ours is slower.")
 @click.option(
     "--predict", metavar="NAME", help="Time nothing: print floors on a machine (h100, h200, ..., or a results folder)."
 )
-def command(op: str, device_name: str, out: str | None, quick: bool, threads: int | None, predict: str | None) -> None:
-    """Time OP (mmd, flow_step, noise or all) beside its peers: interleaved, checked, against a copy of the same bytes."""
+@click.pass_context
+def command(
+    context: click.Context,
+    op: str,
+    device_name: str,
+    out: str | None,
+    quick: bool,
+    threads: int | None,
+    base: str | None,
+    fail_if_slower: bool,
+    predict: str | None,
+) -> None:
+    """Time OP beside its peers: interleaved, checked, against a copy of the same bytes."""
     import torch
 
     if predict is not None:
@@ -34,6 +72,14 @@ def command(op: str, device_name: str, out: str | None, quick: bool, threads: in
         load(op)
     operations()
     device = pick_device(device_name)
+    if base is not None:
+        from imm.benchmark.revisions import against
+
+        folder = None if out is None else writable_folder(out)
+        _show(context, against(base, op, _given(context), folder, say=click.echo), fail_if_slower)
+        return
+    if fail_if_slower:
+        raise click.UsageError("--fail-if-slower belongs to --base, or to imm bench compare")
     if threads is not None:
         torch.set_num_threads(threads)
     folder = None if out is None else writable_folder(out)
@@ -41,3 +87,33 @@ def command(op: str, device_name: str, out: str | None, quick: bool, threads: in
     run(op, device, folder, quick=quick, say=click.echo)
     if folder is not None:
         click.echo(f"rows: {folder / 'rows.csv'}")
+
+
+def _given(context: click.Context) -> list[str]:
+    """The options of the command line that both runs of a comparison take."""
+    given = []
+    for option in context.command.params:
+        name = option.name or ""
+        source = context.get_parameter_source(name)
+        if isinstance(option, click.Option) and name not in _OF_BASE and source is click.core.ParameterSource.COMMANDLINE:
+            given.append(option.opts[0] if option.is_flag else f"{option.opts[0]}={context.params[name]}")
+    return given
+
+
+def _show(context: click.Context, comparison: Any, fail_if_slower: bool) -> None:
+    click.echo(str(comparison))
+    if fail_if_slower and comparison.slower:
+        context.exit(1)
+
+
+@click.command()
+@click.argument("first", metavar="A")
+@click.argument("second", metavar="B")
+@click.option("--fail-if-slower", is_flag=True, help="Exit with 1 where a peer of ours is slower.")
+@click.pass_context
+def compare(context: click.Context, first: str, second: str, fail_if_slower: bool) -> None:
+    """What moved from folder A to folder B (of --out) beyond the spread of both."""
+    from imm.benchmark import compare as comparison
+
+    found = comparison.compare(*(comparison.Results.read(Path(folder)) for folder in (first, second)))
+    _show(context, found, fail_if_slower)
