@@ -2,6 +2,7 @@
 
 cases(device, quick)   its Cases, real shapes first; ``quick``: the first one only
 CLAIMS                 ratios of two peers that are published with their bound (optional)
+limits(device)         lists of Rows about memory, found in another way than by timing a Case; not in the quick form (optional)
 """
 
 from __future__ import annotations
@@ -36,6 +37,8 @@ class Case:
     ceilings: what is timed beside the peers and not checked, since it does a part of the work only.
     products: whether its arithmetic is matrix products, whose rate is then measured in the same run.
     caches: "cold", "warm" or both: whether the buffers rotate or stay (:mod:`imm.benchmark.timing`).
+    rounds: of a step that takes so long that caches and launches do not matter, how many calls are timed, each alone and as the
+        peer launches it; 0: as many as the effort says, on CUDA within a graph.
     """
 
     op: str
@@ -52,6 +55,7 @@ class Case:
     ceilings: Mapping[str, Peer] = field(default_factory=dict)
     products: bool = False
     caches: tuple[str, ...] = ("cold", "warm")
+    rounds: int = 0
 
     @property
     def size(self) -> str:

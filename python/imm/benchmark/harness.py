@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
-from itertools import groupby
+from itertools import chain, groupby
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from imm.benchmark import environment
 from imm.benchmark.case import COPY, MATMUL, Case, Peer, Step, load, operations
 from imm.benchmark.memory import peak_bytes
 from imm.benchmark.rows import OK, Row, append, claims, table
-from imm.benchmark.timing import Clock, clock, sets_of_buffers
+from imm.benchmark.timing import Clock, clock, sets_of_buffers, single_calls
 
 
 @dataclass(frozen=True)
@@ -30,15 +30,26 @@ class Effort:
 
 QUICK = Effort(4.0, 7, 100)
 FULL = Effort(12.0, 11, 300)
+#: More numbers are copied in several calls: beyond all caches, a larger buffer shows nothing more.
+_COPIED = 1 << 27
 
 
 def copy_peer(case: Case, device: torch.device) -> Peer:
     """A copy that reads and writes as many bytes in all as the case must move: the ceiling of the same run."""
 
     def prepare(*inputs: Any) -> Step:
-        source = torch.randn(max(1, case.bytes // 8), device=device)
+        count = max(1, case.bytes // 8)
+        source = torch.randn(min(count, _COPIED), device=device)
         target = torch.empty_like(source)
-        return lambda: (target.copy_(source),)
+        if count <= _COPIED:
+            return lambda: (target.copy_(source),)
+
+        def step() -> tuple[Tensor, ...]:
+            for start in range(0, count, _COPIED):
+                target[: count - start].copy_(source[: count - start])
+            return (target,)
+
+        return step
 
     return prepare
 
@@ -96,7 +107,7 @@ def _failure(error: Exception) -> str:
 def _ready(case: Case, steps: list[Step], truth: tuple[Tensor, ...], device: torch.device, row: Row) -> Clock | None:
     """A peer's clock; None, with the reason in its row, where the peer is wrong. A ceiling is not checked."""
     try:
-        ready = clock(device, steps, row.cache)
+        ready = single_calls(device, steps[0]) if case.rounds else clock(device, steps, row.cache)
         if row.peer in case.peers:
             found = errors(ready.outputs, truth)
             row.error = max(found)
@@ -108,6 +119,7 @@ def _ready(case: Case, steps: list[Step], truth: tuple[Tensor, ...], device: tor
 
 def measure(case: Case, device: torch.device, effort: Effort = FULL) -> list[Row]:
     """One row per cache and peer, the ceilings first. A peer that fails or is wrong has a row that says so, without a time."""
+    effort = Effort(0.0, case.rounds, case.rounds) if case.rounds else effort
     torch.manual_seed(0)
     torch.compiler.reset()  # a peer compiles for this shape, as in a program that uses one
     count = sets_of_buffers(device, case.bytes) if "cold" in case.caches else 1
@@ -150,9 +162,11 @@ def run(op: str, device: torch.device, out: Path | None, *, quick: bool, say: Ca
     torch.set_num_threads(torch.get_num_threads())  # from here on a fixed number
     recorded = environment.record(device)
     rows: list[Row] = []
+    effort = QUICK if quick or device.type == "cuda" else FULL
     for module in modules.values():
-        for case in module.cases(device, quick):
-            measured = measure(case, device, QUICK if quick or device.type == "cuda" else FULL)
+        timed = (measure(case, device, effort) for case in module.cases(device, quick))
+        limits: Iterable[list[Row]] = [] if quick else getattr(module, "limits", lambda device: [])(device)
+        for measured in chain(timed, limits):
             for row in measured:
                 row.commit, row.machine = recorded["commit"], recorded["machine"]
             rows += measured

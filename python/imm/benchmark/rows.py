@@ -133,10 +133,10 @@ def duration(us: float | None) -> str:
 
 def cells(row: Row) -> list[str]:
     """A row as text: peer, median, p20 to p80, GB/s, ratio to the copy, error, peak memory."""
-    if row.median_us is None:
-        return [row.peer, row.status, "", "", "", "", ""]
-    error = "" if row.error is None else f"{row.error:.0e}"
     peak = "" if row.peak_bytes is None else f"{row.peak_bytes / 1e6:.1f} MB"
+    if row.median_us is None:
+        return [row.peer, row.status, "", "", "", "", peak if row.status.startswith(OK) else ""]
+    error = "" if row.error is None else f"{row.error:.0e}"
     spread = f"{duration(row.p20_us)} to {duration(row.p80_us)}"
     return [row.peer, duration(row.median_us), spread, f"{row.gb_per_s:.1f}", f"{row.ratio_to_copy:.2f}", error, peak]
 
