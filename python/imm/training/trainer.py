@@ -316,6 +316,12 @@ class Trainer:
             index, _, key = name.partition(".")
             state.setdefault(int(index), {})[key] = tensor
         self._optimizer.load_state_dict({"state": state, "param_groups": self._optimizer.state_dict()["param_groups"]})
+        for parameter in self._parameters:
+            values = self._optimizer.state[parameter]
+            for key, value in values.items():
+                # Fused optimizers pair numbers by their place in memory, which a file does not keep.
+                if value.shape == parameter.shape:
+                    values[key] = torch.empty_like(parameter).copy_(value)
         self._scaler.load_state_dict(settings["scaler"])
         self.step = self.resumed_from = self._saved_step = settings["step"]
 
