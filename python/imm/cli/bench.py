@@ -14,7 +14,7 @@ from imm.cli.options import device_line, pick_device, writable_folder
 @click.option("--quick", is_flag=True, help="The first shape of each op, a few seconds each.")
 @click.option("--threads", type=click.IntRange(min=1), help="CPU threads; by default torch's own number.")
 def command(op: str, device_name: str, out: str | None, quick: bool, threads: int | None) -> None:
-    """Time OP (mmd, sampler, objective, ... or all) beside its peers: interleaved, checked, against a copy of the same bytes."""
+    """Time OP (mmd, sampler, objective, ... or all) beside its peers: in turns, checked, against a copy of as many bytes."""
     import torch
 
     from imm.benchmark import load, operations, run
