@@ -65,7 +65,7 @@ OP_TESTS = (
 )
 DRY_TESTS = ("test_noise",)
 #: Seconds at most, most valuable first. Together they may take longer than there is: a second run goes on.
-GPU_BENCHES = {"mmd": 100, "attention": 60, "dit": 100, "sampler": 120, "adaln": 40}
+GPU_BENCHES = {"mmd": 100, "attention": 60, "dit": 100, "sampler": 120, "objective": 300, "adaln": 40}
 GPU_BENCHES |= {"flow_map_mmd": 30, "flow_step": 20, "noise": 30}
 DRY_BENCHES = {name: GPU_BENCHES[name] for name in ("mmd", "flow_map_mmd", "flow_step", "noise")}
 #: What a benchmark rests on: words in the names of tests, checks, kernels and files. One that failed with such a word stops it.

@@ -17,7 +17,7 @@ PEERS = [pytest.param(case, name, id=f"{case.op}-{name}") for case in CASES for 
 def test_peer(benchmark, case: Case, name: str) -> None:
     inputs = case.inputs()
     step = case.peers[name](*inputs)
-    assert refusal(case, errors(step(), case.truth(*inputs))) is None
+    assert refusal(case, name, errors(step(), case.truth(*inputs))) is None
     _time(benchmark, case, step)
 
 

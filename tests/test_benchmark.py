@@ -35,6 +35,7 @@ SMALL = {
     "attention": (2, 16, 2, 8),
     "dit": ("S", 1),
     "sampler": ("unet", 2, 2),
+    "objective": ("UNet", 8, 4),
 }
 
 

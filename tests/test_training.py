@@ -57,6 +57,24 @@ def test_a_resumed_run_equals_an_unbroken_one_bit_for_bit(optimizer, precision, 
     assert_same_state(tmp_path / "whole", tmp_path / "parts")
 
 
+def test_a_resumed_state_lies_in_memory_as_the_weights_do(tmp_path) -> None:
+    """A fused optimizer would give each weight the moments of another."""
+
+    def made() -> Trainer:
+        network = UNet(channels=1, resolution=8, num_classes=3, width=8, multipliers=(1, 2))
+        network.to(memory_format=torch.channels_last)
+        return Trainer(IMMObjective(FlowMap(network)), images(), tmp_path, CONFIG)
+
+    made().run(2)
+    resumed = made()
+    assert resumed.resumed_from == 2
+    assert not all(parameter.is_contiguous() for parameter in resumed._parameters)
+    for parameter in resumed._parameters:
+        moments = [value for value in resumed._optimizer.state[parameter].values() if value.shape == parameter.shape]
+        assert len(moments) == 2
+        assert all(moment.stride() == parameter.stride() for moment in moments)
+
+
 def test_training_changes_the_network_and_the_rows_say_so(tmp_path) -> None:
     run = trainer(tmp_path)
     before = [p.detach().clone() for p in run.objective.parameters()]

@@ -3,6 +3,7 @@
 cases(device, quick)   its Cases, real shapes first; ``quick``: the first one only
 TESTS                  its own tests, without which it is not timed (:mod:`imm.benchmark.gate`)
 CLAIMS                 ratios of two peers that are published with their bound (optional)
+limits(device)         lists of Rows about memory, found in another way than by timing a Case; not in the quick form (optional)
 
 To declare a case costs nothing and needs no device, so that ``imm bench --predict`` can read it anywhere: tensors and networks
 are made when ``inputs`` is called (:mod:`imm.benchmark.networks`).
@@ -40,6 +41,8 @@ class Case:
     ceilings: what is timed beside the peers and not checked, since it does a part of the work only.
     products: whether its arithmetic is matrix products, whose rate is then measured in the same run.
     caches: "cold", "warm" or both: whether the buffers rotate or stay (:mod:`imm.benchmark.timing`).
+    rounds: of a step that takes so long that caches and launches do not matter, how many calls are timed, each alone and as the
+        peer launches it; 0: as many as the effort says, on CUDA within a graph.
     """
 
     op: str
@@ -56,6 +59,7 @@ class Case:
     ceilings: Mapping[str, Peer] = field(default_factory=dict)
     products: bool = False
     caches: tuple[str, ...] = ("cold", "warm")
+    rounds: int = 0
 
     @property
     def size(self) -> str:

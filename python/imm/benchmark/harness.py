@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
-from itertools import groupby
+from itertools import chain, groupby
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from imm.benchmark.case import COPY, MATMUL, Case, Peer, Step, load, operations
 from imm.benchmark.case import folder as bench_folder
 from imm.benchmark.memory import peak_bytes
 from imm.benchmark.rows import OK, Row, append, claims, read, table
-from imm.benchmark.timing import Clock, clock, do_bench, sets_of_buffers
+from imm.benchmark.timing import Clock, clock, do_bench, sets_of_buffers, single_calls
 
 
 @dataclass(frozen=True)
@@ -37,15 +37,26 @@ class Effort:
 
 QUICK = Effort(1.5, 6, 100)
 FULL = Effort(5.0, 10, 300)
+#: More numbers are copied in several calls: beyond all caches, a larger buffer shows nothing more.
+_COPIED = 1 << 27
 
 
 def copy_peer(case: Case, device: torch.device) -> Peer:
     """A copy that reads and writes as many bytes in all as the case must move: the ceiling of the same run."""
 
     def prepare(*inputs: Any) -> Step:
-        source = torch.randn(max(1, case.bytes // 8), device=device)
+        count = max(1, case.bytes // 8)
+        source = torch.randn(min(count, _COPIED), device=device)
         target = torch.empty_like(source)
-        return lambda: (target.copy_(source),)
+        if count <= _COPIED:
+            return lambda: (target.copy_(source),)
+
+        def step() -> tuple[Tensor, ...]:
+            for start in range(0, count, _COPIED):
+                target[: count - start].copy_(source[: count - start])
+            return (target,)
+
+        return step
 
     return prepare
 
@@ -103,7 +114,7 @@ def _failure(error: Exception) -> str:
 def _ready(case: Case, steps: list[Step], truth: tuple[Tensor, ...], device: torch.device, row: Row) -> Clock | None:
     """A peer's clock; None, with the reason in its row, where the peer is wrong. A ceiling is not checked."""
     try:
-        ready = clock(device, steps, row.cache)
+        ready = single_calls(device, steps[0]) if case.rounds else clock(device, steps, row.cache)
         if row.peer in case.peers:
             found = errors(ready.outputs, truth)
             row.error = max(found)
@@ -128,6 +139,7 @@ def _in_turns(clocks: dict[str, Clock], effort: Effort) -> dict[str, list[float]
 
 def measure(case: Case, device: torch.device, effort: Effort = FULL) -> list[Row]:
     """One row per cache and peer, the ceilings first. A peer that fails or is wrong has a row that says so, without a time."""
+    effort = Effort(0.0, case.rounds, case.rounds) if case.rounds else effort
     torch.manual_seed(0)
     torch.compiler.reset()  # a peer compiles for this shape, as in a program that uses one
     count = sets_of_buffers(device, case.bytes) if "cold" in case.caches else 1
@@ -171,6 +183,10 @@ def measured_before(folder: Path | None, commit: str) -> set[tuple[str, ...]]:
     return {(row.op, row.mode, row.shape, row.dtype, row.device) for row in found if row.commit == commit}
 
 
+def _key(case: Case, device: torch.device) -> tuple[str, ...]:
+    return case.op, case.mode, case.size, str(case.dtype).removeprefix("torch."), device.type
+
+
 def run(
     op: str,
     device: torch.device,
@@ -196,15 +212,15 @@ def run(
     refused = gate.refusals({name: module.TESTS for name, module in modules.items()}, bench_folder().parent) if tests else {}
     done = measured_before(out, recorded["commit"]) if resume else set()
     rows: list[Row] = []
+    effort = QUICK if quick or device.type == "cuda" else FULL
     for name, module in modules.items():
         if name in refused:
             say(f"{name}: refused: {refused[name]}\n")
             continue
-        for case in module.cases(device, quick):
-            if (case.op, case.mode, case.size, str(case.dtype).removeprefix("torch."), device.type) in done:
-                say(f"{case.op} {case.mode}, {case.size}, {case.dtype}: measured before")
-                continue
-            measured = measure(case, device, QUICK if quick or device.type == "cuda" else FULL)
+        cases = (case for case in module.cases(device, quick) if _key(case, device) not in done)
+        timed = (measure(case, device, effort) for case in cases)
+        limits: Iterable[list[Row]] = [] if quick else getattr(module, "limits", lambda device: [])(device)
+        for measured in chain(timed, limits):
             for row in measured:
                 row.commit, row.machine = recorded["commit"], recorded["machine"]
             rows += measured

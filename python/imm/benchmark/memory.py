@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import gc
 import os
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -48,3 +51,55 @@ def _cpu(call: Callable[[], Any]) -> tuple[Any, int, int]:
         held += event.nbytes()
         most = max(most, held)
     return result, held, most
+
+
+def bytes_of_two_steps(make: Callable[[], Step]) -> int | None:
+    """The most that torch's CUDA allocator gives out while a step is made and called twice; None where it has less."""
+    found = _tried(make)
+    gc.collect()  # not before the frames of a step that failed are gone, and with them what they held
+    torch.cuda.empty_cache()
+    return found
+
+
+def _tried(make: Callable[[], Step]) -> int | None:
+    torch.cuda.reset_peak_memory_stats()
+    try:
+        step = make()
+        for _ in range(2):  # the first one makes the optimizer's state
+            step()
+        torch.cuda.synchronize()
+    except torch.OutOfMemoryError:
+        return None
+    return torch.cuda.max_memory_allocated()
+
+
+@contextlib.contextmanager
+def allocator_limit(most: int, device: torch.device) -> Iterator[None]:
+    """Within this context torch's CUDA allocator has ``most`` bytes."""
+    torch.cuda.empty_cache()
+    total = torch.cuda.get_device_properties(device).total_memory
+    torch.cuda.set_per_process_memory_fraction(min(1.0, most / total), device.index)
+    try:
+        yield
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0, device.index)
+
+
+def largest(peak: Callable[[int], int | None], unit: int, seconds: float) -> tuple[int, int, int | None]:
+    """The largest multiple of ``unit`` found to fit, its bytes, and the smallest found not to (None: the time was over before).
+
+    ``peak`` gives the bytes of a size, None where it does not fit. Sizes double until one does not fit; then the interval is
+    halved until it is an eighth of the size, or ``seconds`` are over.
+    """
+    began = time.monotonic()
+    fits, taken, fails = 0, 0, None
+    while time.monotonic() - began < seconds:
+        if fails is not None and fails - fits <= max(unit, fits // 8):
+            break
+        size = max(unit, 2 * fits) if fails is None else (fits + fails) // 2 // unit * unit
+        found = peak(size)
+        if found is None:
+            fails = size
+        else:
+            fits, taken = size, found
+    return fits, taken, fails

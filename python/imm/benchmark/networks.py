@@ -1,15 +1,20 @@
-"""Networks to measure, with weights of the sizes that training gives: no layer is zero.
+"""Networks to measure, with weights of the sizes that training gives: no layer is zero. What their forward costs.
 
 An op file calls these from a case's ``inputs``, through ``functools.cache``: a case that is only declared makes no network.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from functools import cache
+from typing import Any
 
 import torch
 from torch import nn
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
 
+from imm.flow_map import FlowMap
 from imm.networks import DiT, UNet
 
 
@@ -39,3 +44,52 @@ def parameters(name: str) -> int:
     with torch.device("meta"):
         made = UNet() if name == "unet" else DiT(name)
     return sum(parameter.numel() for parameter in made.parameters())
+
+
+def random_convolutions(made: nn.Module) -> nn.Module:
+    """The network with random weights of its layers' fan-in, norms and biases as they are; the same weights every time."""
+    with torch.random.fork_rng(devices=[]):
+        torch.random.default_generator.manual_seed(0)
+        for parameter in made.parameters():
+            if parameter.dim() > 1:
+                nn.init.normal_(parameter, std=parameter[0].numel() ** -0.5)
+    return made
+
+
+@dataclass(frozen=True)
+class Work:
+    """A network's parameters; of one image's forward, the flops of its products and the elements, besides weights, that these
+    read and write."""
+
+    parameters: int
+    flops: int
+    elements: int
+
+
+class _Products(TorchFunctionMode):
+    def __init__(self) -> None:
+        super().__init__()
+        self.flops = self.elements = 0
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if func in (F.linear, F.conv2d):  # each output is a product with one row of the weights
+            self.flops += 2 * out.numel() * args[1][0].numel()
+            self.elements += args[0].numel() + out.numel()
+        elif func is F.scaled_dot_product_attention:  # q, k, v and the result
+            self.flops += 4 * out.numel() * args[1].shape[-2]
+            self.elements += 4 * out.numel()
+        return out
+
+
+def work_of(made: nn.Module) -> Work:
+    """What one image costs a network in its plain form. It may be on the meta device: nothing is computed."""
+    flow_map = FlowMap(made)
+    device = next(made.parameters()).device
+    time = torch.ones(1, dtype=torch.float64, device=device)
+    labels = torch.zeros(1, dtype=torch.int64, device=device) if flow_map.num_classes else None
+    with torch.no_grad(), _Products() as counted:
+        made(torch.zeros(1, *flow_map.image_shape, device=device), time, time, labels)
+    return Work(sum(p.numel() for p in made.parameters()), counted.flops, counted.elements)

@@ -139,10 +139,10 @@ _HEADINGS = ("peer", "median", "spread", "GB/s", "x copy", "of floor", "error", 
 
 def _cells(row: Row) -> list[str]:
     """A row as text, under the headings."""
-    if row.median_us is None:
-        return [row.peer, row.status, *[""] * (len(_HEADINGS) - 2)]
-    error = "" if row.error is None else f"{row.error:.0e}"
     peak = "" if row.peak_bytes is None else f"{row.peak_bytes / 1e6:.1f} MB"
+    if row.median_us is None:
+        return [row.peer, row.status, "", "", "", "", "", peak if row.status.startswith(OK) else "", ""]
+    error = "" if row.error is None else f"{row.error:.0e}"
     beside = "" if row.do_bench_us is None else duration(row.do_bench_us)
     share = "" if row.share_of_floor is None else f"{row.share_of_floor:.0%}"
     low, high = interval(row.samples)

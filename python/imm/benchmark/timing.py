@@ -58,6 +58,20 @@ def clock(device: torch.device, steps: Sequence[Step], cache: str = "cold") -> C
     return _cold_cpu(steps) if cache == "cold" else _warm_cpu(steps[0])
 
 
+def single_calls(device: torch.device, step: Step) -> Clock:
+    """The clock for a long step: one call to warm up, then one call a sample, nothing between."""
+    outputs = step()
+    if device.type == "cuda":
+        return Clock("events over one call", _between_events(step, 1), outputs)
+
+    def sample() -> float:
+        start = time.perf_counter()
+        step()
+        return time.perf_counter() - start
+
+    return Clock("wall clock over one call", sample, outputs)
+
+
 def _warm_cpu(step: Step) -> Clock:
     for _ in range(_WARM_UP):
         outputs = step()
@@ -123,7 +137,7 @@ def _all(steps: Sequence[Step]) -> Callable[[], None]:
     return run
 
 
-def _between_events(run: Callable[[], None], count: int) -> Callable[[], float]:
+def _between_events(run: Callable[[], object], count: int) -> Callable[[], float]:
     def sample() -> float:
         start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         start.record()

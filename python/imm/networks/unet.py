@@ -49,10 +49,11 @@ class UNet(nn.Module):
         blocks: residual blocks per level and side.
         dropout: in the residual blocks.
 
-    The output is 0 at initialisation. The default, for 16x16 grey images, has 169 k parameters.
+    The output is 0 at initialisation. The default, for 16x16 grey images, has 169 k parameters. Weights are in channels-last
+    memory, and so is then what lies between layers: the same results to rounding, faster.
     """
 
-    #: A copy in 16 bits is faster in this memory format.
+    #: What :class:`imm.Sampler` makes a copy in another dtype in; the weights are in it from the beginning.
     channels_last = True
 
     def __init__(
@@ -108,6 +109,7 @@ class UNet(nn.Module):
         self.conv_out = nn.Conv2d(current, channels, 3, padding=1)
         nn.init.zeros_(self.conv_out.weight)
         nn.init.zeros_(self.conv_out.bias)  # type: ignore[arg-type]
+        self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
     def forward(self, x: Tensor, t: Tensor, s: Tensor, labels: Tensor | None) -> Tensor:
         """x ``[B, channels, resolution, resolution]``, scaled times ``[B]``, labels ``[B]`` int64 or None -> x's shape."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import hashlib
 import json
 import os
@@ -26,7 +27,11 @@ STATE_FILE = "training-state.safetensors"
 STATS_FILE = "stats.jsonl"
 _SHAPE = ("channels", "resolution")
 PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
-OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {"adamw": torch.optim.AdamW, "radam": torch.optim.RAdam}
+#: In torch's fused form where there is one: weights, gradient and moments pass through memory once.
+OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
+    "adamw": functools.partial(torch.optim.AdamW, fused=True),
+    "radam": functools.partial(torch.optim.RAdam, decoupled_weight_decay=True),
+}
 
 
 class TrainingError(RuntimeError):
@@ -117,9 +122,8 @@ class Trainer:
         self.stop = False  # set it to end the run after the step under way
         self.ema = EMA(flow_map.network, config.ema)
         self._parameters = list(flow_map.network.parameters())
-        extra: dict[str, Any] = {"decoupled_weight_decay": True} if config.optimizer == "radam" else {}
         self._optimizer = OPTIMIZERS[config.optimizer](
-            self._parameters, lr=config.lr, betas=config.betas, weight_decay=config.weight_decay, **extra
+            self._parameters, lr=config.lr, betas=config.betas, weight_decay=config.weight_decay
         )
         self._scaler = torch.amp.GradScaler(self.device.type, enabled=config.precision == "fp16")
         self._permutation: tuple[int, Tensor] | None = None
@@ -217,13 +221,24 @@ class Trainer:
         index = self._indices()
         for group in self._optimizer.param_groups:
             group["lr"] = config.lr * min(1.0, (self.step + 1) / config.warmup) if config.warmup else config.lr
-        dtype = PRECISIONS[config.precision]
+        labels = None if self._labels is None else self._labels[index]
+        return self.update(to_float(self._pixels[index]), labels)
+
+    def update(self, images: Tensor, labels: Tensor | None) -> tuple[dict[str, Tensor], Tensor]:
+        """One optimizer step on a batch: loss, gradient, weights, average; random numbers are torch's default generators'.
+
+        Args:
+            images: ``[B, C, H, W]``, as the network takes them. labels: ``[B]`` int64, or None.
+
+        Returns:
+            The objective's statistics, and the norm of the gradient, which stays in the parameters until the next call.
+        """
+        self._optimizer.zero_grad(set_to_none=True)  # before the forward, whose memory grows towards its end
+        dtype = PRECISIONS[self.config.precision]
         cast = torch.autocast(self.device.type, dtype) if dtype is not None else contextlib.nullcontext()
         with cast:
-            labels = None if self._labels is None else self._labels[index]
             grad_scale = self._scaler.scale(torch.ones((), device=self.device)) if self._scaler.is_enabled() else None
-            loss, stats = self.objective(to_float(self._pixels[index]), labels, grad_scale=grad_scale)
-        self._optimizer.zero_grad(set_to_none=True)
+            loss, stats = self.objective(images, labels, grad_scale=grad_scale)
         self._scaler.scale(loss).backward()
         self._scaler.unscale_(self._optimizer)
         norm = torch.nn.utils.get_total_norm([p.grad for p in self._parameters if p.grad is not None])
@@ -301,6 +316,12 @@ class Trainer:
             index, _, key = name.partition(".")
             state.setdefault(int(index), {})[key] = tensor
         self._optimizer.load_state_dict({"state": state, "param_groups": self._optimizer.state_dict()["param_groups"]})
+        for parameter in self._parameters:
+            values = self._optimizer.state[parameter]
+            for key, value in values.items():
+                # Fused optimizers pair numbers by their place in memory, which a file does not keep.
+                if value.shape == parameter.shape:
+                    values[key] = torch.empty_like(parameter).copy_(value)
         self._scaler.load_state_dict(settings["scaler"])
         self.step = self.resumed_from = self._saved_step = settings["step"]
 
