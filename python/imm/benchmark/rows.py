@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from imm.benchmark.case import COPY, Case, Claim
+from imm.benchmark.case import COPY, MATMUL, Case, Claim
 
 OK = "ok"
 
@@ -122,6 +122,36 @@ def read(path: Path) -> list[Row]:
         parse = lambda line: {f.name: _PARSERS[f.type](line[f.name]) for f in fields(Row) if f.name in line}
         rows = [Row(**parse(line)) for line in csv.DictReader(file)]
     return list({(r.op, r.mode, r.shape, r.dtype, r.device, r.cache, r.peer, r.commit): r for r in rows}.values())
+
+
+def grouped(rows: Iterable[Row], *columns: str) -> list[list[Row]]:
+    """Rows with the same values in these columns together, in the order of each group's first row."""
+    groups: dict[tuple[Any, ...], list[Row]] = {}
+    for row in rows:
+        groups.setdefault(tuple(getattr(row, column) for column in columns), []).append(row)
+    return list(groups.values())
+
+
+def cases(rows: Iterable[Row]) -> list[list[Row]]:
+    """The rows of each case together, one with cold and with warm buffers apart."""
+    return grouped(rows, "op", "mode", "shape", "dtype", "device", "cache")
+
+
+def ours(peer: str) -> bool:
+    """Whether a peer is this project's own; "triton" is its kernel without the op around it."""
+    return peer.startswith("imm") or peer == "triton"
+
+
+def fastest(rows: Iterable[Row]) -> Row | None:
+    """The row with the least median; None without a timed one."""
+    return min((row for row in rows if row.median_us is not None), key=lambda row: row.median_us or 0.0, default=None)
+
+
+def floor(rows: Iterable[Row]) -> Row | None:
+    """Of one case, the slower of the copy and, where it was timed, the square product: what limits a peer of the same dtype.
+    None where nothing was timed or the case's flops are not counted."""
+    ceilings = [row for row in rows if row.peer in (COPY, MATMUL) and row.median_us is not None and row.flops]
+    return max(ceilings, key=lambda row: row.median_us or 0.0, default=None)
 
 
 def duration(us: float | None) -> str:
