@@ -243,7 +243,8 @@ def test_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     result = CliRunner().invoke(main, ["bench", "noise", "--quick", "--device=cpu", "--out", str(tmp_path)])
     assert result.exit_code == 0, result.output
     assert "double forward, N=1000" in result.output
-    assert {p.name for p in tmp_path.iterdir()} == {"rows.csv", "rows.jsonl", "environment.json"}
+    assert {p.name for p in tmp_path.iterdir()} == {"rows.csv", "rows.jsonl", "environment.json", "report.html", "plots"}
+    assert result.output.endswith(f"report: {tmp_path / 'report.html'}\n")
     recorded = json.loads((tmp_path / "environment.json").read_text())
     assert {"machine", "threads", "torch", "triton", "imm", "commit", "dirty", "capability", "implementations"} <= set(recorded)
     assert {row.commit for row in rows.read(tmp_path / "rows.csv")} == {recorded["commit"]}

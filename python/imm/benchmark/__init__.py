@@ -1,7 +1,7 @@
 """The benchmark harness: op files in ``bench/`` declare inputs, peers, bytes and flops; what is here measures them.
 
 ``case`` is what an op file declares, ``timing`` the clocks, ``harness`` the measurement, ``rows`` the table and the files,
-``environment`` the machine, ``docs`` the page made from committed rows.
+``environment`` the machine, ``docs`` the page made from committed rows, ``plots`` and ``report`` figures and page of one run.
 """
 
 from imm.benchmark.case import Case, Claim, load, operations
