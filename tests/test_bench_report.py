@@ -170,7 +170,7 @@ def test_every_timed_row_is_in_the_tables_once(made: Path) -> None:
     assert sorted(line[: len(rows.HEADINGS)] for line in lines if len(line) > 2) == sorted(expected)
     # x best imm, of the case with imm at 13.7 us: the ratio of a peer that takes three times as long.
     assert next(line[-1] for line in lines if line[0] == "eager") == "3.00"
-    assert [line for line in page.cells("refused") if line[0] == "mmd"] == [
+    assert [line for line in page.cells("words refused") if line[0] == "mmd"] == [
         ["mmd", "G=8 M=2 D=100, forward, float32, cold", HOSTILE, f"refused: {HOSTILE}"]
     ]
 

@@ -103,7 +103,8 @@ def draw(rows: Sequence[Row], folder: Path) -> list[Figure]:
     import matplotlib
 
     timed = [row for row in rows if row.median_us is not None]
-    look = looks([row.peer for row in of_op] for of_op in grouped(timed, "op"))
+    drawn = [row for row in timed if not _ceiling(row) or row.peer.startswith(PART)]
+    look = looks([row.peer for row in of_op] for of_op in grouped(drawn, "op"))
     target = folder / "plots"
     target.mkdir(parents=True, exist_ok=True)
     with matplotlib.rc_context():
@@ -322,7 +323,10 @@ def _throughput_figure(chosen: Sequence[list[Row]], look: dict[str, Look], folde
         for name in [MATMUL, *({COPY} & binding)] if products else [COPY]:
             points = _broken([row for case in ordered for row in case if row.peer == name], at, value)
             middles = [y[0] for _, y in points]
-            axis.plot([x for x, _ in points], middles, label=f"ceiling: {name}", linewidth=1.6, zorder=2.5, **_LINES[name])
+            single = len(points) > len(places) or len(places) == 1  # a point with no line to it
+            alone = {"marker": "_", "markersize": 11, "markeredgewidth": 1.6} if single else {}
+            style = {"linewidth": 1.6, "zorder": 2.5, **alone, **_LINES[name]}
+            axis.plot([x for x, _ in points], middles, label=f"ceiling: {name}", **style)
             ys += middles
         for place, name in enumerate(split):
             points = _broken([row for case in ordered for row in case if row.peer == name], at, value)

@@ -46,7 +46,8 @@ caption { text-align: left; font-weight: 600; padding: .5rem 0; }
 th, td { padding: .22rem .7rem; border-bottom: 1px solid var(--line); text-align: right; vertical-align: top;
   white-space: nowrap; }
 th { vertical-align: bottom; color: var(--soft); font-weight: 600; }
-th:first-child, td:first-child, td.text { text-align: left; } td small { display: block; }
+th:first-child, td:first-child, td.text, .words th { text-align: left; } td small { display: block; }
+.summary th:nth-child(2), .claims th:nth-child(2) { text-align: left; }
 td.text, td.rival, td.share { white-space: normal; } td.text { min-width: 8rem; }
 tbody th { text-align: left; padding-top: 1rem; white-space: normal; font-weight: 400; } tbody th b { color: var(--ink); }
 tr.ours td { background: var(--tint); } tr.ours td:first-child { font-weight: 600; } tr.ceiling td { color: var(--soft); }
@@ -248,7 +249,8 @@ def _machine(environment: dict[str, Any]) -> str:
             ("after the last row", named(environment["after"]["clocks"])),
         ]
     chosen = ", ".join(f"{op}: {choice}" for op, choice in environment["implementations"].items())
-    return _table(("what", "value"), [_line([name, _text(text)]) for name, text in [*lines, ("implementations", chosen)]])
+    body = [_line([name, _text(text)]) for name, text in [*lines, ("implementations", chosen)]]
+    return _table(("what", "value"), body, kind="words")
 
 
 def _figure(figure: plots.Figure) -> str:
@@ -307,7 +309,7 @@ def _refused(refused: Sequence[Row]) -> str:
     if not refused:
         return _paragraph("No peer was refused: all ran, and all were right to the accuracy asked of them.")
     body = [_line([row.op, *map(_text, (f"{row.shape}, {_about(row)}", row.peer, row.status))]) for row in refused]
-    return _table(("op", "case", "peer", "reason"), body, kind="refused")
+    return _table(("op", "case", "peer", "reason"), body, kind="words refused")
 
 
 if __name__ == "__main__":
