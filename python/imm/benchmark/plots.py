@@ -199,7 +199,7 @@ def _grid(count: int, title: str, y: str, height: float = _PANEL_HEIGHT, *, same
 
     columns = min(2, count)
     lines = math.ceil(count / columns)
-    width = _WIDTH if columns == 2 else 0.72 * _WIDTH
+    width = 0.72 * _WIDTH if columns == 1 and y else _WIDTH  # bars, which have no y, have words at both ends
     figure = Canvas(figsize=(width, height * lines), layout="constrained")
     axes = figure.subplots(lines, columns, squeeze=False, sharey=same_y)
     figure.suptitle(textwrap.fill(title, int(9.5 * width)), x=0.01, ha="left", fontweight="bold")
@@ -562,7 +562,6 @@ def _parts_figure(bars: Sequence[tuple[Row, list[Row], Row]], look: dict[str, Lo
     first = bars[0][0]
     title = f"{first.op}, {first.mode}: parts of a call, each timed alone ({_where([first])})"
     figure, (axis,) = _grid(1, title, "", 1.0 + 0.5 * len(bars))
-    figure.set_figwidth(_WIDTH)
     named = set()
     for y, (_, parts, whole) in enumerate(bars):
         full, left = whole.median_us or math.nan, 0.0
