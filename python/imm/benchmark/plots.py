@@ -202,7 +202,7 @@ def _grid(count: int, title: str, y: str, height: float = _PANEL_HEIGHT, *, same
     width = 0.72 * _WIDTH if columns == 1 and y else _WIDTH  # bars, which have no y, have words at both ends
     figure = Canvas(figsize=(width, height * lines), layout="constrained")
     axes = figure.subplots(lines, columns, squeeze=False, sharey=same_y)
-    figure.suptitle(textwrap.fill(title, int(9.5 * width)), x=0.01, ha="left", fontweight="bold")
+    figure.suptitle(textwrap.fill(title, int(11 * width)), x=0.01, ha="left", fontweight="bold")
     for i, axis in enumerate(axes.flat):
         axis.set_ylabel("" if same_y and i % columns else y)
     flat = list(axes.flat)
