@@ -134,11 +134,13 @@ def test_slow_peers_have_the_least_rounds() -> None:
 
 
 def test_the_share_of_the_floor_is_that_of_the_slower_ceiling() -> None:
-    row = rows.Row("op", "mode", "N=1", "float32", "cpu", peer="imm", bytes=8)
-    row.timed([4.0, 4.0, 4.0], [1.0, 1.0, 1.0], [2.0, 2.0, 2.0])
-    assert (row.ratio_to_copy, row.share_of_floor) == (4.0, 0.5)
-    row.timed([4.0, 4.0, 4.0], [1.0, 1.0, 1.0], None)
-    assert row.share_of_floor == 0.25
+    made = []
+    for peer, seconds in ((case.COPY, 1.0), (case.MATMUL, 2.0), ("imm", 4.0)):
+        made.append(rows.Row("op", "mode", "N=1", "float32", "cpu", peer=peer, bytes=8, flops=9))
+        made[-1].timed([seconds] * 3, [1.0] * 3)
+    assert rows.share_of_floor(made[2], made) == 0.5
+    assert rows.share_of_floor(made[2], [made[0], made[2]]) == 0.25
+    assert rows.share_of_floor(dataclasses.replace(made[2], peer="imm, bfloat16"), made) is None
 
 
 def test_csv_has_the_columns_and_comes_back(tmp_path: Path) -> None:
@@ -275,7 +277,8 @@ def test_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     result = CliRunner().invoke(main, ["bench", "noise", "--quick", "--device=cpu", "--out", str(tmp_path)])
     assert result.exit_code == 0, result.output
     assert "double forward, N=1000" in result.output
-    assert {p.name for p in tmp_path.iterdir()} == {"rows.csv", "environment.json"}
+    assert {p.name for p in tmp_path.iterdir()} == {"rows.csv", "environment.json", "report.html", "plots"}
+    assert result.output.endswith(f"report: {tmp_path / 'report.html'}\n")
     recorded = json.loads((tmp_path / "environment.json").read_text())
     assert {"machine", "threads", "torch", "triton", "imm", "commit", "dirty", "capability", "implementations"} <= set(recorded)
     assert {row.commit for row in rows.read(tmp_path / "rows.csv")} == {recorded["commit"]}

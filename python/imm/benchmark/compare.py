@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from imm.benchmark.case import COPY
-from imm.benchmark.rows import OK, Row, duration, interval, paired, read
+from imm.benchmark.rows import OK, Row, duration, interval, ours, paired, read
 
 #: How far medians differ at least. In pairs of 20 runs of the same code on two shared cores, 0.3 % of our rows moved with it,
 #: 1.5 % without; of rows made 1.5 times slower as many are found.
@@ -107,10 +107,6 @@ def _words(row: Row) -> str:
     return f"{row.op} {row.mode}, {row.shape}, {row.dtype}, {row.cache}"
 
 
-def _ours(peer: str) -> bool:
-    return peer.startswith("imm")
-
-
 def _beside(row: Row, copy: Row) -> list[float]:
     return [time / other for time, other in zip(row.samples, copy.samples, strict=False)]
 
@@ -143,7 +139,7 @@ class Comparison:
         ratios = {key: _ratio(old[key][0].samples, row.samples) for key, (row, _) in new.items() if key in old}
         made = []
         for key in ratios:
-            others = [r for k, r in ratios.items() if k[:-1] == key[:-1] and k != key and not _ours(k[-1])]
+            others = [r for k, r in ratios.items() if k[:-1] == key[:-1] and k != key and not ours(k[-1])]
             copies = old[key][1], new[key][1]
             made.append(Pair(old[key][0], new[key][0], copies, _median(others) if others else 1.0))
         return made
@@ -156,7 +152,7 @@ class Comparison:
     @property
     def slower(self) -> list[Pair]:
         """The peers of ours that are slower."""
-        return [pair for pair in self.moved if pair.moved > 0 and _ours(pair.after.peer)]
+        return [pair for pair in self.moved if pair.moved > 0 and ours(pair.after.peer)]
 
     def __str__(self) -> str:
         old, new = self.before.timed, self.after.timed

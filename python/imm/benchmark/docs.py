@@ -8,17 +8,15 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Iterable, Sequence
-from itertools import groupby
 from pathlib import Path
+from typing import Any
 
 from imm.benchmark.case import folder as bench_folder
 from imm.benchmark.case import load
-from imm.benchmark.rows import Row, cells, ratios, read, title
+from imm.benchmark.rows import Row, cases, cells, grouped, ratios, read, title
 
-_HEAD = """# Performance
-
-Made by `python -m imm.benchmark.docs > docs/performance.md` from the rows in `bench/results`; figures are not edited by hand.
-
+#: How rows come about and what their columns say; for every page made of them.
+PROTOCOL = """\
 Every row is the median of many calls; peers take turns (A B C A B C ...) in one process with a fixed number of threads, after
 the op's own tests. Cold buffers rotate, so that inputs and outputs come from memory and go there, as where other work lies
 between two calls; warm ones are the same at each call, as in a loop. "spread" is from the 20 % to the 80 % quantile of the
@@ -27,7 +25,13 @@ moves. A ratio is the median of each round's: what slows the machine down for a 
 copy that moves as many bytes: 1 is the ceiling for work limited by memory. "of floor" is the share of the time that the
 slower of this copy and, for work that is products, one square product of as many flops takes. "error" is the largest
 difference from float64, relative to the largest number; a peer that is wrong is not timed. "peak" is inputs, what the peer
-keeps and the most that a step allocates, without the weights that were there before.
+keeps and the most that a step allocates, without the weights that were there before."""
+
+_HEAD = f"""# Performance
+
+Made by `python -m imm.benchmark.docs > docs/performance.md` from the rows in `bench/results`; figures are not edited by hand.
+
+{PROTOCOL}
 `imm bench all` measures your machine.
 """
 
@@ -37,40 +41,46 @@ def _markdown(lines: Iterable[Sequence[str]]) -> str:
     return "\n".join([first, f"|{'---|' * (first.count('|') - 1)}", *rest])
 
 
-def _claims(cases: Sequence[Sequence[Row]]) -> str:
-    """The published ratios of an op, one column per shape; empty for an op without any."""
-    asked = getattr(load(cases[0][0].op), "CLAIMS", ())
+def _claims(of_op: Sequence[Sequence[Row]]) -> str:
+    """The published ratios of an op, one column per case; empty for an op without any."""
+    asked = getattr(load(of_op[0][0].op), "CLAIMS", ())
     if not asked:
         return ""
-    lines = [["ratio", "bound", *(f"{rows[0].shape}, {rows[0].cache}" for rows in cases)]]
+    lines = [["ratio", "bound", *(f"{rows[0].shape}, {rows[0].cache}" for rows in of_op)]]
     for claim in asked:
         texts = []
-        for rows in cases:
+        for rows in of_op:
             found = [ratio for about, ratio in ratios(rows, asked) if about == claim]
             words = [f"{v:.2f}{'' if claim.holds(v) else ' (missed)'}" if v is not None else "not measured" for v in found]
             texts.append("".join(words))
         lines.append([f"{claim.slow} / {claim.fast}", claim.bound, *texts])
-    return _markdown(lines) + "\n"
+    return _markdown(lines)
+
+
+def machine(e: dict[str, Any]) -> str:
+    """The machine of an ``environment.json``, in words."""
+    if e["cuda"]:
+        return f"GPU: {e['cuda']['name']}, driver {(e['cuda']['before'] or {}).get('driver_version', 'unknown')}"
+    return f"CPU: {e['machine']}, {e['threads']} threads of {e['cores']} cores, {e['capability']}"
+
+
+def versions(e: dict[str, Any]) -> str:
+    """What ran there and when, in words."""
+    dirty = " with changes" if e["dirty"] else ""
+    packages = f"torch {e['torch']}, triton {e['triton'] or 'none'}, Python {e['python']}, imm {e['imm']}"
+    busy = f"load average {e['load']} before the first row, {e['after']['load']} after the last"
+    return f"{packages}, commit {e['commit'][:10]}{dirty}, {e['time'][:10]}, {busy}"
 
 
 def section(folder: Path) -> str:
     """One results folder: the machine, then per op the published ratios and a table per case."""
     e = json.loads((folder / "environment.json").read_text())
-    machine = f"{e['machine']}, {e['threads']} threads of {e['cores']} cores, {e['capability']}"
-    if e["cuda"]:
-        machine = f"{e['cuda']['name']}, driver {(e['cuda']['before'] or {}).get('driver_version', 'unknown')}"
-    dirty = " with changes" if e["dirty"] else ""
-    versions = f"torch {e['torch']}, triton {e['triton'] or 'none'}, Python {e['python']}, imm {e['imm']}"
-    busy = f"load average {e['load']} before the first row, {e['after']['load']} after the last"
-    parts = [
-        f"## {'GPU' if e['cuda'] else 'CPU'}: {machine}",
-        f"{versions}, commit {e['commit'][:10]}{dirty}, {e['time'][:10]}, {busy}.",
-    ]
-    for _, of_op in groupby(read(folder / "rows.csv"), key=lambda row: row.op):
-        cases = [list(rows) for _, rows in groupby(of_op, key=lambda row: (row.mode, row.shape, row.dtype, row.cache))]
-        if e["device"] == "cpu" and (text := _claims(cases)):
-            parts.append(text.rstrip())
-        for rows in cases:
+    parts = [f"## {machine(e)}", f"{versions(e)}."]
+    for of_op in grouped(read(folder / "rows.csv"), "op"):
+        found = cases(of_op)
+        if e["device"] == "cpu" and (text := _claims(found)):
+            parts.append(text)
+        for rows in found:
             parts += [f"### {title(rows[0])}", _markdown(cells(rows))]
     return "\n\n".join(parts) + "\n"
 

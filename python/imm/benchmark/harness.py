@@ -35,8 +35,8 @@ class Effort:
         return self.seconds / 50
 
 
-QUICK = Effort(1.5, 6, 100)
-FULL = Effort(5.0, 10, 300)
+QUICK = Effort(1.5, 7, 100)
+FULL = Effort(3.0, 7, 300)
 #: More numbers are copied in several calls: beyond all caches, a larger buffer shows nothing more.
 _COPIED = 1 << 27
 
@@ -163,7 +163,7 @@ def measure(case: Case, device: torch.device, effort: Effort = FULL) -> list[Row
         samples = _in_turns(clocks, effort)
         for row in found[-len(prepared) :]:
             if row.peer in samples:
-                row.timed(samples[row.peer], samples[COPY], samples.get(MATMUL))
+                row.timed(samples[row.peer], samples[COPY])
         if device.type == "cuda" and cache == case.caches[0]:
             _beside(found[-len(prepared) :], {row.peer: steps for row, steps in prepared})
     return found

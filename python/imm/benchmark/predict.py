@@ -14,7 +14,7 @@ import torch
 from imm.benchmark.case import COPY, MATMUL, Case, load, operations
 from imm.benchmark.docs import committed
 from imm.benchmark.machines import MEMORY, Machine, find, from_rows, read_environment
-from imm.benchmark.rows import OK, Row, duration, read
+from imm.benchmark.rows import OK, Row, dtype_of, duration, read
 from imm.benchmark.timing import ROTATED_BYTES
 
 
@@ -49,14 +49,10 @@ def floor(machine: Machine, size: float, flops: float, unit: str) -> Floor | Non
     return Floor(size / memory, flops / rate if rate else 0.0, unit)
 
 
-def computes_in(peers: Iterable[str], dtype: str) -> str:
-    """The dtype of the peers' arithmetic: a peer that says bfloat16 computes so, whatever the case's dtype."""
-    return "bfloat16" if any("bfloat16" in peer for peer in peers) else dtype
-
-
 def case_floor(machine: Machine, case: Case) -> Floor | None:
     """The floor of a case, for its peer of the fewest bits."""
-    dtype = computes_in(case.peers, str(case.dtype).removeprefix("torch."))
+    dtypes = {dtype_of(peer, str(case.dtype).removeprefix("torch.")) for peer in case.peers}
+    dtype = "bfloat16" if "bfloat16" in dtypes else dtypes.pop()
     return floor(machine, case.bytes, case.flops, unit(dtype, case.products))
 
 
@@ -114,7 +110,7 @@ def _subjects(rows: Sequence[Row], products: bool) -> list[tuple[str, Row, float
     ours = [row for row in rows if row.peer == "triton" or row.peer.startswith("imm")]
     if ours:
         best = min(ours, key=lambda row: row.median_us or float("inf"))
-        arithmetic = unit(computes_in([best.peer], best.dtype), products)
+        arithmetic = unit(dtype_of(best.peer, best.dtype), products)
         found.append(("imm", best, best.bytes, best.flops, arithmetic))
     return found
 

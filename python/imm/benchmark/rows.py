@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from imm.benchmark.case import COPY, Case, Claim
+from imm.benchmark.case import COPY, MATMUL, Case, Claim
 
 OK = "ok"
 
@@ -20,10 +20,8 @@ class Row:
     """One peer at one case. Times in microseconds; None where there is none: refused, or not applicable.
 
     cache: "cold" or "warm". error: the largest relative error against float64. peak_bytes: inputs, what the peer keeps and the
-    most that a step allocates. ratio_to_copy: the median of the ratios to the copy of the same round. share_of_floor: of the
-    time, what the slower ceiling of the same round takes: the copy or, where the arithmetic is products, one product.
-    do_bench_us: the median of triton.testing.do_bench, on CUDA.
-    samples_us: every round's time, in order, with spaces in between.
+    most that a step allocates. ratio_to_copy: the median of the ratios to the copy of the same round.
+    do_bench_us: the median of triton.testing.do_bench, on CUDA. samples_us: every round's time, in order, with spaces between.
     """
 
     op: str
@@ -43,7 +41,6 @@ class Row:
     bytes: int = 0
     gb_per_s: float | None = None
     ratio_to_copy: float | None = None
-    share_of_floor: float | None = None
     do_bench_us: float | None = None
     flops: int = 0
     gflop_per_s: float | None = None
@@ -67,8 +64,8 @@ class Row:
         }
         return cls(op=case.op, mode=case.mode, shape=case.size, **known, **values)
 
-    def timed(self, seconds: Sequence[float], copy: Sequence[float], product: Sequence[float] | None = None) -> None:
-        """Fill in the times, from this peer's samples and those of the ceilings, round by round, in seconds."""
+    def timed(self, seconds: Sequence[float], copy: Sequence[float]) -> None:
+        """Fill in the times, from this peer's samples and those of the copy, round by round, in seconds."""
         ordered = torch.tensor(sorted(seconds), dtype=torch.float64)
         p20, median, p80 = (float(torch.quantile(ordered, q)) for q in (0.2, 0.5, 0.8))
         self.rounds = len(seconds)
@@ -76,8 +73,6 @@ class Row:
         self.gb_per_s = round(self.bytes / median * 1e-9, 4)
         self.samples_us = " ".join(f"{1e6 * t:.5g}" for t in seconds)
         self.ratio_to_copy = round(paired(seconds, copy), 4)
-        floor = [max(ceilings) for ceilings in zip(copy, product or copy, strict=False)]
-        self.share_of_floor = round(paired(floor, seconds), 4)
         self.gflop_per_s = None if self.peer == COPY else round(self.flops / median * 1e-9, 4)
 
     @property
@@ -127,6 +122,36 @@ def read(path: Path) -> list[Row]:
     return list({(r.op, r.mode, r.shape, r.dtype, r.device, r.cache, r.peer, r.commit): r for r in rows}.values())
 
 
+def grouped(rows: Iterable[Row], *columns: str) -> list[list[Row]]:
+    """Rows with the same values in these columns together, in the order of each group's first row."""
+    groups: dict[tuple[Any, ...], list[Row]] = {}
+    for row in rows:
+        groups.setdefault(tuple(getattr(row, column) for column in columns), []).append(row)
+    return list(groups.values())
+
+
+def cases(rows: Iterable[Row]) -> list[list[Row]]:
+    """The rows of each case together, one with cold and with warm buffers apart."""
+    return grouped(rows, "op", "mode", "shape", "dtype", "device", "cache")
+
+
+def ours(peer: str) -> bool:
+    """Whether a peer is this project's own; "triton" is its kernel without the op around it."""
+    return peer.startswith("imm") or peer == "triton"
+
+
+def fastest(rows: Iterable[Row]) -> Row | None:
+    """The row with the least median; None without a timed one."""
+    return min((row for row in rows if row.median_us is not None), key=lambda row: row.median_us or 0.0, default=None)
+
+
+def floor(rows: Iterable[Row]) -> Row | None:
+    """Of one case, the slower of the copy and, where it was timed, the square product: what limits a peer of the same dtype.
+    None where nothing was timed or the case's flops are not counted."""
+    ceilings = [row for row in rows if row.peer in (COPY, MATMUL) and row.median_us is not None and row.flops]
+    return max(ceilings, key=lambda row: row.median_us or 0.0, default=None)
+
+
 def duration(us: float | None) -> str:
     """A time with a unit that suits it."""
     if us is None:
@@ -134,27 +159,40 @@ def duration(us: float | None) -> str:
     return f"{us / 1e3:.2f} ms" if us >= 1e3 else f"{us:.1f} us"
 
 
-_HEADINGS = ("peer", "median", "spread", "GB/s", "x copy", "of floor", "error", "peak", "do_bench")
+def dtype_of(peer: str, dtype: str) -> str:
+    """The dtype that a peer computes in: its name says so where it is not the case's."""
+    return "bfloat16" if "bfloat16" in peer else dtype
 
 
-def _cells(row: Row) -> list[str]:
-    """A row as text, under the headings."""
+def share_of_floor(row: Row, case: Iterable[Row]) -> float | None:
+    """Of a row's time, what the floor of its case takes; None without one, or where the peer computes in another dtype."""
+    least = floor(case)
+    if least is None or row.median_us is None or dtype_of(row.peer, row.dtype) != least.dtype:
+        return None
+    return paired(least.samples, row.samples)
+
+
+HEADINGS = ("peer", "median", "spread", "GB/s", "x copy", "of floor", "error", "peak", "do_bench")
+
+
+def line(row: Row, case: Iterable[Row]) -> list[str]:
+    """A row as text, under HEADINGS; ``case`` has its ceilings."""
     peak = "" if row.peak_bytes is None else f"{row.peak_bytes / 1e6:.1f} MB"
     if row.median_us is None:
         return [row.peer, row.status, "", "", "", "", "", peak if row.status.startswith(OK) else "", ""]
     error = "" if row.error is None else f"{row.error:.0e}"
     beside = "" if row.do_bench_us is None else duration(row.do_bench_us)
-    share = "" if row.share_of_floor is None else f"{row.share_of_floor:.0%}"
+    found = share_of_floor(row, case)
     low, high = interval(row.samples)
-    rates = [f"{row.gb_per_s:.1f}", f"{row.ratio_to_copy:.2f}", share]
+    rates = [f"{row.gb_per_s:.1f}", f"{row.ratio_to_copy:.2f}", "" if found is None else f"{found:.0%}"]
     return [row.peer, duration(row.median_us), f"{duration(low)} to {duration(high)}", *rates, error, peak, beside]
 
 
-def cells(rows: Sequence[Row]) -> list[list[str]]:
-    """The rows as text below a line of headings, without the columns that none of them has."""
-    lines = [list(_HEADINGS), *map(_cells, rows)]
-    kept = [i for i in range(len(_HEADINGS)) if any(line[i] for line in lines[1:])]
-    return [[line[i] for i in kept] for line in lines]
+def cells(case: Sequence[Row]) -> list[list[str]]:
+    """The rows of a case as text below a line of headings, without the columns that none of them has."""
+    lines = [list(HEADINGS), *(line(row, case) for row in case)]
+    kept = [i for i in range(len(HEADINGS)) if any(texts[i] for texts in lines[1:])]
+    return [[texts[i] for i in kept] for texts in lines]
 
 
 def title(row: Row) -> str:

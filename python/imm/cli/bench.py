@@ -35,8 +35,8 @@ class _Bench(click.Command):
 @click.command(cls=_Bench)
 @click.argument("op", default="all")
 @click.option("--device", "device_name", default="auto", help="auto, cpu, cuda or cuda:N.")
-@click.option("--out", metavar="DIR", help="Append to rows.csv there, and write environment.json.")
-@click.option("--quick", is_flag=True, help="The first shape of each op, a few seconds each.")
+@click.option("--out", metavar="DIR", help="Append to rows.csv there; write environment.json, figures and report.html.")
+@click.option("--quick/--full", help="The first shape of each op, for a few seconds; or every shape, which is the default.")
 @click.option("--threads", type=click.IntRange(min=1), help="CPU threads; by default torch's own number.")
 @click.option("--base", metavar="REV", help="Measure this commit and the working tree, twice each in turns, and compare.")
 @click.option("--fail-if-slower", is_flag=True, help="With --base: exit with 1 where a peer of ours is slower.")
@@ -59,14 +59,14 @@ def command(
     import torch
 
     if predict is not None:
-        from imm.benchmark.predict import report
+        from imm.benchmark.predict import report as floors
 
         if (device_name, out, threads) != ("auto", None, None):
             raise ValueError("predict: expected no --device, --out or --threads, since nothing is timed")
-        report(op, predict, quick=quick, say=click.echo)
+        floors(op, predict, quick=quick, say=click.echo)
         return
 
-    from imm.benchmark import load, operations, run
+    from imm.benchmark import load, operations, report, run
 
     if op != "all":
         load(op)
@@ -87,6 +87,7 @@ def command(
     run(op, device, folder, quick=quick, say=click.echo)
     if folder is not None:
         click.echo(f"rows: {folder / 'rows.csv'}")
+        click.echo(f"report: {report.make(folder, click.echo)}")
 
 
 def _given(context: click.Context) -> list[str]:
@@ -96,7 +97,9 @@ def _given(context: click.Context) -> list[str]:
         name = option.name or ""
         source = context.get_parameter_source(name)
         if isinstance(option, click.Option) and name not in _OF_BASE and source is click.core.ParameterSource.COMMANDLINE:
-            given.append(option.opts[0] if option.is_flag else f"{option.opts[0]}={context.params[name]}")
+            value = context.params[name]
+            names = option.opts if value else option.secondary_opts
+            given.append(names[0] if option.is_flag else f"{option.opts[0]}={value}")
     return given
 
 
