@@ -32,6 +32,12 @@ print(imm.__version__)
 """
 
 
+def copied(tree: Path) -> Path:
+    """A copy of the sources there."""
+    ignore = shutil.ignore_patterns("build", ".git", ".venv*", "runs", "*.so", "build.json", "*.egg-info")
+    return Path(shutil.copytree(ROOT, tree, ignore=ignore))
+
+
 # A native wheel takes minutes; tests/builds.py has a native install from a clean clone.
 @pytest.fixture(scope="module", params=["0", pytest.param("1", marks=pytest.mark.full)], ids=["pure", "native"])
 def native(request) -> str:
@@ -42,7 +48,8 @@ def native(request) -> str:
 @pytest.fixture(scope="module")
 def distributions(native, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("dist")
-    command = [sys.executable, "-m", "build", "--no-isolation", "--outdir", str(folder), str(ROOT)]
+    tree = copied(folder / "tree")  # a pure build clears the library of the tree that it is made from
+    command = [sys.executable, "-m", "build", "--no-isolation", "--outdir", str(folder), str(tree)]
     environment = {**os.environ, "IMM_BUILD_NATIVE": native}
     result = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
     assert result.returncode == 0, result.stdout + result.stderr
@@ -99,8 +106,7 @@ def test_install_in_a_clean_environment(pattern, native, distributions, environm
 def tree(tmp_path_factory) -> Path:
     """A copy of the sources, and beside it an nvcc that fails and a torch that says it is built for CUDA."""
     folder = tmp_path_factory.mktemp("switches")
-    ignore = shutil.ignore_patterns("build", ".git", ".venv", "*.so", "build.json", "*.egg-info")
-    shutil.copytree(ROOT, folder / "tree", ignore=ignore)
+    copied(folder / "tree")
     (folder / "bin").mkdir()
     (folder / "bin" / "nvcc").write_text("#!/bin/sh\nexit 1\n")
     (folder / "bin" / "nvcc").chmod(0o755)
