@@ -325,7 +325,7 @@ def test_the_page_is_made_of_the_committed_rows() -> None:
 class _FakeCuda:
     """Records the calls of the CUDA clock; a replay runs the captured steps' effects by itself."""
 
-    def __init__(self, capturable: bool) -> None:
+    def __init__(self, capturable: bool, elapsed: float = 8.0) -> None:
         self.log: list[str] = []
         self.now = itertools.count()
         self.capturable, self.kept = capturable, torch.zeros(3)
@@ -342,7 +342,7 @@ class _FakeCuda:
                 outer.log.append("wait")
 
             def elapsed_time(self, end: Event) -> float:
-                return 8.0
+                return elapsed
 
         self.Event = Event
         self.Stream = lambda: SimpleNamespace(wait_stream=lambda other: None)
@@ -373,6 +373,15 @@ def test_cuda_clock_replays_a_graph_of_rotating_sets(monkeypatch: pytest.MonkeyP
     fake.log.clear()
     assert clock.sample() == pytest.approx(1e-3)  # 8 ms over 8 sets
     assert fake.log == ["event", "replay", "event", "wait"]
+
+
+def test_cuda_clock_replays_a_short_graph_often(monkeypatch: pytest.MonkeyPatch) -> None:
+    fake = _FakeCuda(capturable=True, elapsed=0.5)
+    monkeypatch.setattr(torch, "cuda", fake)
+    clock = timing.clock(torch.device("cuda"), [lambda: (fake.kept,)] * 8)
+    fake.log.clear()
+    assert clock.sample() == pytest.approx(0.5e-3 / 32)  # 4 replays to fill 2 ms
+    assert fake.log == ["event", *["replay"] * 4, "event", "wait"]
 
 
 def test_cuda_clock_without_a_graph_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
