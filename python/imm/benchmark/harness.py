@@ -22,8 +22,8 @@ from imm.benchmark.timing import Clock, clock, do_bench, sets_of_buffers, single
 
 @dataclass(frozen=True)
 class Effort:
-    """How long a case is measured with one cache: ``least`` rounds of all peers, then rounds of those that take less than
-    ``seconds`` / 50 a call, until ``seconds`` are over or there are ``most``."""
+    """How long a case is measured with one cache: ``least`` rounds of all peers, then for ``seconds`` rounds of those that take
+    less than ``seconds`` / 50 a call, ``most`` in all."""
 
     seconds: float
     least: int
@@ -35,8 +35,8 @@ class Effort:
         return self.seconds / 50
 
 
-QUICK = Effort(1.5, 7, 100)
-FULL = Effort(3.0, 7, 300)
+QUICK = Effort(1.5, 6, 100)
+FULL = Effort(3.0, 6, 300)
 #: More numbers are copied in several calls: beyond all caches, a larger buffer shows nothing more.
 _COPIED = 1 << 27
 
@@ -127,13 +127,18 @@ def _ready(case: Case, steps: list[Step], truth: tuple[Tensor, ...], device: tor
 def _in_turns(clocks: dict[str, Clock], effort: Effort) -> dict[str, list[float]]:
     """Samples of every peer, A B C A B C ...; those of one index are of one round."""
     samples: dict[str, list[float]] = {name: [] for name in clocks}
-    start, rounds, turns = time.perf_counter(), 0, dict(clocks)
-    while turns and (rounds < effort.least or (rounds < effort.most and time.perf_counter() - start < effort.seconds)):
-        for name, ready in turns.items():
+
+    def turn(peers: dict[str, Clock]) -> None:
+        for name, ready in peers.items():
             samples[name].append(ready.sample())
+
+    for _ in range(effort.least):
+        turn(clocks)
+    quick = {name: ready for name, ready in clocks.items() if min(samples[name]) < effort.slow}
+    start, rounds = time.perf_counter(), effort.least
+    while quick and rounds < effort.most and time.perf_counter() - start < effort.seconds:
+        turn(quick)
         rounds += 1
-        if rounds == effort.least:
-            turns = {name: ready for name, ready in turns.items() if min(samples[name]) < effort.slow}
     return samples
 
 

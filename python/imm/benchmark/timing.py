@@ -24,6 +24,7 @@ LEAST_SETS, MOST_CPU_SETS = 8, 64
 _WARM_UP = 3
 _LEAST_SECONDS = 2e-3  # between two events, beside which the launch of a graph, some microseconds, is little
 _SETTLE = 2  # calls on the CPU after which another peer's data has left the caches
+_LONG = 0.05  # seconds of a call that does so itself
 _CPU_TURN = itertools.count()
 
 
@@ -73,12 +74,23 @@ def single_calls(device: torch.device, step: Step) -> Clock:
     return Clock("wall clock over one call", sample, outputs)
 
 
-def _warm_cpu(step: Step) -> Clock:
-    for _ in range(_WARM_UP):
+def _warmed(step: Step) -> tuple[tuple[Tensor, ...], float]:
+    """The step's outputs and its seconds after a few calls, of a long one after the second."""
+    for call in range(_WARM_UP):
+        start = time.perf_counter()
         outputs = step()
+        seconds = time.perf_counter() - start
+        if call and seconds > _LONG:
+            break
+    return outputs, seconds
+
+
+def _warm_cpu(step: Step) -> Clock:
+    outputs, seconds = _warmed(step)
+    settle = _SETTLE if seconds < _LONG else 0
 
     def sample() -> float:
-        for _ in range(_SETTLE):
+        for _ in range(settle):
             step()
         start = time.perf_counter()
         step()
@@ -90,8 +102,7 @@ def _warm_cpu(step: Step) -> Clock:
 def _cold_cpu(steps: Sequence[Step]) -> Clock:
     for step in steps[1:]:
         step()  # touches the memory that it keeps
-    for _ in range(_WARM_UP):
-        outputs = steps[0]()
+    outputs, _ = _warmed(steps[0])
 
     def sample() -> float:
         step = steps[next(_CPU_TURN) % len(steps)]
