@@ -314,6 +314,6 @@ def test_wrong_use_is_one_line(tmp_path: Path) -> None:
     assert unknown.exit_code == 1
     assert unknown.output == f"Error: predict: expected one of {list(MACHINES)} or a results folder, got 'h1000'\n"
     assert invoke("nothing", "--predict=h100").output.startswith("Error: op: expected one of")
-    assert invoke("--predict=h100", "--device=cpu").output.startswith("Error: predict: expected no --device")
+    assert invoke("--predict=h100", "--device=cpu").output.startswith("Error: predict: expected OP and --quick")
     folder = results(tmp_path / "small", [row("mmd", declared.COPY, 1.0, bytes=1000)])
     assert invoke(f"--predict={folder}").output.startswith("Error: predict: expected a cold copy of 32 MB or more")

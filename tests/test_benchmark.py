@@ -110,18 +110,23 @@ def test_peers_take_turns() -> None:
 
 def test_an_op_whose_tests_fail_is_not_timed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "tests").mkdir()
-    (tmp_path / "tests" / "test_a.py").write_text("def test_right(): pass\ndef test_wrong_sum(): assert 1 + 1 == 3\n")
+    wrong = "@pytest.mark.parametrize('x', [3], ids=['a/b'])\ndef test_wrong(x): assert 2 == x\n"
+    (tmp_path / "tests" / "test_a.py").write_text(f"import pytest\ndef test_right(): pass\n{wrong}")
     (tmp_path / "tests" / "test_b.py").write_text("import no_such_package\n")
     (tmp_path / "tests" / "test_c.py").write_text("def test_c(): pass\n")
     asked = {"a": {"test_a.py": ""}, "half": {"test_a.py": "right"}, "c": {"test_c.py": ""}, "none": {"test_c.py": "absent"}}
     found = gate.refusals(asked, tmp_path)
-    assert found == {"a": "1 of its tests fail, test_a.py::test_wrong_sum first", "none": "none of its tests ran"}
+    assert found == {"a": "1 of its tests fail, test_a.py::test_wrong[a/b] first", "none": "none of its tests ran"}
     assert "test_b.py" in gate.refusals({"b": {"test_b.py": ""}}, tmp_path)["b"]
     with pytest.raises(FileNotFoundError, match=r"test_d\.py"):
         gate.refusals({"d": {"test_d.py": ""}}, tmp_path)
     monkeypatch.setattr(gate, "refusals", lambda asked, root: dict.fromkeys(asked, "1 of its tests fail"))
     said: list[str] = []
-    assert harness.run("flow_step", CPU, None, quick=True, say=said.append) == []
+    (row,) = harness.run("flow_step", CPU, None, quick=True, say=said.append)
+    assert (row.op, row.mode, row.status) == ("flow_step", rows.TESTS, "refused: 1 of its tests fail")
+    result = CliRunner().invoke(main, ["bench", "flow_step", "--device=cpu", "--quick", "--out", str(tmp_path / "out")])
+    assert result.exit_code == 1
+    assert result.output.endswith("Error: flow_step: not timed, since tests fail\n")
     assert said == ["flow_step: refused: 1 of its tests fail\n"]
 
 

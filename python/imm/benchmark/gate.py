@@ -22,20 +22,22 @@ import json, os
 import pytest
 wanted = json.loads(os.environ["IMM_GATE_TESTS"])
 found = {"ran": [], "failed": []}
+def short(report):
+    file, separator, test = report.nodeid.partition("::")
+    return file.rpartition("/")[2] + separator + test
 def named(item):
     return any(word in item.name for word in wanted[item.path.name].split() or [""])
 def pytest_collection_modifyitems(config, items):
     config.hook.pytest_deselected(items=[item for item in items if not named(item)])
     items[:] = [item for item in items if named(item)]
 def pytest_runtest_logreport(report):
-    name = report.nodeid.rpartition("/")[2]
     if report.when == "call" and report.passed:
-        found["ran"].append(name)
+        found["ran"].append(short(report))
     if report.failed:
-        found["failed"].append(name)
+        found["failed"].append(short(report))
 def pytest_collectreport(report):
     if report.failed:
-        found["failed"].append(report.nodeid.rpartition("/")[2])
+        found["failed"].append(short(report))
 def pytest_unconfigure(config):
     with open(os.environ["IMM_GATE_OUT"], "w") as file:
         json.dump(found, file)

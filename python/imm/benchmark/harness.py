@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
@@ -16,7 +17,7 @@ from imm.benchmark import environment, gate
 from imm.benchmark.case import COPY, MATMUL, Case, Peer, Step, load, operations
 from imm.benchmark.case import folder as bench_folder
 from imm.benchmark.memory import peak_bytes
-from imm.benchmark.rows import OK, Row, append, claims, read, table
+from imm.benchmark.rows import OK, TESTS, Row, append, claims, read, table
 from imm.benchmark.timing import Clock, clock, do_bench, sets_of_buffers, single_calls
 
 
@@ -169,7 +170,7 @@ def measure(case: Case, device: torch.device, effort: Effort = FULL) -> list[Row
         for row in found[-len(prepared) :]:
             if row.peer in samples:
                 row.timed(samples[row.peer], samples[COPY])
-        if device.type == "cuda" and cache == case.caches[0]:
+        if device.type == "cuda" and cache == case.caches[0] and not case.rounds:
             _beside(found[-len(prepared) :], {row.peer: steps for row, steps in prepared})
     return found
 
@@ -177,8 +178,11 @@ def measure(case: Case, device: torch.device, effort: Effort = FULL) -> list[Row
 def _beside(rows: list[Row], steps: dict[str, list[Step]]) -> None:
     """What triton.testing.do_bench says of the peers that were timed."""
     for row in rows:
-        if row.median_us is not None and (seconds := do_bench(steps[row.peer][0])) is not None:
-            row.do_bench_us = round(1e6 * seconds, 3)
+        if row.median_us is None or row.error is None:
+            continue
+        with contextlib.suppress(RuntimeError):  # a peer's own time stands without it
+            seconds = do_bench(steps[row.peer][0])
+            row.do_bench_us = None if seconds is None else round(1e6 * seconds, 3)
 
 
 def measured_before(folder: Path | None, commit: str) -> set[tuple[str, ...]]:
@@ -208,8 +212,14 @@ def run(
         quick: the first case of each op, for a few seconds.
         resume: leave out the cases that ``out`` has from this commit: a run that was cut short goes on.
         tests: run each op's own tests first and refuse its figures while one fails; False where they have just run.
+
+    Returns:
+        The rows; of an op whose tests fail one of mode TESTS, which is in no file.
+
     Raises ValueError for an op without a file, FileNotFoundError outside a checkout.
     """
+    if device.type == "cuda" and device.index is not None:
+        torch.cuda.set_device(device)  # events, graphs and the allocator's figures are the current device's
     chosen = operations() if op == "all" else [op]
     modules = {name: load(name) for name in chosen}
     torch.set_num_threads(torch.get_num_threads())  # from here on a fixed number
@@ -221,6 +231,7 @@ def run(
     for name, module in modules.items():
         if name in refused:
             say(f"{name}: refused: {refused[name]}\n")
+            rows.append(Row(name, TESTS, "", "", device.type, peer="imm", status=f"refused: {refused[name]}"))
             continue
         cases = (case for case in module.cases(device, quick) if _key(case, device) not in done)
         timed = (measure(case, device, effort) for case in cases)

@@ -13,6 +13,8 @@ import torch
 from imm.benchmark.case import COPY, MATMUL, Case, Claim
 
 OK = "ok"
+#: The mode of the row of an op that was not timed since its tests fail.
+TESTS = "tests"
 
 
 @dataclass
@@ -100,8 +102,12 @@ COLUMNS = tuple(field.name for field in fields(Row))
 
 
 def append(folder: Path, rows: Iterable[Row]) -> None:
-    """Add rows to ``rows.csv`` of the folder."""
+    """Add rows to ``rows.csv`` of the folder. Raises ValueError where that has other columns."""
     folder.mkdir(parents=True, exist_ok=True)
+    if (path := folder / "rows.csv").exists() and path.stat().st_size:
+        with path.open(newline="") as file:
+            if next(csv.reader(file)) != list(COLUMNS):
+                raise ValueError(f"out: expected a folder whose rows.csv has this version's columns, got {folder}")
     with (folder / "rows.csv").open("a", newline="") as file:
         writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
         if file.tell() == 0:
@@ -161,7 +167,7 @@ def duration(us: float | None) -> str:
 
 def dtype_of(peer: str, dtype: str) -> str:
     """The dtype that a peer computes in: its name says so where it is not the case's."""
-    return "bfloat16" if "bfloat16" in peer else dtype
+    return next((name for name in ("bfloat16", "float32") if name in peer), dtype)
 
 
 def share_of_floor(row: Row, case: Iterable[Row]) -> float | None:

@@ -61,12 +61,13 @@ def command(
     if predict is not None:
         from imm.benchmark.predict import report as floors
 
-        if (device_name, out, threads) != ("auto", None, None):
-            raise ValueError("predict: expected no --device, --out or --threads, since nothing is timed")
+        if (device_name, out, threads, base, fail_if_slower) != ("auto", None, None, None, False):
+            raise ValueError("predict: expected OP and --quick or --full alone, since nothing is timed")
         floors(op, predict, quick=quick, say=click.echo)
         return
 
     from imm.benchmark import load, operations, report, run
+    from imm.benchmark.rows import TESTS
 
     if op != "all":
         load(op)
@@ -84,10 +85,13 @@ def command(
         torch.set_num_threads(threads)
     folder = None if out is None else writable_folder(out)
     click.echo(f"{device_line(device)}; medians of interleaved rounds")
-    run(op, device, folder, quick=quick, say=click.echo)
-    if folder is not None:
+    rows = run(op, device, folder, quick=quick, say=click.echo)
+    refused = [row.op for row in rows if row.mode == TESTS]
+    if folder is not None and len(rows) > len(refused):
         click.echo(f"rows: {folder / 'rows.csv'}")
         click.echo(f"report: {report.make(folder, click.echo)}")
+    if refused:
+        raise ValueError(f"{', '.join(refused)}: not timed, since tests fail")
 
 
 def _given(context: click.Context) -> list[str]:
