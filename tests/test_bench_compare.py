@@ -29,7 +29,7 @@ ENVIRONMENT = {"torch": "2.13", "commit": "0123456789abcdef", "dirty": False, "n
 def row(peer: str, times: Sequence[float], case: str = "N=1", **values: Any) -> Row:
     """A row with these samples in microseconds; its ratio to the copy is filled in by ``results``."""
     made = Row("double", "forward", case, "float32", "cpu", "warm", peer, rows.OK, threads=2, machine="mill")
-    made = replace(made, **values)
+    made = replace(made, error=None if peer == COPY or peer.startswith("part: ") else 1e-7, **values)
     if times:
         made.timed([1e-6 * t for t in times], [1.0] * len(times))
     return made
@@ -94,8 +94,8 @@ def test_extra_work_is_flagged_and_the_same_work_is_not(tmp_path: Path) -> None:
     )
     assert [pair.after.peer for pair in compare.compare(once, again).moved if pair.after.peer != COPY] == []
     found = compare.compare(once, more)
-    assert [pair.after.peer for pair in found.slower] == ["imm"]
-    assert found.slower[0].ratio == pytest.approx(8, rel=0.4)
+    assert [row.peer for row in found.slower] == ["imm"]
+    assert found.moved[0].ratio == pytest.approx(8, rel=0.4)
     assert "other" not in [pair.after.peer for pair in found.moved]
     back = compare.compare(more, once)
     assert [(pair.after.peer, pair.moved) for pair in back.moved if pair.after.peer != COPY] == [("imm", -1)]
@@ -106,7 +106,7 @@ def test_extra_work_is_flagged_and_the_same_work_is_not(tmp_path: Path) -> None:
 def test_more_products_are_flagged(tmp_path: Path) -> None:
     """Without pauses: what the processor itself takes longer for."""
     few, many = (compare.Results.read(measured(tmp_path / str(times), times)) for times in (1, 40))
-    assert [pair.after.peer for pair in compare.compare(few, many).slower] == ["imm"]
+    assert [row.peer for row in compare.compare(few, many).slower] == ["imm"]
 
 
 def test_a_slower_machine_moves_only_the_copy() -> None:
@@ -135,7 +135,7 @@ def test_intervals_that_meet_and_near_medians_agree() -> None:
         ([100.0] + [180.0] * 9, ["imm"]),
     ):
         found = compare.compare(results(row(COPY, steady), row("imm", steady)), results(row(COPY, steady), row("imm", times)))
-        assert [pair.after.peer for pair in found.slower] == moved
+        assert [row.peer for row in found.slower] == moved
 
 
 def test_what_the_others_did_as_well_is_the_machine() -> None:
@@ -143,7 +143,22 @@ def test_what_the_others_did_as_well_is_the_machine() -> None:
     before = results(row(COPY, around(100)), *(row(name, around(500)) for name in ("imm", "imm out=", "a", "b", "c")))
     times = {"imm": 660, "imm out=": 900, "a": 650, "b": 640, "c": 620}
     after = results(row(COPY, around(100)), *(row(name, around(time)) for name, time in times.items()))
-    assert [pair.after.peer for pair in compare.compare(before, after).slower] == ["imm out="]
+    assert [row.peer for row in compare.compare(before, after).slower] == ["imm out="]
+
+
+def test_our_own_parts_are_not_the_machine() -> None:
+    parts = [f"part: {i}" for i in range(4)]
+    before = results(row(COPY, around(100)), *(row(name, around(500)) for name in ("imm", "plain", *parts)))
+    after = results(row(COPY, around(100)), row("plain", around(500)), *(row(name, around(750)) for name in ("imm", *parts)))
+    assert [row.peer for row in compare.compare(before, after).slower] == ["imm"]
+
+
+def test_a_peer_of_ours_that_is_lost_is_slower() -> None:
+    before = results(row(COPY, around(100)), row("imm", around(130)), row("plain", around(130)))
+    for lost in ([row("imm", [], status="refused: wrong")], []):
+        after = results(row(COPY, around(100)), row("plain", around(130)), *lost)
+        assert [row.peer for row in compare.compare(before, after).slower] == ["imm"]
+    assert compare.compare(before, results(row(COPY, around(100)), row("imm", around(130)))).slower == []
 
 
 def test_what_is_missing_is_said() -> None:

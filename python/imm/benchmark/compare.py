@@ -10,7 +10,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from imm.benchmark.case import COPY
+from imm.benchmark.case import COPY, MATMUL
 from imm.benchmark.rows import OK, Row, duration, interval, ours, paired, read
 
 #: How far medians differ at least. In pairs of 20 runs of the same code on two shared cores, 0.3 % of our rows moved with it,
@@ -107,6 +107,11 @@ def _words(row: Row) -> str:
     return f"{row.op} {row.mode}, {row.shape}, {row.dtype}, {row.cache}"
 
 
+def _others(row: Row) -> bool:
+    """Whether a peer is not this project's: its parts and what is timed beside it, but for the ceilings, are its own code."""
+    return row.peer in (COPY, MATMUL) or (row.error is not None and not ours(row.peer))
+
+
 def _beside(row: Row, copy: Row) -> list[float]:
     return [time / other for time, other in zip(row.samples, copy.samples, strict=False)]
 
@@ -139,7 +144,7 @@ class Comparison:
         ratios = {key: _ratio(old[key][0].samples, row.samples) for key, (row, _) in new.items() if key in old}
         made = []
         for key in ratios:
-            others = [r for k, r in ratios.items() if k[:-1] == key[:-1] and k != key and not ours(k[-1])]
+            others = [r for k, r in ratios.items() if k[:-1] == key[:-1] and k != key and _others(new[k][0])]
             copies = old[key][1], new[key][1]
             made.append(Pair(old[key][0], new[key][0], copies, _median(others) if others else 1.0))
         return made
@@ -150,9 +155,13 @@ class Comparison:
         return sorted((pair for pair in self.pairs if pair.moved), key=lambda pair: -pair.ratio)
 
     @property
-    def slower(self) -> list[Pair]:
-        """The peers of ours that are slower."""
-        return [pair for pair in self.moved if pair.moved > 0 and ours(pair.after.peer)]
+    def slower(self) -> list[Row]:
+        """The rows of ours that are slower, or that were timed before and are now refused or missing in their case."""
+        found = [pair.after for pair in self.moved if pair.moved > 0 and ours(pair.after.peer)]
+        new = self.after.timed
+        cases = {key[:-1] for key in self.after.rows}
+        lost = [row for key, (row, _) in self.before.timed.items() if key not in new and key[:-1] in cases and ours(row.peer)]
+        return found + lost
 
     def __str__(self) -> str:
         old, new = self.before.timed, self.after.timed
