@@ -415,9 +415,10 @@ def calibrate(path: Path, device: torch.device, refused: frozenset[str], say: Ca
     """Measure the parts that ``path`` does not have; 1 where one of them failed or had no time."""
     began = time.monotonic()
     kept = json.loads(path.read_text()) if path.exists() else {}
-    done: dict[str, Any] = kept.get("calibrations", {}) if kept.get("device") == device.type else {}
     recorded = environment.record(device)
     head = {"device": device.type, **{key: recorded[key] for key in ("machine", "torch", "triton", "commit", "dirty", "time")}}
+    same = all(kept.get(key) == head[key] for key in ("device", "machine", "torch", "triton", "commit"))
+    done: dict[str, Any] = kept.get("calibrations", {}) if same else {}
 
     def keep(name: str, **entry: Any) -> None:
         done[name] = entry

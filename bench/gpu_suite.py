@@ -5,8 +5,9 @@
 
 The stages run most valuable first, each with its own time limit; one that fails or runs over is recorded and the next begins.
 What is timed was tested first: an op whose tests failed is left out of the calibrations, and its benchmarks are recorded as
-refused. Run again with the same DIR, it goes on with the stages that are not done. DIR gets at most 8 files of under 16 MB
-together: summary.json, environment.json, build.txt, tests.txt, sanitizer.txt, calibration.json, bench.txt, rows.csv.
+refused. Run again with the same DIR and commit, it goes on with the stages that are not done; another commit begins anew.
+DIR gets at most 8 files of under 16 MB together: summary.json, environment.json, build.txt, tests.txt, sanitizer.txt,
+calibration.json, bench.txt, rows.csv.
 """
 
 from __future__ import annotations
@@ -78,7 +79,7 @@ ABOUT = {
     "flow_map_mmd": ("mmd", "flow_step"),
     "flow_step": ("flow_step",),
     "noise": ("noise",),
-    "objective": ("test_objective", "mmd", "flow_step"),
+    "objective": ("test_objective", "test_training", "mmd", "flow_step", "test_dit", "adaln", "attention", "timestep"),
 }
 CALIBRATED = ("mmd", "attention")  # of our ops
 REFUSED = "refused: tests failed"
@@ -103,6 +104,15 @@ class Stage:
     limit: float
     file: str
     command: list[str] | str
+
+
+def revision() -> str:
+    """The checkout's commit, or "unknown"."""
+    command = ["git", "-C", str(ROOT), "rev-parse", "HEAD"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
 
 
 def probe() -> dict[str, Any]:
@@ -240,11 +250,13 @@ def main(say: Callable[..., None] = print) -> int:
     parser.add_argument("--commit", help="where git cannot say it")
     options = parser.parse_args()
     began, out = time.monotonic(), options.out
-    if options.fresh and (out / "summary.json").exists():
+    path, commit = out / "summary.json", options.commit or revision()
+    kept = json.loads(path.read_text()) if path.exists() else {}
+    if kept and (options.fresh or kept.get("commit") != commit):  # tests of one commit say nothing about another's figures
         shutil.rmtree(out)
+        kept = {}
     out.mkdir(parents=True, exist_ok=True)
-    path = out / "summary.json"
-    done = json.loads(path.read_text())["stages"] if path.exists() else {}
+    done = kept.get("stages", {})
     found = probe()
     stages, notes = plan(options, found)
     say(json.dumps(found, indent=2), *notes, sep="\n")
@@ -255,12 +267,13 @@ def main(say: Callable[..., None] = print) -> int:
     strict = {**environment, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
     shared = {**environment, "OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // WORKERS))}
     environments = {"memcheck": strict, "kernels": shared, "triton tests": shared, "op tests": shared}
-    if options.commit:
-        environment["IMM_COMMIT"] = options.commit
+    environment["IMM_COMMIT"] = commit
 
     def keep() -> None:
         total = round(time.monotonic() - began, 1)
-        path.write_text(json.dumps({"machine": found, "notes": notes, "seconds": total, "stages": done}, indent=2) + "\n")
+        path.write_text(
+            json.dumps({"commit": commit, "machine": found, "notes": notes, "seconds": total, "stages": done}, indent=2) + "\n"
+        )
 
     for stage in stages:
         what = stage.command if isinstance(stage.command, str) else " ".join(stage.command)

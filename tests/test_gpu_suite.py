@@ -76,7 +76,7 @@ def test_every_stage_is_recorded_within_its_limit(tmp_path: Path) -> None:
 
 def test_it_goes_on_where_it_stopped_and_writes_rows(tmp_path: Path) -> None:
     done = {name: {"status": "ok"} for name in RUNS[:-1] if name != "calibrations"}
-    (tmp_path / "summary.json").write_text(json.dumps({"stages": done}))
+    (tmp_path / "summary.json").write_text(json.dumps({"commit": "abc", "stages": done}))
     result = run(tmp_path, "--limit", "60", "--commit", "abc")
     assert result.returncode == 0, result.stdout + result.stderr
     assert result.stdout.count("done before") == 4
@@ -91,6 +91,16 @@ def test_it_goes_on_where_it_stopped_and_writes_rows(tmp_path: Path) -> None:
     assert {entry["status"] for entry in measured.values()} == {"ok"}
     assert sum(path.stat().st_size for path in tmp_path.iterdir()) < 16e6
     assert "noise normal" in (tmp_path / "bench.txt").read_text()
+
+
+def test_another_commit_begins_anew(suite: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "summary.json").write_text(json.dumps({"commit": "abc", "stages": {"op tests": {"status": "ok"}}}))
+    (tmp_path / "rows.csv").write_text("")
+    monkeypatch.setattr(suite, "TOTAL", 5.0)
+    monkeypatch.setattr(sys, "argv", ["gpu_suite.py", "--out", str(tmp_path), "--dry-run", "--commit", "def"])
+    assert suite.main(lambda *words, **options: None) == 0
+    assert stages(tmp_path)["op tests"]["status"] == "skipped"
+    assert not (tmp_path / "rows.csv").exists()
 
 
 def test_it_stops_in_time(suite: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
