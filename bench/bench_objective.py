@@ -19,7 +19,7 @@ from imm.flow_map import FlowMap
 from imm.networks import DDPMpp, DiT, UNet
 from imm.presets import PRESETS, Preset
 
-TESTS = {"test_objective.py": ""}
+TESTS = {"test_objective.py": "", "test_training.py": "bit_for_bit"}
 
 #: Network, images, M, whether torch.compile is a peer (on two cores it takes one minute for the U-Net, two for DDPM++), and how
 #: many calls are timed (0: as many as the effort says).
@@ -127,6 +127,7 @@ def case(
         truth=lambda x, labels: steps.exact_outputs(training, x, labels),
         tolerances=(1e-4, 1e-3, 1e-3) if dtype == torch.float32 else (1e-2, 5e-2, 5e-2),
         peers=peers,
+        products=True,
         ceilings=steps.parts(training),
         caches=("warm",),
         rounds=rounds,

@@ -121,7 +121,7 @@ def test_figures_are_pngs_of_a_readable_size(made: Path) -> None:
     found = {path.name: path for path in (made.parent / "plots").iterdir()}
     assert set(found) == {
         "latency-sampler-forward.png",
-        "memory-mmd.png",
+        "memory-mmd-forward.png",
         "parts-sampler-forward.png",
         "roofline.png",
         "throughput-attention-forward-gflop.png",

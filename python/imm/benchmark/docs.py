@@ -17,7 +17,7 @@ from imm.benchmark.rows import Row, cases, cells, grouped, ratios, read, title
 
 #: How rows come about and what their columns say; for every page made of them.
 PROTOCOL = """\
-Every row is the median of many calls; peers take turns (A B C A B C ...) in one process with a fixed number of threads, after
+Every row is the median of some calls; peers take turns (A B C A B C ...) in one process with a fixed number of threads, after
 the op's own tests. Cold buffers rotate, so that inputs and outputs come from memory and go there, as where other work lies
 between two calls; warm ones are the same at each call, as in a loop. "spread" is from the 20 % to the 80 % quantile of the
 first and of the second half of the calls together. GB/s counts the bytes that the algorithm must move, whatever the peer

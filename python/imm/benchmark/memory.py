@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import gc
 import os
+import re
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -68,7 +69,10 @@ def _tried(make: Callable[[], Step]) -> int | None:
         for _ in range(2):  # the first one makes the optimizer's state
             step()
         torch.cuda.synchronize()
-    except torch.OutOfMemoryError:
+    except RuntimeError as error:
+        # Near the limit libraries find no work space, and say so in their own words.
+        if not isinstance(error, torch.OutOfMemoryError) and not re.search("ALLOC_FAILED|unable to find an engine", str(error)):
+            raise
         return None
     return torch.cuda.max_memory_allocated()
 

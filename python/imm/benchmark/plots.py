@@ -520,7 +520,7 @@ def _memory(rows: Sequence[Row], look: dict[str, Look], folder: Path) -> list[Fi
             "Lower is better, and the grey band is what holds the inputs and the results and nothing else; peak bytes are "
             "inputs, what a peer keeps between calls and the most that one call allocates."
         )
-        found.append(_finish(figure, _file(folder, "memory", first.op), title, caption))
+        found.append(_finish(figure, _file(folder, "memory", first.op, first.mode), title, caption))
     return found
 
 

@@ -107,18 +107,18 @@ def _load(folder: Path) -> tuple[list[Row], dict[str, Any]]:
 
 
 def _page(rows: Sequence[Row], environment: dict[str, Any], figures: Sequence[plots.Figure]) -> str:
-    refused = [row for row in rows if row.median_us is None]
+    refused = [row for row in rows if not row.status.startswith(OK)]
     asked = _claims(rows) if environment["device"] == "cpu" else []
     sections = [
         ("summary", "Summary", [_paragraph(_SUMMARY), _summary(rows)]),
-        ("method", "How it was measured", [*map(_paragraph, docs.PROTOCOL.split("\n\n")), _machine(environment)]),
+        ("method", "How it was measured", [_paragraph(docs.PROTOCOL), _machine(environment)]),
         ("figures", "Figures", [_figure(figure) for figure in figures] or [_paragraph("None: matplotlib is not installed.")]),
         *([("claims", "Published ratios", asked)] if asked else []),
         ("tables", "Every row", [_paragraph(_LEGEND), *_tables(rows)]),
         ("refused", "Refused", [_refused(refused)]),
     ]
     head = f"imm bench: {docs.machine(environment).partition(': ')[2]}"
-    timed = len(rows) - len(refused)
+    timed = sum(row.median_us is not None for row in rows)
     count = f"{len(cases(rows))} cases of {len(grouped(rows, 'op'))} ops, {timed} rows timed, {len(refused)} refused."
     links = "".join(f'<a href="#{name}">{escape(text)}</a>' for name, text, _ in sections)
     parts = [f'<h2 id="{name}">{escape(text)}</h2>\n' + "\n".join(inner) for name, text, inner in sections]
@@ -194,6 +194,8 @@ def _summary(rows: Sequence[Row]) -> str:
         body.append(f'<tr><th colspan="8"><b>{escape(op)}</b> {escape(_described(op))}</th></tr>')
         for of_case in grouped(of_op, "mode", "shape", "dtype", "device"):
             kinds = cases(of_case)
+            if all(row.median_us is None and row.status.startswith(OK) for row in of_case):
+                continue  # memory alone
             body.append(_summary_line(next((case for case in kinds if case[0].cache == "cold"), kinds[0])))
     headings = ("case", "our fastest", "time", "torch.compile takes", "others take", "floor / time", "peak", "error")
     return _table(headings, body, kind="summary")
@@ -295,11 +297,12 @@ def _tables(rows: Sequence[Row]) -> list[str]:
             body = []
             for row, texts in zip(case, lines, strict=True):
                 kind = "ours" if ours(row.peer) else "ceiling" if row.status == OK and row.error is None else ""
-                if row.median_us is None:
+                if row.median_us is None and not row.status.startswith(OK):
                     text = _Markup(f'<td class="text" colspan="{len(headings)}">{escape(row.status)}</td>')
                     body.append(_line([row.peer, text], kind))
                 else:
-                    body.append(_line([*texts, "" if best is None else f"{_ratio(row, best):.2f}"], kind))
+                    beside = "" if best is None or row.median_us is None else f"{_ratio(row, best):.2f}"
+                    body.append(_line([*texts, beside], kind))
             found.append(_table([*headings, "x best imm"], body, title(case[0]), "rows"))
     return found
 
@@ -312,5 +315,8 @@ def _refused(refused: Sequence[Row]) -> str:
 
 
 if __name__ == "__main__":
-    for argument in sys.argv[1:]:
-        print(make(Path(argument)))
+    try:
+        for argument in sys.argv[1:]:
+            print(make(Path(argument)))
+    except ValueError as error:
+        sys.exit(str(error))
