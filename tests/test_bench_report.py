@@ -167,9 +167,9 @@ def test_every_timed_row_is_in_the_tables_once(made: Path) -> None:
     page = Page(made.read_text())
     lines = [line for line in page.cells("rows") if line[0] != "peer"]
     expected = [line for case in rows.cases(a_run()) for line in rows.cells(case)[1:] if line[2]]
-    assert sorted(line[:-1] for line in lines if len(line) > 2) == sorted(expected)
-    # x best imm, of the case with imm at 13.7 us: the ratio of a peer that takes three times as long.
-    assert next(line[-1] for line in lines if line[0] == "eager") == "3.00"
+    assert sorted(line for line in lines if len(line) > 2) == sorted(expected)
+    # x imm, of the case with imm at 13.7 us: the ratio of a peer that takes three times as long.
+    assert next(line[3] for line in lines if line[0] == "eager") == "3.00"
     assert [line for line in page.cells("words refused") if line[0] == "mmd"] == [
         ["mmd", "G=8 M=2 D=100, forward, float32, cold", HOSTILE, f"refused: {HOSTILE}"]
     ]

@@ -65,8 +65,7 @@ fastest peer with torch.compile and the fastest of the other peers take, and the
 a copy of as many bytes and, for work made of products, one square product of as many flops, both timed in the same run; a way
 that is faster than that gives more than 100 %. Green and red are more than 2 % apart. Every peer, with its error, is in the
 tables."""
-_LEGEND = """Ours are tinted. Grey lines are not compared with float64: ceilings, and what does a part of the work only.
-"x best imm" is how many times as long as our fastest peer of the case."""
+_LEGEND = """Ours are tinted. Grey lines are not compared with float64: ceilings, and what does a part of the work only."""
 
 
 class _Markup(str):
@@ -292,18 +291,16 @@ def _tables(rows: Sequence[Row]) -> list[str]:
     for of_op in grouped(rows, "op"):
         found.append(f"<h3>{escape(of_op[0].op)}</h3>")
         for case in cases(of_op):
-            best = fastest(row for row in case if row.error is not None and ours(row.peer))
             headings, *lines = cells(case)
             body = []
             for row, texts in zip(case, lines, strict=True):
                 kind = "ours" if ours(row.peer) else "ceiling" if row.status == OK and row.error is None else ""
                 if row.median_us is None and not row.status.startswith(OK):
-                    text = _Markup(f'<td class="text" colspan="{len(headings)}">{escape(row.status)}</td>')
+                    text = _Markup(f'<td class="text" colspan="{len(headings) - 1}">{escape(row.status)}</td>')
                     body.append(_line([row.peer, text], kind))
                 else:
-                    beside = "" if best is None or row.median_us is None else f"{_ratio(row, best):.2f}"
-                    body.append(_line([*texts, beside], kind))
-            found.append(_table([*headings, "x best imm"], body, title(case[0]), "rows"))
+                    body.append(_line(texts, kind))
+            found.append(_table(headings, body, title(case[0]), "rows"))
     return found
 
 

@@ -178,20 +178,21 @@ def share_of_floor(row: Row, case: Iterable[Row]) -> float | None:
     return paired(least.samples, row.samples)
 
 
-HEADINGS = ("peer", "median", "spread", "GB/s", "x copy", "of floor", "error", "peak", "do_bench")
+HEADINGS = ("peer", "median", "spread", "x imm", "GB/s", "x copy", "of floor", "error", "peak", "do_bench")
 
 
-def line(row: Row, case: Iterable[Row]) -> list[str]:
-    """A row as text, under HEADINGS; ``case`` has its ceilings."""
+def line(row: Row, case: Sequence[Row]) -> list[str]:
+    """A row as text, under HEADINGS; ``case`` has its ceilings and our fastest peer."""
     peak = "" if row.peak_bytes is None else f"{row.peak_bytes / 1e6:.1f} MB"
     if row.median_us is None:
-        return [row.peer, row.status, "", "", "", "", "", peak if row.status.startswith(OK) else "", ""]
+        return [row.peer, row.status, "", "", "", "", "", "", peak if row.status.startswith(OK) else "", ""]
     error = "" if row.error is None else f"{row.error:.0e}"
     beside = "" if row.do_bench_us is None else duration(row.do_bench_us)
-    found = share_of_floor(row, case)
+    share, best = share_of_floor(row, case), fastest(r for r in case if r.error is not None and ours(r.peer))
     low, high = interval(row.samples)
-    rates = [f"{row.gb_per_s:.1f}", f"{row.ratio_to_copy:.2f}", "" if found is None else f"{found:.0%}"]
-    return [row.peer, duration(row.median_us), f"{duration(low)} to {duration(high)}", *rates, error, peak, beside]
+    texts = [row.peer, duration(row.median_us), f"{duration(low)} to {duration(high)}"]
+    texts += ["" if best is None else f"{paired(row.samples, best.samples):.2f}", f"{row.gb_per_s:.1f}"]
+    return [*texts, f"{row.ratio_to_copy:.2f}", "" if share is None else f"{share:.0%}", error, peak, beside]
 
 
 def cells(case: Sequence[Row]) -> list[list[str]]:
