@@ -13,7 +13,7 @@ from imm.benchmark.case import COPY, MATMUL
 from imm.benchmark.rows import OK, Row, read
 
 #: A copy of fewer bytes also measures how long threads or a kernel take to start: the cold copies of 3 to 30 MB in
-#: results/cpu-amd-epyc-894fc84 move 18 to 32 GB/s, the larger ones 25 to 34.
+#: a run on two cores of an AMD EPYC move 18 to 32 GB/s, the larger ones 25 to 34.
 LARGE = 32e6
 MEMORY = "memory"
 
