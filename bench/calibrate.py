@@ -35,7 +35,6 @@ from imm.benchmark.timing import Clock, clock, sets_of_buffers
 TOTAL = 54.0  # seconds; with the imports under a minute
 LEAST = 1.0  # seconds in which a part can do something
 ROUNDS = 7
-REPLAY = 4e-3  # seconds of a graph at least, so that its launch does not count
 
 #: Products of a DiT-XL/2 block, features in and out; 28 blocks of 256 tokens an image.
 PRODUCTS = {"qkv": (1152, 3456), "proj": (1152, 1152), "fc1": (1152, 4608), "fc2": (4608, 1152)}
@@ -47,6 +46,7 @@ MMD_SIZES = ((1024, 4, 4096), (1024, 4, 3072), (32, 16, 16384))
 PROGRAMS = (1, 2, 3, 6)
 READ_MEGABYTES = (16, 32, 48, 512)
 SUSTAINED = 10.0  # seconds
+#: What nvidia-smi says -> the name of the value.
 SEEN = {"clocks.sm": "sm_clock_{}_mhz", "power.draw": "power_{}_w", "temperature.gpu": "temperature_{}_celsius"}
 
 
@@ -77,21 +77,6 @@ def first_line(error: BaseException) -> str:
     return f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')[:160]}"
 
 
-def repeated(part: Part, steps: Sequence[Step]) -> list[Step]:
-    """The steps, as often as makes a graph of REPLAY seconds; on the CPU, whose clock takes one at a time, once."""
-    if not part.cuda:
-        return list(steps)
-    for step in steps:
-        step()
-    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-    start.record()
-    for step in steps:
-        step()
-    end.record()
-    end.synchronize()
-    return list(steps) * min(max(round(REPLAY / max(1e-3 * start.elapsed_time(end), 1e-6)), 1), max(1, 400 // len(steps)))
-
-
 def timed(part: Part, variants: Mapping[str, Callable[[], Clock]]) -> dict[str, float]:
     """Median seconds of a step of each variant, the variants taking turns; one that does not run is noted and left out."""
     clocks: dict[str, Clock] = {}
@@ -110,7 +95,7 @@ def timed(part: Part, variants: Mapping[str, Callable[[], Clock]]) -> dict[str, 
 
 
 def of_steps(part: Part, steps: Sequence[Step]) -> Callable[[], Clock]:
-    return lambda: clock(part.device, repeated(part, steps))
+    return lambda: clock(part.device, steps)
 
 
 def copy_bandwidth(part: Part) -> str:
@@ -371,11 +356,7 @@ def sustained_clocks(part: Part) -> str:
         busy = not end.query()  # else some of what was seen is of an idle device
         end.synchronize()
         rates.append(2e-12 * count * side**3 / (1e-3 * start.elapsed_time(end)))
-        for key, name in (
-            ("clocks.sm", "sm_clock_{}_mhz"),
-            ("power.draw", "power_{}_w"),
-            ("temperature.gpu", "heat_{}_celsius"),
-        ):
+        for key, name in SEEN.items():
             if busy and (value := number(seen.get(key, ""))) is not None:
                 columns.setdefault(name, []).append(value)
     part.put(measured_s=time.monotonic() - began, samples_count=len(rates))

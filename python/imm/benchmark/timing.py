@@ -22,6 +22,7 @@ from imm.benchmark.case import Step
 ROTATED_BYTES = 400e6
 LEAST_SETS, MOST_CPU_SETS = 8, 64
 _WARM_UP = 3
+_EVENT_SECONDS = 1e-6  # what events tell apart
 _LEAST_SECONDS = 2e-3  # between two events, beside which the launch of a graph, some microseconds, is little
 _SETTLE = 2  # calls on the CPU after which another peer's data has left the caches
 _LONG = 0.05  # seconds of a call that does so itself
@@ -138,7 +139,7 @@ def _cuda(steps: Sequence[Step], cache: str) -> Clock:
             output.zero_()  # what the check sees must come from a replay
     once = _between_events(graph.replay, len(steps))
     once()
-    replays = max(1, math.ceil(_LEAST_SECONDS / (once() * len(steps))))
+    replays = max(1, math.ceil(_LEAST_SECONDS / max(once() * len(steps), _EVENT_SECONDS)))
     sample = _between_events(_all([graph.replay] * replays), replays * len(steps))
     return Clock(f"graph of {sets}", sample, kept[0])
 
