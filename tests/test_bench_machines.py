@@ -302,7 +302,7 @@ def test_every_op_is_predicted_and_the_committed_rows_are_checked() -> None:
     result = invoke("--predict=h100")
     assert result.exit_code == 0, result.output
     assert {line.split()[0] for line in result.output.splitlines() if line.startswith("  ")} >= set(operations())
-    folders = [folder for folder in predict.committed() if machines.read_environment(folder)["device"] == "cpu"]
+    folders = [folder for folder in predict.committed() if predict.read_environment(folder)["device"] == "cpu"]
     result = invoke("noise", f"--predict={folders[0]}")
     assert result.exit_code == 0, result.output
     assert "held out" in result.output

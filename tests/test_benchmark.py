@@ -164,6 +164,24 @@ def test_csv_has_the_columns_and_comes_back(tmp_path: Path) -> None:
     assert len(rows.read(tmp_path / "rows.csv")) == 3
 
 
+def test_other_files_are_refused_before_the_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (row,) = [r for r in measure(doubling(right=by(lambda x: 2 * x)), CPU, BRIEF) if r.peer == "right"]
+    rows.append(tmp_path, [row])
+    whole = (tmp_path / "rows.csv").read_text()
+    assert not list(tmp_path.glob("*.part"))
+    (tmp_path / "rows.csv").write_text(whole[: whole.index("float32") + 3])
+    with pytest.raises(ValueError, match="expected rows as imm bench writes them"):
+        rows.read(tmp_path / "rows.csv")
+    (tmp_path / "rows.csv").write_text("op,other\n")
+    monkeypatch.setattr(gate, "refusals", lambda asked, root: pytest.fail("work before the refusal"))
+    with pytest.raises(ValueError, match="this version's columns"):
+        harness.run("noise", CPU, tmp_path, quick=True)
+    assert (tmp_path / "rows.csv").read_text() == "op,other\n"
+    (tmp_path / "environment.json").write_text("{")
+    with pytest.raises(ValueError, match="expected what imm bench writes"):
+        environment.read(tmp_path)
+
+
 def test_every_op_file_declares_right_peers() -> None:
     assert set(operations()) == set(SMALL)
     for op, shape in SMALL.items():
@@ -387,6 +405,8 @@ def test_cuda_clock_replays_a_short_graph_often(monkeypatch: pytest.MonkeyPatch)
     fake.log.clear()
     assert clock.sample() == pytest.approx(0.5e-3 / 32)  # 4 replays to fill 2 ms
     assert fake.log == ["event", *["replay"] * 4, "event", "wait"]
+    monkeypatch.setattr(torch, "cuda", nothing := _FakeCuda(capturable=True, elapsed=0.0))
+    assert timing.clock(torch.device("cuda"), [lambda: (nothing.kept,)] * 8).sample() == 0.0
 
 
 def test_cuda_clock_without_a_graph_says_why(monkeypatch: pytest.MonkeyPatch) -> None:

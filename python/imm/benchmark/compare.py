@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -11,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from imm.benchmark.case import COPY, MATMUL
+from imm.benchmark.environment import read as read_environment
 from imm.benchmark.rows import OK, Row, duration, interval, ours, paired, read
 
 #: How far medians differ at least. In pairs of 20 runs of the same code on two shared cores, 0.3 % of our rows moved with it,
@@ -41,8 +41,7 @@ class Results:
     def read(cls, folder: Path, name: str | None = None) -> Results:
         """Raises ValueError for a folder without results."""
         try:
-            environment = json.loads((folder / "environment.json").read_text())
-            return cls.of(name or str(folder), read(folder / "rows.csv"), environment)
+            return cls.of(name or str(folder), read(folder / "rows.csv"), read_environment(folder))
         except (FileNotFoundError, NotADirectoryError) as error:
             raise ValueError(f"compare: expected a folder with rows.csv and environment.json, got {folder}") from error
 

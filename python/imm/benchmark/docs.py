@@ -5,7 +5,6 @@ python -m imm.benchmark.docs [FOLDER ...] > docs/performance.md      (default: e
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -13,6 +12,7 @@ from typing import Any
 
 from imm.benchmark.case import folder as bench_folder
 from imm.benchmark.case import load
+from imm.benchmark.environment import read as read_environment
 from imm.benchmark.rows import Row, cases, cells, grouped, ratios, read, title
 
 #: How rows come about and what their columns say; for every page made of them.
@@ -75,7 +75,7 @@ def versions(e: dict[str, Any]) -> str:
 
 def section(folder: Path) -> str:
     """One results folder: the machine, then per op the published ratios and a table per case."""
-    e = json.loads((folder / "environment.json").read_text())
+    e = read_environment(folder)
     parts = [f"## {machine(e)}", f"{versions(e)}."]
     for of_op in grouped(read(folder / "rows.csv"), "op"):
         found = cases(of_op)
@@ -88,7 +88,7 @@ def section(folder: Path) -> str:
 
 def render(folders: Sequence[Path]) -> str:
     """The page for these results folders."""
-    measured = {json.loads((folder / "environment.json").read_text())["device"] for folder in folders}
+    measured = {read_environment(folder)["device"] for folder in folders}
     names = {"cpu": "CPU", "cuda": "GPU"}
     absent = [f"## {name}\n\nnot measured\n" for device, name in names.items() if device not in measured]
     return "\n".join([_HEAD, *map(section, folders), *absent])

@@ -110,3 +110,13 @@ def write(folder: Path, recorded: dict[str, Any]) -> None:
     """``environment.json`` of a results folder."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "environment.json").write_text(json.dumps(recorded, indent=2) + "\n")
+
+
+def read(folder: Path) -> dict[str, Any]:
+    """The ``environment.json`` of a results folder. Raises ValueError where it is not JSON, FileNotFoundError without one."""
+    path = folder / "environment.json"
+    try:
+        recorded: dict[str, Any] = json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"results: expected what imm bench writes, got {path}: {error}") from error
+    return recorded

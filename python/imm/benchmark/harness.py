@@ -17,7 +17,7 @@ from imm.benchmark import environment, gate
 from imm.benchmark.case import COPY, MATMUL, Case, Peer, Step, load, operations
 from imm.benchmark.case import folder as bench_folder
 from imm.benchmark.memory import peak_bytes
-from imm.benchmark.rows import OK, TESTS, Row, append, claims, read, table
+from imm.benchmark.rows import OK, TESTS, Row, append, claims, read, table, written
 from imm.benchmark.timing import Clock, clock, do_bench, sets_of_buffers, single_calls
 
 
@@ -224,6 +224,8 @@ def run(
     modules = {name: load(name) for name in chosen}
     torch.set_num_threads(torch.get_num_threads())  # from here on a fixed number
     recorded = environment.record(device)
+    if out is not None:
+        written(out)  # refuses a folder of other columns before the work
     refused = gate.refusals({name: module.TESTS for name, module in modules.items()}, bench_folder().parent) if tests else {}
     done = measured_before(out, recorded["commit"]) if resume else set()
     rows: list[Row] = []

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,6 +9,7 @@ from statistics import median
 from typing import Any
 
 from imm.benchmark.case import COPY, MATMUL
+from imm.benchmark.environment import read as read_environment
 from imm.benchmark.rows import OK, Row, read
 
 #: A copy of fewer bytes also measures how long threads or a kernel take to start: the cold copies of 3 to 30 MB in
@@ -188,12 +188,6 @@ def from_rows(rows: Sequence[Row], environment: Mapping[str, Any], source: str) 
         device=environment["device"],
         threads=environment["threads"],
     )
-
-
-def read_environment(folder: Path) -> dict[str, Any]:
-    """The ``environment.json`` of a results folder."""
-    recorded: dict[str, Any] = json.loads((folder / "environment.json").read_text())
-    return recorded
 
 
 def find(name: str) -> Machine:

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import groupby
 from pathlib import Path
 from statistics import median
 
@@ -13,8 +12,9 @@ import torch
 
 from imm.benchmark.case import COPY, MATMUL, Case, load, operations
 from imm.benchmark.docs import committed
-from imm.benchmark.machines import MEMORY, Machine, find, from_rows, read_environment
-from imm.benchmark.rows import OK, Row, dtype_of, duration, read
+from imm.benchmark.environment import read as read_environment
+from imm.benchmark.machines import MEMORY, Machine, find, from_rows
+from imm.benchmark.rows import OK, Row, cases, dtype_of, duration, fastest, grouped, ours, read
 from imm.benchmark.timing import ROTATED_BYTES
 
 
@@ -51,8 +51,8 @@ def floor(machine: Machine, size: float, flops: float, unit: str) -> Floor | Non
 
 def case_floor(machine: Machine, case: Case) -> Floor | None:
     """The floor of a case, for its peer of the fewest bits."""
-    dtypes = {dtype_of(peer, str(case.dtype).removeprefix("torch.")) for peer in case.peers}
-    dtype = "bfloat16" if "bfloat16" in dtypes else dtypes.pop()
+    own = str(case.dtype).removeprefix("torch.")
+    dtype = "bfloat16" if any(dtype_of(peer, own) == "bfloat16" for peer in case.peers) else own
     return floor(machine, case.bytes, case.flops, unit(dtype, case.products))
 
 
@@ -107,9 +107,7 @@ def _subjects(rows: Sequence[Row], products: bool) -> list[tuple[str, Row, float
             # On a GPU torch multiplies float32 in full precision unless it is told otherwise: not in TF32.
             full = row.device == "cuda" and row.dtype == "float32"
             found.append(("square product", row, size, row.flops, unit(row.dtype, not full)))
-    ours = [row for row in rows if row.peer == "triton" or row.peer.startswith("imm")]
-    if ours:
-        best = min(ours, key=lambda row: row.median_us or float("inf"))
+    if (best := fastest(row for row in rows if ours(row.peer))) is not None:
         arithmetic = unit(dtype_of(best.peer, best.dtype), products)
         found.append(("imm", best, best.bytes, best.flops, arithmetic))
     return found
@@ -125,12 +123,10 @@ def compare(rows: Sequence[Row], machines: Mapping[str, Machine]) -> tuple[list[
     found: list[Compared] = []
     cached = unknown = 0
     timed = [row for row in rows if row.status == OK and row.median_us]
-    key = lambda row: (row.op, row.mode, row.shape, row.dtype)
-    for _, of_case in groupby(timed, key=key):
-        case = list(of_case)
+    for case in grouped(timed, "op", "mode", "shape", "dtype"):
         products = any(row.peer == MATMUL for row in case)
-        for _, of_cache in groupby(case, key=lambda row: row.cache):
-            for kind, row, size, flops, arithmetic in _subjects(list(of_cache), products):
+        for of_cache in cases(case):
+            for kind, row, size, flops, arithmetic in _subjects(of_cache, products):
                 machine = machines[row.op]
                 predicted = floor(machine, size, flops, arithmetic)
                 if predicted is None:
@@ -158,10 +154,10 @@ def summary(found: Sequence[Compared]) -> str:
 def check(machine: Machine, folder: Path, ops: Sequence[str], *, source: bool) -> str:
     """The ops' measured rows of a folder beside predictions. Where the folder is the ``source`` of the machine's own rates,
     each op is predicted with those of the other ops, so that no row is judged by itself."""
-    rows, environment = read(folder / "rows.csv"), read_environment(folder)
+    rows, recorded = read(folder / "rows.csv"), read_environment(folder)
     machines, rule = dict.fromkeys(ops, machine), "rates: those above, which are not of these rows"
     if source:
-        machines = {op: from_rows([row for row in rows if row.op != op], environment, folder.name) for op in ops}
+        machines = {op: from_rows([row for row in rows if row.op != op], recorded, folder.name) for op in ops}
         rule = "held out: each op is predicted with the copies and square products of the other ops, never with its own"
     found, cached, unknown = compare([row for row in rows if row.op in ops], machines)
     lines = [["op", "mode", "shape", "dtype", "cache", "row", "bound", "measured", "predicted", "error"]]
@@ -171,7 +167,7 @@ def check(machine: Machine, folder: Path, ops: Sequence[str], *, source: bool) -
         times = [duration(row.median_us), duration(1e6 * one.floor.seconds), f"{one.error:+.0%}"]
         lines.append([row.op, row.mode, row.shape, row.dtype, row.cache, what, one.floor.bound, *times])
     left = f"left out: {cached} warm rows whose bytes may stay in a cache, {unknown} of an unknown rate"
-    head = f"check against {folder.name}: {environment['machine']}, {environment['threads']} threads"
+    head = f"check against {folder.name}: {recorded['machine']}, {recorded['threads']} threads"
     told = "error = predicted / measured - 1: below 0 the row is slower than its floor, above 0 faster: the rate is too low"
     return "\n".join([head, f"  {rule}", f"  {told}", _aligned(lines, 7), f"  {left}", f"  {summary(found)}"])
 

@@ -6,7 +6,6 @@ python -m imm.benchmark.report FOLDER      (figures with matplotlib, the extra "
 from __future__ import annotations
 
 import base64
-import json
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from html import escape
@@ -15,6 +14,7 @@ from typing import Any
 
 from imm.benchmark import docs, plots
 from imm.benchmark.case import COPY, MATMUL, load
+from imm.benchmark.environment import read as read_environment
 from imm.benchmark.rows import (
     HEADINGS,
     OK,
@@ -98,7 +98,7 @@ def _load(folder: Path) -> tuple[list[Row], dict[str, Any]]:
     """The rows of the last run's commit, and its environment: figures of two commits do not belong on one page."""
     if not all((folder / name).is_file() for name in ("rows.csv", "environment.json")):
         raise ValueError(f"results: expected a folder with rows.csv and environment.json, got {folder}")
-    environment = json.loads((folder / "environment.json").read_text())
+    environment = read_environment(folder)
     rows = [row for row in read(folder / "rows.csv") if row.commit == environment["commit"]]
     if not any(row.median_us is not None for row in rows):
         raise ValueError(f"results: expected timed rows of commit {environment['commit'][:10]}, got none in {folder}")

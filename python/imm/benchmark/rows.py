@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import csv
+import io
+import os
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -101,18 +103,24 @@ def paired(times: Sequence[float], others: Sequence[float]) -> float:
 COLUMNS = tuple(field.name for field in fields(Row))
 
 
+def written(folder: Path) -> str:
+    """The text of the folder's ``rows.csv``, or its first line where there is none. Raises ValueError for other columns."""
+    path, first = folder / "rows.csv", ",".join(COLUMNS) + "\n"
+    text = path.read_text() if path.exists() else first
+    if not text.startswith(first):
+        raise ValueError(f"out: expected a folder whose rows.csv has this version's columns, got {folder}")
+    return text
+
+
 def append(folder: Path, rows: Iterable[Row]) -> None:
-    """Add rows to ``rows.csv`` of the folder. Raises ValueError where that has other columns."""
+    """Add rows to ``rows.csv`` of the folder, which is whole at any moment. Raises ValueError where it has other columns."""
+    added = io.StringIO()
+    csv.DictWriter(added, COLUMNS, lineterminator="\n").writerows(asdict(row) for row in rows)
+    text = written(folder) + added.getvalue()
     folder.mkdir(parents=True, exist_ok=True)
-    if (path := folder / "rows.csv").exists() and path.stat().st_size:
-        with path.open(newline="") as file:
-            if next(csv.reader(file)) != list(COLUMNS):
-                raise ValueError(f"out: expected a folder whose rows.csv has this version's columns, got {folder}")
-    with (folder / "rows.csv").open("a", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
-        if file.tell() == 0:
-            writer.writeheader()
-        writer.writerows(asdict(row) for row in rows)
+    part = folder / "rows.csv.part"
+    part.write_text(text)
+    os.replace(part, folder / "rows.csv")
 
 
 _PARSERS: dict[Any, Callable[[str], Any]] = {"str": str, "int": int, "float | None": lambda text: float(text) if text else None}
@@ -121,10 +129,13 @@ _PARSERS["int | None"] = lambda text: int(text) if text else None
 
 def read(path: Path) -> list[Row]:
     """The rows of a ``rows.csv``, a column that it lacks at its default; of rows with the same op, mode, shape, dtype, device,
-    cache, peer and commit the last."""
+    cache, peer and commit the last. Raises ValueError for another file."""
     with path.open(newline="") as file:
         parse = lambda line: {f.name: _PARSERS[f.type](line[f.name]) for f in fields(Row) if f.name in line}
-        rows = [Row(**parse(line)) for line in csv.DictReader(file)]
+        try:
+            rows = [Row(**parse(line)) for line in csv.DictReader(file)]
+        except (ValueError, TypeError) as error:
+            raise ValueError(f"results: expected rows as imm bench writes them, got {path}: {error}") from error
     return list({(r.op, r.mode, r.shape, r.dtype, r.device, r.cache, r.peer, r.commit): r for r in rows}.values())
 
 
