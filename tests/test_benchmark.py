@@ -169,8 +169,12 @@ def test_other_files_are_refused_before_the_work(tmp_path: Path, monkeypatch: py
     rows.append(tmp_path, [row])
     whole = (tmp_path / "rows.csv").read_text()
     assert not list(tmp_path.glob("*.part"))
-    (tmp_path / "rows.csv").write_text(whole[: whole.index("float32") + 3])
-    with pytest.raises(ValueError, match="expected rows as imm bench writes them"):
+    for end in ("float32", row.method):  # where a number is missing, and where only words are
+        (tmp_path / "rows.csv").write_text(whole[: whole.index(end) + 3])
+        with pytest.raises(ValueError, match="expected rows as imm bench writes them"):
+            rows.read(tmp_path / "rows.csv")
+    (tmp_path / "rows.csv").write_text(whole[: whole.rindex(",")] + "\n")
+    with pytest.raises(ValueError, match="a line ends early"):
         rows.read(tmp_path / "rows.csv")
     (tmp_path / "rows.csv").write_text("op,other\n")
     monkeypatch.setattr(gate, "refusals", lambda asked, root: pytest.fail("work before the refusal"))

@@ -123,7 +123,17 @@ def append(folder: Path, rows: Iterable[Row]) -> None:
     os.replace(part, folder / "rows.csv")
 
 
-_PARSERS: dict[Any, Callable[[str], Any]] = {"str": str, "int": int, "float | None": lambda text: float(text) if text else None}
+def _words(text: str | None) -> str:
+    if text is None:
+        raise ValueError("a line ends early")
+    return text
+
+
+_PARSERS: dict[Any, Callable[[str], Any]] = {
+    "str": _words,
+    "int": int,
+    "float | None": lambda text: float(text) if text else None,
+}
 _PARSERS["int | None"] = lambda text: int(text) if text else None
 
 
