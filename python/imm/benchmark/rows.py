@@ -132,9 +132,9 @@ def _words(text: str | None) -> str:
 _PARSERS: dict[Any, Callable[[str], Any]] = {
     "str": _words,
     "int": int,
+    "int | None": lambda text: int(text) if text else None,
     "float | None": lambda text: float(text) if text else None,
 }
-_PARSERS["int | None"] = lambda text: int(text) if text else None
 
 
 def read(path: Path) -> list[Row]:
