@@ -234,7 +234,8 @@ def test_figures_of_an_op_whose_tests_failed_are_refused(
 
 def test_a_device_that_died_ends_the_process_and_no_other_test_fails(suite: ModuleType, tmp_path: Path) -> None:
     (tmp_path / "test_dead.py").write_text(DEAD)
-    environment = {**os.environ, "PYTHONPATH": str(SUITE.parent)}
+    own = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_XDIST")}
+    environment = {**own, "PYTHONPATH": str(SUITE.parent)}
     options = ["-c", os.devnull, "-p", "no:cacheprovider", "-p", "dead_device", "-vv", str(tmp_path)]
     command = [sys.executable, "-m", "pytest", "--rootdir", str(tmp_path), *options]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, cwd=tmp_path)
