@@ -15,6 +15,8 @@
 namespace imm::cuda {
 namespace {
 
+using PoolId = decltype(at::cuda::graph_pool_handle());
+
 // Runs of a body before it is captured: libraries make their handles and workspaces, kernels are compiled and tuned.
 constexpr int kWarmUps = 3;
 
@@ -33,7 +35,7 @@ class CudaGraph final : public Graph {
   }
 
   at::cuda::CUDAGraph graph;
-  std::shared_ptr<const c10::MempoolId_t> pool;  // what it shares with the graphs of the same owner
+  std::shared_ptr<const PoolId> pool;  // what it shares with the graphs of the same owner
 
  private:
   c10::Device device_;
@@ -85,7 +87,7 @@ class CudaGraphPool final : public GraphPool {
     c10::cuda::CUDACachingAllocator::emptyCache();  // which a capture may not do
     result->pool = pool_.lock();
     if (!result->pool) {  // the allocators forget a pool with its last graph
-      result->pool = std::make_shared<const c10::MempoolId_t>(at::cuda::graph_pool_handle());
+      result->pool = std::make_shared<const PoolId>(at::cuda::graph_pool_handle());
       pool_ = result->pool;
     }
     bool ended = false;
@@ -133,7 +135,7 @@ class CudaGraphPool final : public GraphPool {
   // the allocators may still ask it which allocations are its own.
   void abandon(std::unique_ptr<CudaGraph> graph) {
     static_cast<void>(cudaGetLastError());  // of the invalid capture, which later launches must not find
-    const c10::MempoolId_t pool = *graph->pool;
+    const PoolId pool = *graph->pool;
     for (const auto release :
          {&c10::cuda::CUDACachingAllocator::endAllocateToPool, &c10::cuda::CUDACachingAllocator::releasePool}) {
       try {
@@ -146,7 +148,7 @@ class CudaGraphPool final : public GraphPool {
   }
 
   c10::Device device_;
-  std::weak_ptr<const c10::MempoolId_t> pool_;
+  std::weak_ptr<const PoolId> pool_;
   Event last_;
 };
 
