@@ -12,6 +12,13 @@
 #include <mutex>
 #include <utility>
 
+// As in ATen/cuda/CUDAContextLight.h, which includes parts of the toolkit that need not be here.
+namespace at::cuda {
+TORCH_CUDA_CPP_API void clearCublasWorkspaces();
+// Null before torch 2.12.
+TORCH_CUDA_CPP_API __attribute__((weak)) void clearCublasWorkspacesForStream(cudaStream_t stream);
+}  // namespace at::cuda
+
 namespace imm::cuda {
 namespace {
 
@@ -23,6 +30,17 @@ constexpr int kWarmUps = 3;
 std::mutex& capturing() {
   static std::mutex mutex;
   return mutex;
+}
+
+// torch keeps the workspaces of cuBLAS and cuBLASLt by stream, in whatever memory was current when one was first
+// needed, until anyone clears them: a graph captured on a stream that has them would be left with freed memory. Without
+// them a capture takes its own from the graph's pool, where they stay when they are cleared after it.
+void clear_workspaces(cudaStream_t stream) {
+  if (at::cuda::clearCublasWorkspacesForStream != nullptr) {
+    at::cuda::clearCublasWorkspacesForStream(stream);
+  } else {
+    at::cuda::clearCublasWorkspaces();
+  }
 }
 
 class CudaGraph final : public Graph {
@@ -84,6 +102,7 @@ class CudaGraphPool final : public GraphPool {
       throw;
     }
     c10::cuda::device_synchronize();
+    clear_workspaces(side);
     c10::cuda::CUDACachingAllocator::emptyCache();  // which a capture may not do
     result->pool = pool_.lock();
     if (!result->pool) {  // the allocators forget a pool with its last graph
@@ -107,9 +126,11 @@ class CudaGraphPool final : public GraphPool {
       result->graph.capture_end();
       ended = true;
     } catch (...) {
+      clear_workspaces(side);
       if (!ended) abandon(std::move(result));
       throw;
     }
+    clear_workspaces(side);
     return result;
   }
 
