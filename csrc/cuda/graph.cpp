@@ -1,7 +1,9 @@
 // CUDA graphs for ../graph.h.
 #include "../graph.h"
 
+#include <ATen/core/CachingHostAllocator.h>
 #include <ATen/cuda/CUDAGraph.h>
+#include <ATen/ops/zeros.h>
 #include <c10/cuda/CUDACachingAllocator.h>
 #include <c10/cuda/CUDAException.h>
 #include <c10/cuda/CUDAFunctions.h>
@@ -40,6 +42,40 @@ void clear_workspaces(cudaStream_t stream) {
     at::cuda::clearCublasWorkspacesForStream(stream);
   } else {
     at::cuda::clearCublasWorkspaces();
+  }
+}
+
+// Whether something happened rather than threw.
+template <class Something>
+bool succeeds(const Something& something) {
+  try {
+    something();
+    return true;
+  } catch (...) {
+    return false;
+  }
+}
+
+// Captures body on the current stream, which does not capture any more where this throws. begun: whether the allocators
+// were told of the capture.
+void record(at::cuda::CUDAGraph& graph, PoolId pool, const std::function<void()>& body, bool& begun) {
+  const auto stream = c10::cuda::getCurrentCUDAStream();
+  begun = false;
+  try {
+    // Of this thread alone: what others do with the device meanwhile does not end the capture.
+    graph.capture_begin(pool, cudaStreamCaptureModeThreadLocal);
+    begun = true;
+    body();
+    graph.capture_end();
+  } catch (...) {
+    const c10::cuda::CUDAStreamGuard again(stream);  // the body may have left another
+    auto status = cudaStreamCaptureStatusNone;
+    if (cudaStreamIsCapturing(stream, &status) == cudaSuccess && status != cudaStreamCaptureStatusNone) {
+      begun = true;
+      succeeds([&] { graph.capture_end(); });  // the first error is the one to report
+    }
+    static_cast<void>(cudaGetLastError());  // of the invalid capture, which later launches must not find
+    throw;
   }
 }
 
@@ -109,25 +145,13 @@ class CudaGraphPool final : public GraphPool {
       result->pool = std::make_shared<const PoolId>(at::cuda::graph_pool_handle());
       pool_ = result->pool;
     }
-    bool ended = false;
+    bool begun = false;
     try {
-      // Of this thread alone: what others do with the device meanwhile does not end the capture.
-      result->graph.capture_begin(*result->pool, cudaStreamCaptureModeThreadLocal);
-      try {
-        body();
-      } catch (...) {  // its error is the one to report
-        try {
-          result->graph.capture_end();
-          ended = true;
-        } catch (...) {
-        }
-        throw;
-      }
-      result->graph.capture_end();
-      ended = true;
+      record(result->graph, *result->pool, body, begun);
     } catch (...) {
       clear_workspaces(side);
-      if (!ended) abandon(std::move(result));
+      // A graph that ended well, after a body that threw, cleans up itself.
+      if (!succeeds([&] { result->graph.pool(); })) abandon(std::move(result), begun);
       throw;
     }
     clear_workspaces(side);
@@ -152,20 +176,26 @@ class CudaGraphPool final : public GraphPool {
   }
 
  private:
-  // After a capture that did not end: its memory goes back, its pool is not used again, and the graph is kept, since
-  // the allocators may still ask it which allocations are its own.
-  void abandon(std::unique_ptr<CudaGraph> graph) {
-    static_cast<void>(cudaGetLastError());  // of the invalid capture, which later launches must not find
+  // After a capture that did not end well, on its stream: its memory goes back, and its pool is not used again.
+  void abandon(std::unique_ptr<CudaGraph> graph, bool begun) {
     const PoolId pool = *graph->pool;
-    for (const auto release :
-         {&c10::cuda::CUDACachingAllocator::endAllocateToPool, &c10::cuda::CUDACachingAllocator::releasePool}) {
-      try {
-        release(device_.index(), pool);
-      } catch (...) {  // it was not that far
-      }
+    // Ended here or, since torch 2.12, by capture_end; what never began is not this capture's to release.
+    if (succeeds([&] { c10::cuda::CUDACachingAllocator::endAllocateToPool(device_.index(), pool); }) || begun) {
+      succeeds([&] { c10::cuda::CUDACachingAllocator::releasePool(device_.index(), pool); });
     }
+    [&](auto& pinned) {
+      if constexpr (requires { pinned.release_pool(pool); }) {  // since torch 2.11
+        if (succeeds([&] { pinned.end_allocate_to_pool(pool); }) || begun) succeeds([&] { pinned.release_pool(pool); });
+      }
+    }(*at::getHostAllocator(at::kCUDA));
     pool_.reset();
-    static_cast<void>(graph.release());
+    static_cast<void>(graph.release());  // kept: its destructor throws where a generator was not told of it
+    // Before torch 2.12 a generator that was told of a capture refuses everything else until one has ended.
+    auto good = std::make_unique<at::cuda::CUDAGraph>();
+    const bool ended = succeeds([&] {
+      record(*good, at::cuda::graph_pool_handle(), [&] { at::zeros({1}, at::TensorOptions(device_)); }, begun);
+    });
+    if (!ended) static_cast<void>(good.release());
   }
 
   c10::Device device_;
