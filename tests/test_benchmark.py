@@ -376,14 +376,16 @@ class _FakeCuda:
         self.current_stream = self.Stream
         self.stream = lambda side: contextlib.nullcontext()
         self.synchronize = lambda: None
-        self.CUDAGraph = lambda: SimpleNamespace(replay=self.replay)
+        self.CUDAGraph = lambda: SimpleNamespace(replay=self.replay, pool=lambda: (0, 1))
+        self.graph_pool_handle = lambda: (0, 1)
+        self.set_stream = lambda stream: None
 
     def replay(self) -> None:
         self.log.append("replay")
         self.kept.fill_(7.0)
 
     @contextlib.contextmanager
-    def graph(self, graph: Any) -> Any:
+    def graph(self, graph: Any, pool: tuple[int, int]) -> Any:
         self.log.append("capture")
         if not self.capturable:
             raise RuntimeError("operation not permitted when stream is capturing\nmore")

@@ -172,7 +172,7 @@ class FakeCuda:
                 outer.now += LAUNCH + NODE * self.nodes
 
         @contextlib.contextmanager
-        def graph(made: CUDAGraph) -> Iterator[None]:
+        def graph(made: CUDAGraph, pool: tuple[int, int] | None = None) -> Iterator[None]:
             before, outer.nodes = outer.nodes, 0
             yield
             made.nodes, outer.nodes = outer.nodes, before
@@ -187,6 +187,7 @@ class FakeCuda:
             "Event": Event,
             "CUDAGraph": CUDAGraph,
             "graph": graph,
+            "graph_pool_handle": lambda: (0, 1),
             "_sleep": sleep,
             "synchronize": lambda: None,
             "Stream": lambda: stream,

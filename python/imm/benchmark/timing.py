@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from imm.benchmark.case import Step
+from imm.benchmark.graphs import capture
 
 #: Several times the largest L2 cache of a GPU, or last cache of a few cores.
 ROTATED_BYTES = 400e6
@@ -127,7 +128,7 @@ def _cuda(steps: Sequence[Step], cache: str) -> Clock:
     torch.cuda.synchronize()
     try:
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
+        with capture(graph):
             # Every output is kept, so that the steps write to different memory.
             kept = [step() for step in steps]
     except RuntimeError as error:

@@ -1,0 +1,142 @@
+"""The capture of CUDA graphs for benchmarks: what a failure leaves behind, and whose memory a graph uses."""
+
+from __future__ import annotations
+
+import contextlib
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from imm.benchmark import graphs
+
+POOL = (0, 7)
+
+
+class _Fake:
+    """In the place of torch.cuda and of torch's own functions; like torch's, its capture ends on whatever stream is current."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, *, invalid: bool) -> None:
+        self.log: list[Any] = []
+        self.now, self.invalid = "caller's", invalid
+        self.current_device, self.current_stream = lambda: 0, lambda: self.now
+        self.graph_pool_handle = lambda: POOL
+        monkeypatch.setattr(torch, "cuda", self)
+        monkeypatch.setattr(torch, "zeros", lambda *shape, device: self.log.append("zeros"))
+        for name in ("endAllocateToPool", "releasePool", "clearCublasWorkspaces"):
+            call = lambda *given, name=name: self.log.append((name, *given) if given else name)
+            monkeypatch.setattr(torch._C, f"_cuda_{name}", call, raising=False)
+        monkeypatch.setattr(graphs, "_FAILED", [])
+
+    def set_stream(self, stream: str) -> None:
+        self.now = stream
+
+    def CUDAGraph(self) -> SimpleNamespace:
+        def pool() -> tuple[int, int]:
+            if not graph.ended:
+                raise RuntimeError("no capture")
+            return POOL
+
+        graph = SimpleNamespace(ended=False, pool=pool)
+        return graph
+
+    @contextlib.contextmanager
+    def graph(self, graph: SimpleNamespace, pool: tuple[int, int] | None = None) -> Any:
+        before, self.now = self.now, "capture's"
+        self.log.append("capture")
+        try:
+            yield
+        finally:
+            if self.invalid and pool:
+                raise RuntimeError("operation failed due to a previous error during capture")
+            graph.ended, self.now = True, before
+
+
+def test_a_capture_has_workspaces_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    fake = _Fake(monkeypatch, invalid=False)
+    with graphs.capture(fake.CUDAGraph()):
+        fake.log.append("body")
+    assert fake.log == ["clearCublasWorkspaces", "capture", "body", "clearCublasWorkspaces"]
+    assert fake.now == "caller's"
+
+
+def test_an_invalid_capture_is_cleaned_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    fake = _Fake(monkeypatch, invalid=True)
+    graph = fake.CUDAGraph()
+    with pytest.raises(RuntimeError, match="previous error"), graphs.capture(graph):
+        raise RuntimeError("operation not permitted")
+    assert fake.log[:2] == ["clearCublasWorkspaces", "capture"]
+    assert fake.log[2:] == [
+        ("endAllocateToPool", 0, POOL),
+        ("releasePool", 0, POOL),
+        "capture",
+        "zeros",
+        "clearCublasWorkspaces",
+    ]
+    assert fake.now == "caller's"
+    assert graphs._FAILED[0] is graph
+
+
+def test_a_body_that_throws_leaves_its_graph_to_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    fake = _Fake(monkeypatch, invalid=False)
+    with pytest.raises(KeyboardInterrupt), graphs.capture(fake.CUDAGraph()):
+        raise KeyboardInterrupt
+    assert fake.log == ["clearCublasWorkspaces", "capture", "clearCublasWorkspaces"]  # its destructor releases the pool, once
+    assert not graphs._FAILED
+
+
+cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+
+
+@pytest.mark.cuda
+@cuda
+def test_after_a_failed_capture_everything_works() -> None:
+    drawn, x = torch.cuda.CUDAGraph(), torch.ones(8, device="cuda")
+    with graphs.capture(drawn):
+        y = torch.randn(8, device="cuda")
+    stream, failed = torch.cuda.current_stream(), torch.cuda.CUDAGraph()
+    reserved = torch.cuda.memory_reserved()
+
+    def waits() -> None:
+        torch.empty(1 << 28, device="cuda")
+        x.sum().item()
+
+    with pytest.raises(RuntimeError), graphs.capture(failed):
+        waits()
+    assert torch.cuda.current_stream() == stream
+    torch.cuda.synchronize()
+    torch.cuda.empty_cache()
+    assert torch.cuda.memory_reserved() < reserved + (1 << 28)  # a GiB was the failed graph's
+    torch.manual_seed(5)
+    expected = torch.randn(8, device="cuda")
+    torch.manual_seed(5)
+    drawn.replay()
+    assert torch.equal(y, expected)
+    torch.empty(1 << 20, pin_memory=True)
+    again = torch.cuda.CUDAGraph()
+    with graphs.capture(again):
+        doubled = 2 * x
+    again.replay()
+    assert torch.equal(doubled, 2 * x)
+
+
+@pytest.mark.cuda
+@cuda
+def test_a_graph_outlives_others_of_its_stream_and_cleared_workspaces() -> None:
+    x = torch.randn(512, 512, device="cuda", dtype=torch.bfloat16)
+    expected, made = x @ x, []
+    for _ in range(2):
+        graph = torch.cuda.CUDAGraph()
+        with graphs.capture(graph):
+            y = x @ x
+        made.append((graph, y))
+    made.pop()
+    torch._C._cuda_clearCublasWorkspaces()
+    torch.cuda.empty_cache()
+    others = [torch.full((1 << 20,), float("nan"), device="cuda") for _ in range(64)]  # whatever was freed
+    graph, y = made[0]
+    y.zero_()
+    graph.replay()
+    torch.testing.assert_close(y, expected)
+    assert all(bool(other.isnan().all()) for other in others)
