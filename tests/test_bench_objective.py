@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import gc
+import weakref
 from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 from typing import Any
@@ -117,12 +119,13 @@ class _Graphs:
         self.Stream = lambda: SimpleNamespace(wait_stream=lambda other: None)
         self.current_stream = self.Stream
         self.stream = lambda side: contextlib.nullcontext()
+        self.graph_pool_handle = lambda: (0, 1)
 
     def _replay(self) -> None:
         self.replays += 1
 
     @contextlib.contextmanager
-    def graph(self, graph: Any) -> Iterator[None]:
+    def graph(self, graph: Any, pool: tuple[int, int]) -> Iterator[None]:
         torch.manual_seed(steps.SEED)
         yield
 
@@ -131,12 +134,33 @@ def test_the_captured_step_is_the_trainers(monkeypatch: pytest.MonkeyPatch) -> N
     given, setup = batch(8), training()
     truth = steps.exact_outputs(setup, *given)
     fake = _Graphs()
-    for name in ("CUDAGraph", "Stream", "current_stream", "stream", "graph"):
+    for name in ("CUDAGraph", "Stream", "current_stream", "stream", "graph", "graph_pool_handle"):
         monkeypatch.setattr(torch.cuda, name, getattr(fake, name))
     step = steps.captured_step(setup, *given)
     assert fake.replays == 0
     assert right(step(), truth)
     assert fake.replays == 1
+
+
+def test_the_captured_step_keeps_what_its_graph_reads(monkeypatch: pytest.MonkeyPatch) -> None:
+    fake, seen = _Graphs(), []
+    for name in ("CUDAGraph", "Stream", "current_stream", "stream", "graph", "graph_pool_handle"):
+        monkeypatch.setattr(torch.cuda, name, getattr(fake, name))
+    copied = steps.Training.copied
+
+    def watched(self: steps.Training) -> torch.nn.Module:
+        made = copied(self)
+        seen.extend(weakref.ref(parameter) for parameter in made.parameters())
+        return made
+
+    monkeypatch.setattr(steps.Training, "copied", watched)
+    step = steps.captured_step(training(), *batch(8))
+    gc.collect()
+    assert seen
+    assert all(parameter() is not None for parameter in seen)
+    del step
+    gc.collect()
+    assert not any(parameter() is not None for parameter in seen)
 
 
 @pytest.mark.cuda

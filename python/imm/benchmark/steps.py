@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from imm.benchmark.case import Peer, Step
+from imm.benchmark.graphs import capture
 from imm.data import ImageData
 from imm.flow_map import FlowMap
 from imm.functional import flow_map_mmd_loss
@@ -219,15 +220,16 @@ def captured_step(training: Training, x: Tensor, labels: Tensor | None) -> Step:
         for _ in range(3):  # what libraries and the optimizer allocate once is not made within the capture
             update()
     torch.cuda.current_stream().wait_stream(side)
-    with _deterministic(), torch.cuda.graph(graph):
+    with _deterministic(), capture(graph):
         outputs = update()
+    # What the graph reads and writes besides memory of its own lives as long as the step.
+    return functools.partial(_replayed, graph, outputs, (objective, ema, optimizer, x, labels))
 
-    def step() -> tuple[Tensor, ...]:
-        torch.manual_seed(SEED)  # a replay takes its numbers from where the generator stands
-        graph.replay()
-        return outputs
 
-    return step
+def _replayed(graph: torch.cuda.CUDAGraph, outputs: tuple[Tensor, ...], kept: tuple[object, ...]) -> tuple[Tensor, ...]:
+    torch.manual_seed(SEED)  # a replay takes its numbers from where the generator stands
+    graph.replay()
+    return outputs
 
 
 def parts(training: Training) -> dict[str, Peer]:
