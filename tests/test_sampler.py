@@ -68,14 +68,15 @@ def test_it_has_the_bits_of_the_eager_loop(method, steps, guidance, labelled, fl
         assert torch.equal(made.sample(range(5), labels, w), out)
 
 
-def test_defaults_and_initial_states(flow_map, loop) -> None:
+def test_defaults_and_initial_states(flow_map, loop, device) -> None:
     made = Sampler(flow_map, steps=2, guidance=1.5, kind="eta", mid_eta=(1.4,))
     assert made.times[1] == pytest.approx(0.58333333)
     out = made.sample(range(5), LABELS.tolist())
     assert torch.equal(out, eager(flow_map, made, "pushforward", LABELS, 1.5))
     x = torch.randn(5, *SHAPE)
-    own = sampling.pushforward(flow_map, x, made.times, LABELS, 0.5)
-    assert torch.equal(made.sample(range(5), LABELS, 0.5, x=x), own)
+    own = sampling.pushforward(flow_map, x.to(device), made.times, LABELS.to(device), 0.5)
+    for given in (x, x.to(device)):
+        assert torch.equal(made.sample(range(5), LABELS, 0.5, x=given), own)
     assert made.sample([], []).shape == (0, *SHAPE)
 
 
@@ -202,7 +203,7 @@ def test_weights_that_change(flow_map) -> None:
         flow_map.network.conv_out.bias.add_(0.5)
     assert torch.equal(copied.sample([0]), before)  # a copy, until it is refreshed
     copied.refresh()
-    torch.testing.assert_close(copied.sample([0]), live.sample([0]))
+    torch.testing.assert_close(copied.sample([0]), live.sample([0]), rtol=1e-4, atol=1e-5)
     assert not torch.equal(copied.sample([0]), before)
     flow_map.load_state_dict(state)
     torch.testing.assert_close(copied.sample([0]), Sampler(flow_map, steps=1, dtype=torch.float64).sample([0]), rtol=0, atol=0)
@@ -210,7 +211,7 @@ def test_weights_that_change(flow_map) -> None:
         flow_map.network.middle.norm1.weight.add_(1.0)
     part = {k: v + 0.1 for k, v in flow_map.network.middle.state_dict().items()}
     flow_map.network.middle.load_state_dict(part)
-    torch.testing.assert_close(copied.sample([0]), live.sample([0]))
+    torch.testing.assert_close(copied.sample([0]), live.sample([0]), rtol=1e-4, atol=1e-5)
 
 
 def test_a_network_that_is_cast(flow_map, loop) -> None:
@@ -252,7 +253,7 @@ def test_autocast_and_inference_mode_change_nothing(flow_map, loop) -> None:
 def test_a_copy_in_16_bits_is_close_and_leaves_the_network_alone(flow_map, loop) -> None:
     exact = Sampler(flow_map, steps=2).sample(range(4))
     half = Sampler(flow_map, steps=2, dtype=torch.bfloat16)
-    assert parity.relative(half.sample(range(4)), exact.numpy()) < 0.05
+    assert parity.relative(half.sample(range(4)).cpu(), exact.cpu().numpy()) < 0.05
     assert half._network.down[0].conv1.weight.is_contiguous(memory_format=torch.channels_last)
     assert {p.dtype for p in flow_map.parameters()} == {torch.float32}
 
@@ -278,7 +279,7 @@ def test_two_threads_may_share_a_sampler(flow_map, loop) -> None:
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt(), RuntimeError("no more")], ids=["interrupt", "error"])
 def test_a_run_that_breaks_off_leaves_it_usable(error, flow_map, loop, monkeypatch) -> None:
-    made = Sampler(flow_map, steps=3, guidance=1.5)
+    made = Sampler(flow_map, steps=3, guidance=1.5, graph=False)  # a replay calls no Python
     expected = made.sample(range(3))
     whole, calls = UNet.forward, []
 
@@ -311,7 +312,7 @@ def test_running_out_of_memory_gives_smaller_parts_and_one_warning(flow_map, loo
     assert [str(w.message) for w in caught] == [
         f"out of memory with {n} images at a time; going on with at most {(n + 1) // 2}" for n in (9, 5)
     ]
-    torch.testing.assert_close(out, expected)
+    torch.testing.assert_close(out, expected, rtol=1e-4, atol=1e-5)  # of other batch sizes
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         made.sample(range(9))
@@ -354,7 +355,7 @@ def test_sizes_are_captured_once_largest_first_and_padded_to(flow_map, recorded)
     made.warmup([1, 8, 4])
     assert [loop.rows for loop in recorded.made] == [8, 4, 1]
     expected = Sampler(flow_map, steps=2, graph=False).sample(range(7))
-    torch.testing.assert_close(made.sample(range(7)), expected)  # in the 8
+    torch.testing.assert_close(made.sample(range(7)), expected, rtol=1e-4, atol=1e-5)  # in the 8
     assert made.sample(range(7), guidance=1.5).shape == (7, *SHAPE)  # another graph, and the 4 goes
     assert made.stats()["cached"] == [(1, False), (8, False), (7, True)]
     assert made.stats()["captures"] == 4
@@ -450,9 +451,9 @@ def test_a_wrong_network_is_refused(loop) -> None:
 
 
 def soak(flow_map: FlowMap, calls: int) -> None:
-    """Random calls from two threads, every 100th result against the eager loop, and memory that does not grow."""
+    """Random calls from two threads, some results against the eager loop, and memory that does not grow."""
     made = Sampler(flow_map, steps=2)
-    wrong: list[str] = []
+    device, wrong, done = made.flow_map.network.conv_out.weight.device, [], []
 
     def work(seed: int) -> None:
         generator = torch.Generator().manual_seed(seed)
@@ -461,12 +462,15 @@ def soak(flow_map: FlowMap, calls: int) -> None:
             n, w = 1 + draw(6), [None, 0.5, 2.0][draw(3)]
             seeds, labels = [draw(1000) for _ in range(n)], torch.randint(4, (n,), generator=generator)
             out = made.sample(seeds, labels, w)
-            if call % 100 == 0:
-                x = sampling.initial_state(flow_map, seeds, SHAPE)
-                if not torch.equal(out, sampling.pushforward(flow_map, x, made.times, labels, w)):
+            if call % 25 == 0:
+                x = sampling.initial_state(flow_map, seeds, SHAPE, device)
+                expected = sampling.pushforward(flow_map, x, made.times, labels.to(device), w)
+                # On CUDA a call may run padded to a captured size, where convolutions may take another algorithm.
+                if not (torch.allclose(out, expected, 1e-4, 1e-5) if device.type == "cuda" else torch.equal(out, expected)):
                     wrong.append(f"thread {seed}, call {call}")
             if call == calls // 4:
                 memory.append(resident())
+        done.append(seed)
 
     memory: list[int] = []
     threads = [threading.Thread(target=work, args=(seed,)) for seed in (0, 1)]
@@ -474,8 +478,10 @@ def soak(flow_map: FlowMap, calls: int) -> None:
         thread.start()
     for thread in threads:
         thread.join()
+    assert sorted(done) == [0, 1]
     assert not wrong
-    assert resident() - max(memory) < 20e6
+    # Each capture costs CUDA's driver some of the host's memory.
+    assert resident() - max(memory) < (200e6 if device.type == "cuda" else 20e6)
     assert len(made.stats()["cached"]) <= 8
 
 
@@ -485,24 +491,26 @@ def resident() -> int:
         return int(file.read().split()[1]) * 4096
 
 
-def test_a_short_soak(flow_map) -> None:
-    soak(flow_map, 400)
+def test_a_short_soak(flow_map, device) -> None:
+    soak(flow_map, 100 if device == "cuda" else 400)  # sizes come and go there, and are captured again
 
 
 @pytest.mark.full
-def test_a_soak(flow_map) -> None:
-    soak(flow_map, 10_000)
+def test_a_soak(flow_map, device) -> None:
+    soak(flow_map, 1_000 if device == "cuda" else 10_000)
 
 
-def test_a_call_costs_little_beside_the_network(flow_map) -> None:
+def test_a_call_costs_little_beside_the_network(flow_map, device) -> None:
     """One step against the bare network: bench_sampler.py asks 1.2 of an idle machine, and this may be a busy one."""
     made = Sampler(flow_map, steps=1)
-    x, time_ = torch.randn(1, *SHAPE), torch.full((1,), 994.0, dtype=torch.float64)
-    label = torch.tensor([1])
+    x, time_ = torch.randn(1, *SHAPE, device=device), torch.full((1,), 994.0, dtype=torch.float64, device=device)
+    label = torch.tensor([1], device=device)
 
     def seconds(call: Any) -> float:
         start = time.perf_counter()
         call()
+        if device == "cuda":
+            torch.cuda.synchronize()
         return time.perf_counter() - start
 
     with torch.no_grad():
@@ -558,11 +566,15 @@ def test_a_capture_that_fails_leaves_the_pool_and_the_allocators_as_they_were(sm
     flow_map = small_flow_map.to("cuda").eval()
     made = Sampler(flow_map, steps=2, guidance=1.5, graph=True)
     expected = made.sample([0])
-    waits = flow_map.network.register_forward_pre_hook(lambda module, args: args[0].sum().item())
+    # What a hook returns would be the network's input: the second value, None.
+    waits = flow_map.network.register_forward_pre_hook(lambda module, args: (args[0].sum().item(), None)[1])
     with pytest.raises(RuntimeError, match="cannot be captured"):
         made.sample([0, 1])
     waits.remove()
+    assert torch.isfinite(torch.randn(8, device="cuda")).all()  # the generator is in no capture any more
+    replays = made.stats()["replays"]
     assert torch.equal(made.sample([0]), expected)
+    assert made.stats()["replays"] == replays + 1
     for size in (2, 3, 9):  # the next captures in the same pool
         assert torch.equal(made.sample(range(size)), Sampler(flow_map, steps=2, guidance=1.5, graph=False).sample(range(size)))
     torch.empty(1 << 20, pin_memory=True)
