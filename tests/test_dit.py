@@ -17,8 +17,8 @@ Inputs = tuple[Tensor, Tensor, Tensor, Tensor]
 
 
 @pytest.fixture(scope="module")
-def network() -> DiT:
-    """Small, with weights that are not zero anywhere."""
+def small() -> DiT:
+    """With weights that are not zero anywhere."""
     torch.manual_seed(0)
     made = DiT("S", patch=2, channels=3, resolution=8, num_classes=5)
     for name, parameter in made.named_parameters():
@@ -26,11 +26,17 @@ def network() -> DiT:
     return made
 
 
-def inputs(batch: int = 3) -> Inputs:
+@pytest.fixture
+def network(small: DiT, device: str) -> DiT:
+    return copy.deepcopy(small).to(device)
+
+
+def inputs(device: str, batch: int = 3) -> Inputs:
     generator = torch.manual_seed(1)
     x = torch.randn(batch, 3, 8, 8, generator=generator)
     t = torch.rand(batch, generator=generator, dtype=torch.float64) * 500 + 494
-    return x, t, t * torch.rand(batch, generator=generator, dtype=torch.float64), torch.tensor([1, 5, 1, 0])[:batch]
+    s, labels = t * torch.rand(batch, generator=generator, dtype=torch.float64), torch.tensor([1, 5, 1, 0])[:batch]
+    return x.to(device), t.to(device), s.to(device), labels.to(device)
 
 
 def form(network: DiT, *, fused: bool, dtype: torch.dtype = torch.float32, checkpointing: bool = False) -> DiT:
@@ -44,8 +50,8 @@ def distance(a: Tensor, b: Tensor) -> float:
     return float((a - b).norm() / b.norm())
 
 
-def test_both_forms_are_one_function(network: DiT) -> None:
-    x, *rest = inputs()
+def test_both_forms_are_one_function(network: DiT, device: str) -> None:
+    x, *rest = inputs(device)
     truth = form(network, fused=False, dtype=torch.float64)(x.double(), *rest)
     plain, fused = (form(network, fused=fused)(x, *rest) for fused in (False, True))
     assert distance(plain, truth) < 1e-5
@@ -53,8 +59,8 @@ def test_both_forms_are_one_function(network: DiT) -> None:
     assert distance(form(network, fused=True, dtype=torch.float64)(x.double(), *rest), truth) < 1e-13
 
 
-def test_bfloat16_weights_lose_no_more_than_the_plain_form(network: DiT) -> None:
-    x, *rest = inputs()
+def test_bfloat16_weights_lose_no_more_than_the_plain_form(network: DiT, device: str) -> None:
+    x, *rest = inputs(device)
     rounded = form(form(network, fused=False, dtype=torch.bfloat16), fused=False, dtype=torch.float64)
     truth = rounded(x.bfloat16().double(), *rest)
     plain, fused = (form(network, fused=f, dtype=torch.bfloat16)(x.bfloat16(), *rest) for f in (False, True))
@@ -63,8 +69,8 @@ def test_bfloat16_weights_lose_no_more_than_the_plain_form(network: DiT) -> None
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
-def test_gradients_of_both_forms(network: DiT, checkpointing: bool) -> None:
-    x, *rest = inputs()
+def test_gradients_of_both_forms(network: DiT, checkpointing: bool, device: str) -> None:
+    x, *rest = inputs(device)
     gradients = []
     for made, image in (
         (form(network, fused=False, dtype=torch.float64), x.double()),
@@ -78,27 +84,27 @@ def test_gradients_of_both_forms(network: DiT, checkpointing: bool) -> None:
         assert distance(fused, truth) < max(2e-5, 3 * distance(plain, truth))
 
 
-def test_more_tokens_than_the_attention_op_takes_go_the_plain_way() -> None:
-    attention, x = Attention(16, heads=2), torch.randn(1, 1030, 16)
+def test_more_tokens_than_the_attention_op_takes_go_the_plain_way(device: str) -> None:
+    attention, x = Attention(16, heads=2).to(device), torch.randn(1, 1030, 16, device=device)
     assert torch.equal(attention(x, fused=True), attention(x))
 
 
 @pytest.mark.parametrize("fused", [False, True])
-def test_hooks_of_every_module_run(network: DiT, fused: bool) -> None:
+def test_hooks_of_every_module_run(network: DiT, fused: bool, device: str) -> None:
     made, seen = form(network, fused=fused), []
     watched = [made.blocks[1], made.blocks[1].attn, made.blocks[1].mlp, made.final_layer]
     for module in watched:
         module.register_forward_hook(lambda module, args, out: seen.append(module))
-    made(*inputs())
+    made(*inputs(device))
     assert seen == [watched[1], watched[2], watched[0], watched[3]]
 
 
-def test_autocast_trains_in_both_forms(network: DiT) -> None:
-    x, *rest = inputs()
+def test_autocast_trains_in_both_forms(network: DiT, device: str) -> None:
+    x, *rest = inputs(device)
     outputs = []
     for fused in (False, True):
         made = form(network, fused=fused)
-        with torch.autocast("cpu", torch.bfloat16):
+        with torch.autocast(device, torch.bfloat16):
             out = made(x, *rest)
         out.float().square().mean().backward()
         assert all(p.grad is not None and bool(p.grad.isfinite().all()) for p in made.parameters())
@@ -108,21 +114,21 @@ def test_autocast_trains_in_both_forms(network: DiT) -> None:
 
 
 @pytest.mark.parametrize("fused", [False, True])
-def test_compiles_whole(network: DiT, fused: bool) -> None:
+def test_compiles_whole(network: DiT, fused: bool, device: str) -> None:
     torch._dynamo.reset()
     made = form(network, fused=fused).eval()
     compiled = torch.compile(made, fullgraph=True, backend="aot_eager")
-    x, *rest = inputs()
+    x, *rest = inputs(device)
     torch.testing.assert_close(compiled(x, *rest), made(x, *rest))
     with torch.no_grad():
         torch.testing.assert_close(compiled(x, *rest), made(x, *rest))
 
 
 @pytest.mark.parametrize("fused", [False, True])
-def test_conditioning_for_a_run_is_that_of_each_step(network: DiT, fused: bool) -> None:
+def test_conditioning_for_a_run_is_that_of_each_step(network: DiT, fused: bool, device: str) -> None:
     made = form(network, fused=fused).eval()
-    x, _, _, labels = inputs(4)
-    times = torch.tensor([[994.0, 600.0], [600.0, 250.0], [250.0, 6.0]], dtype=torch.float64)
+    x, _, _, labels = inputs(device, 4)
+    times = torch.tensor([[994.0, 600.0], [600.0, 250.0], [250.0, 6.0]], dtype=torch.float64, device=device)
     with torch.no_grad():
         modulations = made.condition(times, labels)
         assert len(modulations) == 3
@@ -132,9 +138,9 @@ def test_conditioning_for_a_run_is_that_of_each_step(network: DiT, fused: bool) 
             assert distance(made(x, modulation=modulations[step]), expected) < 1e-6
 
 
-def test_a_table_keeps_classes_within_its_bytes(network: DiT, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_table_keeps_classes_within_its_bytes(network: DiT, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
     made = form(network, fused=True).eval()
-    times = torch.tensor([[994.0, 6.0], [6.0, 1.0]], dtype=torch.float64)
+    times = torch.tensor([[994.0, 6.0], [6.0, 1.0]], dtype=torch.float64, device=device)
     row = 2 * made.modulation_features * 4
     asked: list[list[int]] = []
     condition = made.condition
@@ -142,7 +148,7 @@ def test_a_table_keeps_classes_within_its_bytes(network: DiT, monkeypatch: pytes
     with torch.no_grad():
         table = made.table(times, max_bytes=2 * row)
         for wanted in ([1, 5, 1], [5, 1], [3, 5], [1, 1]):
-            labels = torch.tensor(wanted)
+            labels = torch.tensor(wanted, device=device)
             found, expected = table(labels), condition(times, labels)
             assert all(distance(found[i], expected[i]) < 1e-6 for i in range(2))
             assert table.bytes <= 2 * row
@@ -150,27 +156,27 @@ def test_a_table_keeps_classes_within_its_bytes(network: DiT, monkeypatch: pytes
     assert asked == [[1, 5], [3], [1]]  # 1 had not been used for longest when 3 came
 
 
-def test_a_table_keeps_no_graph(network: DiT) -> None:
-    table = network.table(torch.tensor([[994.0, 6.0]], dtype=torch.float64), max_bytes=10**7)
-    assert not table(torch.tensor([1, 2])).rows.requires_grad
+def test_a_table_keeps_no_graph(network: DiT, device: str) -> None:
+    table = network.table(torch.tensor([[994.0, 6.0]], dtype=torch.float64, device=device), max_bytes=10**7)
+    assert not table(torch.tensor([1, 2], device=device)).rows.requires_grad
     assert all(kept.untyped_storage().nbytes() == 4 * network.modulation_features for kept in table._rows.values())
 
 
-def test_a_table_without_classes() -> None:
-    made = DiT("S", patch=4, channels=1, resolution=8, num_classes=0)
-    times = torch.tensor([[994.0, 6.0]], dtype=torch.float64)
+def test_a_table_without_classes(device: str) -> None:
+    made = DiT("S", patch=4, channels=1, resolution=8, num_classes=0).to(device)
+    times = torch.tensor([[994.0, 6.0]], dtype=torch.float64, device=device)
     table = made.table(times, max_bytes=10**7)
     for _ in range(2):
         assert torch.equal(table(None, batch=3)[0], made.condition(times, None, batch=3)[0])
-    assert made(torch.randn(3, 1, 8, 8), modulation=table(None, batch=3)[0]).shape == (3, 1, 8, 8)
+    assert made(torch.randn(3, 1, 8, 8, device=device), modulation=table(None, batch=3)[0]).shape == (3, 1, 8, 8)
 
 
-def test_bad_modulations_are_refused(network: DiT) -> None:
-    x, t, s, labels = inputs()
+def test_bad_modulations_are_refused(network: DiT, device: str) -> None:
+    x, t, s, labels = inputs(device)
     features = network.modulation_features
-    times = torch.tensor([[994.0, 6.0], [6.0, 1.0]], dtype=torch.float64)
+    times = torch.tensor([[994.0, 6.0], [6.0, 1.0]], dtype=torch.float64, device=device)
     modulations = network.condition(times, labels)
-    for wrong in (torch.zeros(2, features), torch.zeros(3, features - 1), modulations.rows):
+    for wrong in (torch.zeros(2, features, device=device), torch.zeros(3, features - 1, device=device), modulations.rows):
         with pytest.raises(ValueError, match=rf"modulation: expected one step's \[3, {features}\], got"):
             network(x, modulation=wrong)
     with pytest.raises(ValueError, match="expected no times or labels beside it"):
@@ -190,9 +196,9 @@ def test_bad_modulations_are_refused(network: DiT) -> None:
 
 
 @pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 1e-6), (torch.bfloat16, 4e-3)])
-def test_a_linear_layer_of_inference(dtype: torch.dtype, bound: float) -> None:
+def test_a_linear_layer_of_inference(dtype: torch.dtype, bound: float, device: str) -> None:
     torch.manual_seed(0)
-    layer, x = torch.nn.Linear(24, 40).to(dtype), torch.randn(2, 7, 24, dtype=dtype)
+    layer, x = torch.nn.Linear(24, 40).to(device, dtype), torch.randn(2, 7, 24, device=device).to(dtype)
     exact = torch.nn.functional.linear(x.double(), layer.weight.double(), layer.bias.double())
     with torch.no_grad():
         assert distance(linear(layer, x), exact) < bound
