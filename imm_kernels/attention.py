@@ -179,11 +179,10 @@ def _attention_fwd_kernel(
     FULL: tl.constexpr,  # both blocks divide T
     ONE_BLOCK: tl.constexpr,  # all keys are in one block
 ):
-    batch_stride *= 8  # the compiler sees that rows are aligned to 16 bytes and more
-    token_stride *= 8
+    token_stride *= 8  # the compiler sees that rows are aligned to 16 bytes and more
     b, h, first = _place(T, HEADS, BLOCK_M)
     rows = first + tl.arange(0, BLOCK_M)
-    q_ptr = qkv_ptr + b * batch_stride + h * D
+    q_ptr = qkv_ptr + b * batch_stride * 8 + h * D
     k_ptr = q_ptr + HEADS * D
     v_ptr = k_ptr + HEADS * D
     q_main, q_rest = _load(q_ptr, token_stride, rows, T, D, MAIN, REST, FULL)
@@ -274,11 +273,10 @@ def _attention_bwd_keys_kernel(
     BLOCK_N: tl.constexpr,
     FULL: tl.constexpr,
 ):
-    batch_stride *= 8  # the compiler sees that rows are aligned to 16 bytes and more
-    token_stride *= 8
+    token_stride *= 8  # the compiler sees that rows are aligned to 16 bytes and more
     b, h, first = _place(T, HEADS, BLOCK_N)
     keys = first + tl.arange(0, BLOCK_N)
-    q_ptr = qkv_ptr + b * batch_stride + h * D
+    q_ptr = qkv_ptr + b * batch_stride * 8 + h * D
     grad_ptr += b * T * HEADS * D + h * D
     numbers = (b * HEADS + h) * T
     k_main, k_rest = _load(q_ptr + HEADS * D, token_stride, keys, T, D, MAIN, REST, FULL)
@@ -326,11 +324,10 @@ def _attention_bwd_queries_kernel(
     BLOCK_N: tl.constexpr,
     FULL: tl.constexpr,
 ):
-    batch_stride *= 8  # the compiler sees that rows are aligned to 16 bytes and more
-    token_stride *= 8
+    token_stride *= 8  # the compiler sees that rows are aligned to 16 bytes and more
     b, h, first = _place(T, HEADS, BLOCK_M)
     rows = first + tl.arange(0, BLOCK_M)
-    q_ptr = qkv_ptr + b * batch_stride + h * D
+    q_ptr = qkv_ptr + b * batch_stride * 8 + h * D
     k_ptr = q_ptr + HEADS * D
     numbers = (b * HEADS + h) * T
     q_main, q_rest = _load(q_ptr, token_stride, rows, T, D, MAIN, REST, FULL)

@@ -108,6 +108,14 @@ def test_rows_of_a_wider_tensor_are_read_in_place_and_others_are_copied() -> Non
 
 
 @kernel_test
+def test_images_may_be_far_apart() -> None:
+    apart, width = 2**31, 3 * HEADS * 8
+    memory = torch.empty(apart + 9 * width, dtype=torch.float16, device=DEVICE)  # only its ends are touched
+    qkv = memory.as_strided((2, 9, width), (apart, width, 1)).copy_(torch.randn(2, 9, width))
+    check((qkv, HEADS, None, None, 1e-6))
+
+
+@kernel_test
 def test_images_do_not_know_of_each_other() -> None:
     qkv, *rest = arguments(72, 20, torch.float32, norm=True, B=3)
     together, _ = run("timestep_attention", qkv, *rest)
