@@ -2,8 +2,9 @@
 
     python bench/build_in_place.py [--cuda] [--out FOLDER] [--by-hand]      (IMM_TORCH_DIR as in setup.py)
 
-setup.py where it can run (setuptools, CMake, Ninja); else the same steps by hand with the compilers alone. CMakeLists.txt is
-the definition: the flags here that decide numbers (no contraction, one object per instruction set) are its own.
+setup.py where it can run (setuptools, CMake, Ninja); else, or where that fails, the same steps by hand with the compilers
+alone; where CUDA cannot be built either way, the library without it, which is status 1. CMakeLists.txt is the definition: the
+flags here that decide numbers (no contraction, one object per instruction set) are its own.
 """
 
 from __future__ import annotations
@@ -40,17 +41,13 @@ def lacking() -> list[str]:
     return tools + ["setuptools"] * (importlib.util.find_spec("setuptools") is None)
 
 
-def with_setup(cuda: bool) -> int:
-    """The exit status of setup.py; 1 where only the CPU part could be built."""
+def with_setup(cuda: bool) -> bool:
+    """Whether setup.py built the library."""
     environment = {**os.environ, "IMM_BUILD_NATIVE": "1", "IMM_BUILD_CUDA": "1" if cuda else "0"}
     if cuda and torch.cuda.is_available():
         environment.setdefault("CUDAARCHS", "".join(map(str, torch.cuda.get_device_capability())))
     command = [sys.executable, "setup.py", "build_ext", "--inplace"]
-    status = subprocess.run(command, cwd=ROOT, env=environment, check=False).returncode
-    if status and cuda:
-        print("the build with CUDA failed; once more without", flush=True)
-        subprocess.run(command, cwd=ROOT, env={**environment, "IMM_BUILD_CUDA": "0"}, check=False)
-    return status
+    return subprocess.run(command, cwd=ROOT, env=environment, check=False).returncode == 0
 
 
 def by_hand(cuda: bool, out: Path) -> None:
@@ -126,16 +123,28 @@ def main() -> int:
     parser.add_argument("--by-hand", action="store_true", help="without setup.py even where it can run")
     options = parser.parse_args()
     absent = lacking()
-    if not options.by_hand and not absent:
-        return with_setup(options.cuda)
-    print(f"without setup.py: {'asked for' if options.by_hand else ', '.join(absent) + ' not found'}", flush=True)
-    try:
-        by_hand(options.cuda, options.out)
-    except (RuntimeError, OSError, KeyError) as error:
-        print(f"the build failed, everything runs without the native library: {error}")
-        return 1
-    print(f"built by hand: {', '.join(path.name for path in sorted(options.out.glob('*')) if path.suffix in ('.so', '.json'))}")
-    return 0
+    if options.by_hand or absent:
+        print(f"without setup.py: {'asked for' if options.by_hand else ', '.join(absent) + ' not found'}", flush=True)
+
+    def hand_built(cuda: bool) -> bool:
+        try:
+            by_hand(cuda, options.out)
+        except (RuntimeError, OSError, KeyError) as error:
+            print(error, flush=True)
+            return False
+        return True
+
+    ways = {"setup.py": with_setup} if not (options.by_hand or absent) else {}
+    ways["by hand"] = hand_built
+    for cuda in (True, False) if options.cuda else (False,):
+        for name, way in ways.items():
+            what = f"{name}, {'with' if cuda else 'without'} CUDA"
+            if way(cuda):
+                print(f"built: {what}")
+                return 0 if cuda == options.cuda else 1
+            print(f"the build failed: {what}", flush=True)
+    print("everything runs without the native library")
+    return 1
 
 
 if __name__ == "__main__":
