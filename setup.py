@@ -2,6 +2,7 @@
 
 IMM_BUILD_NATIVE=auto|0|1  auto builds where the tools are and falls back to the pure install; 1 fails where it cannot.
 IMM_BUILD_CUDA=auto|0|1    auto builds csrc/cuda where torch is a CUDA build and nvcc is there; no GPU is looked for.
+IMM_WERROR=0|1             1 makes the compilers' warnings errors, as CI does.
 IMM_TORCH_DIR              another torch package folder to compile and link against, such as an unpacked CUDA wheel.
 """
 
@@ -23,10 +24,11 @@ IN_PLACE = ROOT / "python" / "imm" / "_native"
 BUILT = ("*.so", "imm_generate", "build.json")
 
 
-def switch(name: str) -> str:
-    value = os.environ.get(name, "auto")
-    if value not in ("auto", "0", "1"):
-        raise SystemExit(f"{name}: expected auto, 0 or 1, got {value!r}")
+def switch(name: str, values: tuple[str, ...] = ("auto", "0", "1")) -> str:
+    """A setting; its first value where it is not set."""
+    value = os.environ.get(name, values[0])
+    if value not in values:
+        raise SystemExit(f"{name}: expected {', '.join(values[:-1])} or {values[-1]}, got {value!r}")
     return value
 
 
@@ -119,6 +121,7 @@ class BuildNative(build_ext):
         options = {
             "IMM_TORCH_DIR": torch_folder(),
             "IMM_WITH_CUDA": "ON" if with_cuda else "OFF",
+            "IMM_WERROR": "ON" if switch("IMM_WERROR", ("0", "1")) == "1" else "OFF",
             "Python_EXECUTABLE": sys.executable,
             "CMAKE_MAKE_PROGRAM": tool("ninja"),
         }

@@ -72,6 +72,7 @@ class Install:
 
     def pip(self, fails: bool = False, **environment: str) -> str:
         options = ("-v", "--no-deps", "--no-build-isolation", "--force-reinstall")
+        environment = {"IMM_WERROR": "1", **environment}
         # Outside the clone: imm_kernels lies in its root.
         text = run(
             self.bin / "python", "-m", "pip", "install", *options, self.clone, cwd=self.folder, fails=fails, **environment

@@ -138,7 +138,8 @@ def test_a_broken_compiler(tree) -> None:
     assert none.returncode == 0, none.stderr
     assert "imm: pure install: IMM_BUILD_NATIVE=0" in none.stderr
     assert [path.name for path in native.iterdir()] == ["__init__.py"]
-    assert "expected auto, 0 or 1, got 'yes'" in build(tree, IMM_BUILD_NATIVE="yes").stderr
+    assert "IMM_BUILD_NATIVE: expected auto, 0 or 1, got 'yes'" in build(tree, IMM_BUILD_NATIVE="yes").stderr
+    assert "IMM_WERROR: expected 0 or 1, got 'yes'" in build(tree, IMM_BUILD_CUDA="0", IMM_WERROR="yes").stderr
 
 
 def test_a_broken_nvcc(tree) -> None:
