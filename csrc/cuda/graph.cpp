@@ -179,7 +179,7 @@ class CudaGraphPool final : public GraphPool {
   // After a capture that did not end well, on its stream: its memory goes back, and its pool is not used again.
   void abandon(std::unique_ptr<CudaGraph> graph, bool begun) {
     const PoolId pool = *graph->pool;
-    // Ended here or, since torch 2.12, by capture_end; what never began is not this capture's to release.
+    // Ended here or, since torch 2.13, by capture_end; what never began is not this capture's to release.
     if (succeeds([&] { c10::cuda::CUDACachingAllocator::endAllocateToPool(device_.index(), pool); }) || begun) {
       succeeds([&] { c10::cuda::CUDACachingAllocator::releasePool(device_.index(), pool); });
     }
