@@ -47,7 +47,7 @@ def compiled(seeds: Tensor, numel: int) -> Step:
 
 
 def triton(seeds: Tensor, numel: int) -> Step:
-    from imm_kernels.flow_step import noise as launch
+    from imm_kernels.noise import noise as launch
 
     return lambda: (launch(seeds, numel, STEP),)
 

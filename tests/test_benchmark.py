@@ -5,9 +5,12 @@ The CUDA clock is tested on its structure, with the calls into CUDA replaced: no
 
 from __future__ import annotations
 
+import ast
 import contextlib
 import csv
 import dataclasses
+import importlib
+import importlib.util
 import itertools
 import json
 import time
@@ -197,6 +200,27 @@ def test_every_op_file_declares_right_peers() -> None:
             if "compile" not in name:
                 assert harness.refusal(declared, name, harness.errors(peer(*inputs)(), truth)) is None, (op, name)
         assert next(iter(load(op).cases(CPU, quick=True))).op == op
+
+
+OP_FILES = sorted((Path(__file__).parents[1] / "bench").glob("*.py"))
+
+
+@pytest.mark.parametrize("path", OP_FILES, ids=lambda path: path.stem)
+def test_what_is_imported_late_exists(path: Path) -> None:
+    """Also within functions: a peer of a GPU is made on no other machine."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        names = [alias.name for alias in node.names] if isinstance(node, (ast.Import, ast.ImportFrom)) else []
+        modules = [node.module or ""] if isinstance(node, ast.ImportFrom) else names
+        for module in modules:
+            top = module.partition(".")[0]
+            if top not in ("imm", "imm_kernels"):
+                continue
+            if top == "imm_kernels":
+                pytest.importorskip("triton")
+            found = importlib.import_module(module)
+            for name in names if isinstance(node, ast.ImportFrom) else []:
+                within = hasattr(found, "__path__") and importlib.util.find_spec(f"{module}.{name}")
+                assert hasattr(found, name) or within, f"{module} has no {name}"
 
 
 def test_a_trained_dit_is_checked_against_float64() -> None:
