@@ -52,16 +52,17 @@ def evaluated(make: Callable[[], Callable[..., Tensor]]) -> Peer:
 
 
 def trained(make: Callable[[], Callable[..., Tensor]], network: Callable[[], DiT]) -> Peer:
-    """Forward and backward; of the gradients those of the first and the last product are looked at."""
+    """Forward and backward; of the gradients those of the first and the last product are looked at. None is kept from one call
+    to the next: the peers share the network, and the memory of each is its own."""
 
     def prepare(*inputs: Tensor) -> Step:
         call, made = make(), network()
 
         def step() -> tuple[Tensor, ...]:
-            made.zero_grad(set_to_none=True)
             out = call(*inputs)
             out.float().square().mean().backward()
             grads = made.blocks[0].attn.qkv.weight.grad, made.final_layer.linear.weight.grad
+            made.zero_grad(set_to_none=True)
             return (out.detach(), *(grad for grad in grads if grad is not None))
 
         return step

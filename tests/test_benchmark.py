@@ -25,6 +25,8 @@ from click.testing import CliRunner
 from torch import Tensor
 
 from imm.benchmark import Case, Claim, case, docs, environment, gate, harness, load, measure, operations, rows, timing
+from imm.benchmark.memory import peak_bytes
+from imm.benchmark.networks import random_dit
 from imm.cli import main
 
 CPU = torch.device("cpu")
@@ -280,6 +282,17 @@ def test_peak_memory_counts_inputs_outputs_and_what_a_step_needs() -> None:
     assert found["fresh"] == pytest.approx(8000, abs=200)
     assert found["kept"] == pytest.approx(8000, abs=200)
     assert found["wasteful"] == pytest.approx(4000 * (1 + 50 + 1), rel=0.02)
+
+
+def test_peers_that_train_one_network_have_equal_peaks() -> None:
+    module = load("dit")
+    made = random_dit("S", torch.float32, CPU).requires_grad_()
+    inputs = module.case("S", 1, CPU).inputs()
+    peer = module.trained(lambda: made, lambda: made)
+    first, second = (peak_bytes(peer, inputs, CPU) for _ in range(2))
+    assert first == pytest.approx(second, rel=0.01)
+    assert first > sum(p.nbytes for p in made.parameters())  # the gradients are within it
+    assert all(p.grad is None for p in made.parameters())
 
 
 def test_ceilings_are_timed_and_not_checked() -> None:
