@@ -232,16 +232,16 @@ def test_the_check_prints_errors_worked_out_by_hand(tmp_path: Path, monkeypatch:
     found = {(line[0], line[4], line[5]): line[-5:] for line in lines if len(line) > 8 and "N=1" in line}
     assert found == {
         ("attention", "cold", "copy"): ["25.0", "us", "23.3", "us", "-7%"],
-        ("attention", "cold", "square"): ["4.0", "us", "2.5", "us", "-37%"],
+        ("attention", "cold", "product"): ["4.0", "us", "2.5", "us", "-37%"],
         ("attention", "cold", "imm"): ["46.5", "us", "23.3", "us", "-50%"],
         ("mmd", "cold", "copy"): ["23.3", "us", "23.3", "us", "-0%"],
-        ("mmd", "cold", "square"): ["20.0", "us", "29.9", "us", "+49%"],
+        ("mmd", "cold", "product"): ["20.0", "us", "29.9", "us", "+49%"],
         ("mmd", "warm", "copy"): ["20.0", "us", "20.0", "us", "+0%"],
         ("flow_step", "warm", "triton"): ["20.0", "us", "29.9", "us", "+49%"],
     }
     assert "left out: 1 warm rows" in report
     assert "copy: 3 rows, median error 0%, worst -7% (attention forward, N=1, bfloat16, cold)" in report
-    assert "square product: 2 rows, median error 43%, worst +49% (mmd forward" in report
+    assert "product: 2 rows, median error 43%, worst +49% (mmd forward" in report
     assert "not measured" not in result.output
     assert "check against h100" not in result.output
     only = invoke("mmd", "--predict=h200").output

@@ -325,6 +325,24 @@ def test_claims() -> None:
     assert len(text.splitlines()) == 3
 
 
+@pytest.mark.parametrize("flops", [1, 1000, 10**6, 476_905_728, 5 * 10**9, 10**12, 3 * 10**13])
+def test_the_product_has_aligned_sides_and_as_many_flops(flops: int) -> None:
+    count, side = case.product_shape(flops)
+    assert side % 64 == 0
+    assert count >= 1
+    if flops >= 2 * 64**3:
+        assert 2 * count * side**2 == pytest.approx(flops, rel=0.01)
+        assert 0.3 < count / side < 3
+    declared = dataclasses.replace(doubling(), flops=min(flops, 10**6))
+    (product,) = harness.matmul_peer(declared, CPU)()()
+    assert product.shape == case.product_shape(declared.flops)
+
+
+def test_earlier_rows_have_todays_names(tmp_path: Path) -> None:
+    rows.append(tmp_path, [rows.Row("op", "mode", "N=1", "float32", "cpu", peer="square product of as many flops")])
+    assert [row.peer for row in rows.read(tmp_path / "rows.csv")] == [case.MATMUL]
+
+
 def test_ceilings_and_rough_peers() -> None:
     rough = dataclasses.replace(doubling(wrong=by(lambda x: 2.001 * x)), rough={"wrong": 1e-2}, products=True)
     found = {row.peer: row for row in measure(rough, CPU, BRIEF)}

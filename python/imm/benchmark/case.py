@@ -26,7 +26,14 @@ Step = Callable[[], tuple[Tensor, ...]]
 #: Takes the inputs and returns a Step. What a peer keeps across calls (preallocated outputs, compiled code) is made here.
 Peer = Callable[..., Step]
 COPY = "copy of the same bytes"
-MATMUL = "square product of as many flops"
+MATMUL = "product of as many flops"
+
+
+def product_shape(flops: int) -> tuple[int, int]:
+    """Rows and side of the product ``[rows, side] x [side, side]`` of about as many flops: near a square, with rows of numbers
+    of a multiple of 64, since odd ones take libraries another, slower way."""
+    side = max(64, 64 * round((flops / 2) ** (1 / 3) / 64))
+    return max(1, round(flops / 2 / side**2)), side
 
 
 @dataclass(frozen=True)

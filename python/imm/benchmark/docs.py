@@ -23,7 +23,7 @@ between two calls; warm ones are the same at each call, as in a loop. "spread" i
 first and of the second half of the calls together. "x imm" is how many times as long as our fastest peer of the case. GB/s
 counts the bytes that the algorithm must move, whatever the peer moves. A ratio is the median of each round's: what slows the
 machine down for a while slows both down. "x copy" is that to a copy that moves as many bytes: 1 is the ceiling for work
-limited by memory. "of floor" is the share of the time that the slower of this copy and, for work that is products, one square
+limited by memory. "of floor" is the share of the time that the slower of this copy and, for work that is products, one
 product of as many flops takes. "error" is the largest difference from float64, relative to the largest number; a peer that is
 wrong is not timed. "peak" is inputs, what the peer keeps and the most that a step allocates, without the weights that were
 there before."""

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from imm.benchmark import environment, gate
-from imm.benchmark.case import COPY, MATMUL, Case, Peer, Step, load, operations
+from imm.benchmark.case import COPY, MATMUL, Case, Peer, Step, load, operations, product_shape
 from imm.benchmark.case import folder as bench_folder
 from imm.benchmark.memory import peak_bytes
 from imm.benchmark.rows import OK, TESTS, Row, append, claims, read, table, written
@@ -63,11 +63,11 @@ def copy_peer(case: Case, device: torch.device) -> Peer:
 
 
 def matmul_peer(case: Case, device: torch.device) -> Peer:
-    """One product of square matrices of the case's dtype, of random numbers, with as many flops as the case."""
+    """One product of the case's dtype, of random numbers, with as many flops as the case."""
 
     def prepare(*inputs: Any) -> Step:
-        n = max(1, round((case.flops / 2) ** (1 / 3)))
-        a, b = (torch.randn(n, n, dtype=torch.float32, device=device).to(case.dtype) for _ in range(2))
+        rows, side = product_shape(case.flops)
+        a, b = (torch.randn(n, side, dtype=torch.float32, device=device).to(case.dtype) for n in (rows, side))
         target = torch.empty_like(a)
         return lambda: (torch.mm(a, b, out=target),)
 

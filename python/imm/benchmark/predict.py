@@ -10,7 +10,7 @@ from statistics import median
 
 import torch
 
-from imm.benchmark.case import COPY, MATMUL, Case, load, operations
+from imm.benchmark.case import COPY, MATMUL, Case, load, operations, product_shape
 from imm.benchmark.docs import committed
 from imm.benchmark.environment import read as read_environment
 from imm.benchmark.machines import MEMORY, Machine, find, from_rows
@@ -83,7 +83,7 @@ def table(machine: Machine, cases: Iterable[Case]) -> str:
 
 @dataclass(frozen=True)
 class Compared:
-    """A measured row beside its prediction. kind: copy, square product or imm."""
+    """A measured row beside its prediction. kind: copy, product or imm."""
 
     kind: str
     row: Row
@@ -102,11 +102,11 @@ def _subjects(rows: Sequence[Row], products: bool) -> list[tuple[str, Row, float
         if row.peer == COPY:
             found.append(("copy", row, row.bytes, 0.0, unit("float32", False)))
         elif row.peer == MATMUL:
-            side = round((row.flops / 2) ** (1 / 3))
-            size = 3 * side**2 * getattr(torch, row.dtype).itemsize
+            count, side = product_shape(row.flops)
+            size = (2 * count + side) * side * getattr(torch, row.dtype).itemsize
             # On a GPU torch multiplies float32 in full precision unless it is told otherwise: not in TF32.
             full = row.device == "cuda" and row.dtype == "float32"
-            found.append(("square product", row, size, row.flops, unit(row.dtype, not full)))
+            found.append(("product", row, size, row.flops, unit(row.dtype, not full)))
     if (best := fastest(row for row in rows if ours(row.peer))) is not None:
         arithmetic = unit(dtype_of(best.peer, best.dtype), products)
         found.append(("imm", best, best.bytes, best.flops, arithmetic))
@@ -114,7 +114,7 @@ def _subjects(rows: Sequence[Row], products: bool) -> list[tuple[str, Row, float
 
 
 def compare(rows: Sequence[Row], machines: Mapping[str, Machine]) -> tuple[list[Compared], int, int]:
-    """The copies, square products and fastest peers of ours among the rows, each beside what the op's machine predicts.
+    """The copies, products and fastest peers of ours among the rows, each beside what the op's machine predicts.
 
     Returns:
         Those, how many rows were left out because their buffers may have stayed in a cache, and how many because a rate is not
@@ -141,7 +141,7 @@ def compare(rows: Sequence[Row], machines: Mapping[str, Machine]) -> tuple[list[
 def summary(found: Sequence[Compared]) -> str:
     """The errors in a line: per kind how many, the median of their sizes and the largest."""
     texts = []
-    for kind in ("copy", "square product", "imm"):
+    for kind in ("copy", "product", "imm"):
         of_kind = [one for one in found if one.kind == kind]
         if of_kind:
             worst = max(of_kind, key=lambda one: abs(one.error))
@@ -158,7 +158,7 @@ def check(machine: Machine, folder: Path, ops: Sequence[str], *, source: bool) -
     machines, rule = dict.fromkeys(ops, machine), "rates: those above, which are not of these rows"
     if source:
         machines = {op: from_rows([row for row in rows if row.op != op], recorded, folder.name) for op in ops}
-        rule = "held out: each op is predicted with the copies and square products of the other ops, never with its own"
+        rule = "held out: each op is predicted with the copies and products of the other ops, never with its own"
     found, cached, unknown = compare([row for row in rows if row.op in ops], machines)
     lines = [["op", "mode", "shape", "dtype", "cache", "row", "bound", "measured", "predicted", "error"]]
     for one in found:

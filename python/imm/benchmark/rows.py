@@ -137,6 +137,10 @@ _PARSERS: dict[Any, Callable[[str], Any]] = {
 }
 
 
+#: What earlier commits called a peer: rows of theirs are still compared with.
+_EARLIER_NAMES = {"square product of as many flops": MATMUL}
+
+
 def read(path: Path) -> list[Row]:
     """The rows of a ``rows.csv``, a column that it lacks at its default; of rows with the same op, mode, shape, dtype, device,
     cache, peer and commit the last. Raises ValueError for another file."""
@@ -144,6 +148,8 @@ def read(path: Path) -> list[Row]:
         parse = lambda line: {f.name: _PARSERS[f.type](line[f.name]) for f in fields(Row) if f.name in line}
         try:
             rows = [Row(**parse(line)) for line in csv.DictReader(file)]
+            for row in rows:
+                row.peer = _EARLIER_NAMES.get(row.peer, row.peer)
         except (ValueError, TypeError) as error:
             raise ValueError(f"results: expected rows as imm bench writes them, got {path}: {error}") from error
     return list({(r.op, r.mode, r.shape, r.dtype, r.device, r.cache, r.peer, r.commit): r for r in rows}.values())
@@ -173,7 +179,7 @@ def fastest(rows: Iterable[Row]) -> Row | None:
 
 
 def floor(rows: Iterable[Row]) -> Row | None:
-    """Of one case, the slower of the copy and, where it was timed, the square product: what limits a peer of the same dtype.
+    """Of one case, the slower of the copy and, where it was timed, the product: what limits a peer of the same dtype.
     None where nothing was timed or the case's flops are not counted."""
     ceilings = [row for row in rows if row.peer in (COPY, MATMUL) and row.median_us is not None and row.flops]
     return max(ceilings, key=lambda row: row.median_us or 0.0, default=None)
