@@ -14,6 +14,7 @@ import importlib.util
 import itertools
 import json
 import time
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -455,6 +456,28 @@ def test_cuda_clock_replays_a_graph_of_rotating_sets(monkeypatch: pytest.MonkeyP
     fake.log.clear()
     assert clock.sample() == pytest.approx(1e-3)  # 8 ms over 8 sets
     assert fake.log == ["event", "replay", "event", "wait"]
+
+
+@pytest.mark.parametrize(("cache", "most"), [("cold", 8), ("warm", 2)])
+def test_cuda_clock_keeps_the_outputs_of_cold_calls_alone(cache: str, most: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In a loop of calls a result is let go when the next is there: of warm calls no third one is alive."""
+    fake = _FakeCuda(capturable=True)
+    monkeypatch.setattr(torch, "cuda", fake)
+    made: list[weakref.ref[Tensor]] = []
+    alive: list[int] = []
+
+    def step() -> tuple[Tensor, ...]:
+        out = torch.full((3,), 5.0)
+        made.append(weakref.ref(out))
+        alive.append(sum(one() is not None for one in made))
+        return (out,)
+
+    clock = timing.clock(torch.device("cuda"), [step] * 8, cache)
+    assert clock.method == ("graph of 8 sets" if cache == "cold" else "graph of 8 calls of one set")
+    captured = alive[-8:]
+    assert max(captured) == most
+    assert sum(one() is not None for one in made) == 1  # what the check looks at
+    assert clock.outputs[0].tolist() == [0.0] * 3  # cleared: this fake's replay does not write it
 
 
 def test_cuda_clock_replays_a_short_graph_often(monkeypatch: pytest.MonkeyPatch) -> None:

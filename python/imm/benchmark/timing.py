@@ -127,16 +127,20 @@ def _cuda(steps: Sequence[Step], cache: str) -> Clock:
     torch.cuda.synchronize()
     try:
         graph = torch.cuda.CUDAGraph()
+        kept: list[tuple[Tensor, ...]] = []
         with torch.cuda.graph(graph):
-            # Every output is kept, so that the steps write to different memory.
-            kept = [step() for step in steps]
+            for step in steps:
+                outputs = step()
+                if cache == "cold" or not kept:  # cold: all are kept, so that the steps write to different memory
+                    kept.append(outputs)
+                else:  # warm: one at a time, as in a loop of calls
+                    kept[0] = outputs
     except RuntimeError as error:
         torch.cuda.synchronize()
         reason = str(error).splitlines()[0][:80]
         return Clock(f"events over {sets}, no graph: {reason}", _between_events(_all(steps), len(steps)), steps[0]())
-    for outputs in kept:
-        for output in outputs:
-            output.zero_()  # what the check sees must come from a replay
+    for output in itertools.chain.from_iterable(kept):
+        output.zero_()  # what the check sees must come from a replay
     once = _between_events(graph.replay, len(steps))
     once()
     replays = max(1, math.ceil(_LEAST_SECONDS / max(once() * len(steps), _EVENT_SECONDS)))
