@@ -148,10 +148,45 @@ def test_the_share_of_the_floor_is_that_of_the_slower_ceiling() -> None:
     made = []
     for peer, seconds in ((case.COPY, 1.0), (case.MATMUL, 2.0), ("imm", 4.0)):
         made.append(rows.Row("op", "mode", "N=1", "float32", "cpu", peer=peer, bytes=8, flops=9))
+        made[-1].error = 0.0 if peer == "imm" else None
         made[-1].timed([seconds] * 3, [1.0] * 3)
     assert rows.share_of_floor(made[2], made) == 0.5
+    assert [rows.share_of_floor(row, made) for row in made[:2]] == [None, 1.0]
     assert rows.share_of_floor(made[2], [made[0], made[2]]) == 0.25
     assert rows.share_of_floor(dataclasses.replace(made[2], peer="imm, bfloat16"), made) is None
+
+
+def test_parts_have_times_and_no_figures_of_the_whole() -> None:
+    parts = {"part: a little": by(lambda x: x[:1] + 0), "part: broken": by(broken), case.MATMUL: by(lambda x: x)}
+    declared = dataclasses.replace(doubling(right=by(lambda x: 2 * x)), ceilings=parts)
+    measured = measure(declared, CPU, BRIEF)
+    found = {row.peer: dict(zip(rows.HEADINGS, rows.line(row, measured), strict=True)) for row in measured}
+    shown = {
+        name: [column for column in ("median", "x imm", "GB/s", "x copy", "error") if line[column]]
+        for name, line in found.items()
+    }
+    assert shown == {
+        case.COPY: ["median", "GB/s", "x copy"],
+        "part: a little": ["median"],
+        "part: broken": ["median"],
+        case.MATMUL: ["median", "x copy"],
+        "right": ["median", "GB/s", "x copy", "error"],
+    }
+    assert found["part: broken"]["median"] == "refused: RuntimeError: no such luck"
+    assert found["part: a little"]["of floor"] == ""
+    rates = {row.peer: (row.gb_per_s is not None, row.gflop_per_s is not None) for row in measured}
+    assert rates["part: a little"] == (False, False)
+    assert (rates[case.COPY], rates[case.MATMUL], rates["right"]) == ((True, False), (False, True), (True, True))
+
+
+def test_a_broken_ceiling_ends_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not even the copy: a large case may leave no memory for it."""
+    monkeypatch.setattr(harness, "copy_peer", lambda case, device: by(broken))
+    copy, right = measure(doubling(right=by(lambda x: 2 * x)), CPU, BRIEF)
+    assert copy.status == "refused: RuntimeError: no such luck"
+    assert (right.status, right.ratio_to_copy) == (rows.OK, None)
+    assert right.median_us is not None
+    assert "right" in rows.table([copy, right])
 
 
 def test_csv_has_the_columns_and_comes_back(tmp_path: Path) -> None:

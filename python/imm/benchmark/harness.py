@@ -98,9 +98,11 @@ def refusal(case: Case, peer: str, found: tuple[float, ...]) -> str | None:
 
 
 def _prepared(peer: Peer, sets: list[tuple[Any, ...]], device: torch.device, row: Row) -> list[Step]:
-    """A peer's steps, one per set; none, with the reason in its row, where the peer does not run."""
+    """The steps of a peer or ceiling, one per set; none, with the reason in its row, where it does not run. Only of peers is
+    the memory measured."""
     try:
-        row.peak_bytes = peak_bytes(peer, sets[0], device)
+        if row.status != OK:
+            row.peak_bytes = peak_bytes(peer, sets[0], device)
         return [peer(*inputs) for inputs in sets]
     except Exception as error:  # a peer may fail in any way; the others are still measured
         row.status = _failure(error)
@@ -144,7 +146,7 @@ def _in_turns(clocks: dict[str, Clock], effort: Effort) -> dict[str, list[float]
 
 
 def measure(case: Case, device: torch.device, effort: Effort = FULL) -> list[Row]:
-    """One row per cache and peer, the ceilings first. A peer that fails or is wrong has a row that says so, without a time."""
+    """One row per cache and peer, the ceilings first. What fails or is wrong has a row that says so, without a time."""
     effort = Effort(0.0, case.rounds, case.rounds) if case.rounds else effort
     torch.manual_seed(0)
     torch.compiler.reset()  # a peer compiles for this shape, as in a program that uses one
@@ -154,10 +156,9 @@ def measure(case: Case, device: torch.device, effort: Effort = FULL) -> list[Row
     ceilings = {COPY: copy_peer(case, device), **case.ceilings}
     if case.products:
         ceilings[MATMUL] = matmul_peer(case, device)
-    prepared = [(Row.of(case, device, peer=name, status=OK), [c(*given) for given in sets]) for name, c in ceilings.items()]
-    for name, peer in case.peers.items():
-        row = Row.of(case, device, peer=name)
-        prepared.append((row, _prepared(peer, sets, device, row)))
+    named = [(Row.of(case, device, peer=name, status=OK), ceiling) for name, ceiling in ceilings.items()]
+    named += [(Row.of(case, device, peer=name), peer) for name, peer in case.peers.items()]
+    prepared = [(row, _prepared(one, sets, device, row)) for row, one in named]
     found: list[Row] = []
     for cache in case.caches:
         clocks: dict[str, Clock] = {}
@@ -169,7 +170,7 @@ def measure(case: Case, device: torch.device, effort: Effort = FULL) -> list[Row
         samples = _in_turns(clocks, effort)
         for row in found[-len(prepared) :]:
             if row.peer in samples:
-                row.timed(samples[row.peer], samples[COPY])
+                row.timed(samples[row.peer], samples.get(COPY, ()))
         if device.type == "cuda" and cache == case.caches[0] and not case.rounds:
             _beside(found[-len(prepared) :], {row.peer: steps for row, steps in prepared})
     return found

@@ -69,15 +69,23 @@ class Row:
         return cls(op=case.op, mode=case.mode, shape=case.size, **known, **values)
 
     def timed(self, seconds: Sequence[float], copy: Sequence[float]) -> None:
-        """Fill in the times, from this peer's samples and those of the copy, round by round, in seconds."""
+        """Fill in the times, from this peer's samples and those of the copy (none where it failed), round by round, in seconds.
+
+        Rates are those of peers, which do the case's work, and of the ceiling that is made of it.
+        """
         ordered = torch.tensor(sorted(seconds), dtype=torch.float64)
         p20, median, p80 = (float(torch.quantile(ordered, q)) for q in (0.2, 0.5, 0.8))
         self.rounds = len(seconds)
         self.p20_us, self.median_us, self.p80_us = (round(1e6 * t, 3) for t in (p20, median, p80))
-        self.gb_per_s = round(self.bytes / median * 1e-9, 4)
         self.samples_us = " ".join(f"{1e6 * t:.5g}" for t in seconds)
-        self.ratio_to_copy = round(paired(seconds, copy), 4)
-        self.gflop_per_s = None if self.peer == COPY else round(self.flops / median * 1e-9, 4)
+        self.ratio_to_copy = round(paired(seconds, copy), 4) if copy else None
+        self.gb_per_s = round(self.bytes / median * 1e-9, 4) if self.whole or self.peer == COPY else None
+        self.gflop_per_s = round(self.flops / median * 1e-9, 4) if self.whole or self.peer == MATMUL else None
+
+    @property
+    def whole(self) -> bool:
+        """Whether it does the work of its case, as a peer does; a ceiling or a part is not compared with float64."""
+        return self.error is not None
 
     @property
     def samples(self) -> list[float]:
@@ -198,9 +206,12 @@ def dtype_of(peer: str, dtype: str) -> str:
 
 
 def share_of_floor(row: Row, case: Iterable[Row]) -> float | None:
-    """Of a row's time, what the floor of its case takes; None without one, or where the peer computes in another dtype."""
+    """Of a row's time, what the floor of its case takes; None without one, or where the row is of a part of the work or in
+    another dtype."""
     least = floor(case)
-    if least is None or row.median_us is None or dtype_of(row.peer, row.dtype) != least.dtype:
+    if least is None or row.median_us is None or not (row.whole or row is least):
+        return None
+    if dtype_of(row.peer, row.dtype) != least.dtype:
         return None
     return paired(least.samples, row.samples)
 
@@ -218,8 +229,12 @@ def line(row: Row, case: Sequence[Row]) -> list[str]:
     share, best = share_of_floor(row, case), fastest(r for r in case if r.error is not None and ours(r.peer))
     low, high = interval(row.samples)
     texts = [row.peer, duration(row.median_us), f"{duration(low)} to {duration(high)}"]
-    texts += ["" if best is None else f"{paired(row.samples, best.samples):.2f}", f"{row.gb_per_s:.1f}"]
-    return [*texts, f"{row.ratio_to_copy:.2f}", "" if share is None else f"{share:.0%}", error, peak, beside]
+    texts.append("" if best is None else f"{paired(row.samples, best.samples):.2f}")
+    # Of what does a part of the work these would be figures of nothing.
+    texts.append(f"{row.gb_per_s:.1f}" if row.gb_per_s is not None and (row.whole or row.peer == COPY) else "")
+    beside_copy = row.ratio_to_copy is not None and (row.whole or row.peer in (COPY, MATMUL))
+    texts += [f"{row.ratio_to_copy:.2f}" if beside_copy else "", "" if share is None else f"{share:.0%}"]
+    return [*texts, error, peak, beside]
 
 
 def cells(case: Sequence[Row]) -> list[list[str]]:
