@@ -75,6 +75,7 @@ def case(B: int, D: int, device: torch.device) -> Case:
         # Per two numbers in float64: two uniforms (add, multiply), log, product, root, product, cos, sin, two products; the
         # integer rounds of Philox are not counted.
         flops=6 * B * D,
+        arithmetic=torch.float64,
         inputs=inputs,
         # On the CPU, where the reference's arithmetic is float64 until the last rounding.
         truth=lambda seeds, numel: (ops.noise(seeds.cpu(), numel, STEP).double().to(seeds.device),),

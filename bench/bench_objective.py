@@ -94,7 +94,7 @@ def case(
     rounds: int = 0,
 ) -> Case:
     """Nothing is allocated before the inputs, a peer or the truth are asked for."""
-    chosen, cost, size = NETWORKS[name], cost_of(name), dtype.itemsize
+    chosen, cost = NETWORKS[name], cost_of(name)
     made = functools.cache(lambda: chosen.made(device))
     training = steps.Training(made, chosen.preset, particles, chosen.optimizer, dtype, chosen.watched)
 
@@ -117,10 +117,9 @@ def case(
         mode=f"{name}, one step",
         shape={"batch": batch, "M": particles},
         dtype=dtype,
-        # I/O in float32: weights, read by two forwards and a backward; gradient, written and read; weights and two moments,
-        # read and written; average, read and written. Then what each product reads and writes besides weights: three times in
-        # the pass with gradient, once and in float32 without.
-        bytes=4 * 13 * cost.parameters + batch * cost.elements * (3 * size + 4),
+        # I/O in float32, each number once: weights, two moments and average, read and written; gradient, written and read; the
+        # images; what the network reads and gives at t and at r. What lies between may stay in a cache.
+        bytes=4 * (10 * cost.parameters + 5 * batch * cost.image),
         # With gradient three times the forward, without once.
         flops=4 * batch * cost.flops,
         inputs=inputs,

@@ -167,8 +167,8 @@ def test_declaring_cases_for_a_gpu_makes_no_network(monkeypatch: pytest.MonkeyPa
     ]
     assert {module.CAPTURED, module.OURS, module.PLAIN} <= set(declared[-1].peers)
     assert module.COMPILED in declared[0].peers
-    weights, images = 33_105_424, 128 * 23_833_984
-    assert declared[0].bytes == 52 * weights + images * (3 * 2 + 4)
+    weights, images = 33_105_424, 128 * 4 * 32 * 32
+    assert declared[0].bytes == 4 * (10 * weights + 5 * images)
     assert declared[0].flops == 4 * 128 * 12_108_693_504
 
 
@@ -182,7 +182,9 @@ def test_counts_of_the_networks() -> None:
     blocks = depth * (24 * features**2 * tokens + 4 * tokens**2 * features + 12 * features**2)
     ends = 2 * tokens * 16 * features * 2 + 4 * features**2 + 2 * 2 * (256 * features + features**2)
     assert found.flops == blocks + ends
-    assert found.elements == pytest.approx(depth * 20 * tokens * features, rel=0.02)
+    assert found.image == 4 * 32 * 32
+    embedders = 2 * (256 * features + features + features**2 + features) + 1001 * features
+    assert found.conditioning == embedders + (6 * depth + 2) * (features**2 + features)
     assert found.parameters == sum(p.numel() for p in DiT("S").parameters())
 
 

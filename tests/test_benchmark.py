@@ -301,7 +301,8 @@ def test_cold_buffers_rotate_and_warm_ones_stay() -> None:
     assert [row.method for row in found[1::2]] == ["wall clock over 64 sets", "wall clock over one set"]
     assert len(seen) == 64
     assert sorted(seen.values())[-2] <= 3  # all but the set that stays
-    assert [claim.concerns("N=1", "warm") for claim in (Claim("a", "b"), Claim("a", "b", cache="cold"))] == [True, False]
+    asked = Claim("a", "b"), Claim("a", "b", cache="cold"), Claim("a", "b", mode="other"), Claim("a", "b", up_to={"N": 0})
+    assert [claim.concerns("forward", "N=1", "warm") for claim in asked] == [True, False, False, False]
 
 
 def test_peak_memory_counts_inputs_outputs_and_what_a_step_needs() -> None:
@@ -524,6 +525,32 @@ def test_cuda_clock_replays_a_short_graph_often(monkeypatch: pytest.MonkeyPatch)
     assert fake.log == ["event", *["replay"] * 4, "event", "wait"]
     monkeypatch.setattr(torch, "cuda", nothing := _FakeCuda(capturable=True, elapsed=0.0))
     assert timing.clock(torch.device("cuda"), [lambda: (nothing.kept,)] * 8).sample() == 0.0
+
+
+def test_a_part_is_replayed_and_a_latency_is_one_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    fake = _FakeCuda(capturable=True)
+    monkeypatch.setattr(torch, "cuda", fake)
+    calls: list[int] = []
+    step = lambda: (calls.append(1), (fake.kept,))[1]
+    part = timing.captured(step)
+    assert (fake.log, len(calls)) == (["capture"], 4)
+    fake.log.clear()
+    clock = timing.single_calls(torch.device("cuda"), part)
+    assert (fake.log, len(calls)) == (["replay"] * 3, 4)
+    fake.log.clear()
+    assert clock.sample() == pytest.approx(8e-3)
+    assert fake.log == ["event", "replay", "event", "wait"]
+    assert clock.outputs[0].tolist() == [7.0] * 3
+
+
+def test_latencies_of_the_sampler_are_of_calls_as_they_are_launched() -> None:
+    module = load("sampler")
+    declared = list(module.cases(torch.device("cuda"), quick=False))
+    assert {c.rounds for c in declared} == {9}
+    assert {(c.mode, c.size) for c in declared if c.dtype == torch.float32} == {
+        ("DiT-XL/2, seeds to images", "steps=1 images=1")
+    }
+    assert {c.rounds for c in module.cases(CPU, quick=False)} == {0}
 
 
 def test_cuda_clock_without_a_graph_says_why(monkeypatch: pytest.MonkeyPatch) -> None:

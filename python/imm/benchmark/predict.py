@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from statistics import median
 
@@ -50,10 +51,12 @@ def floor(machine: Machine, size: float, flops: float, unit: str) -> Floor | Non
 
 
 def case_floor(machine: Machine, case: Case) -> Floor | None:
-    """The floor of a case, for its peer of the fewest bits."""
-    own = str(case.dtype).removeprefix("torch.")
-    dtype = "bfloat16" if any(dtype_of(peer, own) == "bfloat16" for peer in case.peers) else own
-    return floor(machine, case.bytes, case.flops, unit(dtype, case.products))
+    """The floor of a case."""
+    return floor(machine, case.bytes, case.flops, unit(_words(case.arithmetic or case.dtype), case.products))
+
+
+def _words(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def _aligned(lines: Sequence[Sequence[str]], words: int) -> str:
@@ -69,7 +72,7 @@ def table(machine: Machine, cases: Iterable[Case]) -> str:
     """A line per case: op, mode, shape, dtype, bytes, flops, times and floor, and what is the bound."""
     lines = [["op", "mode", "shape", "dtype", "bytes", "flops", "memory", "arithmetic", "floor", "bound"]]
     for case in cases:
-        line = [case.op, case.mode, case.size, str(case.dtype).removeprefix("torch.")]
+        line = [case.op, case.mode, case.size, _words(case.dtype)]
         line += [f"{case.bytes / 1e6:.2f} MB", f"{case.flops / 1e9:.2f} GF" if case.flops else "-"]
         found = case_floor(machine, case)
         times = ("-", "-", "-", "a rate is not known")
@@ -95,6 +98,18 @@ class Compared:
         return 1e6 * self.floor.seconds / (self.row.median_us or float("nan")) - 1
 
 
+@cache
+def _declared(op: str, device: str) -> dict[str, str]:
+    """By mode the dtype of an op's arithmetic, where its cases declare one."""
+    found = load(op).cases(torch.device(device), False) if op in operations() else ()
+    return {case.mode: _words(case.arithmetic) for case in found if case.arithmetic is not None}
+
+
+def _arithmetic(row: Row) -> str:
+    """The dtype that a peer computes in: what its case declares, or what its name says."""
+    return _declared(row.op, row.device).get(row.mode) or dtype_of(row.peer, row.dtype)
+
+
 def _subjects(rows: Sequence[Row], products: bool) -> list[tuple[str, Row, float, float, str]]:
     """Of one case and cache: kind, row, bytes, flops and unit of the two ceilings and of our fastest peer."""
     found: list[tuple[str, Row, float, float, str]] = []
@@ -108,8 +123,7 @@ def _subjects(rows: Sequence[Row], products: bool) -> list[tuple[str, Row, float
             full = row.device == "cuda" and row.dtype == "float32"
             found.append(("product", row, size, row.flops, unit(row.dtype, not full)))
     if (best := fastest(row for row in rows if ours(row.peer))) is not None:
-        arithmetic = unit(dtype_of(best.peer, best.dtype), products)
-        found.append(("imm", best, best.bytes, best.flops, arithmetic))
+        found.append(("imm", best, best.bytes, best.flops, unit(_arithmetic(best), products)))
     return found
 
 
@@ -181,7 +195,7 @@ def report(op: str, name: str, *, quick: bool, say: Callable[[str], None] = prin
     ops = operations() if op == "all" else [op]
     modules = [load(one) for one in ops]
     say(machine.description)
-    say("  floor: the larger of bytes / memory and flops / the rate of the unit that does them (bfloat16 where a peer uses it)")
+    say("  floor: the larger of bytes / memory and flops / the rate of the unit that does them")
     if machine.l2 is not None:
         say("  in L2: all that the case moves fits there, so that warm buffers can be faster than the memory's time")
     say(table(machine, (case for module in modules for case in module.cases(torch.device(machine.device), quick))))

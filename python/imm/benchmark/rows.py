@@ -267,7 +267,7 @@ def ratios(rows: Sequence[Row], asked: Sequence[Claim]) -> list[tuple[Claim, flo
     times = {row.peer: row.samples for row in rows}
     found: list[tuple[Claim, float | None]] = []
     for claim in asked:
-        if claim.slow in times and claim.fast in times and claim.concerns(rows[0].shape, rows[0].cache):
+        if claim.slow in times and claim.fast in times and claim.concerns(rows[0].mode, rows[0].shape, rows[0].cache):
             slow, fast = times[claim.slow], times[claim.fast]
             found.append((claim, paired(slow, fast) if slow and fast else None))
     return found

@@ -61,10 +61,30 @@ def clock(device: torch.device, steps: Sequence[Step], cache: str = "cold") -> C
     return _cold_cpu(steps) if cache == "cold" else _warm_cpu(steps[0])
 
 
+def captured(step: Step) -> Step:
+    """The step as a CUDA graph of its own: what a part of a longer graph takes."""
+    side, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(_WARM_UP):
+            step()
+    torch.cuda.current_stream().wait_stream(side)
+    with torch.cuda.graph(graph):
+        outputs = step()
+
+    def replay() -> tuple[Tensor, ...]:
+        graph.replay()
+        return outputs
+
+    return replay
+
+
 def single_calls(device: torch.device, step: Step) -> Clock:
-    """The clock for a long step: one call to warm up, then one call a sample, nothing between."""
+    """The clock for a long step, or a latency: a call to warm up, on CUDA a few, then one call a sample, nothing between."""
     outputs = step()
     if device.type == "cuda":
+        for _ in range(_WARM_UP - 1):  # what captures itself does so at the second or third call
+            outputs = step()
         return Clock("events over one call", _between_events(step, 1), outputs)
 
     def sample() -> float:
