@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from imm.benchmark.case import Case, Claim, Peer, Step
 
 TESTS = {"test_adaln.py": ""}
+CUDA_TESTS = {"test_triton_adaln.py": ""}
 
 #: Images, tokens, features: DiT-S and DiT-XL on latents of 32 x 32 in patches of 2; two rows are one image with guidance.
 CPU_SHAPES = ((8, 256, 384), (2, 256, 1152))

@@ -17,6 +17,7 @@ from imm.networks import DiT
 from imm.networks.dit import SIZES
 
 TESTS = {"test_dit.py": "both_forms"}
+CUDA_TESTS = {"test_triton_adaln.py": "", "test_triton_attention.py": "float64"}
 
 #: Size and rows: guidance takes two rows an image.
 CPU_SHAPES = (("S", 2), ("S", 16))

@@ -14,6 +14,7 @@ from imm.functional import flow_step, mmd_loss
 from imm.ops import flow_map_mmd
 
 TESTS = {"test_mmd.py": "flow_map"}
+CUDA_TESTS = {"test_triton_mmd.py": "flow_map"}
 
 CPU_SHAPES = ((256, 4, 3072), (512, 4, 4096))
 CUDA_SHAPES = ((1024, 4, 4096), (1024, 4, 3072), (256, 16, 4096))

@@ -15,6 +15,7 @@ from imm.functional import mmd_loss
 from imm.ops import mmd
 
 TESTS = {"test_mmd.py": ""}
+CUDA_TESTS = {"test_triton_mmd.py": "every_size kernel_and_dtype digits split sliced"}
 
 #: (G, M, D). CIFAR-10 and ImageNet latents at M = 4, then larger sets.
 CPU_SHAPES = ((256, 4, 3072), (512, 4, 4096), (512, 8, 4096), (32, 16, 16384), (64, 64, 4096))

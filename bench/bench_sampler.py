@@ -20,6 +20,13 @@ from imm.networks.dit import SIZES
 from imm.sampler import Sampler
 
 TESTS = {"test_sampler.py": "bits_of_the_eager_loop parity fixed_rows"}
+#: "graph" and "replay": captured calls give the bits of the loop.
+CUDA_TESTS = {
+    "test_sampler.py": "bits parity fixed_rows graph replay",
+    "test_triton_flow_step.py": "",
+    "test_triton_adaln.py": "",
+    "test_triton_attention.py": "float64",
+}
 
 #: Network, steps, images. With guidance, but for the network of the demo, which has one case in float32; a DiT has one in
 #: bfloat16, and one in float32 where that is not too slow.

@@ -13,6 +13,7 @@ import importlib
 import importlib.util
 import itertools
 import json
+import re
 import time
 import weakref
 from collections.abc import Callable
@@ -134,6 +135,32 @@ def test_an_op_whose_tests_fail_is_not_timed(tmp_path: Path, monkeypatch: pytest
     assert result.exit_code == 1
     assert result.output.endswith("Error: flow_step: not timed, since tests fail\n")
     assert said == ["flow_step: refused: 1 of its tests fail\n"]
+
+
+def test_on_cuda_the_kernels_that_run_there_are_tested(monkeypatch: pytest.MonkeyPatch) -> None:
+    cuda, tests = torch.device("cuda"), Path(__file__).parent
+    for op in operations():
+        module = load(op)
+        assert gate.tests_of(module, CPU) == module.TESTS
+        asked = gate.tests_of(module, cuda)
+        assert module.TESTS.keys() <= asked.keys()
+        assert any(name.startswith("test_triton_") for name in asked)
+        for name, words in asked.items():
+            functions = re.findall(r"^def (test_\w+)", (tests / name).read_text(), re.MULTILINE)
+            assert all(any(word in function for function in functions) for word in words.split()), (op, name, words)
+    monkeypatch.setattr(environment, "record", lambda device: {"commit": "c0ffee"})
+    given: list[dict[str, gate.Tests]] = []
+    monkeypatch.setattr(gate, "refusals", lambda asked, root: given.append(asked) or dict.fromkeys(asked, "no GPU here"))
+    harness.run("noise", cuda, None, quick=True, say=lambda text: None)
+    assert given == [{"noise": {"test_noise.py": "", "test_triton_flow_step.py": "noise"}}]
+
+
+def test_the_gate_is_no_part_of_the_test_run_around_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PYTEST_XDIST_WORKER", "gw1")
+    monkeypatch.setenv("PYTEST_ADDOPTS", "--no-such-option")
+    (tmp_path / "tests").mkdir()
+    (tmp_path / "tests" / "test_a.py").write_text("import os\ndef test_a(): assert 'PYTEST_XDIST_WORKER' not in os.environ\n")
+    assert gate.refusals({"a": {"test_a.py": ""}}, tmp_path) == {}
 
 
 def test_slow_peers_have_the_least_rounds() -> None:

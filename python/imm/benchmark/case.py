@@ -2,6 +2,7 @@
 
 cases(device, quick)   its Cases, real shapes first; ``quick``: the first one only
 TESTS                  its own tests, without which it is not timed (:mod:`imm.benchmark.gate`)
+CUDA_TESTS             on CUDA besides: those of the kernels that run there; of a file in both, these
 CLAIMS                 ratios of two peers that are published with their bound (optional)
 limits(device)         lists of Rows about memory, found in another way than by timing a Case; not in the quick form (optional)
 

@@ -227,7 +227,8 @@ def run(
     recorded = environment.record(device)
     if out is not None:
         written(out)  # refuses a folder of other columns before the work
-    refused = gate.refusals({name: module.TESTS for name, module in modules.items()}, bench_folder().parent) if tests else {}
+    asked = {name: gate.tests_of(module, device) for name, module in modules.items()} if tests else {}
+    refused = gate.refusals(asked, bench_folder().parent) if tests else {}
     done = measured_before(out, recorded["commit"]) if resume else set()
     rows: list[Row] = []
     effort = QUICK if quick or device.type == "cuda" else FULL
