@@ -154,14 +154,15 @@ def limits(device: torch.device) -> Iterator[list[Row]]:
 
 def bytes_per_image(device: torch.device) -> Iterator[list[Row]]:
     for name, batch in CPU_MEMORY:
-        for particles in (4, 16):
-            declared = replace(case(name, batch, particles, device), mode=f"{name}, memory of a step")
-            found = []
-            for peer in (OURS, PLAIN):
+        found = []
+        for peer in (OURS, PLAIN):
+            for particles in (4, 16):
+                declared = case(name, batch, particles, device)
                 peak = peak_bytes(declared.peers[peer], declared.inputs(), device)
                 status = f"{OK}: {peak / batch / 1e6:.1f} MB an image"
-                found.append(Row.of(declared, device, cache="warm", peer=peer, status=status, peak_bytes=peak))
-            yield found
+                row = Row.of(declared, device, cache="warm", peer=f"{peer}, M={particles}", status=status, peak_bytes=peak)
+                found.append(replace(row, mode=f"{name}, memory of a step", shape=f"batch={batch}", bytes=0, flops=0))
+        yield found
 
 
 def largest_that_fit(device: torch.device) -> Iterator[list[Row]]:

@@ -267,13 +267,17 @@ def test_rows_about_memory_are_of_the_full_form(monkeypatch: pytest.MonkeyPatch)
     said: list[str] = []
     found = harness.run("objective", CPU, None, quick=False, say=said.append)
     assert [(row.mode, row.shape, row.peer) for row in found] == [
-        ("UNet, memory of a step", f"batch=16 M={m}", peer) for m in (4, 16) for peer in (module.OURS, module.PLAIN)
+        ("UNet, memory of a step", "batch=16", f"{peer}, M={m}") for peer in (module.OURS, module.PLAIN) for m in (4, 16)
     ]
     for row in found:
         assert row.peak_bytes is not None
         assert row.status == f"ok: {row.peak_bytes / 16e6:.1f} MB an image"
         assert row.median_us is None
-    assert f"{found[0].peak_bytes / 1e6:.1f} MB" in said[0].splitlines()[2]
+    head, columns, first, *_ = said[0].splitlines()
+    assert head == f"objective UNet, memory of a step, batch=16, float32, cpu, {torch.get_num_threads()} threads"
+    assert columns.split() == ["peer", "memory", "peak"]
+    assert first.endswith(f"{found[0].peak_bytes / 1e6:.1f} MB")
+    assert " MB an image " in first
     assert harness.run("objective", CPU, None, quick=True, say=said.append) == []
 
 

@@ -468,6 +468,39 @@ def test_the_page_is_made_of_the_committed_rows() -> None:
     assert "not measured" in docs.render([])
 
 
+def test_a_product_was_timed_where_the_case_is_made_of_products() -> None:
+    """Rows from before a case said so would have another floor. Older folders than the newest may have them."""
+    newest = max(docs.committed(), key=lambda folder: environment.read(folder)["time"])
+    device, checked = torch.device(environment.read(newest)["device"]), 0
+    for of_op in rows.grouped(rows.read(newest / "rows.csv"), "op"):
+        cases = load(of_op[0].op).cases(device, quick=False)
+        declared = {(c.mode, c.size, str(c.dtype).removeprefix("torch.")): c.products for c in cases}
+        for of_case in rows.cases(of_op):
+            products = declared.get((of_case[0].mode, of_case[0].shape, of_case[0].dtype))
+            if products is not None:
+                assert any(row.peer == case.MATMUL for row in of_case) == products, rows.title(of_case[0])
+                checked += 1
+    assert checked
+
+
+def test_published_ratios_have_a_line_a_case() -> None:
+    made = []
+    for mode, cache in (("forward", "cold"), ("forward", "warm"), ("backward", "cold")):
+        for peer, seconds in (("imm", 1.0), ("eager", 3.0), ("torch.compile of the eager form", 0.5)):
+            made.append(rows.Row("adaln", mode, "B=1 T=2 C=3", "float32", "cpu", cache, peer, rows.OK, error=0.0))
+            made[-1].timed([seconds] * 3, [1.0] * 3)
+    del made[-1]
+    head, _, *lines = docs._claims(rows.cases(made)).splitlines()
+    claims = ["torch.compile of the eager form / imm, at least 1.0", "eager / imm, at least 1.0"]
+    assert [cell.strip() for cell in head.strip("|").split("|")] == ["mode", "shape", "dtype", "buffers", *claims]
+    assert lines == [
+        "| forward | B=1 T=2 C=3 | float32 | cold | 0.50 (missed) | 3.00 |",
+        "| forward | B=1 T=2 C=3 | float32 | warm | 0.50 (missed) | 3.00 |",
+        "| backward | B=1 T=2 C=3 | float32 | cold |  | 3.00 |",
+    ]
+    assert docs._claims(rows.cases([dataclasses.replace(made[0], op="noise")])) == ""
+
+
 class _FakeCuda:
     """Records the calls of the CUDA clock; a replay runs the captured steps' effects by itself."""
 

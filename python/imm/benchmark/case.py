@@ -86,7 +86,7 @@ class Claim:
     fast: str
     at_least: float | None = None
     at_most: float | None = None
-    up_to: Mapping[str, int] = field(default_factory=dict)
+    up_to: Mapping[str, int] = field(default_factory=dict, hash=False)
     mode: str | None = None
     cache: str | None = None
 

@@ -237,8 +237,18 @@ def line(row: Row, case: Sequence[Row]) -> list[str]:
     return [*texts, error, peak, beside]
 
 
+def _about_time(row: Row) -> bool:
+    """Whether a row is of a call that was to be timed; of memory alone, its status says how much fits or is needed."""
+    return not row.status.startswith(f"{OK}: ")
+
+
 def cells(case: Sequence[Row]) -> list[list[str]]:
     """The rows of a case as text below a line of headings, without the columns that none of them has."""
+    if not any(_about_time(row) for row in case):
+        return [
+            ["peer", "memory", "peak"],
+            *([row.peer, row.status.removeprefix(f"{OK}: "), line(row, case)[8]] for row in case),
+        ]
     lines = [list(HEADINGS), *(line(row, case) for row in case)]
     kept = [i for i in range(len(HEADINGS)) if any(texts[i] for texts in lines[1:])]
     return [[texts[i] for i in kept] for texts in lines]
@@ -247,7 +257,8 @@ def cells(case: Sequence[Row]) -> list[list[str]]:
 def title(row: Row) -> str:
     """What the rows of a case share, in words."""
     where = f"{row.device}, {row.threads} threads" if row.device == "cpu" else row.device
-    return f"{row.op} {row.mode}, {row.shape}, {row.dtype}, {where}, {row.cache} buffers, {row.bytes / 1e6:.1f} MB compulsory"
+    words = f"{row.op} {row.mode}, {row.shape}, {row.dtype}, {where}"
+    return f"{words}, {row.cache} buffers, {row.bytes / 1e6:.1f} MB compulsory" if _about_time(row) else words
 
 
 def table(rows: Sequence[Row]) -> str:
