@@ -468,6 +468,13 @@ def test_the_page_is_made_of_the_committed_rows() -> None:
     assert "not measured" in docs.render([])
 
 
+def test_the_page_about_benchmarks_names_every_other_file() -> None:
+    text = (Path(docs.__file__).parents[3] / "docs" / "bench.md").read_text()
+    others = {path.name for path in OP_FILES} - {f"bench_{op}.py" for op in operations()}
+    assert {f"`{name}`" for name in others} <= set(re.findall(r"`\w+\.py`", text))
+    assert max(map(len, text.splitlines())) <= 128
+
+
 def test_a_product_was_timed_where_the_case_is_made_of_products() -> None:
     """Rows from before a case said so would have another floor. Older folders than the newest may have them."""
     newest = max(docs.committed(), key=lambda folder: environment.read(folder)["time"])
