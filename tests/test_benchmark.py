@@ -304,8 +304,42 @@ def test_compulsory_bytes_and_flops() -> None:
     assert mmd.flops == 6 * 256 * 3072 * 28
     assert load("flow_step").case(2, 3, 4, 5, CPU).bytes == 4 * 4 * 2 * 60 + 3 * 8 * 2
     assert load("noise").case(3, 10, CPU).bytes == 4 * 30 + 8 * 3
+    forward, backward = (load("adaln").case(2, 3, 5, CPU, backward=learns) for learns in (False, True))
+    assert (forward.bytes, backward.bytes) == (4 * 4 * 30, 4 * 10 * 30)
+    assert _different(forward.inputs()) + 2 * 30 == _different(backward.inputs()) == 4 * 30 + 3 * 2 * 5
     source, target = (t.nbytes for t in _copied(mmd))
     assert source + target == pytest.approx(mmd.bytes, abs=8)
+
+
+def test_compulsory_bytes_and_flops_of_networks() -> None:
+    """DiT-S/2, layer by layer: weights and latents; of the products of 256 tokens 2 flops a weight, and 4 T C of attention."""
+    C, depth, T, latent = 384, 12, 256, 4 * 32 * 32
+    adaln = (6 * depth + 2) * (C * C + C)
+    embedders = 1001 * C + 2 * (256 * C + C + C * C + C)
+    blocks = depth * (12 * C * C + 9 * C)
+    ends = (16 * C + C) + (16 * C + 16)
+    weights = adaln + embedders + blocks + ends
+    products = T * 2 * (depth * 12 * C * C + 2 * 16 * C) + depth * 4 * T * T * C
+    vectors = 2 * ((6 * depth + 2) * C * C + 2 * (256 * C + C * C))
+    for rows_, dtype in ((2, torch.float32), (16, torch.bfloat16)):
+        declared = load("dit").case("S", rows_, CPU, dtype)
+        assert declared.bytes == dtype.itemsize * (weights + 2 * rows_ * latent)
+        assert declared.flops == rows_ * (products + vectors)
+    trained = load("dit").training_case("S", 2, CPU)
+    assert trained.bytes == 4 * (2 * weights + 4 * latent)  # and a gradient for each weight
+    assert trained.flops == 3 * 2 * (products + vectors)
+    loop = load("sampler").case("S", 4, 8, CPU, torch.bfloat16)  # with guidance two rows an image
+    assert loop.bytes == 2 * (adaln + embedders + 4 * (blocks + ends) + 4 * 2 * 16 * latent) + 4 * 8 * latent
+    assert loop.flops == 4 * 16 * (products + vectors)
+    step = load("objective").case("DiT-S/2", 4, 4, CPU)
+    assert step.bytes == 4 * (10 * weights + 5 * 4 * latent)
+    assert step.flops == 4 * 4 * (products + vectors)
+
+
+def _different(tensors: tuple[Any, ...]) -> int:
+    """The numbers in tensors of which none is another."""
+    assert len({one.data_ptr() for one in tensors}) == len(tensors)
+    return sum(one.numel() for one in tensors)
 
 
 def _copied(declared: Case) -> tuple[Tensor, Tensor]:

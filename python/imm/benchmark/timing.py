@@ -1,9 +1,9 @@
 """The clocks. Each is made of a peer's steps, one per set of buffers, and gives seconds per step, one sample a call.
 
 Cold: the sets rotate, so that neither inputs nor outputs that were allocated before are in a cache, as where other work lies
-between two calls; on the CPU each call takes the set that no peer has touched for longest, and a step that allocates its outputs
-has them where the allocator puts them. Warm: one set, called again and again, as in a loop of calls. On
-CUDA a captured graph of many calls is replayed between two events, so that launches cost nothing.
+between two calls; on the CPU each call takes the set that no peer has touched for longest, and outputs that a step makes lie
+where the allocator puts them. Warm: one set, called again and again, as in a loop of calls. On CUDA a captured graph of many
+calls is replayed between two events, so that launches cost nothing.
 """
 
 from __future__ import annotations
