@@ -12,10 +12,11 @@ import os
 from collections.abc import Callable
 
 import torch
-from bench_mmd import broadcast, gram, trained_with
+from bench_mmd import gram
 from torch import Tensor
 
 import imm.ops  # noqa: F401  (registers torch.ops.imm)
+from imm.benchmark.losses import plain_mmd, trained_with
 from imm.ops import mmd, native
 
 G, D = 2, 1024
@@ -51,7 +52,7 @@ def implementations(device: torch.device) -> dict[str, Run]:
         found["cpu"] = lambda *inputs: torch.ops.imm.mmd_loss_grad(*inputs, None, None, *KERNEL)
     if device.type == "cuda" or os.environ.get("TRITON_INTERPRET") == "1":
         found["triton"] = triton
-    found["eager broadcast"] = lambda *inputs: trained_with(broadcast)(*inputs)()
+    found["eager broadcast"] = lambda *inputs: trained_with(plain_mmd)(*inputs)()
     found["bmm Gram"] = lambda *inputs: trained_with(gram)(*inputs)()
     return found
 

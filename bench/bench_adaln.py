@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from imm.benchmark.case import Case, Claim, Peer, Step
 
 TESTS = {"test_adaln.py": ""}
+CUDA_TESTS = {"test_triton_adaln.py": ""}
 
 #: Images, tokens, features: DiT-S and DiT-XL on latents of 32 x 32 in patches of 2; two rows are one image with guidance.
 CPU_SHAPES = ((8, 256, 384), (2, 256, 1152))
@@ -33,23 +34,19 @@ def fused(*inputs: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def forward(form: Callable[..., tuple[Tensor, Tensor]]) -> Peer:
-    def prepare(*inputs: Tensor) -> Step:
-        *inputs, _ = inputs
-        return lambda: form(*inputs)
-
-    return prepare
+    return lambda *inputs: lambda: form(*inputs)
 
 
 def trained(form: Callable[..., tuple[Tensor, Tensor]]) -> Peer:
-    """Both results and the five gradients."""
+    """Both results and the five gradients; the last two inputs are the results' own."""
 
     def prepare(*inputs: Tensor) -> Step:
-        *inputs, weight = inputs
+        *inputs, grad_z, grad_h = inputs
         leaves = [v.detach().requires_grad_() for v in inputs]
 
         def step() -> tuple[Tensor, ...]:
             z, h = form(*leaves)
-            return torch.autograd.grad((z, h), leaves, (weight, weight))
+            return torch.autograd.grad((z, h), leaves, (grad_z, grad_h))
 
         return step
 
@@ -62,8 +59,8 @@ def compiled(form: Callable[..., tuple[Tensor, Tensor]]) -> Callable[..., tuple[
 
 def case(B: int, T: int, C: int, device: torch.device, dtype: torch.dtype = torch.float32, *, backward: bool = True) -> Case:
     def inputs() -> tuple[Any, ...]:
-        tokens = [torch.randn(B, T, C, device=device).to(dtype) for _ in range(3)]
-        return *tokens[:2], *torch.randn(B, 3 * C, device=device).to(dtype).chunk(3, dim=1), tokens[2]
+        tokens = [torch.randn(B, T, C, device=device).to(dtype) for _ in range(4 if backward else 2)]
+        return *tokens[:2], *torch.randn(B, 3 * C, device=device).to(dtype).chunk(3, dim=1), *tokens[2:]
 
     run = trained if backward else forward
     peers: dict[str, Peer] = {

@@ -15,6 +15,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from imm.benchmark.case import Case, Claim, Peer, Step
 
 TESTS = {"test_attention.py": ""}
+CUDA_TESTS = {"test_triton_attention.py": ""}
 
 #: Rows, tokens, heads, head size: DiT-S and DiT-XL; guidance takes two rows an image.
 CPU_SHAPES = ((8, 256, 6, 64), (2, 256, 16, 72))

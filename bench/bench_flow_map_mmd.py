@@ -8,15 +8,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from imm.benchmark.case import COPY, Case, Claim, Step
+from imm.benchmark.case import COPY, Case, Claim, Peer, Step
+from imm.benchmark.losses import EPS, plain_mmd, trained_with
 from imm.functional import flow_step, mmd_loss
 from imm.ops import flow_map_mmd
 
 TESTS = {"test_mmd.py": "flow_map"}
+CUDA_TESTS = {"test_triton_mmd.py": "flow_map"}
 
 CPU_SHAPES = ((256, 4, 3072), (512, 4, 4096))
 CUDA_SHAPES = ((1024, 4, 4096), (1024, 4, 3072), (256, 16, 4096))
-KERNEL = ("laplace", [1.0], 1e-8, False)
+KERNEL = ("laplace", [1.0], EPS, False)
 
 OUT, SEPARATE, EAGER, COMPILED = "imm out=", "imm in separate ops", "eager", "torch.compile of the eager form"
 CLAIMS = (Claim(OUT, COPY, at_most=1.5), Claim(SEPARATE, OUT, at_least=1.0))
@@ -28,44 +30,22 @@ def eager_particles(x: Tensor, g: Tensor, c_skip: Tensor, c_out: Tensor) -> Tens
     return c_skip.float()[:, None, None] * x + c_out.float()[:, None, None] * g
 
 
-def eager_loss(y_t: Tensor, y_r: Tensor, scale: Tensor) -> Tensor:
-    def mean_kernel(x: Tensor, y: Tensor) -> Tensor:
-        distance = (x[:, :, None] - y[:, None]).square().sum(-1).clamp_min(1e-16).sqrt()
-        return torch.exp(-scale[:, None, None] * distance / x.shape[2]).mean((1, 2))
-
-    return mean_kernel(y_t, y_t) + mean_kernel(y_r, y_r) - 2 * mean_kernel(y_t, y_r)
-
-
 def eager_form(x_t: Tensor, x_r: Tensor, g_t: Tensor, g_r: Tensor, *numbers: Tensor) -> Tensor:
     y_t, y_r = eager_particles(x_t, g_t, *numbers[:2]), eager_particles(x_r, g_r, *numbers[2:4])
-    return eager_loss(y_t, y_r, numbers[4])
+    return plain_mmd(y_t, y_r, numbers[4])
 
 
 def separate_form(x_t: Tensor, x_r: Tensor, g_t: Tensor, g_r: Tensor, *numbers: Tensor) -> Tensor:
     return mmd_loss(flow_step(x_t, g_t, *numbers[:2]), flow_step(x_r, g_r, *numbers[2:4]), numbers[4])
 
 
-def trained_with(form: Callable[..., Tensor]) -> Callable[..., Step]:
-    """A peer as a training loop calls it: loss, backward to the network's output."""
-
-    def prepare(*inputs: Tensor) -> Step:
-        x_t, x_r, g_t, *rest = inputs
-        leaf = g_t.detach().requires_grad_()
-
-        def step() -> tuple[Tensor, ...]:
-            leaf.grad = None
-            loss = form(x_t, x_r, leaf, *rest)
-            loss.sum().backward()
-            assert leaf.grad is not None
-            return loss.detach(), leaf.grad
-
-        return step
-
-    return prepare
+def trained(form: Callable[..., Tensor]) -> Peer:
+    """With the gradient to g_t."""
+    return trained_with(form, learned=2)
 
 
 def compiled(*inputs: Tensor) -> Step:
-    return trained_with(torch.compile(eager_form))(*inputs)
+    return trained(torch.compile(eager_form))(*inputs)
 
 
 def preallocated(*inputs: Tensor) -> Step:
@@ -113,9 +93,9 @@ def case(G: int, M: int, D: int, device: torch.device, dtype: torch.dtype = torc
         peers={
             OUT: preallocated,
             "imm": fresh,
-            SEPARATE: trained_with(separate_form),
+            SEPARATE: trained(separate_form),
             COMPILED: compiled,
-            EAGER: trained_with(eager_form),
+            EAGER: trained(eager_form),
         },
     )
 

@@ -10,10 +10,12 @@ import torch
 from torch import Tensor
 
 from imm.benchmark.case import COPY, MATMUL, Case, Claim, Step
+from imm.benchmark.losses import EPS, loss_of, plain_mmd, trained_with
 from imm.functional import mmd_loss
 from imm.ops import mmd
 
 TESTS = {"test_mmd.py": ""}
+CUDA_TESTS = {"test_triton_mmd.py": "every_size kernel_and_dtype digits split sliced"}
 
 #: (G, M, D). CIFAR-10 and ImageNet latents at M = 4, then larger sets.
 CPU_SHAPES = ((256, 4, 3072), (512, 4, 4096), (512, 8, 4096), (32, 16, 16384), (64, 64, 4096))
@@ -27,8 +29,7 @@ CUDA_SHAPES = (
     (128, 4, 65536),
     (16, 4, 4096),
 )
-KERNEL = ("laplace", [1.0], 1e-8, False)
-EPS = 1e-8
+KERNEL = ("laplace", [1.0], EPS, False)
 
 OUT, USER, EAGER, COMPILED = "imm out=", "imm as a user calls it", "eager broadcast", "torch.compile of the broadcast"
 GRAM, COMPILED_GRAM, GEOMLOSS = "bmm Gram", "torch.compile of the bmm Gram", "GeomLoss"
@@ -42,22 +43,8 @@ CLAIMS = (
 )
 
 
-def loss_of(mean_kernel: Callable[[Tensor, Tensor], Tensor]) -> Callable[[Tensor, Tensor], Tensor]:
-    return lambda y_t, y_r: mean_kernel(y_t, y_t) + mean_kernel(y_r, y_r) - 2 * mean_kernel(y_t, y_r)
-
-
-def broadcast(y_t: Tensor, y_r: Tensor, scale: Tensor) -> Tensor:
-    """The form found in training scripts."""
-
-    def mean_kernel(x: Tensor, y: Tensor) -> Tensor:
-        square = (x[:, :, None] - y[:, None]).square().sum(-1).clamp_min(EPS**2)
-        return torch.exp(-scale[:, None, None] * square.sqrt() / x.shape[2]).mean((1, 2))
-
-    return loss_of(mean_kernel)(y_t, y_r)
-
-
 def cdist(y_t: Tensor, y_r: Tensor, scale: Tensor) -> Tensor:
-    """The same with torch's own distances."""
+    """The form of training scripts with torch's own distances."""
 
     def mean_kernel(x: Tensor, y: Tensor) -> Tensor:
         return torch.exp(-scale[:, None, None] * torch.cdist(x, y).clamp_min(EPS) / x.shape[2]).mean((1, 2))
@@ -81,24 +68,6 @@ def geomloss(y_t: Tensor, y_r: Tensor, scale: Tensor) -> Tensor:
     from geomloss import SamplesLoss
 
     return 2 * SamplesLoss("laplacian", blur=y_t.shape[2] ** 0.5, backend="tensorized")(y_t, y_r)
-
-
-def trained_with(loss: Callable[..., Tensor]) -> Callable[..., Step]:
-    """A peer as a training loop calls it: loss, backward, a fresh gradient each step."""
-
-    def prepare(y_t: Tensor, y_r: Tensor, scale: Tensor) -> Step:
-        leaf = y_t.detach().requires_grad_()
-
-        def step() -> tuple[Tensor, ...]:
-            leaf.grad = None
-            value = loss(leaf, y_r, scale)
-            value.sum().backward()
-            assert leaf.grad is not None
-            return value.detach(), leaf.grad
-
-        return step
-
-    return prepare
 
 
 def compiled(loss: Callable[..., Tensor]) -> Callable[..., Step]:
@@ -129,7 +98,7 @@ def truth(*inputs: Tensor) -> tuple[Tensor, ...]:
     if M > 8:
         return mmd.mmd_loss_grad(*(v.double() for v in inputs), None, None, *KERNEL)
     groups = max(1, 2**26 // (M * M * D))
-    parts = [trained_with(broadcast)(*part)() for part in zip(*(v.double().split(groups) for v in inputs), strict=True)]
+    parts = [trained_with(plain_mmd)(*part)() for part in zip(*(v.double().split(groups) for v in inputs), strict=True)]
     return torch.cat([loss for loss, _ in parts]), torch.cat([grad for _, grad in parts])
 
 
@@ -140,11 +109,11 @@ def case(G: int, M: int, D: int, device: torch.device, dtype: torch.dtype = torc
         return y_t.to(dtype), y_r.to(dtype), torch.full((G,), D**0.5, device=device)
 
     element, products = torch.empty((), dtype=dtype).element_size(), M > 8
-    peers = {OUT: preallocated, "imm": fresh, USER: trained_with(mmd_loss), COMPILED: compiled(broadcast)}
+    peers = {OUT: preallocated, "imm": fresh, USER: trained_with(mmd_loss), COMPILED: compiled(plain_mmd)}
     peers |= {COMPILED_GRAM: compiled(gram), GRAM: trained_with(gram), "reference": reference}
     # [G, M, M, D] of the broadcast, and of cdist's backward, beyond this only measures the memory.
     if (2**30 if device.type == "cuda" else 2**26) >= G * M * M * D:
-        peers |= {"torch.cdist": trained_with(cdist), EAGER: trained_with(broadcast)}
+        peers |= {"torch.cdist": trained_with(cdist), EAGER: trained_with(plain_mmd)}
     if importlib.util.find_spec("geomloss") is not None:
         peers[GEOMLOSS] = trained_with(geomloss)
     return Case(

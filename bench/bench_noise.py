@@ -13,6 +13,7 @@ from imm.functional import noise
 from imm.ops import noise as ops
 
 TESTS = {"test_noise.py": ""}
+CUDA_TESTS = {"test_triton_flow_step.py": "noise"}
 
 #: Images of CIFAR-10 and latents of ImageNet.
 SHAPES = ((256, 3 * 32 * 32), (256, 4 * 32 * 32))
@@ -47,7 +48,7 @@ def compiled(seeds: Tensor, numel: int) -> Step:
 
 
 def triton(seeds: Tensor, numel: int) -> Step:
-    from imm_kernels.flow_step import noise as launch
+    from imm_kernels.noise import noise as launch
 
     return lambda: (launch(seeds, numel, STEP),)
 
@@ -75,6 +76,7 @@ def case(B: int, D: int, device: torch.device) -> Case:
         # Per two numbers in float64: two uniforms (add, multiply), log, product, root, product, cos, sin, two products; the
         # integer rounds of Philox are not counted.
         flops=6 * B * D,
+        arithmetic=torch.float64,
         inputs=inputs,
         # On the CPU, where the reference's arithmetic is float64 until the last rounding.
         truth=lambda seeds, numel: (ops.noise(seeds.cpu(), numel, STEP).double().to(seeds.device),),

@@ -20,6 +20,12 @@ from imm.networks import DDPMpp, DiT, UNet
 from imm.presets import PRESETS, Preset
 
 TESTS = {"test_objective.py": "", "test_training.py": "bit_for_bit"}
+CUDA_TESTS = {
+    "test_bench_objective.py": "replayed",
+    "test_triton_mmd.py": "flow_map",
+    "test_triton_adaln.py": "",
+    "test_triton_attention.py": "float64",
+}
 
 #: Network, images, M, whether torch.compile is a peer (on two cores it takes one minute for the U-Net, two for DDPM++), and how
 #: many calls are timed (0: as many as the effort says).
@@ -94,7 +100,7 @@ def case(
     rounds: int = 0,
 ) -> Case:
     """Nothing is allocated before the inputs, a peer or the truth are asked for."""
-    chosen, cost, size = NETWORKS[name], cost_of(name), dtype.itemsize
+    chosen, cost = NETWORKS[name], cost_of(name)
     made = functools.cache(lambda: chosen.made(device))
     training = steps.Training(made, chosen.preset, particles, chosen.optimizer, dtype, chosen.watched)
 
@@ -117,10 +123,9 @@ def case(
         mode=f"{name}, one step",
         shape={"batch": batch, "M": particles},
         dtype=dtype,
-        # I/O in float32: weights, read by two forwards and a backward; gradient, written and read; weights and two moments,
-        # read and written; average, read and written. Then what each product reads and writes besides weights: three times in
-        # the pass with gradient, once and in float32 without.
-        bytes=4 * 13 * cost.parameters + batch * cost.elements * (3 * size + 4),
+        # I/O in float32, each number once: weights, two moments and average, read and written; gradient, written and read; the
+        # images; what the network reads and gives at t and at r. What lies between may stay in a cache.
+        bytes=4 * (10 * cost.parameters + 5 * batch * cost.image),
         # With gradient three times the forward, without once.
         flops=4 * batch * cost.flops,
         inputs=inputs,
@@ -149,14 +154,15 @@ def limits(device: torch.device) -> Iterator[list[Row]]:
 
 def bytes_per_image(device: torch.device) -> Iterator[list[Row]]:
     for name, batch in CPU_MEMORY:
-        for particles in (4, 16):
-            declared = replace(case(name, batch, particles, device), mode=f"{name}, memory of a step")
-            found = []
-            for peer in (OURS, PLAIN):
+        found = []
+        for peer in (OURS, PLAIN):
+            for particles in (4, 16):
+                declared = case(name, batch, particles, device)
                 peak = peak_bytes(declared.peers[peer], declared.inputs(), device)
                 status = f"{OK}: {peak / batch / 1e6:.1f} MB an image"
-                found.append(Row.of(declared, device, cache="warm", peer=peer, status=status, peak_bytes=peak))
-            yield found
+                row = Row.of(declared, device, cache="warm", peer=f"{peer}, M={particles}", status=status, peak_bytes=peak)
+                found.append(replace(row, mode=f"{name}, memory of a step", shape=f"batch={batch}", bytes=0, flops=0))
+        yield found
 
 
 def largest_that_fit(device: torch.device) -> Iterator[list[Row]]:

@@ -12,15 +12,24 @@ from torch import Tensor, nn
 
 from imm import sampling
 from imm.benchmark.case import Case, Claim, Peer, Step
-from imm.benchmark.networks import parameters, random_dit, random_unet
+from imm.benchmark.networks import cost_of, random_dit, random_unet
+from imm.benchmark.timing import captured
 from imm.flow_map import FlowMap
 from imm.networks import DiT
 from imm.networks.dit import SIZES
 from imm.sampler import Sampler
 
 TESTS = {"test_sampler.py": "bits_of_the_eager_loop parity fixed_rows"}
+#: "graph" and "replay": captured calls give the bits of the loop.
+CUDA_TESTS = {
+    "test_sampler.py": "bits parity fixed_rows graph replay",
+    "test_triton_flow_step.py": "",
+    "test_triton_adaln.py": "",
+    "test_triton_attention.py": "float64",
+}
 
-#: Network, steps, images. With guidance, but for the network of the demo.
+#: Network, steps, images. With guidance, but for the network of the demo, which has one case in float32; a DiT has one in
+#: bfloat16, and one in float32 where that is not too slow.
 CPU_SHAPES = (("unet", 1, 1), ("unet", 4, 1), ("unet", 1, 64), ("S", 1, 1), ("S", 4, 1), ("S", 1, 8))
 CUDA_SHAPES = (
     *(("XL", steps, images) for images in (1, 64) for steps in (1, 8)),
@@ -30,15 +39,17 @@ CUDA_SHAPES = (
 )
 GUIDANCE = 1.5
 
+#: In the case's dtype, but for the last one.
 SAMPLER, BARE, FIRST = "imm.Sampler", "the network alone", "imm.Sampler, first call (made and captured)"
-SAMPLER_16, STEPWISE_16 = "imm.Sampler, bfloat16", "imm.Sampler, bfloat16, without a graph"
-EAGER, EAGER_16 = "plain eager loop", "plain eager loop, bfloat16"
-COMPILED_16 = "plain loop, bfloat16, torch.compile"
-#: Of a call of imm.Sampler: in bfloat16 for a DiT, in float32 for the network of the demo.
+STEPWISE, EAGER, COMPILED = "imm.Sampler, without a graph", "plain eager loop", "plain loop, torch.compile"
+EAGER_32 = "plain eager loop, float32"
+#: Of a call of imm.Sampler.
 NETWORK, CONDITION, UPDATES = "part: the network, all steps", "part: the conditioning", "part: noise and updates, all steps"
+MODES = {"unet": "UNet, seeds to images"} | {size: f"DiT-{size}/2, seeds to images" for size in SIZES}
 CLAIMS = (
-    Claim(SAMPLER, BARE, at_most=1.2, up_to={"DiT": 0, "steps": 1, "images": 1}),
-    Claim(EAGER, SAMPLER_16, at_least=1.5, above={"DiT": 0}),
+    Claim(SAMPLER, BARE, at_most=1.2, mode=MODES["unet"], up_to={"steps": 1, "images": 1}),
+    Claim(EAGER, SAMPLER, at_least=1.0, mode=MODES["S"]),
+    Claim(EAGER_32, SAMPLER, at_least=1.5),  # from one precision to another
 )
 
 
@@ -52,10 +63,6 @@ def with_network(flow_map: FlowMap, made: nn.Module, dtype: torch.dtype) -> Flow
     if hasattr(made, "fused"):
         made.fused = False
     return FlowMap(made, **flow_map.settings).eval()
-
-
-def half_network(made: nn.Module) -> nn.Module:
-    return copy.deepcopy(made).to(torch.bfloat16)
 
 
 def eager(flow_map: FlowMap, times: Tensor, guidance: float | None) -> Peer:
@@ -91,7 +98,7 @@ def bare(flow_map: FlowMap, rows: int) -> Peer:
 
     def prepare(seeds: Tensor, labels: Tensor) -> Step:
         right = sampling.initial_state(flow_map, seeds, flow_map.image_shape)
-        x = torch.cat([right] * (rows // len(right)))
+        x = torch.cat([right] * (rows // len(right))).to(flow_map.network_dtype)
         time = torch.full((rows,), 994.0, dtype=torch.float64, device=x.device)
         label = labels.repeat(rows // len(labels))
 
@@ -105,7 +112,7 @@ def bare(flow_map: FlowMap, rows: int) -> Peer:
 
 
 def parts(flow_map: FlowMap, times: Tensor, images: int, guidance: float | None) -> dict[str, Peer]:
-    """What a call consists of, each alone and with memory of its own; their sum is the floor of the loop."""
+    """What a call of imm.Sampler consists of, each alone and with memory of its own."""
     table = sampling.step_table(flow_map, times)
     made, dtype, device = flow_map.network, flow_map.network_dtype, times.device
     copies = 1 if guidance is None else 2
@@ -158,14 +165,14 @@ def parts(flow_map: FlowMap, times: Tensor, images: int, guidance: float | None)
     return {**found, CONDITION: conditioning} if conditioned else found
 
 
-def case(name: str, steps: int, images: int, device: torch.device) -> Case:
+def case(name: str, steps: int, images: int, device: torch.device, dtype: torch.dtype = torch.float32) -> Case:
+    cuda = device.type == "cuda"
     guidance = None if name == "unet" else GUIDANCE
     rows = images * (1 if guidance is None else 2)
     exact = cache(lambda: FlowMap(network(name, device)).eval())
     times = cache(lambda: sampling.time_grid(exact(), steps))
-    plain = cache(lambda: with_network(exact(), exact().network, torch.float32))
-    half = cache(lambda: with_network(exact(), exact().network, torch.bfloat16))
-    own = exact if name == "unet" else cache(lambda: FlowMap(half_network(exact().network), **exact().settings).eval())
+    plain = cache(lambda dtype: with_network(exact(), exact().network, dtype))
+    own = cache(lambda: FlowMap(copy.deepcopy(exact().network).to(dtype), **exact().settings).eval())
     parts_of_a_call = cache(lambda: parts(own(), times(), images, guidance))
 
     def inputs() -> tuple[Any, ...]:
@@ -180,46 +187,53 @@ def case(name: str, steps: int, images: int, device: torch.device) -> Case:
         parts = zip(x.double().split(2), labels.split(2), strict=True)
         return (torch.cat([sampling.pushforward(wide, a, times(), b, guidance, torch.float64) for a, b in parts]),)
 
-    options: dict[str, Any] = {"steps": steps, "guidance": guidance}
+    options: dict[str, Any] = {"steps": steps, "guidance": guidance, "dtype": dtype}
     make: dict[str, Callable[[], Peer]] = {
-        SAMPLER_16: lambda: sampled(Sampler(exact(), dtype=torch.bfloat16, **options)),
         SAMPLER: lambda: sampled(Sampler(exact(), **options)),
-        EAGER: lambda: eager(plain(), times(), guidance),
-        EAGER_16: lambda: eager(half(), times(), guidance),
-        COMPILED_16: lambda: compiled(half(), times(), guidance, None),
+        EAGER: lambda: eager(plain(dtype), times(), guidance),
     }
-    if device.type == "cuda":
-        make[STEPWISE_16] = lambda: sampled(Sampler(exact(), dtype=torch.bfloat16, graph=False, **options))
+    if name == "unet" or dtype != torch.float32:  # twice a DiT would be minutes of compiling
+        make[COMPILED] = lambda: compiled(plain(dtype), times(), guidance, None)
+    if dtype != torch.float32:
+        make[EAGER_32] = lambda: eager(plain(torch.float32), times(), guidance)
+    if cuda:
+        make[STEPWISE] = lambda: sampled(Sampler(exact(), graph=False, **options))
         for mode in ("reduce-overhead", "max-autotune"):
-            make[f"{COMPILED_16} {mode}"] = lambda mode=mode: compiled(half(), times(), guidance, mode)
+            make[f"{COMPILED} {mode}"] = lambda mode=mode: compiled(plain(dtype), times(), guidance, mode)
     if (steps, images) == (1, 1):
         make[FIRST] = lambda: lambda seeds, labels: lambda: (Sampler(exact(), **options).sample(seeds, labels),)
     made = cache(lambda peer: make[peer]())
-    ceilings: dict[str, Peer] = {BARE: lambda *given: bare(exact(), rows)(*given)} if steps == 1 else {}
+    beside: dict[str, Peer] = {BARE: lambda *given: bare(own(), rows)(*given)} if steps == 1 else {}
     for part in (NETWORK, UPDATES) if name == "unet" else (NETWORK, UPDATES, CONDITION):
-        ceilings[part] = lambda *given, part=part: parts_of_a_call()[part](*given)
-    features, depth, _ = (0, 0, 0) if name == "unet" else SIZES[name]
-    tokens = 256
+        beside[part] = lambda *given, part=part: parts_of_a_call()[part](*given)
+    if cuda:  # a call of imm.Sampler launches no more than a graph
+        beside = {name: lambda *given, peer=peer: captured(peer(*given)) for name, peer in beside.items()}
+    cost = cost_of(name)
     return Case(
         op="sampler",
-        mode="seeds to images",
-        shape={"DiT": features, "steps": steps, "images": images},
-        dtype=torch.float32,
-        # The weights once a step, in 16 bits.
-        bytes=2 * steps * parameters(name),
-        flops=steps * rows * depth * (24 * features**2 * tokens + 4 * tokens**2 * features),
+        mode=MODES[name],
+        shape={"steps": steps, "images": images},
+        dtype=dtype,
+        # What the network must move at each step, but the weights of its conditioning once; write the images in float32.
+        bytes=steps * cost.bytes(rows, dtype) - (steps - 1) * dtype.itemsize * cost.conditioning + 4 * images * cost.image,
+        flops=steps * rows * cost.flops,
         inputs=inputs,
         truth=truth,
-        tolerances=(1e-3,),
+        tolerances=(1e-3 if dtype == torch.float32 else 0.1,),
         peers={peer: lambda *given, peer=peer: made(peer)(*given) for peer in make},
-        ceilings=ceilings,
-        rough={peer: 0.1 for peer in make if "bfloat16" in peer},
-        products=name != "unet",
+        ceilings=beside,
+        products=True,
         caches=("warm",),
+        # A latency: each call as it is launched, not captured once more.
+        rounds=9 if cuda else 0,
     )
 
 
 def cases(device: torch.device, quick: bool) -> Iterator[Case]:
-    shapes = CUDA_SHAPES if device.type == "cuda" else CPU_SHAPES
-    for shape in shapes[:1] if quick else shapes:
-        yield case(*shape, device)
+    cuda = device.type == "cuda"
+    shapes = CUDA_SHAPES if cuda else CPU_SHAPES
+    for name, steps, images in shapes[:1] if quick else shapes:
+        if name != "unet":
+            yield case(name, steps, images, device, torch.bfloat16)
+        if name == "unet" or (images == 1 and steps <= (1 if cuda else 4)):
+            yield case(name, steps, images, device)

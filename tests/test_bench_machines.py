@@ -132,8 +132,8 @@ FORWARD, BF16 = {"bf16": True, "backward": False}, {"bf16": True}
         ("dit", ("XL", 16), BF16, 4_800),
         ("dit", ("XL", 128), BF16, 38_400),
         ("dit", ("XL", 512), BF16, 153_500),
-        ("sampler", ("XL", 1, 1), {}, 600),
-        ("sampler", ("XL", 8, 64), {}, 8 * 38_400),
+        ("sampler", ("XL", 1, 1), BF16, 600),
+        ("sampler", ("XL", 8, 64), BF16, 8 * 38_400),
     ],
 )
 def test_floors_worked_out_by_hand(op: str, shape: tuple[Any, ...], options: dict[str, Any], microseconds: float) -> None:
@@ -141,6 +141,28 @@ def test_floors_worked_out_by_hand(op: str, shape: tuple[Any, ...], options: dic
     assert found is not None
     assert 1e6 * found.seconds == pytest.approx(microseconds, rel=0.01, abs=0.05)
     assert found.bound == ("products bfloat16" if op in ("dit", "sampler") else "memory")
+
+
+def test_a_loop_needs_what_its_network_needs() -> None:
+    """Of one step not less; of more the weights of blocks and ends each time, those of adaLN and embedders once."""
+    network, *loops = at("dit", "XL", 2, bf16=True), *(at("sampler", "XL", steps, 1, bf16=True) for steps in (1, 8))
+    assert network.bytes < loops[0].bytes < 1.001 * network.bytes
+    features, depth, patch = 1152, 28, 16
+    block = 12 * features**2 + 9 * features
+    ends = 2 * patch * features + features + patch
+    each = 2 * (depth * block + ends + 2 * 2 * 4096)
+    assert loops[1].bytes == loops[0].bytes + 7 * each
+    assert (loops[0].flops, loops[1].flops) == (network.flops, 8 * network.flops)
+
+
+def test_numbers_in_float64_are_counted_so() -> None:
+    """Normals by Box-Muller: six flops each at 33.5 TFLOP/s, beside four bytes at 4.3 TB/s."""
+    found = predict.case_floor(MACHINES["h200"], at("noise", 256, 3072))
+    assert found is not None
+    assert found.unit == "vector float64"
+    assert found.arithmetic == pytest.approx(6 * 256 * 3072 / 33.5e12)
+    unknown = predict.case_floor(replace(TOY, peak={"memory": 1e9, "vector float32": 1e9}), at("noise", 256, 3072))
+    assert unknown is None
 
 
 def test_arithmetic_worked_out_by_hand() -> None:
@@ -232,16 +254,16 @@ def test_the_check_prints_errors_worked_out_by_hand(tmp_path: Path, monkeypatch:
     found = {(line[0], line[4], line[5]): line[-5:] for line in lines if len(line) > 8 and "N=1" in line}
     assert found == {
         ("attention", "cold", "copy"): ["25.0", "us", "23.3", "us", "-7%"],
-        ("attention", "cold", "square"): ["4.0", "us", "2.5", "us", "-37%"],
+        ("attention", "cold", "product"): ["4.0", "us", "2.5", "us", "-37%"],
         ("attention", "cold", "imm"): ["46.5", "us", "23.3", "us", "-50%"],
         ("mmd", "cold", "copy"): ["23.3", "us", "23.3", "us", "-0%"],
-        ("mmd", "cold", "square"): ["20.0", "us", "29.9", "us", "+49%"],
+        ("mmd", "cold", "product"): ["20.0", "us", "29.9", "us", "+49%"],
         ("mmd", "warm", "copy"): ["20.0", "us", "20.0", "us", "+0%"],
         ("flow_step", "warm", "triton"): ["20.0", "us", "29.9", "us", "+49%"],
     }
     assert "left out: 1 warm rows" in report
     assert "copy: 3 rows, median error 0%, worst -7% (attention forward, N=1, bfloat16, cold)" in report
-    assert "square product: 2 rows, median error 43%, worst +49% (mmd forward" in report
+    assert "product: 2 rows, median error 43%, worst +49% (mmd forward" in report
     assert "not measured" not in result.output
     assert "check against h100" not in result.output
     only = invoke("mmd", "--predict=h200").output

@@ -191,8 +191,8 @@ def test_declaring_cases_for_a_gpu_makes_no_network(monkeypatch: pytest.MonkeyPa
     ]
     assert {module.CAPTURED, module.OURS, module.PLAIN} <= set(declared[-1].peers)
     assert module.COMPILED in declared[0].peers
-    weights, images = 33_105_424, 128 * 23_833_984
-    assert declared[0].bytes == 52 * weights + images * (3 * 2 + 4)
+    weights, images = 33_105_424, 128 * 4 * 32 * 32
+    assert declared[0].bytes == 4 * (10 * weights + 5 * images)
     assert declared[0].flops == 4 * 128 * 12_108_693_504
 
 
@@ -206,7 +206,9 @@ def test_counts_of_the_networks() -> None:
     blocks = depth * (24 * features**2 * tokens + 4 * tokens**2 * features + 12 * features**2)
     ends = 2 * tokens * 16 * features * 2 + 4 * features**2 + 2 * 2 * (256 * features + features**2)
     assert found.flops == blocks + ends
-    assert found.elements == pytest.approx(depth * 20 * tokens * features, rel=0.02)
+    assert found.image == 4 * 32 * 32
+    embedders = 2 * (256 * features + features + features**2 + features) + 1001 * features
+    assert found.conditioning == embedders + (6 * depth + 2) * (features**2 + features)
     assert found.parameters == sum(p.numel() for p in DiT("S").parameters())
 
 
@@ -289,13 +291,17 @@ def test_rows_about_memory_are_of_the_full_form(monkeypatch: pytest.MonkeyPatch)
     said: list[str] = []
     found = harness.run("objective", CPU, None, quick=False, say=said.append)
     assert [(row.mode, row.shape, row.peer) for row in found] == [
-        ("UNet, memory of a step", f"batch=16 M={m}", peer) for m in (4, 16) for peer in (module.OURS, module.PLAIN)
+        ("UNet, memory of a step", "batch=16", f"{peer}, M={m}") for peer in (module.OURS, module.PLAIN) for m in (4, 16)
     ]
     for row in found:
         assert row.peak_bytes is not None
         assert row.status == f"ok: {row.peak_bytes / 16e6:.1f} MB an image"
         assert row.median_us is None
-    assert f"{found[0].peak_bytes / 1e6:.1f} MB" in said[0].splitlines()[2]
+    head, columns, first, *_ = said[0].splitlines()
+    assert head == f"objective UNet, memory of a step, batch=16, float32, cpu, {torch.get_num_threads()} threads"
+    assert columns.split() == ["peer", "memory", "peak"]
+    assert first.endswith(f"{found[0].peak_bytes / 1e6:.1f} MB")
+    assert " MB an image " in first
     assert harness.run("objective", CPU, None, quick=True, say=said.append) == []
 
 

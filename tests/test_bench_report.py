@@ -185,7 +185,7 @@ def test_the_summary_has_our_fastest_its_rivals_and_the_floor(made: Path) -> Non
     assert first[4] == "3.00 xeager"
     assert first[5] == "73 %copy"
     (attention,) = [line for line in lines if line[0].startswith("B=2 T=16")]
-    assert attention[5] == "66 %square product"
+    assert attention[5] == "66 %product"
     assert attention[6:] == ["20.0 MB", "1e-06"]
 
 

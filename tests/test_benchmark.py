@@ -5,12 +5,16 @@ The CUDA clock is tested on its structure, with the calls into CUDA replaced: no
 
 from __future__ import annotations
 
+import ast
 import contextlib
 import csv
 import dataclasses
+import importlib
+import importlib.util
 import itertools
 import json
-import time
+import re
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -22,6 +26,8 @@ from click.testing import CliRunner
 from torch import Tensor
 
 from imm.benchmark import Case, Claim, case, docs, environment, gate, harness, load, measure, operations, rows, timing
+from imm.benchmark.memory import peak_bytes
+from imm.benchmark.networks import random_dit
 from imm.cli import main
 
 CPU = torch.device("cpu")
@@ -64,13 +70,32 @@ def broken(x: Tensor) -> Tensor:
     raise RuntimeError("no such luck\nsecond line")
 
 
-def late(x: Tensor) -> Tensor:
-    time.sleep(0.005)
-    return 2 * x
+class OwnTime:
+    """In the place of the module time: every look takes a microsecond, and work only what it says. A busy machine changes
+    nothing."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def perf_counter(self) -> float:
+        self.now += 1e-6
+        return self.now
+
+    def late(self, x: Tensor) -> Tensor:
+        self.now += 0.005
+        return 2 * x
 
 
-def test_wrong_and_broken_peers_are_refused_and_a_slow_one_is_slower() -> None:
-    peers = {"right": lambda x: 2 * x, "late": late, "wrong": lambda x: 2.001 * x, "nan": lambda x: x * float("nan")}
+@pytest.fixture
+def own_time(monkeypatch: pytest.MonkeyPatch) -> OwnTime:
+    made = OwnTime()
+    for module in (timing, harness):
+        monkeypatch.setattr(module, "time", made)
+    return made
+
+
+def test_wrong_and_broken_peers_are_refused_and_a_slow_one_is_slower(own_time: OwnTime) -> None:
+    peers = {"right": lambda x: 2 * x, "late": own_time.late, "wrong": lambda x: 2.001 * x, "nan": lambda x: x * float("nan")}
     peers |= {"short": lambda x: 2 * x[1:], "broken": broken}
     found = {row.peer: row for row in measure(doubling(**{name: by(f) for name, f in peers.items()}), CPU, BRIEF)}
     assert list(found) == [case.COPY, *peers]
@@ -83,9 +108,8 @@ def test_wrong_and_broken_peers_are_refused_and_a_slow_one_is_slower() -> None:
         assert found[name].ratio_to_copy is None
     right, slow = found["right"], found["late"]
     assert right.status == slow.status == rows.OK
-    assert right.median_us is not None
-    assert slow.median_us is not None
-    assert slow.median_us > max(5000.0, 2 * right.median_us)
+    assert (right.median_us, slow.median_us) == (pytest.approx(1.0), pytest.approx(5001.0))
+    assert slow.ratio_to_copy == pytest.approx(5001.0, rel=1e-3)
     assert right.gb_per_s == pytest.approx(8000 / right.median_us * 1e-3, rel=0.01)
     assert found[case.COPY].ratio_to_copy == 1.0
     assert "refused: wrong" in rows.table(list(found.values()))
@@ -130,9 +154,35 @@ def test_an_op_whose_tests_fail_is_not_timed(tmp_path: Path, monkeypatch: pytest
     assert said == ["flow_step: refused: 1 of its tests fail\n"]
 
 
-def test_slow_peers_have_the_least_rounds() -> None:
+def test_on_cuda_the_kernels_that_run_there_are_tested(monkeypatch: pytest.MonkeyPatch) -> None:
+    cuda, tests = torch.device("cuda"), Path(__file__).parent
+    for op in operations():
+        module = load(op)
+        assert gate.tests_of(module, CPU) == module.TESTS
+        asked = gate.tests_of(module, cuda)
+        assert module.TESTS.keys() <= asked.keys()
+        assert any(name.startswith("test_triton_") for name in asked)
+        for name, words in asked.items():
+            functions = re.findall(r"^def (test_\w+)", (tests / name).read_text(), re.MULTILINE)
+            assert all(any(word in function for function in functions) for word in words.split()), (op, name, words)
+    monkeypatch.setattr(environment, "record", lambda device: {"commit": "c0ffee"})
+    given: list[dict[str, gate.Tests]] = []
+    monkeypatch.setattr(gate, "refusals", lambda asked, root: given.append(asked) or dict.fromkeys(asked, "no GPU here"))
+    harness.run("noise", cuda, None, quick=True, say=lambda text: None)
+    assert given == [{"noise": {"test_noise.py": "", "test_triton_flow_step.py": "noise"}}]
+
+
+def test_the_gate_is_no_part_of_the_test_run_around_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PYTEST_XDIST_WORKER", "gw1")
+    monkeypatch.setenv("PYTEST_ADDOPTS", "--no-such-option")
+    (tmp_path / "tests").mkdir()
+    (tmp_path / "tests" / "test_a.py").write_text("import os\ndef test_a(): assert 'PYTEST_XDIST_WORKER' not in os.environ\n")
+    assert gate.refusals({"a": {"test_a.py": ""}}, tmp_path) == {}
+
+
+def test_slow_peers_have_the_least_rounds(own_time: OwnTime) -> None:
     effort = harness.Effort(0.2, 3, 30)  # slow: 4 ms
-    found = {row.peer: row for row in measure(doubling(quick=by(lambda x: 2 * x), late=by(late)), CPU, effort)}
+    found = {row.peer: row for row in measure(doubling(quick=by(lambda x: 2 * x), late=by(own_time.late)), CPU, effort)}
     assert found["late"].rounds == 3
     assert found["quick"].rounds == found[case.COPY].rounds == 30
     assert found["late"].ratio_to_copy == pytest.approx(rows.paired(found["late"].samples, found[case.COPY].samples), rel=0.02)
@@ -142,10 +192,45 @@ def test_the_share_of_the_floor_is_that_of_the_slower_ceiling() -> None:
     made = []
     for peer, seconds in ((case.COPY, 1.0), (case.MATMUL, 2.0), ("imm", 4.0)):
         made.append(rows.Row("op", "mode", "N=1", "float32", "cpu", peer=peer, bytes=8, flops=9))
+        made[-1].error = 0.0 if peer == "imm" else None
         made[-1].timed([seconds] * 3, [1.0] * 3)
     assert rows.share_of_floor(made[2], made) == 0.5
+    assert [rows.share_of_floor(row, made) for row in made[:2]] == [None, 1.0]
     assert rows.share_of_floor(made[2], [made[0], made[2]]) == 0.25
     assert rows.share_of_floor(dataclasses.replace(made[2], peer="imm, bfloat16"), made) is None
+
+
+def test_parts_have_times_and_no_figures_of_the_whole() -> None:
+    parts = {"part: a little": by(lambda x: x[:1] + 0), "part: broken": by(broken), case.MATMUL: by(lambda x: x)}
+    declared = dataclasses.replace(doubling(right=by(lambda x: 2 * x)), ceilings=parts)
+    measured = measure(declared, CPU, BRIEF)
+    found = {row.peer: dict(zip(rows.HEADINGS, rows.line(row, measured), strict=True)) for row in measured}
+    shown = {
+        name: [column for column in ("median", "x imm", "GB/s", "x copy", "error") if line[column]]
+        for name, line in found.items()
+    }
+    assert shown == {
+        case.COPY: ["median", "GB/s", "x copy"],
+        "part: a little": ["median"],
+        "part: broken": ["median"],
+        case.MATMUL: ["median", "x copy"],
+        "right": ["median", "GB/s", "x copy", "error"],
+    }
+    assert found["part: broken"]["median"] == "refused: RuntimeError: no such luck"
+    assert found["part: a little"]["of floor"] == ""
+    rates = {row.peer: (row.gb_per_s is not None, row.gflop_per_s is not None) for row in measured}
+    assert rates["part: a little"] == (False, False)
+    assert (rates[case.COPY], rates[case.MATMUL], rates["right"]) == ((True, False), (False, True), (True, True))
+
+
+def test_a_broken_ceiling_ends_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not even the copy: a large case may leave no memory for it."""
+    monkeypatch.setattr(harness, "copy_peer", lambda case, device: by(broken))
+    copy, right = measure(doubling(right=by(lambda x: 2 * x)), CPU, BRIEF)
+    assert copy.status == "refused: RuntimeError: no such luck"
+    assert (right.status, right.ratio_to_copy) == (rows.OK, None)
+    assert right.median_us is not None
+    assert "right" in rows.table([copy, right])
 
 
 def test_csv_has_the_columns_and_comes_back(tmp_path: Path) -> None:
@@ -199,6 +284,27 @@ def test_every_op_file_declares_right_peers() -> None:
         assert next(iter(load(op).cases(CPU, quick=True))).op == op
 
 
+OP_FILES = sorted((Path(__file__).parents[1] / "bench").glob("*.py"))
+
+
+@pytest.mark.parametrize("path", OP_FILES, ids=lambda path: path.stem)
+def test_what_is_imported_late_exists(path: Path) -> None:
+    """Also within functions: a peer of a GPU is made on no other machine."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        names = [alias.name for alias in node.names] if isinstance(node, (ast.Import, ast.ImportFrom)) else []
+        modules = [node.module or ""] if isinstance(node, ast.ImportFrom) else names
+        for module in modules:
+            top = module.partition(".")[0]
+            if top not in ("imm", "imm_kernels"):
+                continue
+            if top == "imm_kernels":
+                pytest.importorskip("triton")
+            found = importlib.import_module(module)
+            for name in names if isinstance(node, ast.ImportFrom) else []:
+                within = hasattr(found, "__path__") and importlib.util.find_spec(f"{module}.{name}")
+                assert hasattr(found, name) or within, f"{module} has no {name}"
+
+
 def test_a_trained_dit_is_checked_against_float64() -> None:
     declared = load("dit").training_case("S", 1, CPU)
     inputs = declared.inputs()
@@ -215,8 +321,42 @@ def test_compulsory_bytes_and_flops() -> None:
     assert mmd.flops == 6 * 256 * 3072 * 28
     assert load("flow_step").case(2, 3, 4, 5, CPU).bytes == 4 * 4 * 2 * 60 + 3 * 8 * 2
     assert load("noise").case(3, 10, CPU).bytes == 4 * 30 + 8 * 3
+    forward, backward = (load("adaln").case(2, 3, 5, CPU, backward=learns) for learns in (False, True))
+    assert (forward.bytes, backward.bytes) == (4 * 4 * 30, 4 * 10 * 30)
+    assert _different(forward.inputs()) + 2 * 30 == _different(backward.inputs()) == 4 * 30 + 3 * 2 * 5
     source, target = (t.nbytes for t in _copied(mmd))
     assert source + target == pytest.approx(mmd.bytes, abs=8)
+
+
+def test_compulsory_bytes_and_flops_of_networks() -> None:
+    """DiT-S/2, layer by layer: weights and latents; of the products of 256 tokens 2 flops a weight, and 4 T C of attention."""
+    C, depth, T, latent = 384, 12, 256, 4 * 32 * 32
+    adaln = (6 * depth + 2) * (C * C + C)
+    embedders = 1001 * C + 2 * (256 * C + C + C * C + C)
+    blocks = depth * (12 * C * C + 9 * C)
+    ends = (16 * C + C) + (16 * C + 16)
+    weights = adaln + embedders + blocks + ends
+    products = T * 2 * (depth * 12 * C * C + 2 * 16 * C) + depth * 4 * T * T * C
+    vectors = 2 * ((6 * depth + 2) * C * C + 2 * (256 * C + C * C))
+    for rows_, dtype in ((2, torch.float32), (16, torch.bfloat16)):
+        declared = load("dit").case("S", rows_, CPU, dtype)
+        assert declared.bytes == dtype.itemsize * (weights + 2 * rows_ * latent)
+        assert declared.flops == rows_ * (products + vectors)
+    trained = load("dit").training_case("S", 2, CPU)
+    assert trained.bytes == 4 * (2 * weights + 4 * latent)  # and a gradient for each weight
+    assert trained.flops == 3 * 2 * (products + vectors)
+    loop = load("sampler").case("S", 4, 8, CPU, torch.bfloat16)  # with guidance two rows an image
+    assert loop.bytes == 2 * (adaln + embedders + 4 * (blocks + ends) + 4 * 2 * 16 * latent) + 4 * 8 * latent
+    assert loop.flops == 4 * 16 * (products + vectors)
+    step = load("objective").case("DiT-S/2", 4, 4, CPU)
+    assert step.bytes == 4 * (10 * weights + 5 * 4 * latent)
+    assert step.flops == 4 * 4 * (products + vectors)
+
+
+def _different(tensors: tuple[Any, ...]) -> int:
+    """The numbers in tensors of which none is another."""
+    assert len({one.data_ptr() for one in tensors}) == len(tensors)
+    return sum(one.numel() for one in tensors)
 
 
 def _copied(declared: Case) -> tuple[Tensor, Tensor]:
@@ -239,7 +379,8 @@ def test_cold_buffers_rotate_and_warm_ones_stay() -> None:
     assert [row.method for row in found[1::2]] == ["wall clock over 64 sets", "wall clock over one set"]
     assert len(seen) == 64
     assert sorted(seen.values())[-2] <= 3  # all but the set that stays
-    assert [claim.concerns("N=1", "warm") for claim in (Claim("a", "b"), Claim("a", "b", cache="cold"))] == [True, False]
+    asked = Claim("a", "b"), Claim("a", "b", cache="cold"), Claim("a", "b", mode="other"), Claim("a", "b", up_to={"N": 0})
+    assert [claim.concerns("forward", "N=1", "warm") for claim in asked] == [True, False, False, False]
 
 
 def test_peak_memory_counts_inputs_outputs_and_what_a_step_needs() -> None:
@@ -258,6 +399,17 @@ def test_peak_memory_counts_inputs_outputs_and_what_a_step_needs() -> None:
     assert found["wasteful"] == pytest.approx(4000 * (1 + 50 + 1), rel=0.02)
 
 
+def test_peers_that_train_one_network_have_equal_peaks() -> None:
+    module = load("dit")
+    made = random_dit("S", torch.float32, CPU).requires_grad_()
+    inputs = module.case("S", 1, CPU).inputs()
+    peer = module.trained(lambda: made, lambda: made)
+    first, second = (peak_bytes(peer, inputs, CPU) for _ in range(2))
+    assert first == pytest.approx(second, rel=0.01)
+    assert first > sum(p.nbytes for p in made.parameters())  # the gradients are within it
+    assert all(p.grad is None for p in made.parameters())
+
+
 def test_ceilings_are_timed_and_not_checked() -> None:
     declared = dataclasses.replace(doubling(right=by(lambda x: 2 * x)), ceilings={"less": by(lambda x: x[:1])})
     assert [(row.peer, row.status) for row in measure(declared, CPU, BRIEF)] == [
@@ -270,10 +422,10 @@ def test_ratios_are_of_the_same_round() -> None:
     assert rows.paired([1.0, 10.0, 1.2, 11.0], [0.5, 5.0, 0.6, 5.5]) == pytest.approx(2.0)
 
 
-def test_claims() -> None:
+def test_claims(own_time: OwnTime) -> None:
     fast, slow = Claim("b", "a", at_least=2.0), Claim("b", "a", at_most=2.0)
     assert (fast.holds(2.5), fast.holds(1.5), slow.holds(1.5), slow.holds(2.5)) == (True, False, True, False)
-    measured = measure(doubling(a=by(lambda x: 2 * x), b=by(late), wrong=by(lambda x: 3 * x)), CPU, BRIEF)
+    measured = measure(doubling(a=by(lambda x: 2 * x), b=by(own_time.late), wrong=by(lambda x: 3 * x)), CPU, BRIEF)
     others = (
         Claim("b", "wrong", at_least=1.0),
         Claim("b", "nobody", at_least=1.0),
@@ -286,6 +438,24 @@ def test_claims() -> None:
     assert "b / wrong, at least 1.0: not measured" in text
     assert "nobody" not in text
     assert len(text.splitlines()) == 3
+
+
+@pytest.mark.parametrize("flops", [1, 1000, 10**6, 476_905_728, 5 * 10**9, 10**12, 3 * 10**13])
+def test_the_product_has_aligned_sides_and_as_many_flops(flops: int) -> None:
+    count, side = case.product_shape(flops)
+    assert side % 64 == 0
+    assert count >= 1
+    if flops >= 2 * 64**3:
+        assert 2 * count * side**2 == pytest.approx(flops, rel=0.01)
+        assert 0.3 < count / side < 3
+    declared = dataclasses.replace(doubling(), flops=min(flops, 10**6))
+    (product,) = harness.matmul_peer(declared, CPU)()()
+    assert product.shape == case.product_shape(declared.flops)
+
+
+def test_earlier_rows_have_todays_names(tmp_path: Path) -> None:
+    rows.append(tmp_path, [rows.Row("op", "mode", "N=1", "float32", "cpu", peer="square product of as many flops")])
+    assert [row.peer for row in rows.read(tmp_path / "rows.csv")] == [case.MATMUL]
 
 
 def test_ceilings_and_rough_peers() -> None:
@@ -349,6 +519,46 @@ def test_the_page_is_made_of_the_committed_rows() -> None:
     assert "not measured" in docs.render([])
 
 
+def test_the_page_about_benchmarks_names_every_other_file() -> None:
+    text = (Path(docs.__file__).parents[3] / "docs" / "bench.md").read_text()
+    others = {path.name for path in OP_FILES} - {f"bench_{op}.py" for op in operations()}
+    assert {f"`{name}`" for name in others} <= set(re.findall(r"`\w+\.py`", text))
+    assert max(map(len, text.splitlines())) <= 128
+
+
+def test_a_product_was_timed_where_the_case_is_made_of_products() -> None:
+    """Rows from before a case said so would have another floor. Older folders than the newest may have them."""
+    newest = max(docs.committed(), key=lambda folder: environment.read(folder)["time"])
+    device, checked = torch.device(environment.read(newest)["device"]), 0
+    for of_op in rows.grouped(rows.read(newest / "rows.csv"), "op"):
+        cases = load(of_op[0].op).cases(device, quick=False)
+        declared = {(c.mode, c.size, str(c.dtype).removeprefix("torch.")): c.products for c in cases}
+        for of_case in rows.cases(of_op):
+            products = declared.get((of_case[0].mode, of_case[0].shape, of_case[0].dtype))
+            if products is not None:
+                assert any(row.peer == case.MATMUL for row in of_case) == products, rows.title(of_case[0])
+                checked += 1
+    assert checked
+
+
+def test_published_ratios_have_a_line_a_case() -> None:
+    made = []
+    for mode, cache in (("forward", "cold"), ("forward", "warm"), ("backward", "cold")):
+        for peer, seconds in (("imm", 1.0), ("eager", 3.0), ("torch.compile of the eager form", 0.5)):
+            made.append(rows.Row("adaln", mode, "B=1 T=2 C=3", "float32", "cpu", cache, peer, rows.OK, error=0.0))
+            made[-1].timed([seconds] * 3, [1.0] * 3)
+    del made[-1]
+    head, _, *lines = docs._claims(rows.cases(made)).splitlines()
+    claims = ["torch.compile of the eager form / imm, at least 1.0", "eager / imm, at least 1.0"]
+    assert [cell.strip() for cell in head.strip("|").split("|")] == ["mode", "shape", "dtype", "buffers", *claims]
+    assert lines == [
+        "| forward | B=1 T=2 C=3 | float32 | cold | 0.50 (missed) | 3.00 |",
+        "| forward | B=1 T=2 C=3 | float32 | warm | 0.50 (missed) | 3.00 |",
+        "| backward | B=1 T=2 C=3 | float32 | cold |  | 3.00 |",
+    ]
+    assert docs._claims(rows.cases([dataclasses.replace(made[0], op="noise")])) == ""
+
+
 class _FakeCuda:
     """Records the calls of the CUDA clock; a replay runs the captured steps' effects by itself."""
 
@@ -404,6 +614,28 @@ def test_cuda_clock_replays_a_graph_of_rotating_sets(monkeypatch: pytest.MonkeyP
     assert fake.log == ["event", "replay", "event", "wait"]
 
 
+@pytest.mark.parametrize(("cache", "most"), [("cold", 8), ("warm", 2)])
+def test_cuda_clock_keeps_the_outputs_of_cold_calls_alone(cache: str, most: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In a loop of calls a result is let go when the next is there: of warm calls no third one is alive."""
+    fake = _FakeCuda(capturable=True)
+    monkeypatch.setattr(torch, "cuda", fake)
+    made: list[weakref.ref[Tensor]] = []
+    alive: list[int] = []
+
+    def step() -> tuple[Tensor, ...]:
+        out = torch.full((3,), 5.0)
+        made.append(weakref.ref(out))
+        alive.append(sum(one() is not None for one in made))
+        return (out,)
+
+    clock = timing.clock(torch.device("cuda"), [step] * 8, cache)
+    assert clock.method == ("graph of 8 sets" if cache == "cold" else "graph of 8 calls of one set")
+    captured = alive[-8:]
+    assert max(captured) == most
+    assert sum(one() is not None for one in made) == 1  # what the check looks at
+    assert clock.outputs[0].tolist() == [0.0] * 3  # cleared: this fake's replay does not write it
+
+
 def test_cuda_clock_replays_a_short_graph_often(monkeypatch: pytest.MonkeyPatch) -> None:
     fake = _FakeCuda(capturable=True, elapsed=0.5)
     monkeypatch.setattr(torch, "cuda", fake)
@@ -413,6 +645,32 @@ def test_cuda_clock_replays_a_short_graph_often(monkeypatch: pytest.MonkeyPatch)
     assert fake.log == ["event", *["replay"] * 4, "event", "wait"]
     monkeypatch.setattr(torch, "cuda", nothing := _FakeCuda(capturable=True, elapsed=0.0))
     assert timing.clock(torch.device("cuda"), [lambda: (nothing.kept,)] * 8).sample() == 0.0
+
+
+def test_a_part_is_replayed_and_a_latency_is_one_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    fake = _FakeCuda(capturable=True)
+    monkeypatch.setattr(torch, "cuda", fake)
+    calls: list[int] = []
+    step = lambda: (calls.append(1), (fake.kept,))[1]
+    part = timing.captured(step)
+    assert (fake.log, len(calls)) == (["capture"], 4)
+    fake.log.clear()
+    clock = timing.single_calls(torch.device("cuda"), part)
+    assert (fake.log, len(calls)) == (["replay"] * 3, 4)
+    fake.log.clear()
+    assert clock.sample() == pytest.approx(8e-3)
+    assert fake.log == ["event", "replay", "event", "wait"]
+    assert clock.outputs[0].tolist() == [7.0] * 3
+
+
+def test_latencies_of_the_sampler_are_of_calls_as_they_are_launched() -> None:
+    module = load("sampler")
+    declared = list(module.cases(torch.device("cuda"), quick=False))
+    assert {c.rounds for c in declared} == {9}
+    assert {(c.mode, c.size) for c in declared if c.dtype == torch.float32} == {
+        ("DiT-XL/2, seeds to images", "steps=1 images=1")
+    }
+    assert {c.rounds for c in module.cases(CPU, quick=False)} == {0}
 
 
 def test_cuda_clock_without_a_graph_says_why(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,7 @@
 
 cases(device, quick)   its Cases, real shapes first; ``quick``: the first one only
 TESTS                  its own tests, without which it is not timed (:mod:`imm.benchmark.gate`)
+CUDA_TESTS             on CUDA besides: those of the kernels that run there; of a file in both, these
 CLAIMS                 ratios of two peers that are published with their bound (optional)
 limits(device)         lists of Rows about memory, found in another way than by timing a Case; not in the quick form (optional)
 
@@ -26,7 +27,14 @@ Step = Callable[[], tuple[Tensor, ...]]
 #: Takes the inputs and returns a Step. What a peer keeps across calls (preallocated outputs, compiled code) is made here.
 Peer = Callable[..., Step]
 COPY = "copy of the same bytes"
-MATMUL = "square product of as many flops"
+MATMUL = "product of as many flops"
+
+
+def product_shape(flops: int) -> tuple[int, int]:
+    """Rows and side of the product ``[rows, side] x [side, side]`` of about as many flops: near a square, with rows of numbers
+    of a multiple of 64, since odd ones take libraries another, slower way."""
+    side = max(64, 64 * round((flops / 2) ** (1 / 3) / 64))
+    return max(1, round(flops / 2 / side**2)), side
 
 
 @dataclass(frozen=True)
@@ -40,6 +48,7 @@ class Case:
     rough: peers that are known to be less accurate, with the error accepted of all their outputs.
     ceilings: what is timed beside the peers and not checked, since it does a part of the work only.
     products: whether its arithmetic is matrix products, whose rate is then measured in the same run.
+    arithmetic: the dtype that it computes in, where that is not the case's or, of 16 bits besides products, float32.
     caches: "cold", "warm" or both: whether the buffers rotate or stay (:mod:`imm.benchmark.timing`).
     rounds: of a step that takes so long that caches and launches do not matter, how many calls are timed, each alone and as the
         peer launches it; 0: as many as the effort says, on CUDA within a graph.
@@ -58,6 +67,7 @@ class Case:
     rough: Mapping[str, float] = field(default_factory=dict)
     ceilings: Mapping[str, Peer] = field(default_factory=dict)
     products: bool = False
+    arithmetic: torch.dtype | None = None
     caches: tuple[str, ...] = ("cold", "warm")
     rounds: int = 0
 
@@ -69,22 +79,22 @@ class Case:
 
 @dataclass(frozen=True)
 class Claim:
-    """``slow`` takes ``at_least`` times (or at most ``at_most`` times) as long as ``fast``, on the CPU, at sizes ``up_to`` and
-    ``above``, with this ``cache`` (None: with either)."""
+    """``slow`` takes ``at_least`` times (or at most ``at_most`` times) as long as ``fast``, on the CPU, at sizes ``up_to``, in
+    this ``mode`` (None: in any) and with this ``cache`` (None: with either)."""
 
     slow: str
     fast: str
     at_least: float | None = None
     at_most: float | None = None
-    up_to: Mapping[str, int] = field(default_factory=dict)
-    above: Mapping[str, int] = field(default_factory=dict)
+    up_to: Mapping[str, int] = field(default_factory=dict, hash=False)
+    mode: str | None = None
     cache: str | None = None
 
-    def concerns(self, shape: str, cache: str) -> bool:
-        """Whether rows of this shape ("G=256 M=4 D=3072") and cache are meant."""
+    def concerns(self, mode: str, shape: str, cache: str) -> bool:
+        """Whether rows of this mode, shape ("G=256 M=4 D=3072") and cache are meant."""
         sizes = dict(part.split("=") for part in shape.split())
         small = all(int(sizes[name]) <= most for name, most in self.up_to.items())
-        return self.cache in (None, cache) and small and all(int(sizes[name]) > least for name, least in self.above.items())
+        return self.mode in (None, mode) and self.cache in (None, cache) and small
 
     def holds(self, ratio: float) -> bool:
         return (self.at_least is None or ratio >= self.at_least) and (self.at_most is None or ratio <= self.at_most)

@@ -13,8 +13,7 @@ from imm.benchmark.case import COPY, MATMUL
 from imm.benchmark.environment import read as read_environment
 from imm.benchmark.rows import OK, Row, duration, interval, ours, paired, read
 
-#: How far medians differ at least. In pairs of 20 runs of the same code on two shared cores, 0.3 % of our rows moved with it,
-#: 1.5 % without; of rows made 1.5 times slower as many are found.
+#: How far medians differ at least: less of a difference two processes of the same code show as well (docs/bench.md).
 LEAST = 0.1
 #: What of an environment makes figures differ with the same code.
 _TOLD = ("torch", "triton", "python", "capability", "dirty", "native")

@@ -10,23 +10,24 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from imm.benchmark.case import Claim, load
 from imm.benchmark.case import folder as bench_folder
-from imm.benchmark.case import load
 from imm.benchmark.environment import read as read_environment
 from imm.benchmark.rows import Row, cases, cells, grouped, ratios, read, title
 
 #: How rows come about and what their columns say; for every page made of them.
 PROTOCOL = """\
 Every row is the median of some calls; peers take turns (A B C A B C ...) in one process with a fixed number of threads, after
-the op's own tests. Cold buffers rotate, so that inputs and outputs come from memory and go there, as where other work lies
-between two calls; warm ones are the same at each call, as in a loop. "spread" is from the 20 % to the 80 % quantile of the
-first and of the second half of the calls together. "x imm" is how many times as long as our fastest peer of the case. GB/s
-counts the bytes that the algorithm must move, whatever the peer moves. A ratio is the median of each round's: what slows the
-machine down for a while slows both down. "x copy" is that to a copy that moves as many bytes: 1 is the ceiling for work
-limited by memory. "of floor" is the share of the time that the slower of this copy and, for work that is products, one square
+the op's own tests. Cold buffers rotate, so that they come from memory and go there, as where other work lies between two calls:
+inputs, and outputs that were allocated before ("out="). Outputs that a peer allocates itself rotate on a GPU; on the CPU they
+lie where the allocator puts them. Warm buffers are the same at each call, as in a loop. "spread" is from the 20 % to the 80 %
+quantile of the first and of the second half of the calls together. "x imm" is how many times as long as our fastest peer of the
+case. GB/s counts the bytes that the algorithm must move, whatever the peer moves. A ratio is the median of each round's: what
+slows the machine down for a while slows both down. "x copy" is that to a copy that moves as many bytes: 1 is the ceiling for
+work limited by memory. "of floor" is the share of the time that the slower of this copy and, for work that is products, one
 product of as many flops takes. "error" is the largest difference from float64, relative to the largest number; a peer that is
-wrong is not timed. "peak" is inputs, what the peer keeps and the most that a step allocates, without the weights that were
-there before."""
+wrong is not timed, and a line without an error does a part of the work. "peak" is inputs, what the peer keeps and the most that
+a step allocates, without the weights that were there before."""
 
 _HEAD = f"""# Performance
 
@@ -43,19 +44,20 @@ def _markdown(lines: Iterable[Sequence[str]]) -> str:
 
 
 def _claims(of_op: Sequence[Sequence[Row]]) -> str:
-    """The published ratios of an op, one column per case; empty for an op without any."""
+    """The published ratios of an op, one line per case that they are about; empty for an op without any."""
     asked = getattr(load(of_op[0][0].op), "CLAIMS", ())
-    if not asked:
-        return ""
-    lines = [["ratio", "bound", *(f"{rows[0].shape}, {rows[0].cache}" for rows in of_op)]]
-    for claim in asked:
-        texts = []
-        for rows in of_op:
-            found = [ratio for about, ratio in ratios(rows, asked) if about == claim]
-            words = [f"{v:.2f}{'' if claim.holds(v) else ' (missed)'}" if v is not None else "not measured" for v in found]
-            texts.append("".join(words))
-        lines.append([f"{claim.slow} / {claim.fast}", claim.bound, *texts])
-    return _markdown(lines)
+    measured = [(rows[0], dict(ratios(rows, asked))) for rows in of_op]
+    shown = [claim for claim in asked if any(claim in found for _, found in measured)]
+    lines = [["mode", "shape", "dtype", "buffers", *(f"{claim.slow} / {claim.fast}, {claim.bound}" for claim in shown)]]
+    for row, found in measured:
+        if found:
+            texts = [_verdict(claim, found[claim]) if claim in found else "" for claim in shown]
+            lines.append([row.mode, row.shape, row.dtype, row.cache, *texts])
+    return _markdown(lines) if shown else ""
+
+
+def _verdict(claim: Claim, ratio: float | None) -> str:
+    return "not measured" if ratio is None else f"{ratio:.2f}{'' if claim.holds(ratio) else ' (missed)'}"
 
 
 def machine(e: dict[str, Any]) -> str:
@@ -76,7 +78,7 @@ def versions(e: dict[str, Any]) -> str:
 def section(folder: Path) -> str:
     """One results folder: the machine, then per op the published ratios and a table per case."""
     e = read_environment(folder)
-    parts = [f"## {machine(e)}", f"{versions(e)}."]
+    parts = [f"## {machine(e)}, commit {e['commit'][:10]}", f"{versions(e)}."]
     for of_op in grouped(read(folder / "rows.csv"), "op"):
         found = cases(of_op)
         if e["device"] == "cpu" and (text := _claims(found)):

@@ -1,6 +1,7 @@
 """An op's own tests, before its figures: a time says nothing while they fail.
 
-An op file names them as TESTS: file in tests/ -> what a test's name must contain, as one word or several ("" for all).
+An op file names them as TESTS, and what only a GPU runs as CUDA_TESTS: file in tests/ -> what a test's name must contain, as
+one word or several ("" for all).
 """
 
 from __future__ import annotations
@@ -12,10 +13,13 @@ import sys
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
+from types import ModuleType
+
+import torch
 
 Tests = Mapping[str, str]
 
-_SECONDS = 300
+_SECONDS = 900  # on a GPU, where kernels are compiled for the first time
 #: A pytest plugin: keeps the tests that are asked for, and writes one line per test that failed, and one of those that ran.
 _PLUGIN = """
 import json, os
@@ -44,6 +48,11 @@ def pytest_unconfigure(config):
 """
 
 
+def tests_of(module: ModuleType, device: torch.device) -> Tests:
+    """The tests of an op file on a device: TESTS, and on CUDA its CUDA_TESTS in their place and besides."""
+    return {**module.TESTS, **(module.CUDA_TESTS if device.type == "cuda" else {})}
+
+
 def refusals(asked: Mapping[str, Tests], root: Path) -> dict[str, str]:
     """Per op whose tests fail, are missing or cannot run, the reason; ops without an entry may be timed.
 
@@ -61,7 +70,8 @@ def refusals(asked: Mapping[str, Tests], root: Path) -> dict[str, str]:
         out = Path(folder) / "found.json"
         wanted = {name: "" if name in whole else text for name, text in words.items()}
         path = os.pathsep.join([folder, str(root / "python"), str(root), os.environ.get("PYTHONPATH", "")])
-        variables = {**os.environ, "PYTHONPATH": path, "IMM_GATE_TESTS": json.dumps(wanted), "IMM_GATE_OUT": str(out)}
+        inherited = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}  # within a test run
+        variables = {**inherited, "PYTHONPATH": path, "IMM_GATE_TESTS": json.dumps(wanted), "IMM_GATE_OUT": str(out)}
         command = [sys.executable, "-m", "pytest", "-p", "imm_gate", "-p", "no:cacheprovider", "-q", "--tb=no"]
         command += [str(root / "tests" / name) for name in files]
         try:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from imm.benchmark import environment, gate
-from imm.benchmark.case import COPY, MATMUL, Case, Peer, Step, load, operations
+from imm.benchmark.case import COPY, MATMUL, Case, Peer, Step, load, operations, product_shape
 from imm.benchmark.case import folder as bench_folder
 from imm.benchmark.memory import peak_bytes
 from imm.benchmark.rows import OK, TESTS, Row, append, claims, read, table, written
@@ -63,11 +63,11 @@ def copy_peer(case: Case, device: torch.device) -> Peer:
 
 
 def matmul_peer(case: Case, device: torch.device) -> Peer:
-    """One product of square matrices of the case's dtype, of random numbers, with as many flops as the case."""
+    """One product of the case's dtype, of random numbers, with as many flops as the case."""
 
     def prepare(*inputs: Any) -> Step:
-        n = max(1, round((case.flops / 2) ** (1 / 3)))
-        a, b = (torch.randn(n, n, dtype=torch.float32, device=device).to(case.dtype) for _ in range(2))
+        rows, side = product_shape(case.flops)
+        a, b = (torch.randn(n, side, dtype=torch.float32, device=device).to(case.dtype) for n in (rows, side))
         target = torch.empty_like(a)
         return lambda: (torch.mm(a, b, out=target),)
 
@@ -98,9 +98,11 @@ def refusal(case: Case, peer: str, found: tuple[float, ...]) -> str | None:
 
 
 def _prepared(peer: Peer, sets: list[tuple[Any, ...]], device: torch.device, row: Row) -> list[Step]:
-    """A peer's steps, one per set; none, with the reason in its row, where the peer does not run."""
+    """The steps of a peer or ceiling, one per set; none, with the reason in its row, where it does not run. Only of peers is
+    the memory measured."""
     try:
-        row.peak_bytes = peak_bytes(peer, sets[0], device)
+        if row.status != OK:
+            row.peak_bytes = peak_bytes(peer, sets[0], device)
         return [peer(*inputs) for inputs in sets]
     except Exception as error:  # a peer may fail in any way; the others are still measured
         row.status = _failure(error)
@@ -144,7 +146,7 @@ def _in_turns(clocks: dict[str, Clock], effort: Effort) -> dict[str, list[float]
 
 
 def measure(case: Case, device: torch.device, effort: Effort = FULL) -> list[Row]:
-    """One row per cache and peer, the ceilings first. A peer that fails or is wrong has a row that says so, without a time."""
+    """One row per cache and peer, the ceilings first. What fails or is wrong has a row that says so, without a time."""
     effort = Effort(0.0, case.rounds, case.rounds) if case.rounds else effort
     torch.manual_seed(0)
     torch.compiler.reset()  # a peer compiles for this shape, as in a program that uses one
@@ -154,10 +156,9 @@ def measure(case: Case, device: torch.device, effort: Effort = FULL) -> list[Row
     ceilings = {COPY: copy_peer(case, device), **case.ceilings}
     if case.products:
         ceilings[MATMUL] = matmul_peer(case, device)
-    prepared = [(Row.of(case, device, peer=name, status=OK), [c(*given) for given in sets]) for name, c in ceilings.items()]
-    for name, peer in case.peers.items():
-        row = Row.of(case, device, peer=name)
-        prepared.append((row, _prepared(peer, sets, device, row)))
+    named = [(Row.of(case, device, peer=name, status=OK), ceiling) for name, ceiling in ceilings.items()]
+    named += [(Row.of(case, device, peer=name), peer) for name, peer in case.peers.items()]
+    prepared = [(row, _prepared(one, sets, device, row)) for row, one in named]
     found: list[Row] = []
     for cache in case.caches:
         clocks: dict[str, Clock] = {}
@@ -169,7 +170,7 @@ def measure(case: Case, device: torch.device, effort: Effort = FULL) -> list[Row
         samples = _in_turns(clocks, effort)
         for row in found[-len(prepared) :]:
             if row.peer in samples:
-                row.timed(samples[row.peer], samples[COPY])
+                row.timed(samples[row.peer], samples.get(COPY, ()))
         if device.type == "cuda" and cache == case.caches[0] and not case.rounds:
             _beside(found[-len(prepared) :], {row.peer: steps for row, steps in prepared})
     return found
@@ -226,7 +227,8 @@ def run(
     recorded = environment.record(device)
     if out is not None:
         written(out)  # refuses a folder of other columns before the work
-    refused = gate.refusals({name: module.TESTS for name, module in modules.items()}, bench_folder().parent) if tests else {}
+    asked = {name: gate.tests_of(module, device) for name, module in modules.items()} if tests else {}
+    refused = gate.refusals(asked, bench_folder().parent) if tests else {}
     done = measured_before(out, recorded["commit"]) if resume else set()
     rows: list[Row] = []
     effort = QUICK if quick or device.type == "cuda" else FULL

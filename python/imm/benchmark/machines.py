@@ -157,7 +157,7 @@ MACHINES = {
 
 
 def ceilings(rows: Iterable[Row]) -> dict[str, float]:
-    """Rates of the ceilings that were timed with the peers: the medians of the large cold copies, and of the square products of
+    """Rates of the ceilings that were timed with the peers: the medians of the large cold copies, and of the products of
     each dtype. Vector units are given the rate of float32 products, for which torch uses them on the CPU, and by default on a
     GPU too."""
     copies: list[float] = []
@@ -183,7 +183,7 @@ def from_rows(rows: Sequence[Row], environment: Mapping[str, Any], source: str) 
         peak={},
         source="",
         reached=ceilings(rows),
-        measured=f"{source}: medians of the cold copies of {LARGE / 1e6:.0f} MB or more, and of the square products",
+        measured=f"{source}: medians of the cold copies of {LARGE / 1e6:.0f} MB or more, and of the products",
         l2=next(iter(known), None),
         device=environment["device"],
         threads=environment["threads"],

@@ -5,6 +5,8 @@ An op file calls these from a case's ``inputs``, through ``functools.cache``: a 
 
 from __future__ import annotations
 
+import math
+import re
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -38,14 +40,6 @@ def random_unet(device: torch.device) -> UNet:
     return made.to(device).eval().requires_grad_(False)
 
 
-@cache
-def parameters(name: str) -> int:
-    """How many numbers DiT-``name``/2, or the demo's network ("unet"), has; nothing is allocated."""
-    with torch.device("meta"):
-        made = UNet() if name == "unet" else DiT(name)
-    return sum(parameter.numel() for parameter in made.parameters())
-
-
 def random_convolutions(made: nn.Module) -> nn.Module:
     """The network with random weights of its layers' fan-in, norms and biases as they are; the same weights every time."""
     with torch.random.fork_rng(devices=[]):
@@ -58,18 +52,29 @@ def random_convolutions(made: nn.Module) -> nn.Module:
 
 @dataclass(frozen=True)
 class Work:
-    """A network's parameters; of one image's forward, the flops of its products and the elements, besides weights, that these
-    read and write."""
+    """What one image's forward costs a network.
+
+    parameters: its numbers. conditioning: those of them that only times and class pass through, of a DiT: a sampler needs them
+    once, however many steps it takes. flops: of its products. image: the numbers of an image, which it reads and writes.
+    """
 
     parameters: int
+    conditioning: int
     flops: int
-    elements: int
+    image: int
+
+    def bytes(self, rows: int, dtype: torch.dtype) -> int:
+        """What a forward of so many rows must move in a dtype: weights and images; what lies between may stay in a cache."""
+        return dtype.itemsize * (self.parameters + 2 * rows * self.image)
+
+
+_CONDITIONING = re.compile(r"adaLN_modulation|[tsy]_embedder")
 
 
 class _Products(TorchFunctionMode):
     def __init__(self) -> None:
         super().__init__()
-        self.flops = self.elements = 0
+        self.flops = 0
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -77,10 +82,8 @@ class _Products(TorchFunctionMode):
         out = func(*args, **(kwargs or {}))
         if func in (F.linear, F.conv2d):  # each output is a product with one row of the weights
             self.flops += 2 * out.numel() * args[1][0].numel()
-            self.elements += args[0].numel() + out.numel()
-        elif func is F.scaled_dot_product_attention:  # q, k, v and the result
+        elif func is F.scaled_dot_product_attention:
             self.flops += 4 * out.numel() * args[1].shape[-2]
-            self.elements += 4 * out.numel()
         return out
 
 
@@ -92,4 +95,13 @@ def work_of(made: nn.Module) -> Work:
     labels = torch.zeros(1, dtype=torch.int64, device=device) if flow_map.num_classes else None
     with torch.no_grad(), _Products() as counted:
         made(torch.zeros(1, *flow_map.image_shape, device=device), time, time, labels)
-    return Work(sum(p.numel() for p in made.parameters()), counted.flops, counted.elements)
+    conditioning = [p for name, p in made.named_parameters() if isinstance(made, DiT) and _CONDITIONING.search(name)]
+    total, of_conditioning = (sum(p.numel() for p in given) for given in (made.parameters(), conditioning))
+    return Work(total, of_conditioning, counted.flops, math.prod(flow_map.image_shape))
+
+
+@cache
+def cost_of(name: str) -> Work:
+    """What DiT-``name``/2, or the demo's network ("unet"), costs; nothing is allocated."""
+    with torch.device("meta"):
+        return work_of(UNet() if name == "unet" else DiT(name, fused=False))

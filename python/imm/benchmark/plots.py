@@ -341,7 +341,7 @@ def _throughput_figure(chosen: Sequence[list[Row]], look: dict[str, Look], folde
     key = ";  ".join(f"{letter}: {shape}" for shape, letter in letters.items())
     line, ceiling = ("dashed", "a plain copy of as many bytes")
     if products:
-        line, ceiling = ("dashed and dotted", "one product of square matrices of as many flops")
+        line, ceiling = ("dashed and dotted", "one product of as many flops")
     caption = (
         f"Higher is better, the {line} line is what this machine reached beside the peers with {ceiling}; bars run from the "
         "20 % to the 80 % quantile of the calls, and the letters above a panel name the cases, those of one size side by side."
@@ -399,7 +399,7 @@ def _rooflines(rows: Sequence[Row], look: dict[str, Look], folder: Path) -> list
             points = "full" if cache == "cold" else "hollow"
             axis.plot(bend, roof, label=f"roof with {cache} buffers ({points} points)", **style)
             heights += roof
-            product_text = f", square product {peak:,.0f} GFLOP/s" if peak else ""
+            product_text = f", product {peak:,.0f} GFLOP/s" if peak else ""
             lines.append(f"{cache}: copy {bandwidth:,.0f} GB/s{product_text}")
         axis.set_title("\n".join(lines), loc="left")
         for best in (best for best in chosen if dtype_of(best.peer, best.dtype) == dtype):
@@ -416,7 +416,7 @@ def _rooflines(rows: Sequence[Row], look: dict[str, Look], folder: Path) -> list
     _scale(axes, "y", heights)
     caption = (
         "A point on the slope runs at the speed of the fastest copy of this run and one on the flat part at that of its "
-        "fastest square product, full points with cold buffers under the full line, hollow ones with warm buffers under the "
+        "fastest product, full points with cold buffers under the full line, hollow ones with warm buffers under the "
         "dashed line; what is far below either is limited by something else, such as exponentials or calls."
     )
     return [_finish(figure, _file(folder, "roofline"), title, caption)]
@@ -458,9 +458,7 @@ def _latency_figure(
         xs, ys = [at(case[0]) for case in along], []
         least = [(at(row), row.median_us * 1e-3) for case in along if (row := floor(case)) is not None and row.median_us]
         if least:
-            axis.plot(
-                *zip(*least, strict=True), label="floor: slower of copy and square product", linewidth=1.8, **_LINES[COPY]
-            )
+            axis.plot(*zip(*least, strict=True), label="floor: slower of copy and product", linewidth=1.8, **_LINES[COPY])
             ys += [y for _, y in least]
         others = [row for case in along for row in case if _ceiling(row) and row.peer not in (COPY, MATMUL)]
         for bound in grouped([row for row in others if not row.peer.startswith(PART)], "peer"):
@@ -478,7 +476,7 @@ def _latency_figure(
         _scale([axis], "x", xs, span=1.5, ticks=True)
         _scale([axis], "y", ys, span=1.5)
     caption = (
-        "Lower is better, and the dashed line is the slower of a copy of as many bytes and a square product of as many flops, "
+        "Lower is better, and the dashed line is the slower of a copy of as many bytes and a product of as many flops, "
         "in the dtype of the panel and timed in the same run (a peer in 16 bits may pass below one in float32); bars run from "
         "the 20 % to the 80 % quantile of the calls."
     )

@@ -5,12 +5,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from statistics import median
 
 import torch
 
-from imm.benchmark.case import COPY, MATMUL, Case, load, operations
+from imm.benchmark.case import COPY, MATMUL, Case, load, operations, product_shape
 from imm.benchmark.docs import committed
 from imm.benchmark.environment import read as read_environment
 from imm.benchmark.machines import MEMORY, Machine, find, from_rows
@@ -50,10 +51,12 @@ def floor(machine: Machine, size: float, flops: float, unit: str) -> Floor | Non
 
 
 def case_floor(machine: Machine, case: Case) -> Floor | None:
-    """The floor of a case, for its peer of the fewest bits."""
-    own = str(case.dtype).removeprefix("torch.")
-    dtype = "bfloat16" if any(dtype_of(peer, own) == "bfloat16" for peer in case.peers) else own
-    return floor(machine, case.bytes, case.flops, unit(dtype, case.products))
+    """The floor of a case."""
+    return floor(machine, case.bytes, case.flops, unit(_words(case.arithmetic or case.dtype), case.products))
+
+
+def _words(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def _aligned(lines: Sequence[Sequence[str]], words: int) -> str:
@@ -69,7 +72,7 @@ def table(machine: Machine, cases: Iterable[Case]) -> str:
     """A line per case: op, mode, shape, dtype, bytes, flops, times and floor, and what is the bound."""
     lines = [["op", "mode", "shape", "dtype", "bytes", "flops", "memory", "arithmetic", "floor", "bound"]]
     for case in cases:
-        line = [case.op, case.mode, case.size, str(case.dtype).removeprefix("torch.")]
+        line = [case.op, case.mode, case.size, _words(case.dtype)]
         line += [f"{case.bytes / 1e6:.2f} MB", f"{case.flops / 1e9:.2f} GF" if case.flops else "-"]
         found = case_floor(machine, case)
         times = ("-", "-", "-", "a rate is not known")
@@ -83,7 +86,7 @@ def table(machine: Machine, cases: Iterable[Case]) -> str:
 
 @dataclass(frozen=True)
 class Compared:
-    """A measured row beside its prediction. kind: copy, square product or imm."""
+    """A measured row beside its prediction. kind: copy, product or imm."""
 
     kind: str
     row: Row
@@ -95,6 +98,18 @@ class Compared:
         return 1e6 * self.floor.seconds / (self.row.median_us or float("nan")) - 1
 
 
+@cache
+def _declared(op: str, device: str) -> dict[str, str]:
+    """By mode the dtype of an op's arithmetic, where its cases declare one."""
+    found = load(op).cases(torch.device(device), False) if op in operations() else ()
+    return {case.mode: _words(case.arithmetic) for case in found if case.arithmetic is not None}
+
+
+def _arithmetic(row: Row) -> str:
+    """The dtype that a peer computes in: what its case declares, or what its name says."""
+    return _declared(row.op, row.device).get(row.mode) or dtype_of(row.peer, row.dtype)
+
+
 def _subjects(rows: Sequence[Row], products: bool) -> list[tuple[str, Row, float, float, str]]:
     """Of one case and cache: kind, row, bytes, flops and unit of the two ceilings and of our fastest peer."""
     found: list[tuple[str, Row, float, float, str]] = []
@@ -102,19 +117,18 @@ def _subjects(rows: Sequence[Row], products: bool) -> list[tuple[str, Row, float
         if row.peer == COPY:
             found.append(("copy", row, row.bytes, 0.0, unit("float32", False)))
         elif row.peer == MATMUL:
-            side = round((row.flops / 2) ** (1 / 3))
-            size = 3 * side**2 * getattr(torch, row.dtype).itemsize
+            count, side = product_shape(row.flops)
+            size = (2 * count + side) * side * getattr(torch, row.dtype).itemsize
             # On a GPU torch multiplies float32 in full precision unless it is told otherwise: not in TF32.
             full = row.device == "cuda" and row.dtype == "float32"
-            found.append(("square product", row, size, row.flops, unit(row.dtype, not full)))
+            found.append(("product", row, size, row.flops, unit(row.dtype, not full)))
     if (best := fastest(row for row in rows if ours(row.peer))) is not None:
-        arithmetic = unit(dtype_of(best.peer, best.dtype), products)
-        found.append(("imm", best, best.bytes, best.flops, arithmetic))
+        found.append(("imm", best, best.bytes, best.flops, unit(_arithmetic(best), products)))
     return found
 
 
 def compare(rows: Sequence[Row], machines: Mapping[str, Machine]) -> tuple[list[Compared], int, int]:
-    """The copies, square products and fastest peers of ours among the rows, each beside what the op's machine predicts.
+    """The copies, products and fastest peers of ours among the rows, each beside what the op's machine predicts.
 
     Returns:
         Those, how many rows were left out because their buffers may have stayed in a cache, and how many because a rate is not
@@ -141,7 +155,7 @@ def compare(rows: Sequence[Row], machines: Mapping[str, Machine]) -> tuple[list[
 def summary(found: Sequence[Compared]) -> str:
     """The errors in a line: per kind how many, the median of their sizes and the largest."""
     texts = []
-    for kind in ("copy", "square product", "imm"):
+    for kind in ("copy", "product", "imm"):
         of_kind = [one for one in found if one.kind == kind]
         if of_kind:
             worst = max(of_kind, key=lambda one: abs(one.error))
@@ -158,7 +172,7 @@ def check(machine: Machine, folder: Path, ops: Sequence[str], *, source: bool) -
     machines, rule = dict.fromkeys(ops, machine), "rates: those above, which are not of these rows"
     if source:
         machines = {op: from_rows([row for row in rows if row.op != op], recorded, folder.name) for op in ops}
-        rule = "held out: each op is predicted with the copies and square products of the other ops, never with its own"
+        rule = "held out: each op is predicted with the copies and products of the other ops, never with its own"
     found, cached, unknown = compare([row for row in rows if row.op in ops], machines)
     lines = [["op", "mode", "shape", "dtype", "cache", "row", "bound", "measured", "predicted", "error"]]
     for one in found:
@@ -181,7 +195,7 @@ def report(op: str, name: str, *, quick: bool, say: Callable[[str], None] = prin
     ops = operations() if op == "all" else [op]
     modules = [load(one) for one in ops]
     say(machine.description)
-    say("  floor: the larger of bytes / memory and flops / the rate of the unit that does them (bfloat16 where a peer uses it)")
+    say("  floor: the larger of bytes / memory and flops / the rate of the unit that does them")
     if machine.l2 is not None:
         say("  in L2: all that the case moves fits there, so that warm buffers can be faster than the memory's time")
     say(table(machine, (case for module in modules for case in module.cases(torch.device(machine.device), quick))))

@@ -62,7 +62,7 @@ same work on the same machine. Peers whose names begin with imm are the engine's
 before, "as a user calls it" includes autograd. The others are plain torch, torch.compile and libraries."""
 _SUMMARY = """One line a case, with cold buffers where both kinds were measured: our fastest peer, how many times as long the
 fastest peer with torch.compile and the fastest of the other peers take, and the floor over our time. The floor is the slower of
-a copy of as many bytes and, for work made of products, one square product of as many flops, both timed in the same run; a way
+a copy of as many bytes and, for work made of products, one product of as many flops, both timed in the same run; a way
 that is faster than that gives more than 100 %. Green and red are more than 2 % apart. Every peer, with its error, is in the
 tables."""
 _LEGEND = """Ours are tinted. Grey lines are not compared with float64: ceilings, and what does a part of the work only."""
@@ -225,7 +225,7 @@ def _share(least: Row | None, best: Row) -> str:
     if least is None:
         return ""
     share = 100 * _ratio(least, best)
-    name = {COPY: "copy", MATMUL: "square product"}[least.peer]
+    name = {COPY: "copy", MATMUL: "product"}[least.peer]
     if dtype_of(best.peer, best.dtype) != least.dtype:
         name += f" in {least.dtype}"
     return _Markup(f'<td class="share" style="--share: {min(share, 100):.0f}%">{share:.0f} %<small>{escape(name)}</small></td>')

@@ -22,7 +22,9 @@ from imm.benchmark.case import folder as bench_folder
 from imm.benchmark.compare import Comparison, Results, compare, merged
 from imm.ops import native
 
-_MEASURING = tuple(f"python/imm/benchmark/{name}.py" for name in ("case", "harness", "memory", "networks", "steps", "timing"))
+_MEASURING = tuple(
+    f"python/imm/benchmark/{name}.py" for name in ("case", "harness", "losses", "memory", "networks", "steps", "timing")
+)
 
 
 def run(command: Sequence[str], folder: Path, changes: Mapping[str, str]) -> str:

@@ -69,15 +69,23 @@ class Row:
         return cls(op=case.op, mode=case.mode, shape=case.size, **known, **values)
 
     def timed(self, seconds: Sequence[float], copy: Sequence[float]) -> None:
-        """Fill in the times, from this peer's samples and those of the copy, round by round, in seconds."""
+        """Fill in the times, from this peer's samples and those of the copy (none where it failed), round by round, in seconds.
+
+        Rates are those of peers, which do the case's work, and of the ceiling that is made of it.
+        """
         ordered = torch.tensor(sorted(seconds), dtype=torch.float64)
         p20, median, p80 = (float(torch.quantile(ordered, q)) for q in (0.2, 0.5, 0.8))
         self.rounds = len(seconds)
         self.p20_us, self.median_us, self.p80_us = (round(1e6 * t, 3) for t in (p20, median, p80))
-        self.gb_per_s = round(self.bytes / median * 1e-9, 4)
         self.samples_us = " ".join(f"{1e6 * t:.5g}" for t in seconds)
-        self.ratio_to_copy = round(paired(seconds, copy), 4)
-        self.gflop_per_s = None if self.peer == COPY else round(self.flops / median * 1e-9, 4)
+        self.ratio_to_copy = round(paired(seconds, copy), 4) if copy else None
+        self.gb_per_s = round(self.bytes / median * 1e-9, 4) if self.whole or self.peer == COPY else None
+        self.gflop_per_s = round(self.flops / median * 1e-9, 4) if self.whole or self.peer == MATMUL else None
+
+    @property
+    def whole(self) -> bool:
+        """Whether it does the work of its case, as a peer does; a ceiling or a part is not compared with float64."""
+        return self.error is not None
 
     @property
     def samples(self) -> list[float]:
@@ -137,6 +145,10 @@ _PARSERS: dict[Any, Callable[[str], Any]] = {
 }
 
 
+#: What earlier commits called a peer: rows of theirs are still compared with.
+_EARLIER_NAMES = {"square product of as many flops": MATMUL}
+
+
 def read(path: Path) -> list[Row]:
     """The rows of a ``rows.csv``, a column that it lacks at its default; of rows with the same op, mode, shape, dtype, device,
     cache, peer and commit the last. Raises ValueError for another file."""
@@ -144,6 +156,8 @@ def read(path: Path) -> list[Row]:
         parse = lambda line: {f.name: _PARSERS[f.type](line[f.name]) for f in fields(Row) if f.name in line}
         try:
             rows = [Row(**parse(line)) for line in csv.DictReader(file)]
+            for row in rows:
+                row.peer = _EARLIER_NAMES.get(row.peer, row.peer)
         except (ValueError, TypeError) as error:
             raise ValueError(f"results: expected rows as imm bench writes them, got {path}: {error}") from error
     return list({(r.op, r.mode, r.shape, r.dtype, r.device, r.cache, r.peer, r.commit): r for r in rows}.values())
@@ -173,7 +187,7 @@ def fastest(rows: Iterable[Row]) -> Row | None:
 
 
 def floor(rows: Iterable[Row]) -> Row | None:
-    """Of one case, the slower of the copy and, where it was timed, the square product: what limits a peer of the same dtype.
+    """Of one case, the slower of the copy and, where it was timed, the product: what limits a peer of the same dtype.
     None where nothing was timed or the case's flops are not counted."""
     ceilings = [row for row in rows if row.peer in (COPY, MATMUL) and row.median_us is not None and row.flops]
     return max(ceilings, key=lambda row: row.median_us or 0.0, default=None)
@@ -192,9 +206,12 @@ def dtype_of(peer: str, dtype: str) -> str:
 
 
 def share_of_floor(row: Row, case: Iterable[Row]) -> float | None:
-    """Of a row's time, what the floor of its case takes; None without one, or where the peer computes in another dtype."""
+    """Of a row's time, what the floor of its case takes; None without one, or where the row is of a part of the work or in
+    another dtype."""
     least = floor(case)
-    if least is None or row.median_us is None or dtype_of(row.peer, row.dtype) != least.dtype:
+    if least is None or row.median_us is None or not (row.whole or row is least):
+        return None
+    if dtype_of(row.peer, row.dtype) != least.dtype:
         return None
     return paired(least.samples, row.samples)
 
@@ -212,12 +229,26 @@ def line(row: Row, case: Sequence[Row]) -> list[str]:
     share, best = share_of_floor(row, case), fastest(r for r in case if r.error is not None and ours(r.peer))
     low, high = interval(row.samples)
     texts = [row.peer, duration(row.median_us), f"{duration(low)} to {duration(high)}"]
-    texts += ["" if best is None else f"{paired(row.samples, best.samples):.2f}", f"{row.gb_per_s:.1f}"]
-    return [*texts, f"{row.ratio_to_copy:.2f}", "" if share is None else f"{share:.0%}", error, peak, beside]
+    texts.append("" if best is None else f"{paired(row.samples, best.samples):.2f}")
+    # Of what does a part of the work these would be figures of nothing.
+    texts.append(f"{row.gb_per_s:.1f}" if row.gb_per_s is not None and (row.whole or row.peer == COPY) else "")
+    beside_copy = row.ratio_to_copy is not None and (row.whole or row.peer in (COPY, MATMUL))
+    texts += [f"{row.ratio_to_copy:.2f}" if beside_copy else "", "" if share is None else f"{share:.0%}"]
+    return [*texts, error, peak, beside]
+
+
+def _about_time(row: Row) -> bool:
+    """Whether a row is of a call that was to be timed; of memory alone, its status says how much fits or is needed."""
+    return not row.status.startswith(f"{OK}: ")
 
 
 def cells(case: Sequence[Row]) -> list[list[str]]:
     """The rows of a case as text below a line of headings, without the columns that none of them has."""
+    if not any(_about_time(row) for row in case):
+        return [
+            ["peer", "memory", "peak"],
+            *([row.peer, row.status.removeprefix(f"{OK}: "), line(row, case)[8]] for row in case),
+        ]
     lines = [list(HEADINGS), *(line(row, case) for row in case)]
     kept = [i for i in range(len(HEADINGS)) if any(texts[i] for texts in lines[1:])]
     return [[texts[i] for i in kept] for texts in lines]
@@ -226,7 +257,8 @@ def cells(case: Sequence[Row]) -> list[list[str]]:
 def title(row: Row) -> str:
     """What the rows of a case share, in words."""
     where = f"{row.device}, {row.threads} threads" if row.device == "cpu" else row.device
-    return f"{row.op} {row.mode}, {row.shape}, {row.dtype}, {where}, {row.cache} buffers, {row.bytes / 1e6:.1f} MB compulsory"
+    words = f"{row.op} {row.mode}, {row.shape}, {row.dtype}, {where}"
+    return f"{words}, {row.cache} buffers, {row.bytes / 1e6:.1f} MB compulsory" if _about_time(row) else words
 
 
 def table(rows: Sequence[Row]) -> str:
@@ -246,7 +278,7 @@ def ratios(rows: Sequence[Row], asked: Sequence[Claim]) -> list[tuple[Claim, flo
     times = {row.peer: row.samples for row in rows}
     found: list[tuple[Claim, float | None]] = []
     for claim in asked:
-        if claim.slow in times and claim.fast in times and claim.concerns(rows[0].shape, rows[0].cache):
+        if claim.slow in times and claim.fast in times and claim.concerns(rows[0].mode, rows[0].shape, rows[0].cache):
             slow, fast = times[claim.slow], times[claim.fast]
             found.append((claim, paired(slow, fast) if slow and fast else None))
     return found

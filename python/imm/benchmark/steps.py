@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from imm.benchmark.case import Peer, Step
 from imm.benchmark.graphs import capture
+from imm.benchmark.losses import plain_mmd
 from imm.data import ImageData
 from imm.flow_map import FlowMap
 from imm.functional import flow_map_mmd_loss
@@ -91,16 +92,6 @@ class Draws(NamedTuple):
         times = objective.sample_times(len(x) // objective.particles, x.device)
         eps = torch.randn(x.shape, dtype=x.dtype, device=x.device) * objective.flow_map.sigma_data
         return cls(*times, eps, objective._drop_labels(labels, None))
-
-
-def plain_mmd(y_t: Tensor, y_r: Tensor, scale: Tensor) -> Tensor:
-    """Eq. 67 for the Laplace kernel with every difference in memory: y_t, y_r ``[G, M, D]``, scale ``[G]`` -> ``[G]``."""
-
-    def mean_kernel(x: Tensor, y: Tensor) -> Tensor:
-        distance = (x[:, :, None] - y[:, None]).square().sum(-1).clamp_min(1e-16).sqrt()  # [G, M, M]
-        return torch.exp(-scale[:, None, None] * distance / x.shape[2]).mean((1, 2))
-
-    return mean_kernel(y_t, y_t) + mean_kernel(y_r, y_r) - 2 * mean_kernel(y_t, y_r)
 
 
 def plain_losses(

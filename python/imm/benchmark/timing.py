@@ -1,12 +1,14 @@
 """The clocks. Each is made of a peer's steps, one per set of buffers, and gives seconds per step, one sample a call.
 
-Cold: the sets rotate, so that neither inputs nor outputs are in a cache, as where other work lies between two calls; on the CPU
-each call takes the set that no peer has touched for longest. Warm: one set, called again and again, as in a loop of calls. On
-CUDA a captured graph of many calls is replayed between two events, so that launches cost nothing.
+Cold: the sets rotate, so that neither inputs nor outputs that were allocated before are in a cache, as where other work lies
+between two calls; on the CPU each call takes the set that no peer has touched for longest, and outputs that a step makes lie
+where the allocator puts them. Warm: one set, called again and again, as in a loop of calls. On CUDA a captured graph of many
+calls is replayed between two events, so that launches cost nothing.
 """
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 import time
@@ -62,10 +64,31 @@ def clock(device: torch.device, steps: Sequence[Step], cache: str = "cold") -> C
     return _cold_cpu(steps) if cache == "cold" else _warm_cpu(steps[0])
 
 
+def captured(step: Step) -> Step:
+    """The step as a CUDA graph of its own: what a part of a longer graph takes."""
+    side, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(_WARM_UP):
+            step()
+    torch.cuda.current_stream().wait_stream(side)
+    with capture(graph):
+        outputs = step()
+    return functools.partial(_replayed, graph, outputs, step)
+
+
+def _replayed(graph: torch.cuda.CUDAGraph, outputs: tuple[Tensor, ...], kept: Step) -> tuple[Tensor, ...]:
+    """``kept``: the step, whose memory the graph reads."""
+    graph.replay()
+    return outputs
+
+
 def single_calls(device: torch.device, step: Step) -> Clock:
-    """The clock for a long step: one call to warm up, then one call a sample, nothing between."""
+    """The clock for a long step, or a latency: a call to warm up, on CUDA a few, then one call a sample, nothing between."""
     outputs = step()
     if device.type == "cuda":
+        for _ in range(_WARM_UP - 1):  # what captures itself does so at the second or third call
+            outputs = step()
         return Clock("events over one call", _between_events(step, 1), outputs)
 
     def sample() -> float:
@@ -128,16 +151,20 @@ def _cuda(steps: Sequence[Step], cache: str) -> Clock:
     torch.cuda.synchronize()
     try:
         graph = torch.cuda.CUDAGraph()
+        kept: list[tuple[Tensor, ...]] = []
         with capture(graph):
-            # Every output is kept, so that the steps write to different memory.
-            kept = [step() for step in steps]
+            for step in steps:
+                outputs = step()
+                if cache == "cold" or not kept:  # cold: all are kept, so that the steps write to different memory
+                    kept.append(outputs)
+                else:  # warm: one at a time, as in a loop of calls
+                    kept[0] = outputs
     except RuntimeError as error:
         torch.cuda.synchronize()
         reason = str(error).splitlines()[0][:80]
         return Clock(f"events over {sets}, no graph: {reason}", _between_events(_all(steps), len(steps)), steps[0]())
-    for outputs in kept:
-        for output in outputs:
-            output.zero_()  # what the check sees must come from a replay
+    for output in itertools.chain.from_iterable(kept):
+        output.zero_()  # what the check sees must come from a replay
     once = _between_events(graph.replay, len(steps))
     once()
     replays = max(1, math.ceil(_LEAST_SECONDS / max(once() * len(steps), _EVENT_SECONDS)))
