@@ -127,7 +127,7 @@ def test_refusals(pixels, tmp_path) -> None:
     assert "size: expected no such option beside --preset=cifar10" in refused("--preset", "cifar10", "--size", "S")
     assert "whose network is DDPMpp with width, dropout, got unet" in refused("--preset", "cifar10", "--network", "unet")
     latents = refused("--preset", "dit-s-2")
-    assert "data: expected images of 4 channels and 32x32 for the preset dit-s-2" in latents
+    assert "data: expected latents of 4 channels and 32x32 for the preset dit-s-2" in latents
     assert "got [3, 32, 32]" in latents
     smaller = refused("--preset", "cifar10", "--resolution", "16")
     assert "(--resolution=32 resizes), got [3, 16, 16]" in smaller

@@ -13,7 +13,7 @@ from imm.version import __version__
 _COMMANDS = {
     "demo": "Train on real digits from scratch, sample in 1-8 steps, score, report.",
     "train": "Train a network on images.",
-    "data": "Convert and measure data sets.",
+    "data": "Convert data sets, encode them as latents, measure them.",
     "sample": "Generate images from a checkpoint.",
     "eval": "Measure images against a reference, and compare what was measured.",
     "import": "Turn a published checkpoint (.pkl) into one of ours, without running what is in it.",

@@ -12,7 +12,7 @@ from click.core import ParameterSource
 
 from imm.cli import progress
 from imm.cli.options import device_line, pick_device, writable_folder
-from imm.data import ImageData, load
+from imm.data import ImageData, load, to_float
 from imm.objective import MAPPINGS, IMMObjective
 from imm.ops.mmd import KERNELS
 from imm.parametrizations import PARAMETRIZATIONS
@@ -33,7 +33,10 @@ OBJECTIVE_OPTIONS = {
 
 @click.command()
 @click.option(
-    "--data", required=True, metavar="PATH", help='"mnist5k", a folder of images, .zip, .npz, CIFAR-10, MNIST (docs/data.md).'
+    "--data",
+    required=True,
+    metavar="PATH",
+    help='"mnist5k", a folder of images, .zip, .npz (images or latents), CIFAR-10, MNIST (docs/data.md).',
 )
 @click.option("--outdir", required=True, metavar="DIR", help="Snapshots, state and stats.jsonl. A run found here is resumed.")
 @click.option("--resolution", type=click.IntRange(min=4), help="Resize to this side. [default: as they are; mnist5k: 16]")
@@ -96,7 +99,7 @@ def command(
 ) -> None:
     """Train a network on images. Stopped or killed at any moment, the same command goes on exactly where it was saved."""
     target = pick_device(device)
-    images = load(data, resolution)
+    images = load(data, resolution, latents=True)
     if preset is None:
         chosen = _from_options(options, images)
     else:
@@ -121,7 +124,11 @@ def command(
     )
     trainer = Trainer(objective, images, folder, config)
     count = sum(p.numel() for p in net.parameters())
-    click.echo(f"device: {device_line(target)}; data: {images.source}, {images.shape}, {images.num_classes} classes")
+    data_line = f"data: {images.source}, {images.shape}, {images.num_classes} classes"
+    if images.pixels.is_floating_point():  # in another scale they would train, badly
+        some = to_float(images.pixels[:: max(1, len(images) // 1000)])
+        data_line += f", standard deviation {some.std(correction=0):.2f} (expected near {flow_map.sigma_data:g})"
+    click.echo(f"device: {device_line(target)}; {data_line}")
     if preset is not None:
         click.echo(f"preset: {preset}; flow map: {flow_map.settings}; objective: {chosen.objective}")
     click.echo(f"network: {type(net).__name__}, {count:,} parameters; {precision}; steps: {steps}, batch {batch}")
@@ -169,9 +176,12 @@ def _check_fit(name: str, preset: Preset, images: ImageData) -> None:
     """Refuse data that the preset's network does not take, before it is made."""
     channels, side, classes = (preset.arguments[key] for key in ("channels", "resolution", "num_classes"))
     if images.shape != (channels, side, side):
+        what, remedy = "images", f"--resolution={side} resizes"
+        if preset.network == "DiT":
+            what, remedy = "latents", "imm data encode makes them from images"
         raise ValueError(
-            f"data: expected images of {channels} channels and {side}x{side} for the preset {name} "
-            f"(--resolution={side} resizes), got {list(images.shape)} ({images.source})"
+            f"data: expected {what} of {channels} channels and {side}x{side} for the preset {name} ({remedy}), "
+            f"got {list(images.shape)} ({images.source})"
         )
     if classes and not 0 < images.num_classes <= classes:
         raise ValueError(

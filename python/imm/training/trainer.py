@@ -77,7 +77,7 @@ class TrainConfig:
 
 
 class Trainer:
-    """Trains an objective's network on images in memory.
+    """Trains an objective's network on images or latents in memory.
 
     Args:
         objective: on the device to train on. data: whose classes fit the network's.
@@ -104,8 +104,13 @@ class Trainer:
             raise ValueError(f"data: expected images of {wanted} ({', '.join(_SHAPE)}), got {list(data.shape)} ({data.source})")
         if config.batch % objective.particles:
             raise ValueError(f"batch: expected a multiple of particles = {objective.particles}, got {config.batch}")
-        if data.pixels.is_floating_point() and not bool(torch.isfinite(data.pixels).all()):
-            raise ValueError(f"data: expected finite images, got NaN or infinity in {data.source}")
+        for values in (data.pixels, data.deviations):
+            if (
+                values is not None
+                and values.is_floating_point()
+                and not all(torch.isfinite(p).all() for p in values.split(1000))
+            ):
+                raise ValueError(f"data: expected finite images, got NaN or infinity in {data.source}")
         if flow_map.num_classes and (data.labels is None or data.num_classes > flow_map.num_classes):
             raise ValueError(
                 f"data: expected labels of at most {flow_map.num_classes} classes, got {data.num_classes} ({data.source})"
@@ -113,6 +118,7 @@ class Trainer:
         self.objective, self.config, self.outdir = objective, config, Path(outdir)
         self.device = parameter.device
         self._pixels = data.pixels.to(self.device)
+        self._deviations = None if data.deviations is None else data.deviations.to(self.device)
         labels = data.labels if flow_map.num_classes else None
         self._labels = None if labels is None else labels.to(self.device)
         self._settings = self._describe(data)
@@ -222,7 +228,10 @@ class Trainer:
         for group in self._optimizer.param_groups:
             group["lr"] = config.lr * min(1.0, (self.step + 1) / config.warmup) if config.warmup else config.lr
         labels = None if self._labels is None else self._labels[index]
-        return self.update(to_float(self._pixels[index]), labels)
+        images = to_float(self._pixels[index])
+        if self._deviations is not None:  # a new sample of the posterior at every step, as in the paper (section I.1)
+            images = torch.addcmul(images, to_float(self._deviations[index]), torch.randn_like(images))
+        return self.update(images, labels)
 
     def update(self, images: Tensor, labels: Tensor | None) -> tuple[dict[str, Tensor], Tensor]:
         """One optimizer step on a batch: loss, gradient, weights, average; random numbers are torch's default generators'.
