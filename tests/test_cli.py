@@ -171,6 +171,13 @@ def test_train_refusals(digits, tmp_path) -> None:
     assert "expected the settings of the run to resume" in refused(*base, "-k", "9")
 
 
+def test_train_is_refused_under_torchrun(digits, tmp_path, monkeypatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    arguments = ("train", "--data", digits, "--outdir", tmp_path / "run", "--steps", "2", *TRAIN)
+    assert "train: expected one process, got 2 (torchrun)" in refused(*arguments)
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_signal_stops_training_and_the_same_command_goes_on(digits, tmp_path) -> None:
     arguments = ["train", "--data", str(digits), "--outdir", str(tmp_path / "run"), *TRAIN]
     process = subprocess.Popen(

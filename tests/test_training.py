@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,6 +18,7 @@ from imm import FlowMap, IMMObjective, checkpoints
 from imm.data import ImageData
 from imm.networks import UNet
 from imm.training import EMA, TrainConfig, Trainer, TrainingError
+from imm.training.lock import LOCK_FILE
 from imm.training.trainer import STATE_FILE, STATS_FILE
 
 CONFIG = TrainConfig(batch=8, lr=1e-3, warmup=3, ema=0.9, log_every=2, snapshot_every=4, seed=3)
@@ -294,3 +296,50 @@ def test_killed_at_any_moment_it_resumes_exactly(tmp_path) -> None:
     trainer(tmp_path / "whole").run(max(30, step))
     subprocess.run([sys.executable, "-c", code, str(max(30, step))], check=True)
     assert_same_state(tmp_path / "whole", tmp_path / "killed")
+
+
+HOLD = """
+import sys, time
+from pathlib import Path
+from imm.training.lock import lock_folder
+lock = lock_folder(Path(sys.argv[1]))
+print("locked", flush=True)
+time.sleep(60)
+"""
+
+
+@pytest.mark.skipif(os.name != "posix", reason="folders are locked on POSIX systems")
+def test_one_process_writes_to_a_folder(tmp_path) -> None:
+    with subprocess.Popen([sys.executable, "-c", HOLD, str(tmp_path)], stdout=subprocess.PIPE, text=True) as other:
+        try:
+            assert other.stdout.readline() == "locked\n"
+            with pytest.raises(
+                ValueError, match=f"that no other run writes to, got {tmp_path}, where process {other.pid} does"
+            ):
+                trainer(tmp_path)
+            assert os.listdir(tmp_path) == [LOCK_FILE]
+        finally:
+            other.kill()  # which leaves no lock behind
+    first = trainer(tmp_path)
+    second = trainer(tmp_path)  # of the same process
+    locked = "from imm.training.lock import lock_folder; import pathlib, sys; lock_folder(pathlib.Path(sys.argv[1]))"
+
+    def free() -> bool:
+        return not subprocess.run([sys.executable, "-c", locked, str(tmp_path)], stderr=subprocess.DEVNULL).returncode
+
+    del first
+    assert not free()
+    second.close()
+    assert free()
+    third = trainer(tmp_path)
+    assert not free()
+    del third
+    assert free()
+
+
+def test_a_folder_made_anew_is_locked_anew(tmp_path) -> None:
+    first = trainer(tmp_path / "run")
+    shutil.rmtree(tmp_path / "run")
+    second = trainer(tmp_path / "run")
+    second.run(1)
+    assert second._lock is not first._lock or second._lock is None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
@@ -98,6 +99,9 @@ def command(
     **options: Any,
 ) -> None:
     """Train a network on images. Stopped or killed at any moment, the same command goes on exactly where it was saved."""
+    world = os.environ.get("WORLD_SIZE", "1")
+    if world != "1":
+        raise ValueError(f"train: expected one process, got {world} (torchrun); training runs on one device")
     target = pick_device(device)
     images = load(data, resolution, latents=True)
     if preset is None:

@@ -22,6 +22,7 @@ from imm.data import ImageData, digest, to_float
 from imm.flow_map import FlowMap
 from imm.objective import T_BINS, IMMObjective
 from imm.training.ema import EMA
+from imm.training.lock import lock_folder
 
 STATE_FILE = "training-state.safetensors"
 STATS_FILE = "stats.jsonl"
@@ -84,12 +85,13 @@ class Trainer:
         outdir: gets ``stats.jsonl``, ``training-state.safetensors`` and ``snapshot-STEP.safetensors``; made if absent.
         config: see :class:`TrainConfig`.
 
-    A state file in ``outdir`` is continued, by the same settings only. Each step seeds torch's default generators from
+    A state file in ``outdir`` is continued, by the same settings only. The folder is locked against other processes until
+    :meth:`close`, the end of the trainer, or of its process. Each step seeds torch's default generators from
     (seed, step).
 
     Raises:
         ValueError, CheckpointError: settings that do not fit each other, the data or the state found; a folder that cannot be
-            written to.
+            written to, or that another process writes to.
     """
 
     def __init__(self, objective: IMMObjective, data: ImageData, outdir: str | os.PathLike[str], config: TrainConfig) -> None:
@@ -135,11 +137,17 @@ class Trainer:
         self._permutation: tuple[int, Tensor] | None = None
         try:
             self.outdir.mkdir(parents=True, exist_ok=True)
+            self._lock = lock_folder(self.outdir)
         except OSError as error:
             raise ValueError(f"outdir: expected a folder that can be written to, got {outdir}: {error}") from error
         if (self.outdir / STATE_FILE).exists():
             self._load()
         self._trim_stats()
+
+    def close(self) -> None:
+        """Let other processes write to the folder; this trainer no longer may."""
+        if self._lock is not None:
+            self._lock.release()
 
     @property
     def ema_flow_map(self) -> FlowMap:
