@@ -106,6 +106,32 @@ def test_every_image_is_seen_once_an_epoch(tmp_path) -> None:
     assert not torch.equal(torch.cat(seen)[:50], torch.cat(seen)[50:100])
 
 
+@pytest.mark.parametrize(("precision", "batch_gpu"), [("fp32", 4), ("fp32", 12), ("fp16", 8), ("fp32", 100)])
+def test_a_batch_in_parts_has_the_gradient_of_the_whole(precision, batch_gpu, tmp_path) -> None:
+    """The same draws, weighted by the parts' sizes: equal to rounding where the network has no dropout."""
+    found = []
+    for name, size in (("whole", None), ("parts", batch_gpu)):
+        config = dataclasses.replace(CONFIG, batch=32, precision=precision, batch_gpu=size)
+        run = trainer(tmp_path / name, config, dropout=0.0)
+        run.run(3)  # until the last layer, 0 at first, lets gradients through
+        calls, forward = [], run.objective.forward
+        run.objective.forward = lambda x, *more, _f=forward, _c=calls, **options: _c.append(len(x)) or _f(x, *more, **options)
+        stats, norm = run._step()
+        assert calls == ([32] if size is None or size > 32 else [size] * (32 // size) + [32 % size] * bool(32 % size))
+        found.append((stats, norm, [p.grad for p in run._parameters]))
+    (stats, norm, gradients), (part_stats, part_norm, part_gradients) = found
+    tolerance = {"rtol": 1e-4, "atol": 1e-6} if precision == "fp32" else {"rtol": 5e-2, "atol": 1e-4}
+    torch.testing.assert_close(part_stats, stats, equal_nan=True, check_dtype=False, **tolerance)
+    torch.testing.assert_close(part_norm, norm, **tolerance)
+    torch.testing.assert_close(part_gradients, gradients, **tolerance)
+    assert float(norm) > 0
+
+
+def test_the_size_of_the_parts_may_change_on_the_way(tmp_path) -> None:
+    trainer(tmp_path).run(2)
+    trainer(tmp_path, dataclasses.replace(CONFIG, batch_gpu=4)).run(3)
+
+
 def test_ema_follows_the_rule(tmp_path) -> None:
     live = torch.nn.Linear(2, 2)
     live.register_buffer("count", torch.zeros(1))
@@ -237,6 +263,8 @@ def test_a_broken_state_is_refused(tmp_path) -> None:
     ("change", "text"),
     [
         ({"batch": 6}, "batch: expected a multiple of particles = 4, got 6"),
+        ({"batch_gpu": 6}, "batch_gpu: expected a multiple of particles = 4, got 6"),
+        ({"batch_gpu": 0}, "batch_gpu: expected at least 1, got 0"),
         ({"lr": 0.0}, "lr: expected a positive rate"),
         ({"optimizer": "sgd"}, r"unknown optimizer 'sgd'; expected one of \['adamw', 'radam'\]"),
         ({"precision": "int8"}, "unknown precision"),

@@ -44,6 +44,11 @@ OBJECTIVE_OPTIONS = {
 @click.option("--steps", default=10000, show_default=True, type=click.IntRange(min=1), help="Steps in all.")
 @click.option("--minutes", type=click.FloatRange(min=0), help="Stop after this long; run again to go on.")
 @click.option("--batch", default=64, show_default=True, type=click.IntRange(min=1), help="Images a step.")
+@click.option(
+    "--batch-gpu",
+    type=click.IntRange(min=1),
+    help="Images at a time, for less memory; the batch's gradient is summed. [default: all]",
+)
 @click.option("--lr", default=1e-4, show_default=True, type=float, help="Learning rate.")
 @click.option("--warmup", default=0, show_default=True, type=click.IntRange(min=0), help="Steps of linear growth of it.")
 @click.option("--optimizer", default="adamw", show_default=True, type=click.Choice(list(OPTIMIZERS)))
@@ -86,6 +91,7 @@ def command(
     steps: int,
     minutes: float | None,
     batch: int,
+    batch_gpu: int | None,
     lr: float,
     warmup: int,
     optimizer: str,
@@ -117,6 +123,7 @@ def command(
     objective = IMMObjective(flow_map.to(target), **chosen.objective)
     config = TrainConfig(
         batch=batch,
+        batch_gpu=batch_gpu,
         optimizer=optimizer,
         lr=lr,
         warmup=warmup,

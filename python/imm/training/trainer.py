@@ -20,7 +20,7 @@ from imm import checkpoints
 from imm.checkpoints.format import build, describe, load_state
 from imm.data import ImageData, digest, to_float
 from imm.flow_map import FlowMap
-from imm.objective import T_BINS, IMMObjective
+from imm.objective import T_BINS, Draws, IMMObjective
 from imm.training.ema import EMA
 from imm.training.lock import lock_folder
 
@@ -50,6 +50,8 @@ class TrainConfig:
         precision: "fp32", "bf16" or "fp16" (autocast; fp16 with a loss scale). The target branch always runs in float32.
         seed: of data order, times, noise and dropout.
         log_every, snapshot_every: how often a row of statistics and the state are written.
+        batch_gpu: images that are on their way at a time, a multiple of particles; None for all. Times, noise and label dropout
+            are those of the whole batch, and so, to rounding, is the gradient; only a network's dropout is drawn anew a part.
     """
 
     batch: int = 64
@@ -63,6 +65,7 @@ class TrainConfig:
     seed: int = 0
     log_every: int = 50
     snapshot_every: int = 500
+    batch_gpu: int | None = None
 
     def __post_init__(self) -> None:
         for name, value, known in (
@@ -73,6 +76,8 @@ class TrainConfig:
                 raise ValueError(f"unknown {name} {value!r}; expected one of {list(known)}")
         if min(self.batch, self.log_every, self.snapshot_every) < 1 or self.warmup < 0:
             raise ValueError("batch, log_every and snapshot_every: expected at least 1; warmup: expected at least 0")
+        if self.batch_gpu is not None and self.batch_gpu < 1:
+            raise ValueError(f"batch_gpu: expected at least 1, got {self.batch_gpu}")
         if not self.lr > 0:
             raise ValueError(f"lr: expected a positive rate, got {self.lr}")
 
@@ -104,8 +109,9 @@ class Trainer:
         wanted = [getattr(flow_map.network, name, size) for name, size in zip(_SHAPE, data.shape, strict=False)]
         if wanted != list(data.shape[:2]):
             raise ValueError(f"data: expected images of {wanted} ({', '.join(_SHAPE)}), got {list(data.shape)} ({data.source})")
-        if config.batch % objective.particles:
-            raise ValueError(f"batch: expected a multiple of particles = {objective.particles}, got {config.batch}")
+        for name, images in (("batch", config.batch), ("batch_gpu", config.batch_gpu or 0)):
+            if images % objective.particles:
+                raise ValueError(f"{name}: expected a multiple of particles = {objective.particles}, got {images}")
         for values in (data.pixels, data.deviations):
             if (
                 values is not None
@@ -251,18 +257,37 @@ class Trainer:
             The objective's statistics, and the norm of the gradient, which stays in the parameters until the next call.
         """
         self._optimizer.zero_grad(set_to_none=True)  # before the forward, whose memory grows towards its end
-        dtype = PRECISIONS[self.config.precision]
-        cast = torch.autocast(self.device.type, dtype) if dtype is not None else contextlib.nullcontext()
-        with cast:
-            grad_scale = self._scaler.scale(torch.ones((), device=self.device)) if self._scaler.is_enabled() else None
-            loss, stats = self.objective(images, labels, grad_scale=grad_scale)
-        self._scaler.scale(loss).backward()
+        size = self.config.batch_gpu
+        if size is None or size >= len(images):
+            stats = self._accumulate(images, labels, None, 1.0)
+        else:
+            particles = self.objective.particles
+            draws = self.objective.draw(images, labels)
+            parts = []
+            for start in range(0, len(images), size):
+                part = slice(start, start + size)
+                share = len(images[part]) / len(images)
+                some = draws.part(start // particles, (start + size) // particles)
+                parts.append((share, self._accumulate(images[part], None if labels is None else labels[part], some, share)))
+            stats = _combined(parts)
         self._scaler.unscale_(self._optimizer)
         norm = torch.nn.utils.get_total_norm([p.grad for p in self._parameters if p.grad is not None])
         self._scaler.step(self._optimizer)
         self._scaler.update()
         self.ema.update(self.objective.flow_map.network)
         return stats, norm
+
+    def _accumulate(self, images: Tensor, labels: Tensor | None, draws: Draws | None, share: float) -> dict[str, Tensor]:
+        """Add ``share`` times the gradient of the images' loss; the objective's statistics."""
+        dtype = PRECISIONS[self.config.precision]
+        cast = torch.autocast(self.device.type, dtype) if dtype is not None else contextlib.nullcontext()
+        with cast:
+            grad_scale = None
+            if self._scaler.is_enabled() or share != 1.0:
+                grad_scale = self._scaler.scale(torch.full((), share, device=self.device))
+            loss, stats = self.objective(images, labels, grad_scale=grad_scale, draws=draws)
+        self._scaler.scale(loss if share == 1.0 else loss * share).backward()
+        return stats
 
     def _indices(self) -> Tensor:
         """The images of this step: positions step * batch, ... of the endless sequence of the epochs' permutations."""
@@ -303,7 +328,8 @@ class Trainer:
 
     def _describe(self, data: ImageData) -> dict[str, Any]:
         config = dataclasses.asdict(self.config)
-        del config["log_every"], config["snapshot_every"]  # they do not change the result
+        for name in ("log_every", "snapshot_every", "batch_gpu"):  # they do not change the result, or as rounding does
+            del config[name]
         config["betas"] = list(config["betas"])
         names = ("particles", "kernel", "estimator", "mapping_kind", "k", "a", "b", "min_gap", "label_dropout", "target_labels")
         objective = {n: getattr(self.objective, n) for n in (*names, "share_dropout", "eps")}
@@ -392,6 +418,16 @@ class _Window:
             "images_per_second": batch * self.count / seconds,
             "seconds": seconds,
         }
+
+
+def _combined(parts: list[tuple[float, dict[str, Tensor]]]) -> dict[str, Tensor]:
+    """The statistics of a batch from those of its parts, each with its share of the batch."""
+    out = {name: torch.stack([share * stats[name] for share, stats in parts]).sum(0) for name in ("loss", "gap", "at_s")}
+    for name in ("t_bin_count", "nonfinite"):
+        out[name] = torch.stack([stats[name] for _, stats in parts]).sum(0)
+    sums = [torch.where(stats["t_bin_count"] > 0, stats["t_bin_loss"] * stats["t_bin_count"], 0.0) for _, stats in parts]
+    out["t_bin_loss"] = torch.stack(sums).sum(0) / out["t_bin_count"]
+    return out
 
 
 def _mix(seed: int, step: int) -> int:
