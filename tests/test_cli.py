@@ -152,6 +152,7 @@ def test_train_snapshots_and_resume(digits, tmp_path) -> None:
             "simple_edm",
         ],
         ["--optimizer", "radam", "--dropout", "0.2", "--particles", "2", "-k", "10", "-b", "5"],
+        ["--xflip", "--batch-gpu", "4"],
     ],
     ids=lambda o: o[1],
 )

@@ -132,6 +132,23 @@ def test_the_size_of_the_parts_may_change_on_the_way(tmp_path) -> None:
     trainer(tmp_path, dataclasses.replace(CONFIG, batch_gpu=4)).run(3)
 
 
+def test_xflip_shows_every_image_twice_an_epoch_once_mirrored(tmp_path) -> None:
+    pixels = torch.arange(12 * 64).remainder(251).to(torch.uint8).reshape(12, 1, 8, 8)
+    found = ImageData(pixels, torch.arange(12) % 3, 3, "made up")
+    run = trainer(tmp_path, dataclasses.replace(CONFIG, batch=12, xflip=True), found)
+    seen, update = [], run.update
+    run.update = lambda x, labels: seen.extend(zip(x, labels, strict=True)) or update(x, labels)
+    run.run(2)
+
+    def key(image, label) -> tuple:
+        return (*image.flatten().tolist(), int(label))
+
+    expected = [key(x, y) for images in (found.images, found.images.flip(3)) for x, y in zip(images, found.labels, strict=True)]
+    assert sorted(key(*pair) for pair in seen) == sorted(expected)
+    with pytest.raises(ValueError, match="xflip: expected images, a mirrored latent"):
+        trainer(tmp_path / "latents", dataclasses.replace(CONFIG, xflip=True))
+
+
 def test_ema_follows_the_rule(tmp_path) -> None:
     live = torch.nn.Linear(2, 2)
     live.register_buffer("count", torch.zeros(1))
@@ -217,6 +234,14 @@ def test_a_run_cannot_go_back(tmp_path) -> None:
 def test_the_same_data_under_another_name_resumes(tmp_path) -> None:
     trainer(tmp_path).run(2)
     trainer(tmp_path, data=dataclasses.replace(images(), source="moved")).run(3)
+
+
+def test_a_state_from_before_xflip_resumes(tmp_path) -> None:
+    trainer(tmp_path).run(2)
+    tensors, settings = state(tmp_path)
+    del settings["settings"]["config"]["xflip"], settings["format_version"]
+    checkpoints.write_file(tmp_path / STATE_FILE, tensors, settings)
+    assert trainer(tmp_path).resumed_from == 2
 
 
 def test_a_foreign_stats_file_is_not_touched(tmp_path) -> None:

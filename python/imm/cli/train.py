@@ -54,6 +54,7 @@ OBJECTIVE_OPTIONS = {
 @click.option("--optimizer", default="adamw", show_default=True, type=click.Choice(list(OPTIMIZERS)))
 @click.option("--ema", default=0.9999, show_default=True, type=float, help="Beta of the moving average.")
 @click.option("--precision", default="fp32", show_default=True, type=click.Choice(list(PRECISIONS)))
+@click.option("--xflip/--no-xflip", default=False, show_default=True, help="Also train on mirrored images (not latents).")
 @click.option("--seed", default=0, show_default=True, type=click.IntRange(0, 2**63 - 1))
 @click.option("--snap", default=500, show_default=True, type=click.IntRange(min=1), help="Steps between saved states.")
 @click.option("--tick", default=50, show_default=True, type=click.IntRange(min=1), help="Steps between rows of stats.jsonl.")
@@ -97,6 +98,7 @@ def command(
     optimizer: str,
     ema: float,
     precision: str,
+    xflip: bool,
     seed: int,
     snap: int,
     tick: int,
@@ -129,6 +131,7 @@ def command(
         warmup=warmup,
         ema=ema,
         precision=precision,
+        xflip=xflip,
         seed=seed,
         log_every=tick,
         snapshot_every=snap,

@@ -52,6 +52,7 @@ class TrainConfig:
         log_every, snapshot_every: how often a row of statistics and the state are written.
         batch_gpu: images that are on their way at a time, a multiple of particles; None for all. Times, noise and label dropout
             are those of the whole batch, and so, to rounding, is the gradient; only a network's dropout is drawn anew a part.
+        xflip: an epoch has every image twice, as it is and mirrored left to right. Not for latents.
     """
 
     batch: int = 64
@@ -66,6 +67,7 @@ class TrainConfig:
     log_every: int = 50
     snapshot_every: int = 500
     batch_gpu: int | None = None
+    xflip: bool = False
 
     def __post_init__(self) -> None:
         for name, value, known in (
@@ -123,6 +125,8 @@ class Trainer:
             raise ValueError(
                 f"data: expected labels of at most {flow_map.num_classes} classes, got {data.num_classes} ({data.source})"
             )
+        if config.xflip and data.pixels.is_floating_point():
+            raise ValueError(f"xflip: expected images, a mirrored latent is no mirrored image's, got {data.source}")
         self.objective, self.config, self.outdir = objective, config, Path(outdir)
         self.device = parameter.device
         self._pixels = data.pixels.to(self.device)
@@ -241,8 +245,11 @@ class Trainer:
         index = self._indices()
         for group in self._optimizer.param_groups:
             group["lr"] = config.lr * min(1.0, (self.step + 1) / config.warmup) if config.warmup else config.lr
+        index, mirrored = index % len(self._pixels), index >= len(self._pixels)
         labels = None if self._labels is None else self._labels[index]
         images = to_float(self._pixels[index])
+        if config.xflip:
+            images = torch.where(mirrored[:, None, None, None], images.flip(3), images)
         if self._deviations is not None:  # a new sample of the posterior at every step, as in the paper (section I.1)
             images = torch.addcmul(images, to_float(self._deviations[index]), torch.randn_like(images))
         return self.update(images, labels)
@@ -290,8 +297,11 @@ class Trainer:
         return stats
 
     def _indices(self) -> Tensor:
-        """The images of this step: positions step * batch, ... of the endless sequence of the epochs' permutations."""
-        count = len(self._pixels)
+        """The images of this step: positions step * batch, ... of the endless sequence of the epochs' permutations.
+
+        Numbers from the count of images on are mirrored images.
+        """
+        count = len(self._pixels) * (2 if self.config.xflip else 1)
         position = self.step * self.config.batch
         parts, left = [], self.config.batch
         while left:
@@ -343,7 +353,10 @@ class Trainer:
     def _load(self) -> None:
         path = self.outdir / STATE_FILE
         tensors, settings = checkpoints.read_file(path, "training")
-        differing = [d for d in _differences(settings.get("settings"), self._settings) if not d.startswith("data.source ")]
+        kept = settings.get("settings")
+        if isinstance(kept, dict) and isinstance(kept.get("config"), dict):
+            kept["config"].setdefault("xflip", False)  # of runs from before there was this setting
+        differing = [d for d in _differences(kept, self._settings) if not d.startswith("data.source ")]
         if differing:
             raise checkpoints.CheckpointError(
                 f"{path}: expected the settings of the run to resume, got others: {'; '.join(differing[:4])}"
