@@ -162,6 +162,22 @@ def test_train_options(options, digits, tmp_path) -> None:
     assert isinstance(flow_map.network, DiT if "dit" in options else UNet)
 
 
+def test_train_with_checkpointing_gives_the_same(digits, tmp_path, monkeypatch) -> None:
+    from imm.networks import dit
+
+    calls, own = [], dit.checkpoint
+    monkeypatch.setattr(dit, "checkpoint", lambda *args, **options: calls.append(1) or own(*args, **options))
+    options = ("train", "--data", digits, "--steps", "2", "--batch", "8", "--network", "dit", "--patch", "4", "--outdir")
+    call(*options, tmp_path / "plain")
+    assert not calls
+    call(*options, tmp_path / "less", "--checkpointing")
+    assert calls
+    names = [tmp_path / name / "snapshot-0000002.safetensors" for name in ("plain", "less")]
+    assert names[0].read_bytes() == names[1].read_bytes()
+    refusal = refused("train", "--data", digits, "--outdir", tmp_path / "unet", "--checkpointing")
+    assert "checkpointing: expected a network that has it, got UNet" in refusal
+
+
 def test_train_refusals(digits, tmp_path) -> None:
     base = ("train", "--data", digits, "--outdir", tmp_path / "run", "--steps", "2", *TRAIN)
     assert "multiple of particles = 4, got 6" in refused(*base, "--batch", "6")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 from collections.abc import Mapping
 from dataclasses import replace
@@ -14,6 +15,7 @@ from click.core import ParameterSource
 from imm.cli import progress
 from imm.cli.options import device_line, pick_device, writable_folder
 from imm.data import ImageData, load, to_float
+from imm.networks import NETWORKS
 from imm.objective import MAPPINGS, IMMObjective
 from imm.ops.mmd import KERNELS
 from imm.parametrizations import PARAMETRIZATIONS
@@ -82,6 +84,7 @@ OBJECTIVE_OPTIONS = {
 @click.option("-b", "b", default=4.0, show_default=True, type=float, help="Shift of the weighting.")
 @click.option("--min-gap", type=float, help="Smallest t - r, such as 1e-4 in half precision. [default: none]")
 @click.option("--label-dropout", default=0.1, show_default=True, type=click.FloatRange(0, 1))
+@click.option("--checkpointing", is_flag=True, help="DiT, DDPM++: compute blocks again in the backward, for less memory.")
 @click.option("--device", default="auto", show_default=True)
 @click.pass_context
 def command(
@@ -103,6 +106,7 @@ def command(
     snap: int,
     tick: int,
     preset: str | None,
+    checkpointing: bool,
     device: str,
     **options: Any,
 ) -> None:
@@ -118,10 +122,14 @@ def command(
         given = {name for name in options if context.get_parameter_source(name) is not ParameterSource.DEFAULT}
         chosen = _changed(preset, {name: options[name] for name in given})
         _check_fit(preset, chosen, images)
+    if checkpointing and "checkpointing" not in inspect.signature(NETWORKS[chosen.network]).parameters:
+        raise ValueError(f"checkpointing: expected a network that has it, got {chosen.network}")
     folder = writable_folder(outdir)
     torch.manual_seed(seed)
     flow_map = chosen.build()
     net = flow_map.network
+    if checkpointing:
+        net.checkpointing = True  # type: ignore[assignment]
     objective = IMMObjective(flow_map.to(target), **chosen.objective)
     config = TrainConfig(
         batch=batch,
