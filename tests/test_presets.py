@@ -12,6 +12,7 @@ from imm import IMMObjective, Sampler, checkpoints, presets
 from imm.cli import main
 from imm.networks import DDPMpp, DiT
 from imm.presets import PRESETS
+from imm.training import TrainConfig
 
 SIZES = [f"dit-{size}-{patch}" for size in ("s", "b", "l", "xl") for patch in (2, 4, 8)]
 
@@ -64,6 +65,19 @@ def test_settings_of_the_paper() -> None:
     np.testing.assert_allclose(Sampler(network, **cifar.sampling).times, [0.994, 1.4 / 2.4, 0.006])
 
 
+def test_training_of_the_paper() -> None:
+    """Table 5; TF32 is the default of section I.6, half precision the best network's (table 8)."""
+    for name, preset in PRESETS.items():
+        config = TrainConfig(**preset.training)
+        cifar = name == "cifar10"
+        assert (config.batch, config.lr, config.betas, config.weight_decay) == (4096, 1e-4, (0.9, 0.999), 0.0)
+        assert (config.ema, config.warmup) == (0.9999, 0)
+        assert config.optimizer == ("radam" if cifar else "adamw")
+        assert config.precision == ("fp16" if name == "imagenet256-ts-a2" else "tf32")
+        assert config.xflip is cifar
+        assert preset.steps == (400_000 if cifar else 1_200_000)
+
+
 def call(*arguments: str, ok: bool = True) -> str:
     result = CliRunner().invoke(main, [str(a) for a in arguments])
     assert (result.exit_code == 0) is ok, result.output
@@ -103,6 +117,36 @@ def test_train_with_a_preset(pixels, tmp_path) -> None:
     objective = settings["settings"]["objective"]
     assert (objective["particles"], objective["k"], objective["a"], objective["b"]) == (2, 15, 1, 4.0)
     call("sample", "--net", tmp_path / "run" / "snapshot-0000001.safetensors", "--seeds", "0", "--outdir", tmp_path / "samples")
+
+
+def test_train_takes_the_training_settings_of_a_preset(pixels, tmp_path, monkeypatch) -> None:
+    asked: list[int] = []
+    monkeypatch.setattr("imm.cli.progress.run", lambda trainer, steps, seconds: asked.append(steps) or trainer.save())
+    base = ("train", "--data", pixels, "--preset", "cifar10", "--width", "8", "--outdir")
+    output = call(*base, tmp_path / "all")
+    assert "'optimizer': 'radam'" in output
+    assert "tf32; steps: 400000, batch 4096" in output
+    call(
+        *base,
+        tmp_path / "some",
+        "--batch",
+        "64",
+        "--steps",
+        "10000",
+        "--no-xflip",
+        "--precision",
+        "fp32",
+        "--optimizer",
+        "adamw",
+    )
+    assert asked == [400_000, 10_000]
+
+    def config(name: str) -> dict:
+        return checkpoints.read_file(tmp_path / name / "training-state.safetensors", "training")[1]["settings"]["config"]
+
+    paper = {**PRESETS["cifar10"].training, "betas": [0.9, 0.999], "warmup": 0, "seed": 0}
+    assert config("all") == paper
+    assert config("some") == {**paper, "batch": 64, "xflip": False, "precision": "fp32", "optimizer": "adamw"}
 
 
 def test_an_option_equal_to_its_default_wins_too(pixels, tmp_path) -> None:

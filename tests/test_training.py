@@ -47,7 +47,7 @@ def assert_same_state(one, other) -> None:
 
 
 @pytest.mark.parametrize(
-    ("optimizer", "precision"), [("adamw", "fp32"), ("adamw", "bf16"), ("adamw", "fp16"), ("radam", "fp32")]
+    ("optimizer", "precision"), [("adamw", "fp32"), ("adamw", "tf32"), ("adamw", "bf16"), ("adamw", "fp16"), ("radam", "fp32")]
 )
 def test_a_resumed_run_equals_an_unbroken_one_bit_for_bit(optimizer, precision, tmp_path) -> None:
     config = dataclasses.replace(CONFIG, optimizer=optimizer, precision=precision)
@@ -75,6 +75,18 @@ def test_a_resumed_state_lies_in_memory_as_the_weights_do(tmp_path) -> None:
         moments = [value for value in resumed._optimizer.state[parameter].values() if value.shape == parameter.shape]
         assert len(moments) == 2
         assert all(moment.stride() == parameter.stride() for moment in moments)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "tf32"])
+def test_the_backends_settings_hold_within_a_run_only(precision, tmp_path) -> None:
+    def now() -> tuple[bool, ...]:
+        cudnn = torch.backends.cudnn
+        return cudnn.deterministic, cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32
+
+    before, seen = now(), []
+    trainer(tmp_path, dataclasses.replace(CONFIG, precision=precision)).run(1, on_step=lambda step: seen.append(now()))
+    assert seen == [(True, precision == "tf32", precision == "tf32")]
+    assert now() == before
 
 
 def test_training_changes_the_network_and_the_rows_say_so(tmp_path) -> None:

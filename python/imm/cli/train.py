@@ -27,6 +27,8 @@ from imm.training.trainer import OPTIMIZERS, PRECISIONS
 #: Options of each network, under its constructor's names.
 NETWORK_OPTIONS = {"UNet": ("width", "dropout"), "DDPMpp": ("width", "dropout"), "DiT": ("size", "patch")}
 FLOW_MAP_OPTIONS = ("schedule", "parametrization", "second_time", "t_min", "t_max")
+#: Options that are settings of :class:`imm.training.TrainConfig`.
+TRAINING_OPTIONS = ("batch", "batch_gpu", "lr", "warmup", "optimizer", "ema", "precision", "xflip", "seed")
 #: Option -> argument of :class:`imm.IMMObjective`.
 OBJECTIVE_OPTIONS = {
     **{name: name for name in ("particles", "kernel", "k", "a", "b", "min_gap", "label_dropout")},
@@ -64,7 +66,8 @@ OBJECTIVE_OPTIONS = {
     "--preset",
     type=click.Choice(list(PRESETS)),
     metavar="NAME",
-    help=f"Network, flow map and objective of the paper; options given beside it win. One of {', '.join(PRESETS)}.",
+    help="The paper's network, flow map, objective, steps, batch, lr, optimizer, ema, precision, xflip; options given beside "
+    f"it win. One of {', '.join(PRESETS)}.",
 )
 @click.option("--network", default="unet", show_default=True, type=click.Choice(["unet", "dit"]))
 @click.option("--width", default=16, show_default=True, type=int, help="U-Net, DDPM++: channels of the first layer.")
@@ -94,15 +97,6 @@ def command(
     resolution: int | None,
     steps: int,
     minutes: float | None,
-    batch: int,
-    batch_gpu: int | None,
-    lr: float,
-    warmup: int,
-    optimizer: str,
-    ema: float,
-    precision: str,
-    xflip: bool,
-    seed: int,
     snap: int,
     tick: int,
     preset: str | None,
@@ -116,34 +110,26 @@ def command(
         raise ValueError(f"train: expected one process, got {world} (torchrun); training runs on one device")
     target = pick_device(device)
     images = load(data, resolution, latents=True)
+    given = {name for name in context.params if context.get_parameter_source(name) is not ParameterSource.DEFAULT}
+    training = {name: options.pop(name) for name in TRAINING_OPTIONS}
     if preset is None:
         chosen = _from_options(options, images)
     else:
-        given = {name for name in options if context.get_parameter_source(name) is not ParameterSource.DEFAULT}
-        chosen = _changed(preset, {name: options[name] for name in given})
+        chosen = _changed(preset, {name: options[name] for name in given & options.keys()})
         _check_fit(preset, chosen, images)
+        training |= {name: value for name, value in chosen.training.items() if name not in given}
+        if chosen.steps is not None and "steps" not in given:
+            steps = chosen.steps
+    config = TrainConfig(**training, log_every=tick, snapshot_every=snap)
     if checkpointing and "checkpointing" not in inspect.signature(NETWORKS[chosen.network]).parameters:
         raise ValueError(f"checkpointing: expected a network that has it, got {chosen.network}")
     folder = writable_folder(outdir)
-    torch.manual_seed(seed)
+    torch.manual_seed(config.seed)
     flow_map = chosen.build()
     net = flow_map.network
     if checkpointing:
         net.checkpointing = True  # type: ignore[assignment]
     objective = IMMObjective(flow_map.to(target), **chosen.objective)
-    config = TrainConfig(
-        batch=batch,
-        batch_gpu=batch_gpu,
-        optimizer=optimizer,
-        lr=lr,
-        warmup=warmup,
-        ema=ema,
-        precision=precision,
-        xflip=xflip,
-        seed=seed,
-        log_every=tick,
-        snapshot_every=snap,
-    )
     trainer = Trainer(objective, images, folder, config)
     count = sum(p.numel() for p in net.parameters())
     data_line = f"data: {images.source}, {images.shape}, {images.num_classes} classes"
@@ -152,8 +138,8 @@ def command(
         data_line += f", standard deviation {some.std(correction=0):.2f} (expected near {flow_map.sigma_data:g})"
     click.echo(f"device: {device_line(target)}; {data_line}")
     if preset is not None:
-        click.echo(f"preset: {preset}; flow map: {flow_map.settings}; objective: {chosen.objective}")
-    click.echo(f"network: {type(net).__name__}, {count:,} parameters; {precision}; steps: {steps}, batch {batch}")
+        click.echo(f"preset: {preset}; flow map: {flow_map.settings}; objective: {chosen.objective}; training: {training}")
+    click.echo(f"network: {type(net).__name__}, {count:,} parameters; {config.precision}; steps: {steps}, batch {config.batch}")
     if trainer.resumed_from is not None:
         click.echo(f"resuming at step {trainer.resumed_from}")
     signal_number = progress.run(trainer, steps, None if minutes is None else 60.0 * minutes)

@@ -9,7 +9,7 @@ import hashlib
 import json
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,8 @@ from imm.training.lock import lock_folder
 STATE_FILE = "training-state.safetensors"
 STATS_FILE = "stats.jsonl"
 _SHAPE = ("channels", "resolution")
-PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+#: What autocast computes in, if it is used.
+PRECISIONS = {"fp32": None, "tf32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 #: In torch's fused form where there is one: weights, gradient and moments pass through memory once.
 OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
     "adamw": functools.partial(torch.optim.AdamW, fused=True),
@@ -47,7 +48,8 @@ class TrainConfig:
         batch: images per step, a multiple of the objective's particles.
         optimizer: "adamw" or "radam", with lr (after ``warmup`` steps of linear growth), betas and weight_decay.
         ema: beta of the exponential moving average.
-        precision: "fp32", "bf16" or "fp16" (autocast; fp16 with a loss scale). The target branch always runs in float32.
+        precision: "fp32"; "tf32", in which CUDA devices multiply with 10 bits of mantissa; or "bf16" or "fp16" (autocast;
+            fp16 with a loss scale), where the target branch runs in float32.
         seed: of data order, times, noise and dropout.
         log_every, snapshot_every: how often a row of statistics and the state are written.
         batch_gpu: images that are on their way at a time, a multiple of particles; None for all. Times, noise and label dropout
@@ -181,12 +183,8 @@ class Trainer:
         self.objective.train()
         if self.step > steps:
             raise ValueError(f"steps: expected at least the {self.step} steps already made, got {steps}")
-        deterministic = torch.backends.cudnn.deterministic
-        torch.backends.cudnn.deterministic = True  # a resumed run repeats an unbroken one, on a GPU too
-        try:
+        with _backends(tf32=self.config.precision == "tf32"):
             self._run(steps, start, max_seconds, on_step, on_log)
-        finally:
-            torch.backends.cudnn.deterministic = deterministic
 
     def _run(
         self,
@@ -402,6 +400,18 @@ class Trainer:
             os.replace(part, path)
         except OSError as error:
             raise ValueError(f"outdir: expected a folder that can be written to, got {self.outdir}: {error}") from error
+
+
+@contextlib.contextmanager
+def _backends(tf32: bool) -> Iterator[None]:
+    """Convolutions that give the same result every time, and TF32 or not, within."""
+    cudnn, matmul = torch.backends.cudnn, torch.backends.cuda.matmul
+    before = cudnn.deterministic, cudnn.allow_tf32, matmul.allow_tf32
+    cudnn.deterministic, cudnn.allow_tf32, matmul.allow_tf32 = True, tf32, tf32
+    try:
+        yield
+    finally:
+        cudnn.deterministic, cudnn.allow_tf32, matmul.allow_tf32 = before
 
 
 class _Window:
