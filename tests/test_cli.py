@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import re
@@ -176,6 +177,40 @@ def test_train_with_checkpointing_gives_the_same(digits, tmp_path, monkeypatch) 
     assert names[0].read_bytes() == names[1].read_bytes()
     refusal = refused("train", "--data", digits, "--outdir", tmp_path / "unet", "--checkpointing")
     assert "checkpointing: expected a network that has it, got UNet" in refusal
+
+
+def test_train_from_a_checkpoint(digits, tmp_path) -> None:
+    base = ("train", "--data", digits, "--steps", "2", "--tick", "2", "--batch", "8", "--outdir")
+    call(*base, tmp_path / "first", "--width", "8", "--t-min", "0.006", "--second-time", "identity", "--lr", "1e-2")
+    path = tmp_path / "first" / "snapshot-0000002.safetensors"
+    half = tmp_path / "half.safetensors"
+    checkpoints.save(half, checkpoints.load(path).to(torch.bfloat16))
+    for name, start in (("tuned", path), ("widened", half)):
+        output = call(*base, tmp_path / name, "--init", start, "--lr", "1e-30", "-k", "10").output
+        assert re.search(rf"init: {start}, sha256 {hashlib.sha256(start.read_bytes()).hexdigest()}", output)
+        first, tuned = checkpoints.load(start), checkpoints.load(tmp_path / name / "snapshot-0000002.safetensors")
+        assert tuned.settings == first.settings
+        assert tuned.settings["t_min"] == 0.006
+        assert tuned.network_dtype == torch.float32
+        for mine, theirs in zip(tuned.parameters(), first.float().parameters(), strict=True):  # the average begins there too
+            torch.testing.assert_close(mine, theirs, rtol=0, atol=1e-6)
+    state = checkpoints.read_file(tmp_path / "tuned" / "training-state.safetensors", "training")[1]["settings"]
+    assert state["init"] == {"sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
+    call(*base, tmp_path / "tuned", "--init", path, "--lr", "1e-30", "-k", "10", "--steps", "3")
+    refusal = refused(*base, tmp_path / "tuned", "--init", half, "--lr", "1e-30", "-k", "10")
+    assert "init.sha256 was" in refusal
+    assert "init was {'sha256'" in refused(*base, tmp_path / "tuned", "--lr", "1e-30", "-k", "10", "--width", "8", "--t-min",
+                                           "0.006", "--second-time", "identity")  # fmt: skip
+    out = tmp_path / "no"
+    assert "width: expected no such option beside --init" in refused(*base, out, "--init", path, "--width", "8")
+    assert "t_min: expected no such option beside --init" in refused(*base, out, "--init", path, "--t-min", "0.1")
+    refusal = refused(*base, out, "--init", path, "--preset", "cifar10")
+    assert "init: expected network = DDPMpp for the preset cifar10, got UNet" in refusal
+    assert f"data: expected images of 1 channels and 8x8 for {path}" in refused(
+        *base, out, "--init", path, "--resolution", "16"
+    )
+    assert "expected a checkpoint file, found none" in refused(*base, out, "--init", tmp_path / "absent")
+    assert not out.exists()
 
 
 def test_train_refusals(digits, tmp_path) -> None:

@@ -157,6 +157,16 @@ def test_an_option_equal_to_its_default_wins_too(pixels, tmp_path) -> None:
     assert flow_map.network.settings["dropout"] == 0.0
 
 
+def test_train_from_a_checkpoint_with_a_preset(pixels, tmp_path) -> None:
+    """The file must be what the preset says; the objective is the preset's."""
+    path = tmp_path / "net.safetensors"
+    preset = PRESETS["cifar10"]
+    checkpoints.save(path, presets.Preset("DDPMpp", preset.arguments | {"width": 8}, preset.flow_map).build())
+    options = ("--preset", "cifar10", "--init", path, "--particles", "2")
+    assert "init: expected width = 128 for the preset cifar10, got 8" in train(pixels, tmp_path / "run", *options, ok=False)
+    assert not (tmp_path / "run").exists()
+
+
 def test_help_lists_every_preset() -> None:
     words = call("train", "--help").replace(",", " ").split()
     joined = "".join(words)  # a name may be broken at its dash
@@ -187,7 +197,5 @@ def test_labels_are_checked_before_the_network_is_made() -> None:
     assert DiT.__name__ == preset.network
     _check_fit("x", preset, ImageData(images, torch.tensor([0, 999]), 1000, "here"))
     for labels, classes in ((None, 0), (torch.tensor([0, 1000]), 1001)):
-        with pytest.raises(
-            ValueError, match=rf"expected labels of at most 1000 classes for the preset x, got {classes} \(here\)"
-        ):
+        with pytest.raises(ValueError, match=rf"expected labels of at most 1000 classes for x, got {classes} \(here\)"):
             _check_fit("x", preset, ImageData(images, labels, classes, "here"))

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import inspect
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -12,9 +13,12 @@ import click
 import torch
 from click.core import ParameterSource
 
+from imm import checkpoints
+from imm.checkpoints.format import describe
 from imm.cli import progress
 from imm.cli.options import device_line, pick_device, writable_folder
 from imm.data import ImageData, load, to_float
+from imm.flow_map import FlowMap
 from imm.networks import NETWORKS
 from imm.objective import MAPPINGS, IMMObjective
 from imm.ops.mmd import KERNELS
@@ -69,6 +73,7 @@ OBJECTIVE_OPTIONS = {
     help="The paper's network, flow map, objective, steps, batch, lr, optimizer, ema, precision, xflip; options given beside "
     f"it win. One of {', '.join(PRESETS)}.",
 )
+@click.option("--init", metavar="FILE", help="Start from this checkpoint's weights; network and flow map are the file's.")
 @click.option("--network", default="unet", show_default=True, type=click.Choice(["unet", "dit"]))
 @click.option("--width", default=16, show_default=True, type=int, help="U-Net, DDPM++: channels of the first layer.")
 @click.option("--dropout", default=0.0, show_default=True, type=click.FloatRange(0, 1, max_open=True), help="U-Net, DDPM++.")
@@ -100,6 +105,7 @@ def command(
     snap: int,
     tick: int,
     preset: str | None,
+    init: str | None,
     checkpointing: bool,
     device: str,
     **options: Any,
@@ -112,11 +118,16 @@ def command(
     images = load(data, resolution, latents=True)
     given = {name for name in context.params if context.get_parameter_source(name) is not ParameterSource.DEFAULT}
     training = {name: options.pop(name) for name in TRAINING_OPTIONS}
-    if preset is None:
-        chosen = _from_options(options, images)
-    else:
-        chosen = _changed(preset, {name: options[name] for name in given & options.keys()})
-        _check_fit(preset, chosen, images)
+    chosen = (
+        _from_options(options, images) if preset is None else _changed(preset, {n: options[n] for n in given & options.keys()})
+    )
+    loaded = None
+    if init is not None:
+        loaded = checkpoints.load(init).train()
+        chosen = _of_file(init, loaded, chosen, preset, sorted(given))
+    if init is not None or preset is not None:
+        _check_fit(f"the preset {preset}" if init is None else init, chosen, images)
+    if preset is not None:
         training |= {name: value for name, value in chosen.training.items() if name not in given}
         if chosen.steps is not None and "steps" not in given:
             steps = chosen.steps
@@ -125,12 +136,13 @@ def command(
         raise ValueError(f"checkpointing: expected a network that has it, got {chosen.network}")
     folder = writable_folder(outdir)
     torch.manual_seed(config.seed)
-    flow_map = chosen.build()
+    flow_map = chosen.build() if loaded is None else loaded.float()
     net = flow_map.network
     if checkpointing:
         net.checkpointing = True  # type: ignore[assignment]
     objective = IMMObjective(flow_map.to(target), **chosen.objective)
-    trainer = Trainer(objective, images, folder, config)
+    digest = None if init is None else _sha256(init)
+    trainer = Trainer(objective, images, folder, config, init=digest)
     count = sum(p.numel() for p in net.parameters())
     data_line = f"data: {images.source}, {images.shape}, {images.num_classes} classes"
     if images.pixels.is_floating_point():  # in another scale they would train, badly
@@ -140,6 +152,8 @@ def command(
     if preset is not None:
         click.echo(f"preset: {preset}; flow map: {flow_map.settings}; objective: {chosen.objective}; training: {training}")
     click.echo(f"network: {type(net).__name__}, {count:,} parameters; {config.precision}; steps: {steps}, batch {config.batch}")
+    if init is not None:
+        click.echo(f"init: {init}, sha256 {digest}")
     if trainer.resumed_from is not None:
         click.echo(f"resuming at step {trainer.resumed_from}")
     signal_number = progress.run(trainer, steps, None if minutes is None else 60.0 * minutes)
@@ -180,19 +194,43 @@ def _changed(name: str, given: Mapping[str, Any]) -> Preset:
     )
 
 
-def _check_fit(name: str, preset: Preset, images: ImageData) -> None:
-    """Refuse data that the preset's network does not take, before it is made."""
+def _of_file(path: str, loaded: FlowMap, chosen: Preset, preset: str | None, given: Sequence[str]) -> Preset:
+    """What was chosen, for a checkpoint's network and flow map; refused where an option or the preset says these otherwise."""
+    own = {"network", *FLOW_MAP_OPTIONS, *(name for names in NETWORK_OPTIONS.values() for name in names)}
+    for name in given:
+        if name in own:
+            raise ValueError(f"{name}: expected no such option beside --init, whose file says it ({path})")
+    found = describe(loaded)
+    name, arguments = found["network"].pop("name"), found["network"]
+    if preset is not None:
+        wanted = {"network": chosen.network, **chosen.arguments, **chosen.flow_map}
+        for key, value in wanted.items():
+            got = {"network": name, **arguments, **found["flow_map"]}.get(key)
+            if got != value:
+                raise ValueError(f"init: expected {key} = {value} for the preset {preset}, got {got} in {path}")
+    return replace(chosen, network=name, arguments=arguments, flow_map=found["flow_map"])
+
+
+def _sha256(path: str) -> str:
+    found = hashlib.sha256()
+    with open(path, "rb") as file:
+        while part := file.read(2**20):
+            found.update(part)
+    return found.hexdigest()
+
+
+def _check_fit(whose: str, preset: Preset, images: ImageData) -> None:
+    """Refuse data that the network does not take, before it is made."""
     channels, side, classes = (preset.arguments[key] for key in ("channels", "resolution", "num_classes"))
     if images.shape != (channels, side, side):
         what, remedy = "images", f"--resolution={side} resizes"
         if preset.network == "DiT":
             what, remedy = "latents", "imm data encode makes them from images"
         raise ValueError(
-            f"data: expected {what} of {channels} channels and {side}x{side} for the preset {name} ({remedy}), "
+            f"data: expected {what} of {channels} channels and {side}x{side} for {whose} ({remedy}), "
             f"got {list(images.shape)} ({images.source})"
         )
     if classes and not 0 < images.num_classes <= classes:
         raise ValueError(
-            f"data: expected labels of at most {classes} classes for the preset {name}, "
-            f"got {images.num_classes} ({images.source})"
+            f"data: expected labels of at most {classes} classes for {whose}, got {images.num_classes} ({images.source})"
         )

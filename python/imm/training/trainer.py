@@ -92,7 +92,8 @@ class Trainer:
     Args:
         objective: on the device to train on. data: whose classes fit the network's.
         outdir: gets ``stats.jsonl``, ``training-state.safetensors`` and ``snapshot-STEP.safetensors``; made if absent.
-        config: see :class:`TrainConfig`.
+        config: see :class:`TrainConfig`. init: sha256 of the file that the network's weights came from, to be kept among the
+            settings; None for fresh weights. The average begins at the network's weights in either case.
 
     A state file in ``outdir`` is continued, by the same settings only. The folder is locked against other processes until
     :meth:`close`, the end of the trainer, or of its process. Each step seeds torch's default generators from
@@ -103,7 +104,15 @@ class Trainer:
             written to, or that another process writes to.
     """
 
-    def __init__(self, objective: IMMObjective, data: ImageData, outdir: str | os.PathLike[str], config: TrainConfig) -> None:
+    def __init__(
+        self,
+        objective: IMMObjective,
+        data: ImageData,
+        outdir: str | os.PathLike[str],
+        config: TrainConfig,
+        *,
+        init: str | None = None,
+    ) -> None:
         flow_map = objective.flow_map
         if len(data) == 0:
             raise ValueError(f"data: expected images, got none in {data.source}")
@@ -136,6 +145,8 @@ class Trainer:
         labels = data.labels if flow_map.num_classes else None
         self._labels = None if labels is None else labels.to(self.device)
         self._settings = self._describe(data)
+        if init is not None:
+            self._settings["init"] = {"sha256": init}
         self.step = 0
         self.resumed_from: int | None = None
         self._saved_step: int | None = None
