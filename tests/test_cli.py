@@ -158,7 +158,8 @@ def test_train_snapshots_and_resume(digits, tmp_path) -> None:
     ids=lambda o: o[1],
 )
 def test_train_options(options, digits, tmp_path) -> None:
-    call("train", "--data", digits, "--outdir", tmp_path / "run", "--steps", "2", *TRAIN, *options)
+    common = ["--batch", "8", *TRAIN[4:]] if "dit" in options else TRAIN  # a DiT has no width
+    call("train", "--data", digits, "--outdir", tmp_path / "run", "--steps", "2", *common, *options)
     flow_map = checkpoints.load(tmp_path / "run" / "snapshot-0000002.safetensors")
     assert isinstance(flow_map.network, DiT if "dit" in options else UNet)
 
@@ -204,6 +205,7 @@ def test_train_from_a_checkpoint(digits, tmp_path) -> None:
     out = tmp_path / "no"
     assert "width: expected no such option beside --init" in refused(*base, out, "--init", path, "--width", "8")
     assert "t_min: expected no such option beside --init" in refused(*base, out, "--init", path, "--t-min", "0.1")
+    assert "size: expected no such option beside --init" in refused(*base, out, "--init", path, "--size", "S")
     refusal = refused(*base, out, "--init", path, "--preset", "cifar10")
     assert "init: expected network = DDPMpp for the preset cifar10, got UNet" in refusal
     assert f"data: expected images of 1 channels and 8x8 for {path}" in refused(
@@ -219,6 +221,10 @@ def test_train_refusals(digits, tmp_path) -> None:
     assert "expected t_min > 0" in refused(*base, "--mapping", "log_snr")
     assert "expected 'mnist5k', a folder, or a .zip" in refused("train", "--data", "nowhere", *base[3:])
     assert "is not one of" in refused(*base, "--kernel", "gauss")
+    text = "width: expected no such option for the network DiT, which has size, patch, got 8"
+    assert text in refused(*base, "--network", "dit")
+    plain = ("train", "--data", digits, "--outdir", tmp_path / "run", "--patch", "4")
+    assert "patch: expected no such option for the network UNet, which has width, dropout, got 4" in refused(*plain)
     call(*base)
     assert "expected the settings of the run to resume" in refused(*base, "-k", "9")
 

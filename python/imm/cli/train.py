@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import inspect
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -118,13 +118,14 @@ def command(
     images = load(data, resolution, latents=True)
     given = {name for name in context.params if context.get_parameter_source(name) is not ParameterSource.DEFAULT}
     training = {name: options.pop(name) for name in TRAINING_OPTIONS}
-    chosen = (
-        _from_options(options, images) if preset is None else _changed(preset, {n: options[n] for n in given & options.keys()})
-    )
+    of_model = {name: options[name] for name in given & options.keys()}
+    if init is not None:
+        _check_beside_init(init, of_model)
+    chosen = _from_options(options, of_model, images) if preset is None else _changed(preset, of_model)
     loaded = None
     if init is not None:
         loaded = checkpoints.load(init).train()
-        chosen = _of_file(init, loaded, chosen, preset, sorted(given))
+        chosen = _of_file(init, loaded, chosen, preset)
     if init is not None or preset is not None:
         _check_fit(f"the preset {preset}" if init is None else init, chosen, images)
     if preset is not None:
@@ -163,14 +164,21 @@ def command(
     click.echo(f"wrote {trainer.snapshot_path}")
 
 
-def _from_options(options: Mapping[str, Any], images: ImageData) -> Preset:
-    """What the options say, for the images' shape and classes."""
+def _from_options(options: Mapping[str, Any], given: Mapping[str, Any], images: ImageData) -> Preset:
+    """What the options say, for the images' shape and classes; refused where one was given that the network does not have."""
     network = {"unet": "UNet", "dit": "DiT"}[options["network"]]
+    mine = NETWORK_OPTIONS[network]
+    foreign = sorted(given.keys() - {"network", *mine, *FLOW_MAP_OPTIONS, *OBJECTIVE_OPTIONS})
+    if foreign:
+        raise ValueError(
+            f"{foreign[0]}: expected no such option for the network {network}, which has {', '.join(mine)}, "
+            f"got {given[foreign[0]]}"
+        )
     channels, side, _ = images.shape
     image = {"channels": channels, "resolution": side, "num_classes": images.num_classes}
     return Preset(
         network,
-        {**image, **{name: options[name] for name in NETWORK_OPTIONS[network]}},
+        {**image, **{name: options[name] for name in mine}},
         {name: options[name] for name in FLOW_MAP_OPTIONS},
         {argument: options[name] for name, argument in OBJECTIVE_OPTIONS.items()},
     )
@@ -194,12 +202,15 @@ def _changed(name: str, given: Mapping[str, Any]) -> Preset:
     )
 
 
-def _of_file(path: str, loaded: FlowMap, chosen: Preset, preset: str | None, given: Sequence[str]) -> Preset:
-    """What was chosen, for a checkpoint's network and flow map; refused where an option or the preset says these otherwise."""
+def _check_beside_init(path: str, given: Mapping[str, Any]) -> None:
+    """Refuse options that a checkpoint has settled."""
     own = {"network", *FLOW_MAP_OPTIONS, *(name for names in NETWORK_OPTIONS.values() for name in names)}
-    for name in given:
-        if name in own:
-            raise ValueError(f"{name}: expected no such option beside --init, whose file says it ({path})")
+    for name in sorted(given.keys() & own):
+        raise ValueError(f"{name}: expected no such option beside --init, whose file says it ({path}), got {given[name]}")
+
+
+def _of_file(path: str, loaded: FlowMap, chosen: Preset, preset: str | None) -> Preset:
+    """What was chosen, for a checkpoint's network and flow map; refused where the preset says these otherwise."""
     found = describe(loaded)
     name, arguments = found["network"].pop("name"), found["network"]
     if preset is not None:
