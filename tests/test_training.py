@@ -16,7 +16,7 @@ import torch
 
 from imm import FlowMap, IMMObjective, checkpoints
 from imm.data import ImageData
-from imm.networks import UNet
+from imm.networks import NETWORKS, UNet
 from imm.training import EMA, TrainConfig, Trainer, TrainingError
 from imm.training.lock import LOCK_FILE
 from imm.training.trainer import STATE_FILE, STATS_FILE
@@ -59,6 +59,34 @@ def test_a_resumed_run_equals_an_unbroken_one_bit_for_bit(optimizer, precision, 
     assert_same_state(tmp_path / "whole", tmp_path / "parts")
 
 
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("network", ["UNet", "DDPMpp", "DiT"])
+@pytest.mark.parametrize(
+    ("optimizer", "precision"), [("adamw", "fp32"), ("radam", "tf32"), ("adamw", "bf16"), ("adamw", "fp16")]
+)
+def test_on_a_gpu_two_runs_and_a_resumed_one_are_equal_bit_for_bit(network, optimizer, precision, tmp_path) -> None:
+    config = dataclasses.replace(CONFIG, batch=16, optimizer=optimizer, precision=precision)
+    generator = torch.Generator().manual_seed(0)
+    data = ImageData(torch.randn(50, 4, 16, 16, generator=generator) * 0.5, torch.arange(50) % 3, 3, "made up")
+    arguments = {
+        "UNet": {"width": 16, "dropout": 0.3},
+        "DDPMpp": {"width": 16, "dropout": 0.3, "blocks": 1},
+        "DiT": {"size": "S", "patch": 2},
+    }
+
+    def made(name: str) -> Trainer:
+        torch.manual_seed(0)
+        net = NETWORKS[network](channels=4, resolution=16, num_classes=3, **arguments[network])
+        return Trainer(IMMObjective(FlowMap(net).cuda()), data, tmp_path / name, config)
+
+    for name, parts in (("one", [20]), ("other", [20]), ("parts", [7, 20])):
+        for until in parts:
+            made(name).run(until)
+    assert_same_state(tmp_path / "one", tmp_path / "other")
+    assert_same_state(tmp_path / "one", tmp_path / "parts")
+
+
 def test_a_resumed_state_lies_in_memory_as_the_weights_do(tmp_path) -> None:
     """A fused optimizer would give each weight the moments of another."""
 
@@ -81,12 +109,25 @@ def test_a_resumed_state_lies_in_memory_as_the_weights_do(tmp_path) -> None:
 def test_the_backends_settings_hold_within_a_run_only(precision, tmp_path) -> None:
     def now() -> tuple[bool, ...]:
         cudnn = torch.backends.cudnn
-        return cudnn.deterministic, cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32
+        return (
+            cudnn.deterministic,
+            torch.are_deterministic_algorithms_enabled(),
+            torch.is_deterministic_algorithms_warn_only_enabled(),
+            torch.utils.deterministic.fill_uninitialized_memory,
+            cudnn.allow_tf32,
+            torch.backends.cuda.matmul.allow_tf32,
+        )
+
+    def broken(step: int) -> None:
+        seen.append(now())
+        raise KeyError
 
     before, seen = now(), []
-    trainer(tmp_path, dataclasses.replace(CONFIG, precision=precision)).run(1, on_step=lambda step: seen.append(now()))
-    assert seen == [(True, precision == "tf32", precision == "tf32")]
+    with pytest.raises(KeyError):
+        trainer(tmp_path, dataclasses.replace(CONFIG, precision=precision)).run(1, on_step=broken)
+    assert seen == [(True, True, True, False, precision == "tf32", precision == "tf32")]
     assert now() == before
+    assert before[1] is False
 
 
 def test_training_changes_the_network_and_the_rows_say_so(tmp_path) -> None:

@@ -415,14 +415,20 @@ class Trainer:
 
 @contextlib.contextmanager
 def _backends(tf32: bool) -> Iterator[None]:
-    """Convolutions that give the same result every time, and TF32 or not, within."""
+    """Within: algorithms that give the same result every time, where there are such, and TF32 or not."""
     cudnn, matmul = torch.backends.cudnn, torch.backends.cuda.matmul
-    before = cudnn.deterministic, cudnn.allow_tf32, matmul.allow_tf32
-    cudnn.deterministic, cudnn.allow_tf32, matmul.allow_tf32 = True, tf32, tf32
+    utils: Any = torch.utils.deterministic  # its attributes are made by its class
+    before = cudnn.deterministic, cudnn.benchmark, cudnn.allow_tf32, matmul.allow_tf32, utils.fill_uninitialized_memory
+    mode = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # else cuBLAS may choose anew; read at its first product
+    cudnn.deterministic, cudnn.benchmark, cudnn.allow_tf32, matmul.allow_tf32 = True, False, tf32, tf32
+    utils.fill_uninitialized_memory = False  # costs a pass over memory, and only hides reads of what was not written
+    torch.use_deterministic_algorithms(True, warn_only=True)
     try:
         yield
     finally:
-        cudnn.deterministic, cudnn.allow_tf32, matmul.allow_tf32 = before
+        torch.use_deterministic_algorithms(mode[0], warn_only=mode[1])
+        cudnn.deterministic, cudnn.benchmark, cudnn.allow_tf32, matmul.allow_tf32, utils.fill_uninitialized_memory = before
 
 
 class _Window:
