@@ -229,6 +229,37 @@ def test_train_refusals(digits, tmp_path) -> None:
     assert "expected the settings of the run to resume" in refused(*base, "-k", "9")
 
 
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nMore"),
+        RuntimeError("CUDA error: out of memory"),
+        RuntimeError("[enforce fail at alloc_cpu.cpp:117] err == 0. DefaultCPUAllocator: can't allocate memory"),
+        MemoryError("Unable to allocate 9 EiB"),
+    ],
+    ids=lambda error: type(error).__name__,
+)
+def test_out_of_memory_says_what_to_lower(error, digits, tmp_path, monkeypatch) -> None:
+    def fail(*args, **options) -> None:
+        raise error
+
+    monkeypatch.setattr("imm.training.Trainer.update", fail)
+    line = refused("train", "--data", digits, "--outdir", tmp_path / "run", *TRAIN)
+    assert line.startswith("Error: out of memory; try a smaller --batch-gpu (or --batch), --checkpointing")
+    for option in re.findall(r"--[a-z-]+", line):
+        assert option in call("train", "--help").output
+
+
+def test_other_errors_of_torch_stay_what_they_are(digits, tmp_path, monkeypatch) -> None:
+    def fail(*args, **options) -> None:
+        raise RuntimeError("shapes do not fit")
+
+    monkeypatch.setattr("imm.training.Trainer.update", fail)
+    arguments = [str(a) for a in ("train", "--data", digits, "--outdir", tmp_path / "run", *TRAIN)]
+    with pytest.raises(RuntimeError, match="shapes do not fit"):
+        CliRunner().invoke(main, arguments, catch_exceptions=False)
+
+
 def test_train_is_refused_under_torchrun(digits, tmp_path, monkeypatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
     arguments = ("train", "--data", digits, "--outdir", tmp_path / "run", "--steps", "2", *TRAIN)

@@ -23,6 +23,15 @@ _COMMANDS = {
 }
 
 
+#: What a command needs less memory with.
+_LESS_MEMORY = {
+    "train": "a smaller --batch-gpu (or --batch), --checkpointing (DiT, DDPM++), --precision=bf16, or a smaller network",
+    "sample": "a smaller --batch or --precision=bf16",
+    "eval": "a smaller --batch",
+    "data": "a smaller --batch (encode), --max-images or --resolution",
+}
+
+
 class _Group(click.Group):
     """Loads ``imm.cli.NAME`` for the sub-command NAME and turns expected errors into one line."""
 
@@ -44,12 +53,23 @@ class _Group(click.Group):
             return super().invoke(ctx)
         except (ValueError, TypeError, OSError, ImportError) as error:
             raise click.ClickException(str(error)) from error
-        except RuntimeError as error:
+        except (RuntimeError, MemoryError) as error:
             from imm.training import TrainingError
 
             if isinstance(error, TrainingError):
                 raise click.ClickException(str(error)) from error
+            if _is_out_of_memory(error):
+                remedy = _LESS_MEMORY.get(ctx.invoked_subcommand or "")
+                raise click.ClickException("out of memory" + (f"; try {remedy}" if remedy else "")) from error
             raise
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    """Whether a device or the host had no memory left; not every such error of torch has a class of its own."""
+    import torch
+
+    words = ("DefaultCPUAllocator", "error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or any(word in str(error) for word in words)
 
 
 @click.group(cls=_Group)
