@@ -124,10 +124,10 @@ def test_train_snapshots_and_resume(digits, tmp_path) -> None:
     first = call("train", "--data", digits, "--outdir", out, "--steps", "5", *TRAIN).output
     assert "UNet" in first
     assert "3 classes" in first
-    second = call("train", "--data", digits, "--outdir", out, "--steps", "9", *TRAIN).output
+    second = call("train", "--data", digits, "--outdir", out, "--steps", "9", "--keep", "3", *TRAIN).output
     assert "resuming at step 5" in second
     call("train", "--data", digits, "--outdir", tmp_path / "whole", "--steps", "9", *TRAIN)
-    assert [p.name for p in sorted(out.glob("snapshot-*"))] == [f"snapshot-000000{n}.safetensors" for n in (4, 5, 8, 9)]
+    assert [p.name for p in sorted(out.glob("snapshot-*"))] == [f"snapshot-000000{n}.safetensors" for n in (6, 9)]
     name = "snapshot-0000009.safetensors"
     assert (out / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
     rows = [json.loads(line) for line in (out / "stats.jsonl").read_text().splitlines()]

@@ -228,6 +228,26 @@ def test_snapshots_hold_the_average(tmp_path) -> None:
     assert checkpoints.read_file(tmp_path / "snapshot-0000004.safetensors", "flow_map")[1]["extra"]["step"] == 4
 
 
+def test_snapshots_are_replaced_but_those_to_keep(tmp_path) -> None:
+    def names() -> list[str]:
+        return sorted(path.name for path in tmp_path.glob("snapshot-*"))
+
+    def expected(*steps: int) -> list[str]:
+        return [f"snapshot-{step:07d}.safetensors" for step in steps]
+
+    other = tmp_path / "snapshot-0000001.safetensors"  # not of this run
+    other.write_bytes(b"mine")
+    trainer(tmp_path).run(9)
+    assert names() == expected(1, 9)
+    assert state(tmp_path)[1]["step"] == 9
+    other.unlink()
+    trainer(tmp_path, dataclasses.replace(CONFIG, keep_every=5)).run(22)  # saves at 10, 12, 15, 16, 20, 22
+    assert names() == expected(10, 15, 20, 22)
+    assert checkpoints.read_file(tmp_path / names()[1], "flow_map")[1]["extra"]["step"] == 15
+    trainer(tmp_path, dataclasses.replace(CONFIG, keep_every=10)).run(23)
+    assert names() == expected(10, 15, 20, 23)
+
+
 def test_fp16_has_a_loss_scale_that_is_kept(tmp_path) -> None:
     config = dataclasses.replace(CONFIG, precision="fp16")
     trainer(tmp_path, config).run(2)
@@ -343,6 +363,7 @@ def test_a_broken_state_is_refused(tmp_path) -> None:
         ({"batch": 6}, "batch: expected a multiple of particles = 4, got 6"),
         ({"batch_gpu": 6}, "batch_gpu: expected a multiple of particles = 4, got 6"),
         ({"batch_gpu": 0}, "batch_gpu: expected at least 1, got 0"),
+        ({"keep_every": 0}, "keep_every: expected at least 1, got 0"),
         ({"lr": 0.0}, "lr: expected a positive rate"),
         ({"optimizer": "sgd"}, r"unknown optimizer 'sgd'; expected one of \['adamw', 'radam'\]"),
         ({"precision": "int8"}, "unknown precision"),

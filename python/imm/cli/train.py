@@ -64,7 +64,10 @@ OBJECTIVE_OPTIONS = {
 @click.option("--precision", default="fp32", show_default=True, type=click.Choice(list(PRECISIONS)))
 @click.option("--xflip/--no-xflip", default=False, show_default=True, help="Also train on mirrored images (not latents).")
 @click.option("--seed", default=0, show_default=True, type=click.IntRange(0, 2**63 - 1))
-@click.option("--snap", default=500, show_default=True, type=click.IntRange(min=1), help="Steps between saved states.")
+@click.option("--snap", default=500, show_default=True, type=click.IntRange(min=1), help="Steps between saves.")
+@click.option(
+    "--keep", type=click.IntRange(min=1), metavar="N", help="Keep the snapshots of every N steps. [default: only the newest]"
+)
 @click.option("--tick", default=50, show_default=True, type=click.IntRange(min=1), help="Steps between rows of stats.jsonl.")
 @click.option(
     "--preset",
@@ -103,6 +106,7 @@ def command(
     steps: int,
     minutes: float | None,
     snap: int,
+    keep: int | None,
     tick: int,
     preset: str | None,
     init: str | None,
@@ -132,7 +136,7 @@ def command(
         training |= {name: value for name, value in chosen.training.items() if name not in given}
         if chosen.steps is not None and "steps" not in given:
             steps = chosen.steps
-    config = TrainConfig(**training, log_every=tick, snapshot_every=snap)
+    config = TrainConfig(**training, log_every=tick, snapshot_every=snap, keep_every=keep)
     if checkpointing and "checkpointing" not in inspect.signature(NETWORKS[chosen.network]).parameters:
         raise ValueError(f"checkpointing: expected a network that has it, got {chosen.network}")
     folder = writable_folder(outdir)

@@ -51,7 +51,8 @@ class TrainConfig:
         precision: "fp32"; "tf32", in which CUDA devices multiply with 10 bits of mantissa; or "bf16" or "fp16" (autocast;
             fp16 with a loss scale), where the target branch runs in float32.
         seed: of data order, times, noise and dropout.
-        log_every, snapshot_every: how often a row of statistics and the state are written.
+        log_every, snapshot_every: how often a row of statistics, and the state with a snapshot, are written.
+        keep_every: snapshots of steps that it divides are written too and stay; the others go when the next is there.
         batch_gpu: images that are on their way at a time, a multiple of particles; None for all. Times, noise and label dropout
             are those of the whole batch, and so, to rounding, is the gradient; only a network's dropout is drawn anew a part.
         xflip: an epoch has every image twice, as it is and mirrored left to right. Not for latents.
@@ -70,6 +71,7 @@ class TrainConfig:
     snapshot_every: int = 500
     batch_gpu: int | None = None
     xflip: bool = False
+    keep_every: int | None = None
 
     def __post_init__(self) -> None:
         for name, value, known in (
@@ -80,8 +82,9 @@ class TrainConfig:
                 raise ValueError(f"unknown {name} {value!r}; expected one of {list(known)}")
         if min(self.batch, self.log_every, self.snapshot_every) < 1 or self.warmup < 0:
             raise ValueError("batch, log_every and snapshot_every: expected at least 1; warmup: expected at least 0")
-        if self.batch_gpu is not None and self.batch_gpu < 1:
-            raise ValueError(f"batch_gpu: expected at least 1, got {self.batch_gpu}")
+        for name, number in (("batch_gpu", self.batch_gpu), ("keep_every", self.keep_every)):
+            if number is not None and number < 1:
+                raise ValueError(f"{name}: expected at least 1, got {number}")
         if not self.lr > 0:
             raise ValueError(f"lr: expected a positive rate, got {self.lr}")
 
@@ -213,7 +216,7 @@ class Trainer:
             self.step += 1
             if on_step is not None:
                 on_step(self.step)
-            snapshot = self.step % self.config.snapshot_every == 0
+            snapshot = self.step % self.config.snapshot_every == 0 or self._stays(self.step)
             if snapshot or self.step % self.config.log_every == 0 or self.step == steps:
                 self._log(window, on_log)
                 window = _Window()
@@ -226,10 +229,16 @@ class Trainer:
     @property
     def snapshot_path(self) -> Path:
         """Where :meth:`save` puts the averaged flow map of the current step."""
-        return self.outdir / f"snapshot-{self.step:07d}.safetensors"
+        return self._snapshot_path(self.step)
+
+    def _snapshot_path(self, step: int) -> Path:
+        return self.outdir / f"snapshot-{step:07d}.safetensors"
+
+    def _stays(self, step: int) -> bool:
+        return self.config.keep_every is not None and step % self.config.keep_every == 0
 
     def save(self) -> None:
-        """Write the averaged flow map as a snapshot and the state to resume from, each atomically."""
+        """Write the averaged flow map as a snapshot and the state to resume from, each atomically; those before go."""
         if self.step == self._saved_step:
             return
         checkpoints.save(self.snapshot_path, self.ema_flow_map, extra={"step": self.step, **self._settings})
@@ -246,6 +255,8 @@ class Trainer:
             "settings": self._settings,
         }
         checkpoints.write_file(self.outdir / STATE_FILE, tensors, settings)
+        if self._saved_step is not None and not self._stays(self._saved_step):
+            self._snapshot_path(self._saved_step).unlink(missing_ok=True)
         self._saved_step = self.step
 
     def _step(self) -> tuple[dict[str, Tensor], Tensor]:
@@ -347,7 +358,12 @@ class Trainer:
 
     def _describe(self, data: ImageData) -> dict[str, Any]:
         config = dataclasses.asdict(self.config)
-        for name in ("log_every", "snapshot_every", "batch_gpu"):  # they do not change the result, or as rounding does
+        for name in (
+            "log_every",
+            "snapshot_every",
+            "keep_every",
+            "batch_gpu",
+        ):  # they do not change the result, or as rounding does
             del config[name]
         config["betas"] = list(config["betas"])
         names = ("particles", "kernel", "estimator", "mapping_kind", "k", "a", "b", "min_gap", "label_dropout", "target_labels")
