@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import pickle
+import re
 
 import parity
 import pytest
@@ -109,10 +110,35 @@ def test_wrong_files(small_flow_map, tmp_path) -> None:
     assert "expected the settings of a flow map" in rewritten(network={"name": "UNet", "depth": 3})
     assert "names do not fit" in rewritten(network={**settings["network"], "blocks": 2})
     assert "expected [" in rewritten(network={**settings["network"], "num_classes": 4})
+    # Sizes that no memory holds are refused before there is any.
+    for huge in (
+        {"width": 4 * 10**5},
+        {"width": 4 * 10**11},
+        {"blocks": 10**9},
+        {"multipliers": [1] * 10**6},
+    ):
+        message = rewritten(network={**settings["network"], **huge})
+        assert re.search("expected \\[|names do not fit|expected the settings of a flow map", message), message
+    dit = {"name": "DiT", "size": "XL", "patch": 1, "channels": 4, "num_classes": 10}
+    for huge in ({"resolution": 10**6}, {"resolution": 2**40}, {"resolution": 8, "num_classes": 10**12}):
+        message = rewritten(network={**dit, **huge})
+        assert re.search("names do not fit|expected the settings of a flow map", message), message
     save_file(tensors, tmp_path / "t.safetensors", metadata={"imm": "{not json"})
     assert "readable settings" in wrong("json.safetensors", (tmp_path / "t.safetensors").read_bytes())
     with pytest.raises(CheckpointError, match="expected a checkpoint file, found none"):
         checkpoints.load(tmp_path / "absent.safetensors")
+
+
+def test_only_what_shares_memory_is_copied(tmp_path, monkeypatch) -> None:
+    whole, wide = torch.randn(3, 4), torch.randn(6, 4)
+    tensors = {"whole": whole, "again": whole, "view": whole.view(12), "part": wide[2:4], "turned": wide.t(), "empty": wide[:0]}
+    seen: dict[str, torch.Tensor] = {}
+    monkeypatch.setattr("imm.checkpoints.format.save_file", lambda t, *args, **kw: seen.update(t) or save_file(t, *args, **kw))
+    checkpoints.write_file(tmp_path / "a.safetensors", tensors, {"kind": "x"})
+    assert seen["whole"].data_ptr() == whole.data_ptr()
+    assert len({t.untyped_storage().data_ptr() for t in seen.values() if t.numel()}) == 5
+    loaded, _ = checkpoints.read_file(tmp_path / "a.safetensors", "x")
+    assert all(torch.equal(loaded[name], tensor) for name, tensor in tensors.items())
 
 
 def test_a_failed_write_leaves_the_old_file(small_flow_map, tmp_path, monkeypatch) -> None:

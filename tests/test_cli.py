@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import re
@@ -123,10 +124,10 @@ def test_train_snapshots_and_resume(digits, tmp_path) -> None:
     first = call("train", "--data", digits, "--outdir", out, "--steps", "5", *TRAIN).output
     assert "UNet" in first
     assert "3 classes" in first
-    second = call("train", "--data", digits, "--outdir", out, "--steps", "9", *TRAIN).output
+    second = call("train", "--data", digits, "--outdir", out, "--steps", "9", "--keep", "3", *TRAIN).output
     assert "resuming at step 5" in second
     call("train", "--data", digits, "--outdir", tmp_path / "whole", "--steps", "9", *TRAIN)
-    assert [p.name for p in sorted(out.glob("snapshot-*"))] == [f"snapshot-000000{n}.safetensors" for n in (4, 5, 8, 9)]
+    assert [p.name for p in sorted(out.glob("snapshot-*"))] == [f"snapshot-000000{n}.safetensors" for n in (6, 9)]
     name = "snapshot-0000009.safetensors"
     assert (out / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
     rows = [json.loads(line) for line in (out / "stats.jsonl").read_text().splitlines()]
@@ -152,13 +153,66 @@ def test_train_snapshots_and_resume(digits, tmp_path) -> None:
             "simple_edm",
         ],
         ["--optimizer", "radam", "--dropout", "0.2", "--particles", "2", "-k", "10", "-b", "5"],
+        ["--xflip", "--batch-gpu", "4"],
     ],
     ids=lambda o: o[1],
 )
 def test_train_options(options, digits, tmp_path) -> None:
-    call("train", "--data", digits, "--outdir", tmp_path / "run", "--steps", "2", *TRAIN, *options)
+    common = ["--batch", "8", *TRAIN[4:]] if "dit" in options else TRAIN  # a DiT has no width
+    call("train", "--data", digits, "--outdir", tmp_path / "run", "--steps", "2", *common, *options)
     flow_map = checkpoints.load(tmp_path / "run" / "snapshot-0000002.safetensors")
     assert isinstance(flow_map.network, DiT if "dit" in options else UNet)
+
+
+def test_train_with_checkpointing_gives_the_same(digits, tmp_path, monkeypatch) -> None:
+    from imm.networks import dit
+
+    calls, own = [], dit.checkpoint
+    monkeypatch.setattr(dit, "checkpoint", lambda *args, **options: calls.append(1) or own(*args, **options))
+    options = ("train", "--data", digits, "--steps", "2", "--batch", "8", "--network", "dit", "--patch", "4", "--outdir")
+    call(*options, tmp_path / "plain")
+    assert not calls
+    call(*options, tmp_path / "less", "--checkpointing")
+    assert calls
+    names = [tmp_path / name / "snapshot-0000002.safetensors" for name in ("plain", "less")]
+    assert names[0].read_bytes() == names[1].read_bytes()
+    refusal = refused("train", "--data", digits, "--outdir", tmp_path / "unet", "--checkpointing")
+    assert "checkpointing: expected a network that has it, got UNet" in refusal
+
+
+def test_train_from_a_checkpoint(digits, tmp_path) -> None:
+    base = ("train", "--data", digits, "--steps", "2", "--tick", "2", "--batch", "8", "--outdir")
+    call(*base, tmp_path / "first", "--width", "8", "--t-min", "0.006", "--second-time", "identity", "--lr", "1e-2")
+    path = tmp_path / "first" / "snapshot-0000002.safetensors"
+    half = tmp_path / "half.safetensors"
+    checkpoints.save(half, checkpoints.load(path).to(torch.bfloat16))
+    for name, start in (("tuned", path), ("widened", half)):
+        output = call(*base, tmp_path / name, "--init", start, "--lr", "1e-30", "-k", "10").output
+        assert re.search(rf"init: {start}, sha256 {hashlib.sha256(start.read_bytes()).hexdigest()}", output)
+        first, tuned = checkpoints.load(start), checkpoints.load(tmp_path / name / "snapshot-0000002.safetensors")
+        assert tuned.settings == first.settings
+        assert tuned.settings["t_min"] == 0.006
+        assert tuned.network_dtype == torch.float32
+        for mine, theirs in zip(tuned.parameters(), first.float().parameters(), strict=True):  # the average begins there too
+            torch.testing.assert_close(mine, theirs, rtol=0, atol=1e-6)
+    state = checkpoints.read_file(tmp_path / "tuned" / "training-state.safetensors", "training")[1]["settings"]
+    assert state["init"] == {"sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
+    call(*base, tmp_path / "tuned", "--init", path, "--lr", "1e-30", "-k", "10", "--steps", "3")
+    refusal = refused(*base, tmp_path / "tuned", "--init", half, "--lr", "1e-30", "-k", "10")
+    assert "init.sha256 was" in refusal
+    assert "init was {'sha256'" in refused(*base, tmp_path / "tuned", "--lr", "1e-30", "-k", "10", "--width", "8", "--t-min",
+                                           "0.006", "--second-time", "identity")  # fmt: skip
+    out = tmp_path / "no"
+    assert "width: expected no such option beside --init" in refused(*base, out, "--init", path, "--width", "8")
+    assert "t_min: expected no such option beside --init" in refused(*base, out, "--init", path, "--t-min", "0.1")
+    assert "size: expected no such option beside --init" in refused(*base, out, "--init", path, "--size", "S")
+    refusal = refused(*base, out, "--init", path, "--preset", "cifar10")
+    assert "init: expected network = DDPMpp for the preset cifar10, got UNet" in refusal
+    assert f"data: expected images of 1 channels and 8x8 for {path}" in refused(
+        *base, out, "--init", path, "--resolution", "16"
+    )
+    assert "expected a checkpoint file, found none" in refused(*base, out, "--init", tmp_path / "absent")
+    assert not out.exists()
 
 
 def test_train_refusals(digits, tmp_path) -> None:
@@ -167,8 +221,50 @@ def test_train_refusals(digits, tmp_path) -> None:
     assert "expected t_min > 0" in refused(*base, "--mapping", "log_snr")
     assert "expected 'mnist5k', a folder, or a .zip" in refused("train", "--data", "nowhere", *base[3:])
     assert "is not one of" in refused(*base, "--kernel", "gauss")
+    text = "width: expected no such option for the network DiT, which has size, patch, got 8"
+    assert text in refused(*base, "--network", "dit")
+    plain = ("train", "--data", digits, "--outdir", tmp_path / "run", "--patch", "4")
+    assert "patch: expected no such option for the network UNet, which has width, dropout, got 4" in refused(*plain)
     call(*base)
     assert "expected the settings of the run to resume" in refused(*base, "-k", "9")
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nMore"),
+        RuntimeError("CUDA error: out of memory"),
+        RuntimeError("[enforce fail at alloc_cpu.cpp:117] err == 0. DefaultCPUAllocator: can't allocate memory"),
+        MemoryError("Unable to allocate 9 EiB"),
+    ],
+    ids=lambda error: type(error).__name__,
+)
+def test_out_of_memory_says_what_to_lower(error, digits, tmp_path, monkeypatch) -> None:
+    def fail(*args, **options) -> None:
+        raise error
+
+    monkeypatch.setattr("imm.training.Trainer.update", fail)
+    line = refused("train", "--data", digits, "--outdir", tmp_path / "run", *TRAIN)
+    assert line.startswith("Error: out of memory; try a smaller --batch-gpu (or --batch), --checkpointing")
+    for option in re.findall(r"--[a-z-]+", line):
+        assert option in call("train", "--help").output
+
+
+def test_other_errors_of_torch_stay_what_they_are(digits, tmp_path, monkeypatch) -> None:
+    def fail(*args, **options) -> None:
+        raise RuntimeError("shapes do not fit")
+
+    monkeypatch.setattr("imm.training.Trainer.update", fail)
+    arguments = [str(a) for a in ("train", "--data", digits, "--outdir", tmp_path / "run", *TRAIN)]
+    with pytest.raises(RuntimeError, match="shapes do not fit"):
+        CliRunner().invoke(main, arguments, catch_exceptions=False)
+
+
+def test_train_is_refused_under_torchrun(digits, tmp_path, monkeypatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    arguments = ("train", "--data", digits, "--outdir", tmp_path / "run", "--steps", "2", *TRAIN)
+    assert "train: expected one process, got 2 (torchrun)" in refused(*arguments)
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_signal_stops_training_and_the_same_command_goes_on(digits, tmp_path) -> None:

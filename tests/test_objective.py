@@ -398,3 +398,17 @@ def test_bad_batches_are_refused(small_flow_map) -> None:
     for call in (target.mapping, target.kernel_scale):
         with pytest.raises(ValueError, match=r"expected s < t, got t = 0\.5 and s = 0\.5"):
             call(0.5, 0.5)
+
+
+def test_a_loss_from_draws_is_the_loss_that_draws(small_flow_map) -> None:
+    target = IMMObjective(small_flow_map, label_dropout=0.5)
+    x, labels = torch.randn(8, 1, 8, 8), torch.arange(8) % 3
+    loss, stats = target(x, labels, generator=torch.Generator().manual_seed(3))
+    draws = target.draw(x, labels, torch.Generator().manual_seed(3))
+    again, other_stats = target(x, labels, draws=draws)
+    assert torch.equal(loss, again)
+    torch.testing.assert_close(stats, other_stats, rtol=0, atol=0, equal_nan=True)
+    parts = [target(x[i : i + 4], labels[i : i + 4], draws=draws.part(i // 4, i // 4 + 1))[0] for i in (0, 4)]
+    torch.testing.assert_close(torch.stack(parts).mean(), loss)
+    with pytest.raises(ValueError, match=r"draws: expected those of 1 groups and noise \[4, 1, 8, 8\], got \[8, 1, 8, 8\]"):
+        target(x[:4], labels[:4], draws=draws)

@@ -12,6 +12,7 @@ from imm import IMMObjective, Sampler, checkpoints, presets
 from imm.cli import main
 from imm.networks import DDPMpp, DiT
 from imm.presets import PRESETS
+from imm.training import TrainConfig
 
 SIZES = [f"dit-{size}-{patch}" for size in ("s", "b", "l", "xl") for patch in (2, 4, 8)]
 
@@ -64,6 +65,19 @@ def test_settings_of_the_paper() -> None:
     np.testing.assert_allclose(Sampler(network, **cifar.sampling).times, [0.994, 1.4 / 2.4, 0.006])
 
 
+def test_training_of_the_paper() -> None:
+    """Table 5; TF32 is the default of section I.6, half precision the best network's (table 8)."""
+    for name, preset in PRESETS.items():
+        config = TrainConfig(**preset.training)
+        cifar = name == "cifar10"
+        assert (config.batch, config.lr, config.betas, config.weight_decay) == (4096, 1e-4, (0.9, 0.999), 0.0)
+        assert (config.ema, config.warmup) == (0.9999, 0)
+        assert config.optimizer == ("radam" if cifar else "adamw")
+        assert config.precision == ("fp16" if name == "imagenet256-ts-a2" else "tf32")
+        assert config.xflip is cifar
+        assert preset.steps == (400_000 if cifar else 1_200_000)
+
+
 def call(*arguments: str, ok: bool = True) -> str:
     result = CliRunner().invoke(main, [str(a) for a in arguments])
     assert (result.exit_code == 0) is ok, result.output
@@ -105,12 +119,52 @@ def test_train_with_a_preset(pixels, tmp_path) -> None:
     call("sample", "--net", tmp_path / "run" / "snapshot-0000001.safetensors", "--seeds", "0", "--outdir", tmp_path / "samples")
 
 
+def test_train_takes_the_training_settings_of_a_preset(pixels, tmp_path, monkeypatch) -> None:
+    asked: list[int] = []
+    monkeypatch.setattr("imm.cli.progress.run", lambda trainer, steps, seconds: asked.append(steps) or trainer.save())
+    base = ("train", "--data", pixels, "--preset", "cifar10", "--width", "8", "--outdir")
+    output = call(*base, tmp_path / "all")
+    assert "'optimizer': 'radam'" in output
+    assert "tf32; steps: 400000, batch 4096" in output
+    call(
+        *base,
+        tmp_path / "some",
+        "--batch",
+        "64",
+        "--steps",
+        "10000",
+        "--no-xflip",
+        "--precision",
+        "fp32",
+        "--optimizer",
+        "adamw",
+    )
+    assert asked == [400_000, 10_000]
+
+    def config(name: str) -> dict:
+        return checkpoints.read_file(tmp_path / name / "training-state.safetensors", "training")[1]["settings"]["config"]
+
+    paper = {**PRESETS["cifar10"].training, "betas": [0.9, 0.999], "warmup": 0, "seed": 0}
+    assert config("all") == paper
+    assert config("some") == {**paper, "batch": 64, "xflip": False, "precision": "fp32", "optimizer": "adamw"}
+
+
 def test_an_option_equal_to_its_default_wins_too(pixels, tmp_path) -> None:
     options = ("--preset", "cifar10", "--width", "8", "--particles", "2", "--dropout", "0.0", "--second-time", "stride")
     train(pixels, tmp_path / "run", *options)
     flow_map = checkpoints.load(tmp_path / "run" / "snapshot-0000001.safetensors")
     assert flow_map.second_time == "stride"
     assert flow_map.network.settings["dropout"] == 0.0
+
+
+def test_train_from_a_checkpoint_with_a_preset(pixels, tmp_path) -> None:
+    """The file must be what the preset says; the objective is the preset's."""
+    path = tmp_path / "net.safetensors"
+    preset = PRESETS["cifar10"]
+    checkpoints.save(path, presets.Preset("DDPMpp", preset.arguments | {"width": 8}, preset.flow_map).build())
+    options = ("--preset", "cifar10", "--init", path, "--particles", "2")
+    assert "init: expected width = 128 for the preset cifar10, got 8" in train(pixels, tmp_path / "run", *options, ok=False)
+    assert not (tmp_path / "run").exists()
 
 
 def test_help_lists_every_preset() -> None:
@@ -127,7 +181,7 @@ def test_refusals(pixels, tmp_path) -> None:
     assert "size: expected no such option beside --preset=cifar10" in refused("--preset", "cifar10", "--size", "S")
     assert "whose network is DDPMpp with width, dropout, got unet" in refused("--preset", "cifar10", "--network", "unet")
     latents = refused("--preset", "dit-s-2")
-    assert "data: expected images of 4 channels and 32x32 for the preset dit-s-2" in latents
+    assert "data: expected latents of 4 channels and 32x32 for the preset dit-s-2" in latents
     assert "got [3, 32, 32]" in latents
     smaller = refused("--preset", "cifar10", "--resolution", "16")
     assert "(--resolution=32 resizes), got [3, 16, 16]" in smaller
@@ -143,7 +197,5 @@ def test_labels_are_checked_before_the_network_is_made() -> None:
     assert DiT.__name__ == preset.network
     _check_fit("x", preset, ImageData(images, torch.tensor([0, 999]), 1000, "here"))
     for labels, classes in ((None, 0), (torch.tensor([0, 1000]), 1001)):
-        with pytest.raises(
-            ValueError, match=rf"expected labels of at most 1000 classes for the preset x, got {classes} \(here\)"
-        ):
+        with pytest.raises(ValueError, match=rf"expected labels of at most 1000 classes for x, got {classes} \(here\)"):
             _check_fit("x", preset, ImageData(images, labels, classes, "here"))

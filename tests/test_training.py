@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,8 +16,9 @@ import torch
 
 from imm import FlowMap, IMMObjective, checkpoints
 from imm.data import ImageData
-from imm.networks import UNet
+from imm.networks import NETWORKS, UNet
 from imm.training import EMA, TrainConfig, Trainer, TrainingError
+from imm.training.lock import LOCK_FILE
 from imm.training.trainer import STATE_FILE, STATS_FILE
 
 CONFIG = TrainConfig(batch=8, lr=1e-3, warmup=3, ema=0.9, log_every=2, snapshot_every=4, seed=3)
@@ -45,7 +47,7 @@ def assert_same_state(one, other) -> None:
 
 
 @pytest.mark.parametrize(
-    ("optimizer", "precision"), [("adamw", "fp32"), ("adamw", "bf16"), ("adamw", "fp16"), ("radam", "fp32")]
+    ("optimizer", "precision"), [("adamw", "fp32"), ("adamw", "tf32"), ("adamw", "bf16"), ("adamw", "fp16"), ("radam", "fp32")]
 )
 def test_a_resumed_run_equals_an_unbroken_one_bit_for_bit(optimizer, precision, tmp_path) -> None:
     config = dataclasses.replace(CONFIG, optimizer=optimizer, precision=precision)
@@ -55,6 +57,34 @@ def test_a_resumed_run_equals_an_unbroken_one_bit_for_bit(optimizer, precision, 
         resumed.run(until)
     assert resumed.resumed_from == 6
     assert_same_state(tmp_path / "whole", tmp_path / "parts")
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("network", ["UNet", "DDPMpp", "DiT"])
+@pytest.mark.parametrize(
+    ("optimizer", "precision"), [("adamw", "fp32"), ("radam", "tf32"), ("adamw", "bf16"), ("adamw", "fp16")]
+)
+def test_on_a_gpu_two_runs_and_a_resumed_one_are_equal_bit_for_bit(network, optimizer, precision, tmp_path) -> None:
+    config = dataclasses.replace(CONFIG, batch=16, optimizer=optimizer, precision=precision)
+    generator = torch.Generator().manual_seed(0)
+    data = ImageData(torch.randn(50, 4, 16, 16, generator=generator) * 0.5, torch.arange(50) % 3, 3, "made up")
+    arguments = {
+        "UNet": {"width": 16, "dropout": 0.3},
+        "DDPMpp": {"width": 16, "dropout": 0.3, "blocks": 1},
+        "DiT": {"size": "S", "patch": 2},
+    }
+
+    def made(name: str) -> Trainer:
+        torch.manual_seed(0)
+        net = NETWORKS[network](channels=4, resolution=16, num_classes=3, **arguments[network])
+        return Trainer(IMMObjective(FlowMap(net).cuda()), data, tmp_path / name, config)
+
+    for name, parts in (("one", [20]), ("other", [20]), ("parts", [7, 20])):
+        for until in parts:
+            made(name).run(until)
+    assert_same_state(tmp_path / "one", tmp_path / "other")
+    assert_same_state(tmp_path / "one", tmp_path / "parts")
 
 
 def test_a_resumed_state_lies_in_memory_as_the_weights_do(tmp_path) -> None:
@@ -73,6 +103,31 @@ def test_a_resumed_state_lies_in_memory_as_the_weights_do(tmp_path) -> None:
         moments = [value for value in resumed._optimizer.state[parameter].values() if value.shape == parameter.shape]
         assert len(moments) == 2
         assert all(moment.stride() == parameter.stride() for moment in moments)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "tf32"])
+def test_the_backends_settings_hold_within_a_run_only(precision, tmp_path) -> None:
+    def now() -> tuple[bool, ...]:
+        cudnn = torch.backends.cudnn
+        return (
+            cudnn.deterministic,
+            torch.are_deterministic_algorithms_enabled(),
+            torch.is_deterministic_algorithms_warn_only_enabled(),
+            torch.utils.deterministic.fill_uninitialized_memory,
+            cudnn.allow_tf32,
+            torch.backends.cuda.matmul.allow_tf32,
+        )
+
+    def broken(step: int) -> None:
+        seen.append(now())
+        raise KeyError
+
+    before, seen = now(), []
+    with pytest.raises(KeyError):
+        trainer(tmp_path, dataclasses.replace(CONFIG, precision=precision)).run(1, on_step=broken)
+    assert seen == [(True, True, True, False, precision == "tf32", precision == "tf32")]
+    assert now() == before
+    assert before[1] is False
 
 
 def test_training_changes_the_network_and_the_rows_say_so(tmp_path) -> None:
@@ -104,6 +159,49 @@ def test_every_image_is_seen_once_an_epoch(tmp_path) -> None:
     assert not torch.equal(torch.cat(seen)[:50], torch.cat(seen)[50:100])
 
 
+@pytest.mark.parametrize(("precision", "batch_gpu"), [("fp32", 4), ("fp32", 12), ("fp16", 8), ("fp32", 100)])
+def test_a_batch_in_parts_has_the_gradient_of_the_whole(precision, batch_gpu, tmp_path) -> None:
+    """The same draws, weighted by the parts' sizes: equal to rounding where the network has no dropout."""
+    found = []
+    for name, size in (("whole", None), ("parts", batch_gpu)):
+        config = dataclasses.replace(CONFIG, batch=32, precision=precision, batch_gpu=size)
+        run = trainer(tmp_path / name, config, dropout=0.0)
+        run.run(3)  # until the last layer, 0 at first, lets gradients through
+        calls, forward = [], run.objective.forward
+        run.objective.forward = lambda x, *more, _f=forward, _c=calls, **options: _c.append(len(x)) or _f(x, *more, **options)
+        stats, norm = run._step()
+        assert calls == ([32] if size is None or size > 32 else [size] * (32 // size) + [32 % size] * bool(32 % size))
+        found.append((stats, norm, [p.grad for p in run._parameters]))
+    (stats, norm, gradients), (part_stats, part_norm, part_gradients) = found
+    tolerance = {"rtol": 1e-4, "atol": 1e-6} if precision == "fp32" else {"rtol": 5e-2, "atol": 1e-4}
+    torch.testing.assert_close(part_stats, stats, equal_nan=True, check_dtype=False, **tolerance)
+    torch.testing.assert_close(part_norm, norm, **tolerance)
+    torch.testing.assert_close(part_gradients, gradients, **tolerance)
+    assert float(norm) > 0
+
+
+def test_the_size_of_the_parts_may_change_on_the_way(tmp_path) -> None:
+    trainer(tmp_path).run(2)
+    trainer(tmp_path, dataclasses.replace(CONFIG, batch_gpu=4)).run(3)
+
+
+def test_xflip_shows_every_image_twice_an_epoch_once_mirrored(tmp_path) -> None:
+    pixels = torch.arange(12 * 64).remainder(251).to(torch.uint8).reshape(12, 1, 8, 8)
+    found = ImageData(pixels, torch.arange(12) % 3, 3, "made up")
+    run = trainer(tmp_path, dataclasses.replace(CONFIG, batch=12, xflip=True), found)
+    seen, update = [], run.update
+    run.update = lambda x, labels: seen.extend(zip(x, labels, strict=True)) or update(x, labels)
+    run.run(2)
+
+    def key(image, label) -> tuple:
+        return (*image.flatten().tolist(), int(label))
+
+    expected = [key(x, y) for images in (found.images, found.images.flip(3)) for x, y in zip(images, found.labels, strict=True)]
+    assert sorted(key(*pair) for pair in seen) == sorted(expected)
+    with pytest.raises(ValueError, match="xflip: expected images, a mirrored latent"):
+        trainer(tmp_path / "latents", dataclasses.replace(CONFIG, xflip=True))
+
+
 def test_ema_follows_the_rule(tmp_path) -> None:
     live = torch.nn.Linear(2, 2)
     live.register_buffer("count", torch.zeros(1))
@@ -128,6 +226,26 @@ def test_snapshots_hold_the_average(tmp_path) -> None:
         assert torch.equal(mine, averaged)
         assert live.shape == mine.shape
     assert checkpoints.read_file(tmp_path / "snapshot-0000004.safetensors", "flow_map")[1]["extra"]["step"] == 4
+
+
+def test_snapshots_are_replaced_but_those_to_keep(tmp_path) -> None:
+    def names() -> list[str]:
+        return sorted(path.name for path in tmp_path.glob("snapshot-*"))
+
+    def expected(*steps: int) -> list[str]:
+        return [f"snapshot-{step:07d}.safetensors" for step in steps]
+
+    other = tmp_path / "snapshot-0000001.safetensors"  # not of this run
+    other.write_bytes(b"mine")
+    trainer(tmp_path).run(9)
+    assert names() == expected(1, 9)
+    assert state(tmp_path)[1]["step"] == 9
+    other.unlink()
+    trainer(tmp_path, dataclasses.replace(CONFIG, keep_every=5)).run(22)  # saves at 10, 12, 15, 16, 20, 22
+    assert names() == expected(10, 15, 20, 22)
+    assert checkpoints.read_file(tmp_path / names()[1], "flow_map")[1]["extra"]["step"] == 15
+    trainer(tmp_path, dataclasses.replace(CONFIG, keep_every=10)).run(23)
+    assert names() == expected(10, 15, 20, 23)
 
 
 def test_fp16_has_a_loss_scale_that_is_kept(tmp_path) -> None:
@@ -191,6 +309,14 @@ def test_the_same_data_under_another_name_resumes(tmp_path) -> None:
     trainer(tmp_path, data=dataclasses.replace(images(), source="moved")).run(3)
 
 
+def test_a_state_from_before_xflip_resumes(tmp_path) -> None:
+    trainer(tmp_path).run(2)
+    tensors, settings = state(tmp_path)
+    del settings["settings"]["config"]["xflip"], settings["format_version"]
+    checkpoints.write_file(tmp_path / STATE_FILE, tensors, settings)
+    assert trainer(tmp_path).resumed_from == 2
+
+
 def test_a_foreign_stats_file_is_not_touched(tmp_path) -> None:
     text = '{"epoch": 3}\n'
     (tmp_path / STATS_FILE).write_text(text)
@@ -235,6 +361,9 @@ def test_a_broken_state_is_refused(tmp_path) -> None:
     ("change", "text"),
     [
         ({"batch": 6}, "batch: expected a multiple of particles = 4, got 6"),
+        ({"batch_gpu": 6}, "batch_gpu: expected a multiple of particles = 4, got 6"),
+        ({"batch_gpu": 0}, "batch_gpu: expected at least 1, got 0"),
+        ({"keep_every": 0}, "keep_every: expected at least 1, got 0"),
         ({"lr": 0.0}, "lr: expected a positive rate"),
         ({"optimizer": "sgd"}, r"unknown optimizer 'sgd'; expected one of \['adamw', 'radam'\]"),
         ({"precision": "int8"}, "unknown precision"),
@@ -294,3 +423,50 @@ def test_killed_at_any_moment_it_resumes_exactly(tmp_path) -> None:
     trainer(tmp_path / "whole").run(max(30, step))
     subprocess.run([sys.executable, "-c", code, str(max(30, step))], check=True)
     assert_same_state(tmp_path / "whole", tmp_path / "killed")
+
+
+HOLD = """
+import sys, time
+from pathlib import Path
+from imm.training.lock import lock_folder
+lock = lock_folder(Path(sys.argv[1]))
+print("locked", flush=True)
+time.sleep(60)
+"""
+
+
+@pytest.mark.skipif(os.name != "posix", reason="folders are locked on POSIX systems")
+def test_one_process_writes_to_a_folder(tmp_path) -> None:
+    with subprocess.Popen([sys.executable, "-c", HOLD, str(tmp_path)], stdout=subprocess.PIPE, text=True) as other:
+        try:
+            assert other.stdout.readline() == "locked\n"
+            with pytest.raises(
+                ValueError, match=f"that no other run writes to, got {tmp_path}, where process {other.pid} does"
+            ):
+                trainer(tmp_path)
+            assert os.listdir(tmp_path) == [LOCK_FILE]
+        finally:
+            other.kill()  # which leaves no lock behind
+    first = trainer(tmp_path)
+    second = trainer(tmp_path)  # of the same process
+    locked = "from imm.training.lock import lock_folder; import pathlib, sys; lock_folder(pathlib.Path(sys.argv[1]))"
+
+    def free() -> bool:
+        return not subprocess.run([sys.executable, "-c", locked, str(tmp_path)], stderr=subprocess.DEVNULL).returncode
+
+    del first
+    assert not free()
+    second.close()
+    assert free()
+    third = trainer(tmp_path)
+    assert not free()
+    del third
+    assert free()
+
+
+def test_a_folder_made_anew_is_locked_anew(tmp_path) -> None:
+    first = trainer(tmp_path / "run")
+    shutil.rmtree(tmp_path / "run")
+    second = trainer(tmp_path / "run")
+    second.run(1)
+    assert second._lock is not first._lock or second._lock is None

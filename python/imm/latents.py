@@ -1,4 +1,4 @@
-"""From the latents that a network generates to images: AutoencoderKL of the diffusers library, an extra."""
+"""Between images and the latents that networks generate: AutoencoderKL of the diffusers library, an extra."""
 
 from __future__ import annotations
 
@@ -93,3 +93,36 @@ def _scale_and_shift(config: Any) -> tuple[list[float], list[float]]:
     if config.latent_channels == len(SD_VAE_MEAN) and factor == SD_VAE_FACTOR:
         return [s / STD for s in SD_VAE_STD], list(SD_VAE_MEAN)
     return [1.0 / factor], [shift or 0.0]
+
+
+@torch.no_grad()
+def encode(images: Tensor, vae: Any, batch: int = 8) -> tuple[Tensor, Tensor]:
+    """The posteriors of images' latents, in the scale that networks learn: what :func:`decode` takes.
+
+    Args:
+        images: ``[B, 3, H, W]`` floating in [-1, 1]; H and W multiples of what the autoencoder shrinks by.
+        vae: as for :func:`decode`. batch: images encoded at a time.
+
+    Returns:
+        Mean and standard deviation, each ``[B, C, H / 8, W / 8]`` (8: what the autoencoder shrinks by) float32 on its device. A
+        latent is ``mean + std * n`` for a standard normal n (paper section I.1).
+
+    Raises:
+        ValueError: images of another shape or dtype; batch < 1.
+    """
+    channels, side = vae.config.in_channels, 2 ** (len(vae.config.block_out_channels) - 1)
+    whole = images.dim() == 4 and len(images) > 0 and images.shape[1] == channels and images.is_floating_point()
+    if not whole or images.shape[2] % side or images.shape[3] % side:
+        raise ValueError(
+            f"images: expected floating [B, {channels}, H, W] with H and W multiples of {side}, "
+            f"got {list(images.shape)} of {images.dtype}"
+        )
+    if batch < 1:
+        raise ValueError(f"batch: expected a count >= 1, got {batch}")
+    scale, shift = (torch.tensor(v, device=vae.device).reshape(1, -1, 1, 1) for v in _scale_and_shift(vae.config))
+    means, deviations = [], []
+    for part in images.split(batch):
+        posterior = vae.encode(part.to(vae.device, vae.dtype)).latent_dist
+        means.append((posterior.mean.float() - shift) / scale)
+        deviations.append(posterior.std.float() / scale)
+    return torch.cat(means), torch.cat(deviations)

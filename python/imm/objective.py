@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -21,6 +22,24 @@ TARGET_LABELS = ("kept", "dropped")
 T_BINS = 4
 #: Floor on |c_out(s, t)|, so that the kernel scale stays finite in float32 as s approaches t.
 _MIN_C_OUT = 1e-12
+
+
+@dataclass(frozen=True)
+class Draws:
+    """What one loss draws: t, s and r ``[G]`` float64, ``noise`` like the data, ``labels`` ``[B]`` after dropout or None."""
+
+    t: Tensor
+    s: Tensor
+    r: Tensor
+    noise: Tensor
+    labels: Tensor | None
+
+    def part(self, start: int, stop: int) -> Draws:
+        """Those of the groups from ``start`` to before ``stop``."""
+        particles = len(self.noise) // len(self.t)
+        groups, images = slice(start, stop), slice(start * particles, stop * particles)
+        labels = None if self.labels is None else self.labels[images]
+        return Draws(self.t[groups], self.s[groups], self.r[groups], self.noise[images], labels)
 
 
 class IMMObjective(nn.Module):
@@ -161,6 +180,14 @@ class IMMObjective(nn.Module):
         s = torch.minimum(s, torch.nextafter(t, torch.zeros_like(t)))  # rounding may not make s = t
         return t, s, self.mapping(t, s)
 
+    def draw(self, x: Tensor, labels: Tensor | None = None, generator: torch.Generator | None = None) -> Draws:
+        """Times, noise and label dropout for a batch, drawn as :meth:`forward` draws them; the arguments are its."""
+        batch = self._checked_batch(x)
+        labels = self.flow_map.checked_labels(labels, batch, x.device)
+        t, s, r = self.sample_times(batch // self.particles, x.device, generator)
+        noise = torch.randn(x.shape, dtype=x.dtype, device=x.device, generator=generator) * self.flow_map.sigma_data
+        return Draws(t, s, r, noise, self._drop_labels(labels, generator))
+
     def forward(
         self,
         x: Tensor,
@@ -168,6 +195,7 @@ class IMMObjective(nn.Module):
         *,
         generator: torch.Generator | None = None,
         grad_scale: Tensor | None = None,
+        draws: Draws | None = None,
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """The loss of a batch of data.
 
@@ -177,6 +205,7 @@ class IMMObjective(nn.Module):
             generator: of times, noise and label dropout; None for torch's default one.
             grad_scale: what the loss will be multiplied by before backward (a gradient scaler's factor), ``[1]`` or scalar, so
                 that small gradients are scaled before they are rounded; backward with another factor is right too. None for 1.
+            draws: from :meth:`draw`, whose ``part`` makes the loss of a large batch one of its parts at a time; None to draw.
 
         Returns:
             The loss (mean over groups, a scalar) and statistics, all tensors on the device without gradient: ``loss``,
@@ -188,18 +217,16 @@ class IMMObjective(nn.Module):
                 CPU only; on a GPU look at ``nonfinite``).
         """
         flow_map, particles = self.flow_map, self.particles
-        if x.dim() < 2 or not x.is_floating_point():
-            raise ValueError(f"x: expected a floating [B, ...], got {list(x.shape)} of {x.dtype}")
+        if draws is None:
+            draws = self.draw(x, labels, generator)
+        else:
+            self._checked_batch(x)
         batch = x.shape[0]
-        if batch == 0 or batch % particles:
-            raise ValueError(f"x: expected a batch that is a multiple of particles = {particles}, got {batch}")
-        if x.device.type == "cpu" and not torch.compiler.is_compiling() and not bool(torch.isfinite(x).all()):
-            raise ValueError("x: expected finite data, got NaN or infinity")
         labels = flow_map.checked_labels(labels, batch, x.device)
         groups = batch // particles
-        t, s, r = self.sample_times(groups, x.device, generator)
-        eps = torch.randn(x.shape, dtype=x.dtype, device=x.device, generator=generator) * flow_map.sigma_data
-        dropped = self._drop_labels(labels, generator)
+        t, s, r, eps, dropped = draws.t, draws.s, draws.r, draws.noise, draws.labels
+        if len(t) != groups or eps.shape != x.shape:
+            raise ValueError(f"draws: expected those of {groups} groups and noise {list(x.shape)}, got {list(eps.shape)}")
 
         def branch(time: Tensor, branch_labels: Tensor | None) -> tuple[Tensor, Tensor]:
             every_time, target = time.repeat_interleave(particles), s.repeat_interleave(particles)
@@ -223,6 +250,15 @@ class IMMObjective(nn.Module):
             per_group, _ = torch.ops.imm.flow_map_mmd(*arguments)
             loss = per_group.mean()
         return loss, self._statistics(per_group, t, s, r)
+
+    def _checked_batch(self, x: Tensor) -> int:
+        if x.dim() < 2 or not x.is_floating_point():
+            raise ValueError(f"x: expected a floating [B, ...], got {list(x.shape)} of {x.dtype}")
+        if x.shape[0] == 0 or x.shape[0] % self.particles:
+            raise ValueError(f"x: expected a batch that is a multiple of particles = {self.particles}, got {x.shape[0]}")
+        if x.device.type == "cpu" and not torch.compiler.is_compiling() and not bool(torch.isfinite(x).all()):
+            raise ValueError("x: expected finite data, got NaN or infinity")
+        return x.shape[0]
 
     def _workspace(self, x_t: Tensor, g_t: Tensor) -> _Workspace:
         """Memory for losses and gradient, kept across steps: on a CPU fresh pages cost more than the kernel."""

@@ -1,4 +1,4 @@
-"""The paper's settings by name: network, flow map, objective and sampler (paper tables 5 and 1, section I.2)."""
+"""The paper's settings by name: network, flow map, objective, training and sampler (tables 5 and 1, sections I.2 and I.6)."""
 
 from __future__ import annotations
 
@@ -15,7 +15,8 @@ class Preset:
     """Keyword arguments, by what takes them; what is not named keeps its default.
 
     network: a name in :data:`imm.networks.NETWORKS`, made with ``arguments``. flow_map: of :class:`imm.FlowMap`. objective: of
-    :class:`imm.IMMObjective`. sampling: of :class:`imm.Sampler`.
+    :class:`imm.IMMObjective`. sampling: of :class:`imm.Sampler`. training: of :class:`imm.training.TrainConfig`. steps: in
+    all, or None.
     """
 
     network: str
@@ -23,13 +24,30 @@ class Preset:
     flow_map: dict[str, Any] = field(default_factory=dict)
     objective: dict[str, Any] = field(default_factory=dict)
     sampling: dict[str, Any] = field(default_factory=dict)
+    training: dict[str, Any] = field(default_factory=dict)
+    steps: int | None = None
 
     def build(self) -> FlowMap:
         """The flow map with fresh weights, on the CPU in training mode."""
         return FlowMap(NETWORKS[self.network](**self.arguments), **self.flow_map)
 
 
-def _dit(size: str, patch: int, second_time: str = "identity", a: int = 1, min_gap: float | None = None) -> Preset:
+def _training(optimizer: str, precision: str, xflip: bool = False) -> dict[str, Any]:
+    return {
+        "batch": 4096,
+        "optimizer": optimizer,
+        "lr": 1e-4,
+        "betas": (0.9, 0.999),
+        "weight_decay": 0.0,
+        "ema": 0.9999,
+        "precision": precision,
+        "xflip": xflip,
+    }
+
+
+def _dit(
+    size: str, patch: int, second_time: str = "identity", a: int = 1, min_gap: float | None = None, precision: str = "tf32"
+) -> Preset:
     """A DiT on ImageNet-256 latents (4x32x32, 1000 classes) with the paper's settings for it."""
     return Preset(
         network="DiT",
@@ -52,6 +70,8 @@ def _dit(size: str, patch: int, second_time: str = "identity", a: int = 1, min_g
             "label_dropout": 0.1,
         },
         sampling={"steps": 8, "kind": "uniform", "guidance": 1.5},
+        training=_training("adamw", precision),
+        steps=1_200_000,
     )
 
 
@@ -70,8 +90,10 @@ PRESETS: dict[str, Preset] = {
         },
         objective={"particles": 4, "kernel": "laplace", "mapping_kind": "eta", "k": 15, "a": 1, "b": 5.0},
         sampling={"steps": 2, "kind": "eta", "mid_eta": (1.4,)},
+        training=_training("radam", "tf32", xflip=True),
+        steps=400_000,
     ),
-    "imagenet256-ts-a2": _dit("XL", 2, second_time="stride", a=2, min_gap=1e-4),
+    "imagenet256-ts-a2": _dit("XL", 2, second_time="stride", a=2, min_gap=1e-4, precision="fp16"),
     "imagenet256-s-a1": _dit("XL", 2),
     **{f"dit-{size.lower()}-{patch}": _dit(size, patch) for size in SIZES for patch in (2, 4, 8)},
 }

@@ -36,7 +36,7 @@ def write_file(path: str | os.PathLike[str], tensors: Mapping[str, Tensor], sett
     """
     target = Path(path)
     metadata = {_KEY: json.dumps({"format_version": FORMAT_VERSION, **settings}, allow_nan=False)}
-    plain = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
+    plain = _apart(tensors)
     part = target.with_name(f".{target.name}.part")  # one name: what a killed run left is overwritten by the next write
     try:
         save_file(plain, part, metadata=metadata)
@@ -46,6 +46,20 @@ def write_file(path: str | os.PathLike[str], tensors: Mapping[str, Tensor], sett
     except (OSError, SafetensorError) as error:
         part.unlink(missing_ok=True)
         raise CheckpointError(f"cannot write {target}: {error}") from error
+
+
+def _apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors on the CPU, contiguous, each the whole of a memory of its own, which safetensors asks for."""
+    out: dict[str, Tensor] = {}
+    taken: set[int] = set()
+    for name, tensor in tensors.items():
+        plain = tensor.detach().cpu().contiguous()
+        storage = plain.untyped_storage()
+        if storage.data_ptr() in taken or storage.nbytes() != plain.numel() * plain.element_size():
+            plain = plain.clone()
+        taken.add(plain.untyped_storage().data_ptr())
+        out[name] = plain
+    return out
 
 
 def read_file(path: str | os.PathLike[str], kind: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -158,11 +172,29 @@ def load(path: str | os.PathLike[str], *, network: nn.Module | None = None) -> F
     """
     tensors, settings = read_file(path, "flow_map")
     try:
+        if network is None:
+            _check_settings(settings, tensors, str(path))
         flow_map = build(settings, network)
     except CheckpointError as error:
-        raise CheckpointError(f"{path}: {error}") from error
+        text = str(error)
+        raise CheckpointError(text if text.startswith(str(path)) else f"{path}: {text}") from error
     load_state(flow_map.network, tensors, str(path))
     return flow_map.eval()
+
+
+def _check_settings(settings: Mapping[str, Any], tensors: Mapping[str, Tensor], source: str) -> None:
+    """Refuse settings of another network than the tensors', before there is memory for it: a small file may name a huge one."""
+    network = settings.get("network")
+    blocks, levels = (network.get(n) for n in ("blocks", "multipliers")) if isinstance(network, dict) else (None, None)
+    if isinstance(blocks, int) and isinstance(levels, list) and blocks * len(levels) > len(tensors):
+        raise CheckpointError(f"{source}: names do not fit the network: its settings have more blocks than there are tensors")
+    try:
+        with torch.device("meta"):
+            expected = build(settings)
+    except (RuntimeError, ArithmeticError) as error:  # torch's, for sizes that no tensor has
+        text = str(error).partition("\n")[0]
+        raise CheckpointError(f"{source}: expected the settings of a flow map, got: {text}") from error
+    check_state(expected.network.state_dict(), tensors, source)
 
 
 def load_state(module: nn.Module, tensors: Mapping[str, Tensor], source: str) -> None:

@@ -13,13 +13,22 @@ from imm.version import __version__
 _COMMANDS = {
     "demo": "Train on real digits from scratch, sample in 1-8 steps, score, report.",
     "train": "Train a network on images.",
-    "data": "Convert and measure data sets.",
+    "data": "Convert data sets, encode them as latents, measure them.",
     "sample": "Generate images from a checkpoint.",
     "eval": "Measure images against a reference, and compare what was measured.",
     "import": "Turn a published checkpoint (.pkl) into one of ours, without running what is in it.",
     "export": "Compile a checkpoint ahead of time, for generation without Python.",
     "bench": "Time ops beside their peers (needs a checkout).",
     "doctor": "Say what is installed and which implementation each op uses, and why.",
+}
+
+
+#: What a command needs less memory with.
+_LESS_MEMORY = {
+    "train": "a smaller --batch-gpu (or --batch), --checkpointing (DiT, DDPM++), --precision=bf16, or a smaller network",
+    "sample": "a smaller --batch or --precision=bf16",
+    "eval": "a smaller --batch",
+    "data": "a smaller --batch (encode), --max-images or --resolution",
 }
 
 
@@ -44,12 +53,23 @@ class _Group(click.Group):
             return super().invoke(ctx)
         except (ValueError, TypeError, OSError, ImportError) as error:
             raise click.ClickException(str(error)) from error
-        except RuntimeError as error:
+        except (RuntimeError, MemoryError) as error:
             from imm.training import TrainingError
 
             if isinstance(error, TrainingError):
                 raise click.ClickException(str(error)) from error
+            if _is_out_of_memory(error):
+                remedy = _LESS_MEMORY.get(ctx.invoked_subcommand or "")
+                raise click.ClickException("out of memory" + (f"; try {remedy}" if remedy else "")) from error
             raise
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    """Whether a device or the host had no memory left; not every such error of torch has a class of its own."""
+    import torch
+
+    words = ("DefaultCPUAllocator", "error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or any(word in str(error) for word in words)
 
 
 @click.group(cls=_Group)

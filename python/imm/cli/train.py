@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
+import inspect
+import os
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
@@ -10,9 +13,13 @@ import click
 import torch
 from click.core import ParameterSource
 
+from imm import checkpoints
+from imm.checkpoints.format import describe
 from imm.cli import progress
 from imm.cli.options import device_line, pick_device, writable_folder
-from imm.data import ImageData, load
+from imm.data import ImageData, load, to_float
+from imm.flow_map import FlowMap
+from imm.networks import NETWORKS
 from imm.objective import MAPPINGS, IMMObjective
 from imm.ops.mmd import KERNELS
 from imm.parametrizations import PARAMETRIZATIONS
@@ -24,6 +31,8 @@ from imm.training.trainer import OPTIMIZERS, PRECISIONS
 #: Options of each network, under its constructor's names.
 NETWORK_OPTIONS = {"UNet": ("width", "dropout"), "DDPMpp": ("width", "dropout"), "DiT": ("size", "patch")}
 FLOW_MAP_OPTIONS = ("schedule", "parametrization", "second_time", "t_min", "t_max")
+#: Options that are settings of :class:`imm.training.TrainConfig`.
+TRAINING_OPTIONS = ("batch", "batch_gpu", "lr", "warmup", "optimizer", "ema", "precision", "xflip", "seed")
 #: Option -> argument of :class:`imm.IMMObjective`.
 OBJECTIVE_OPTIONS = {
     **{name: name for name in ("particles", "kernel", "k", "a", "b", "min_gap", "label_dropout")},
@@ -33,27 +42,41 @@ OBJECTIVE_OPTIONS = {
 
 @click.command()
 @click.option(
-    "--data", required=True, metavar="PATH", help='"mnist5k", a folder of images, .zip, .npz, CIFAR-10, MNIST (docs/data.md).'
+    "--data",
+    required=True,
+    metavar="PATH",
+    help='"mnist5k", a folder of images, .zip, .npz (images or latents), CIFAR-10, MNIST (docs/data.md).',
 )
 @click.option("--outdir", required=True, metavar="DIR", help="Snapshots, state and stats.jsonl. A run found here is resumed.")
 @click.option("--resolution", type=click.IntRange(min=4), help="Resize to this side. [default: as they are; mnist5k: 16]")
 @click.option("--steps", default=10000, show_default=True, type=click.IntRange(min=1), help="Steps in all.")
 @click.option("--minutes", type=click.FloatRange(min=0), help="Stop after this long; run again to go on.")
 @click.option("--batch", default=64, show_default=True, type=click.IntRange(min=1), help="Images a step.")
+@click.option(
+    "--batch-gpu",
+    type=click.IntRange(min=1),
+    help="Images at a time, for less memory; the batch's gradient is summed. [default: all]",
+)
 @click.option("--lr", default=1e-4, show_default=True, type=float, help="Learning rate.")
 @click.option("--warmup", default=0, show_default=True, type=click.IntRange(min=0), help="Steps of linear growth of it.")
 @click.option("--optimizer", default="adamw", show_default=True, type=click.Choice(list(OPTIMIZERS)))
 @click.option("--ema", default=0.9999, show_default=True, type=float, help="Beta of the moving average.")
 @click.option("--precision", default="fp32", show_default=True, type=click.Choice(list(PRECISIONS)))
+@click.option("--xflip/--no-xflip", default=False, show_default=True, help="Also train on mirrored images (not latents).")
 @click.option("--seed", default=0, show_default=True, type=click.IntRange(0, 2**63 - 1))
-@click.option("--snap", default=500, show_default=True, type=click.IntRange(min=1), help="Steps between saved states.")
+@click.option("--snap", default=500, show_default=True, type=click.IntRange(min=1), help="Steps between saves.")
+@click.option(
+    "--keep", type=click.IntRange(min=1), metavar="N", help="Keep the snapshots of every N steps. [default: only the newest]"
+)
 @click.option("--tick", default=50, show_default=True, type=click.IntRange(min=1), help="Steps between rows of stats.jsonl.")
 @click.option(
     "--preset",
     type=click.Choice(list(PRESETS)),
     metavar="NAME",
-    help=f"Network, flow map and objective of the paper; options given beside it win. One of {', '.join(PRESETS)}.",
+    help="The paper's network, flow map, objective, steps, batch, lr, optimizer, ema, precision, xflip; options given beside "
+    f"it win. One of {', '.join(PRESETS)}.",
 )
+@click.option("--init", metavar="FILE", help="Start from this checkpoint's weights; network and flow map are the file's.")
 @click.option("--network", default="unet", show_default=True, type=click.Choice(["unet", "dit"]))
 @click.option("--width", default=16, show_default=True, type=int, help="U-Net, DDPM++: channels of the first layer.")
 @click.option("--dropout", default=0.0, show_default=True, type=click.FloatRange(0, 1, max_open=True), help="U-Net, DDPM++.")
@@ -72,6 +95,7 @@ OBJECTIVE_OPTIONS = {
 @click.option("-b", "b", default=4.0, show_default=True, type=float, help="Shift of the weighting.")
 @click.option("--min-gap", type=float, help="Smallest t - r, such as 1e-4 in half precision. [default: none]")
 @click.option("--label-dropout", default=0.1, show_default=True, type=click.FloatRange(0, 1))
+@click.option("--checkpointing", is_flag=True, help="DiT, DDPM++: compute blocks again in the backward, for less memory.")
 @click.option("--device", default="auto", show_default=True)
 @click.pass_context
 def command(
@@ -81,50 +105,60 @@ def command(
     resolution: int | None,
     steps: int,
     minutes: float | None,
-    batch: int,
-    lr: float,
-    warmup: int,
-    optimizer: str,
-    ema: float,
-    precision: str,
-    seed: int,
     snap: int,
+    keep: int | None,
     tick: int,
     preset: str | None,
+    init: str | None,
+    checkpointing: bool,
     device: str,
     **options: Any,
 ) -> None:
     """Train a network on images. Stopped or killed at any moment, the same command goes on exactly where it was saved."""
+    world = os.environ.get("WORLD_SIZE", "1")
+    if world != "1":
+        raise ValueError(f"train: expected one process, got {world} (torchrun); training runs on one device")
     target = pick_device(device)
-    images = load(data, resolution)
-    if preset is None:
-        chosen = _from_options(options, images)
-    else:
-        given = {name for name in options if context.get_parameter_source(name) is not ParameterSource.DEFAULT}
-        chosen = _changed(preset, {name: options[name] for name in given})
-        _check_fit(preset, chosen, images)
-    folder = writable_folder(outdir)
-    torch.manual_seed(seed)
-    flow_map = chosen.build()
-    net = flow_map.network
-    objective = IMMObjective(flow_map.to(target), **chosen.objective)
-    config = TrainConfig(
-        batch=batch,
-        optimizer=optimizer,
-        lr=lr,
-        warmup=warmup,
-        ema=ema,
-        precision=precision,
-        seed=seed,
-        log_every=tick,
-        snapshot_every=snap,
-    )
-    trainer = Trainer(objective, images, folder, config)
-    count = sum(p.numel() for p in net.parameters())
-    click.echo(f"device: {device_line(target)}; data: {images.source}, {images.shape}, {images.num_classes} classes")
+    images = load(data, resolution, latents=True)
+    given = {name for name in context.params if context.get_parameter_source(name) is not ParameterSource.DEFAULT}
+    training = {name: options.pop(name) for name in TRAINING_OPTIONS}
+    of_model = {name: options[name] for name in given & options.keys()}
+    if init is not None:
+        _check_beside_init(init, of_model)
+    chosen = _from_options(options, of_model, images) if preset is None else _changed(preset, of_model)
+    loaded = None
+    if init is not None:
+        loaded = checkpoints.load(init).train()
+        chosen = _of_file(init, loaded, chosen, preset)
+    if init is not None or preset is not None:
+        _check_fit(f"the preset {preset}" if init is None else init, chosen, images)
     if preset is not None:
-        click.echo(f"preset: {preset}; flow map: {flow_map.settings}; objective: {chosen.objective}")
-    click.echo(f"network: {type(net).__name__}, {count:,} parameters; {precision}; steps: {steps}, batch {batch}")
+        training |= {name: value for name, value in chosen.training.items() if name not in given}
+        if chosen.steps is not None and "steps" not in given:
+            steps = chosen.steps
+    config = TrainConfig(**training, log_every=tick, snapshot_every=snap, keep_every=keep)
+    if checkpointing and "checkpointing" not in inspect.signature(NETWORKS[chosen.network]).parameters:
+        raise ValueError(f"checkpointing: expected a network that has it, got {chosen.network}")
+    folder = writable_folder(outdir)
+    torch.manual_seed(config.seed)
+    flow_map = chosen.build() if loaded is None else loaded.float()
+    net = flow_map.network
+    if checkpointing:
+        net.checkpointing = True  # type: ignore[assignment]
+    objective = IMMObjective(flow_map.to(target), **chosen.objective)
+    digest = None if init is None else _sha256(init)
+    trainer = Trainer(objective, images, folder, config, init=digest)
+    count = sum(p.numel() for p in net.parameters())
+    data_line = f"data: {images.source}, {images.shape}, {images.num_classes} classes"
+    if images.pixels.is_floating_point():  # in another scale they would train, badly
+        some = to_float(images.pixels[:: max(1, len(images) // 1000)])
+        data_line += f", standard deviation {some.std(correction=0):.2f} (expected near {flow_map.sigma_data:g})"
+    click.echo(f"device: {device_line(target)}; {data_line}")
+    if preset is not None:
+        click.echo(f"preset: {preset}; flow map: {flow_map.settings}; objective: {chosen.objective}; training: {training}")
+    click.echo(f"network: {type(net).__name__}, {count:,} parameters; {config.precision}; steps: {steps}, batch {config.batch}")
+    if init is not None:
+        click.echo(f"init: {init}, sha256 {digest}")
     if trainer.resumed_from is not None:
         click.echo(f"resuming at step {trainer.resumed_from}")
     signal_number = progress.run(trainer, steps, None if minutes is None else 60.0 * minutes)
@@ -134,14 +168,21 @@ def command(
     click.echo(f"wrote {trainer.snapshot_path}")
 
 
-def _from_options(options: Mapping[str, Any], images: ImageData) -> Preset:
-    """What the options say, for the images' shape and classes."""
+def _from_options(options: Mapping[str, Any], given: Mapping[str, Any], images: ImageData) -> Preset:
+    """What the options say, for the images' shape and classes; refused where one was given that the network does not have."""
     network = {"unet": "UNet", "dit": "DiT"}[options["network"]]
+    mine = NETWORK_OPTIONS[network]
+    foreign = sorted(given.keys() - {"network", *mine, *FLOW_MAP_OPTIONS, *OBJECTIVE_OPTIONS})
+    if foreign:
+        raise ValueError(
+            f"{foreign[0]}: expected no such option for the network {network}, which has {', '.join(mine)}, "
+            f"got {given[foreign[0]]}"
+        )
     channels, side, _ = images.shape
     image = {"channels": channels, "resolution": side, "num_classes": images.num_classes}
     return Preset(
         network,
-        {**image, **{name: options[name] for name in NETWORK_OPTIONS[network]}},
+        {**image, **{name: options[name] for name in mine}},
         {name: options[name] for name in FLOW_MAP_OPTIONS},
         {argument: options[name] for name, argument in OBJECTIVE_OPTIONS.items()},
     )
@@ -165,16 +206,46 @@ def _changed(name: str, given: Mapping[str, Any]) -> Preset:
     )
 
 
-def _check_fit(name: str, preset: Preset, images: ImageData) -> None:
-    """Refuse data that the preset's network does not take, before it is made."""
+def _check_beside_init(path: str, given: Mapping[str, Any]) -> None:
+    """Refuse options that a checkpoint has settled."""
+    own = {"network", *FLOW_MAP_OPTIONS, *(name for names in NETWORK_OPTIONS.values() for name in names)}
+    for name in sorted(given.keys() & own):
+        raise ValueError(f"{name}: expected no such option beside --init, whose file says it ({path}), got {given[name]}")
+
+
+def _of_file(path: str, loaded: FlowMap, chosen: Preset, preset: str | None) -> Preset:
+    """What was chosen, for a checkpoint's network and flow map; refused where the preset says these otherwise."""
+    found = describe(loaded)
+    name, arguments = found["network"].pop("name"), found["network"]
+    if preset is not None:
+        wanted = {"network": chosen.network, **chosen.arguments, **chosen.flow_map}
+        for key, value in wanted.items():
+            got = {"network": name, **arguments, **found["flow_map"]}.get(key)
+            if got != value:
+                raise ValueError(f"init: expected {key} = {value} for the preset {preset}, got {got} in {path}")
+    return replace(chosen, network=name, arguments=arguments, flow_map=found["flow_map"])
+
+
+def _sha256(path: str) -> str:
+    found = hashlib.sha256()
+    with open(path, "rb") as file:
+        while part := file.read(2**20):
+            found.update(part)
+    return found.hexdigest()
+
+
+def _check_fit(whose: str, preset: Preset, images: ImageData) -> None:
+    """Refuse data that the network does not take, before it is made."""
     channels, side, classes = (preset.arguments[key] for key in ("channels", "resolution", "num_classes"))
     if images.shape != (channels, side, side):
+        what, remedy = "images", f"--resolution={side} resizes"
+        if preset.network == "DiT":
+            what, remedy = "latents", "imm data encode makes them from images"
         raise ValueError(
-            f"data: expected images of {channels} channels and {side}x{side} for the preset {name} "
-            f"(--resolution={side} resizes), got {list(images.shape)} ({images.source})"
+            f"data: expected {what} of {channels} channels and {side}x{side} for {whose} ({remedy}), "
+            f"got {list(images.shape)} ({images.source})"
         )
     if classes and not 0 < images.num_classes <= classes:
         raise ValueError(
-            f"data: expected labels of at most {classes} classes for the preset {name}, "
-            f"got {images.num_classes} ({images.source})"
+            f"data: expected labels of at most {classes} classes for {whose}, got {images.num_classes} ({images.source})"
         )

@@ -1,4 +1,4 @@
-"""Whole arrays: npz files, and MNIST's IDX files."""
+"""Whole arrays: npz files of images or latents, and MNIST's IDX files."""
 
 from __future__ import annotations
 
@@ -19,6 +19,10 @@ from imm.data.files import MAX_ARRAY, MAX_FILE, Files, gunzip
 _IDX = re.compile(r"(?P<folder>.*/)?(?P<split>train|t10k|test)-images[.-]idx3-ubyte(\.gz)?")
 #: The arrays of images and labels: this library's names, and those of the ADM reference batches.
 _NPZ_NAMES = (("images", "labels"), ("arr_0", "arr_1"))
+#: The arrays of latents: values, or the mean and the standard deviation of each.
+_LATENTS, _MEAN, _STD = "latents", "latents_mean", "latents_std"
+_BROKEN = (KeyError, OSError, ValueError, EOFError, RuntimeError, zlib.error, zipfile.BadZipFile)
+_PART = 1000  # images at a time
 
 
 def read_npz(path: Path) -> tuple[NDArray[np.uint8], NDArray[np.int64] | None]:
@@ -28,20 +32,13 @@ def read_npz(path: Path) -> tuple[NDArray[np.uint8], NDArray[np.int64] | None]:
         ValueError: a broken file, other arrays, or one that would unpack to more than ``MAX_ARRAY`` bytes.
     """
     try:
-        with zipfile.ZipFile(path) as archive:
-            large = [info.filename for info in archive.infolist() if info.file_size > MAX_ARRAY]
-        if large:
-            raise ValueError(f"{large[0]} is larger than {MAX_ARRAY} bytes")
-        with np.load(path, allow_pickle=False) as file:
-            names = next((pair for pair in _NPZ_NAMES if pair[0] in file.files), None)
-            if names is None:
-                raise KeyError(f"it has {file.files[:4]}")
-            for name in names:
-                if name in file.files:
-                    _check_header(path, name)
-            images = file[names[0]]
-            labels = file[names[1]] if names[1] in file.files else None
-    except (KeyError, OSError, ValueError, EOFError, RuntimeError, zlib.error, zipfile.BadZipFile) as error:
+        known = _names(path)
+        names = next((pair for pair in _NPZ_NAMES if pair[0] in known), None)
+        if names is None:
+            raise KeyError(f"it has {sorted(known)[:4]}")
+        found = _read(path, names)
+        images, labels = found[names[0]], found.get(names[1])
+    except _BROKEN as error:
         raise ValueError(f"data: expected an .npz file with an array called images or arr_0, got {path}: {error}") from error
     if images.ndim == 3:
         images = images[..., None]
@@ -49,11 +46,73 @@ def read_npz(path: Path) -> tuple[NDArray[np.uint8], NDArray[np.int64] | None]:
         raise ValueError(
             f"data: expected images [N, H, W] or [N, H, W, 1 or 3] of uint8, got {list(images.shape)} of {images.dtype}"
         )
+    return images, _checked_labels(labels, len(images))
+
+
+def has_latents(path: Path) -> bool:
+    """Whether the file is an npz with an array of latents."""
+    try:
+        return bool(_names(path) & {_LATENTS, _MEAN, _STD})
+    except _BROKEN:
+        return False
+
+
+def read_latents(path: Path) -> tuple[NDArray[np.floating], NDArray[np.floating] | None, NDArray[np.int64] | None]:
+    """Latents ``[N, C, h, h]``, their standard deviations or None (both float16 or float32), labels ``[N]`` or None, of an npz.
+
+    The file holds ``latents``, or ``latents_mean`` and ``latents_std`` of one shape and dtype; and perhaps ``labels``.
+
+    Raises:
+        ValueError: a broken file, other arrays, values that are not finite, negative deviations, or an array that would unpack
+            to more than ``MAX_ARRAY`` bytes.
+    """
+    try:
+        arrays = sorted(_names(path) & {_LATENTS, _MEAN, _STD})
+        if arrays not in ([_LATENTS], [_MEAN, _STD]):
+            raise KeyError(f"it has {' and '.join(arrays)}")
+        found = _read(path, (*arrays, "labels"))
+    except _BROKEN as error:
+        raise ValueError(f"data: expected an .npz file with {_LATENTS}, or {_MEAN} and {_STD}, got {path}: {error}") from error
+    latents, deviations = found[arrays[0]], found.get(_STD)
+    for name in arrays:
+        array = found[name]
+        if array.dtype not in (np.float16, np.float32) or array.ndim != 4 or not array.size or array.shape[2] != array.shape[3]:
+            raise ValueError(
+                f"data: expected {name} [N, C, h, h] of float16 or float32, got {list(array.shape)} of {array.dtype} ({path})"
+            )
+        if (array.shape, array.dtype) != (latents.shape, latents.dtype):
+            raise ValueError(f"data: expected {_MEAN} and {_STD} of one shape and dtype in {path}")
+        for start in range(0, len(array), _PART):
+            part = array[start : start + _PART]
+            if not np.isfinite(part).all() or (name == _STD and (part < 0).any()):
+                raise ValueError(f"data: expected finite values{' >= 0' if name == _STD else ''} in {name} of {path}")
+    return latents, deviations, _checked_labels(found.get("labels"), len(latents))
+
+
+def _names(path: Path) -> set[str]:
+    with zipfile.ZipFile(path) as archive:
+        return {name.removesuffix(".npy") for name in archive.namelist()}
+
+
+def _read(path: Path, names: tuple[str, ...]) -> dict[str, np.ndarray]:
+    """Those of the arrays that are there. What numpy and zipfile raise for a broken file, or a ValueError for a large one."""
+    with zipfile.ZipFile(path) as archive:
+        large = [info.filename for info in archive.infolist() if info.file_size > MAX_ARRAY]
+    if large:
+        raise ValueError(f"{large[0]} is larger than {MAX_ARRAY} bytes")
+    with np.load(path, allow_pickle=False) as file:
+        there = [name for name in names if name in file.files]
+        for name in there:
+            _check_header(path, name)
+        return {name: file[name] for name in there}
+
+
+def _checked_labels(labels: np.ndarray | None, count: int) -> NDArray[np.int64] | None:
     if labels is None:
-        return images, None
-    if labels.shape != images.shape[:1] or labels.dtype.kind not in "iu" or labels.min() < 0 or labels.max() >= 2**31:
-        raise ValueError(f"data: expected labels [{len(images)}] of integers >= 0, got {list(labels.shape)} of {labels.dtype}")
-    return images, labels.astype(np.int64)
+        return None
+    if labels.shape != (count,) or labels.dtype.kind not in "iu" or labels.min() < 0 or labels.max() >= 2**31:
+        raise ValueError(f"data: expected labels [{count}] of integers >= 0, got {list(labels.shape)} of {labels.dtype}")
+    return labels.astype(np.int64)
 
 
 def find_idx(files: Files) -> dict[str, Callable[[], tuple[NDArray[np.uint8], NDArray[np.int64]]]] | None:

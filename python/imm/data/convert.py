@@ -1,4 +1,7 @@
-"""Writing a data set: a zip or a folder of PNGs with ``dataset.json``, or an npz file. The same images give the same bytes."""
+"""Writing a data set: a zip or a folder of PNGs with ``dataset.json``, an npz file, or an npz file of latents.
+
+The same images give the same bytes.
+"""
 
 from __future__ import annotations
 
@@ -8,13 +11,17 @@ import shutil
 import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from itertools import islice
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 import numpy as np
+import torch
 
+from imm.data.images import to_float
 from imm.data.pictures import TRANSFORMS, Picture, encode
 from imm.data.sources import LABELS_FILE, Source
+from imm.latents import encode as encode_latents
 
 
 def check_request(dest: str, resolution: int | None, transform: str, source: str | None = None) -> None:
@@ -89,6 +96,62 @@ def write(
                     _write_files(pictures(), labels, lambda name, content: archive.writestr(_member(name), content))
             else:
                 _write_files(pictures(), labels, lambda name, content: _write_file(part / name, content))
+    except OSError as error:
+        raise ValueError(f"dest: cannot write {dest}: {error}") from error
+
+
+def write_latents(
+    source: Source,
+    dest: str,
+    vae: Any,
+    *,
+    resolution: int | None = None,
+    transform: str = "none",
+    numbers: list[int] | None = None,
+    batch: int = 8,
+    on_image: Callable[[int], object] | None = None,
+) -> None:
+    """Write the posteriors of images' latents to ``dest``, atomically.
+
+    Args:
+        dest: ``*.npz``: arrays ``latents_mean`` and ``latents_std`` ``[N, C, h, h]`` float16, scaled as
+            :func:`imm.latents.encode` does, and, with labels, ``labels`` ``[N]`` int64. All of it is in memory until the end.
+        vae: from :func:`imm.latents.load_vae`. batch: images encoded at a time. The rest: as for :func:`write`.
+
+    Raises:
+        ValueError: see :func:`check_request`, and what reading and encoding raise; latents that float16 does not hold.
+    """
+    path = Path(dest)
+    check_request(dest, resolution, transform)
+    if path.suffix != ".npz":
+        raise ValueError(f"dest: expected an .npz file for latents, got {dest}")
+    chosen = list(range(source.count)) if numbers is None else numbers
+    arrays: list[np.ndarray] = []  # means and deviations
+    done = 0
+    pictures = source.pictures(resolution, transform, chosen)
+    while part := list(islice(pictures, batch)):
+        images = to_float(torch.from_numpy(np.stack(part)).permute(0, 3, 1, 2))
+        posteriors = [values.cpu().numpy().astype(np.float16) for values in encode_latents(images, vae, batch)]
+        if not all(np.isfinite(values).all() for values in posteriors):
+            raise ValueError(
+                f"vae: expected latents that float16 holds, got others for images {done} to {done + len(part) - 1}"
+            )
+        arrays = arrays or [np.empty((len(chosen), *values.shape[1:]), np.float16) for values in posteriors]
+        for array, values in zip(arrays, posteriors, strict=True):
+            array[done : done + len(part)] = values
+        done += len(part)
+        if on_image is not None:
+            on_image(len(part))
+    named = dict(zip(("latents_mean", "latents_std"), arrays, strict=True))
+    if source.labels is not None:
+        named["labels"] = source.labels[chosen]
+    try:
+        with _replacing(path) as file, zipfile.ZipFile(file, "w") as archive:
+            for name, array in named.items():
+                with archive.open(_member(f"{name}.npy"), "w", force_zip64=True) as member:
+                    _write_header(member, array.shape, array.dtype.newbyteorder("<").str)
+                    for row in array:
+                        member.write(row.astype(row.dtype.newbyteorder("<"), copy=False).tobytes())
     except OSError as error:
         raise ValueError(f"dest: cannot write {dest}: {error}") from error
 

@@ -1,14 +1,16 @@
-"""Images with labels in memory, eight bits a value until the network wants more."""
+"""Images or latents with labels in memory: images at eight bits a value until the network wants more."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from imm.data.sources import MNIST_5K, open_source
+from imm.data import arrays
+from imm.data.sources import MNIST_5K, NoSplitsError, open_source
 
 
 @dataclass(frozen=True)
@@ -19,19 +21,22 @@ class ImageData:
         pixels: ``[N, C, H, W]``: uint8, or floating as the network takes them (latents).
         labels: ``[N]`` int64, or None. num_classes: 0 without labels.
         source: in words.
+        deviations: of latents that are an autoencoder's posteriors: ``pixels`` are then the means, these the standard
+            deviations, of the same shape and dtype. None for all else.
     """
 
     pixels: Tensor
     labels: Tensor | None
     num_classes: int
     source: str
+    deviations: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.pixels)
 
     @property
     def images(self) -> Tensor:
-        """All images as the network takes them, float32 in [-1, 1]: four times the memory of ``pixels``."""
+        """All images as the network takes them, float32: four times the memory of uint8 ``pixels``. Of posteriors the means."""
         return to_float(self.pixels)
 
     @property
@@ -41,11 +46,13 @@ class ImageData:
 
 
 def to_float(pixels: Tensor) -> Tensor:
-    """uint8 of any shape -> float32 in [-1, 1], x / 127.5 - 1; floating values as they are."""
-    return pixels if pixels.is_floating_point() else pixels.float() / 127.5 - 1.0
+    """uint8 of any shape -> float32 in [-1, 1], x / 127.5 - 1; floating values as they are, in float32 or better."""
+    if pixels.is_floating_point():
+        return pixels.to(torch.promote_types(pixels.dtype, torch.float32))
+    return pixels.float() / 127.5 - 1.0
 
 
-def load(source: str, resolution: int | None = None, split: str | None = None) -> ImageData:
+def load(source: str, resolution: int | None = None, split: str | None = None, *, latents: bool = False) -> ImageData:
     """Images from a named set, a folder or a file.
 
     Args:
@@ -53,10 +60,14 @@ def load(source: str, resolution: int | None = None, split: str | None = None) -
             docs/data.md has the layouts.
         resolution: side to resize to (antialiased); needed unless all images are square and of one size.
         split: "train", "test" or "all"; None is "train" for a source that has splits, "all" for one that has none.
+        latents: take an .npz file of latents too, which is refused otherwise.
 
     Raises:
         ValueError, FileNotFoundError: with what was expected and what came.
     """
+    path = Path(source)
+    if latents and path.is_file() and path.suffix == ".npz" and arrays.has_latents(path):
+        return _load_latents(path, resolution, split)
     with open_source(source, split) as opened:
         pixels = np.empty(0, np.uint8)
         for number, picture in enumerate(opened.pictures(resolution)):
@@ -66,6 +77,23 @@ def load(source: str, resolution: int | None = None, split: str | None = None) -
             pixels[number] = planes
         labels = None if opened.labels is None else torch.from_numpy(opened.labels)
         return ImageData(torch.from_numpy(pixels), labels, opened.num_classes, opened.description)
+
+
+def _load_latents(path: Path, resolution: int | None, split: str | None) -> ImageData:
+    if split not in (None, "all"):
+        raise NoSplitsError(f"split: expected all for {path}, which has no splits, got {split}")
+    values, deviations, labels = arrays.read_latents(path)
+    if resolution not in (None, values.shape[2]):
+        raise ValueError(
+            f"resolution: expected {values.shape[2]} or none, latents cannot be resized, got {resolution} ({path})"
+        )
+    return ImageData(
+        torch.from_numpy(values),
+        None if labels is None else torch.from_numpy(labels),
+        0 if labels is None else int(labels.max()) + 1,
+        f"{len(values)} {'latents' if deviations is None else 'posteriors of latents'} in {path}",
+        None if deviations is None else torch.from_numpy(deviations),
+    )
 
 
 def mnist_5k(resolution: int = 16) -> ImageData:

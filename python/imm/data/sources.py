@@ -94,6 +94,8 @@ def open_source(source: str, split: str | None = None) -> Iterator[Source]:
         if source == MNIST_5K:
             opened = _mnist_5k()
         elif path.is_file() and path.suffix == ".npz":
+            if arrays.has_latents(path):
+                raise ValueError(f"data: expected images, got the latents in {source}, which are for imm train only")
             opened = _of_arrays(*arrays.read_npz(path), str(path))
         elif path.is_file() and "idx3-ubyte" in path.name:
             files = Files(path.parent, [p.name for p in path.parent.iterdir()], lambda name: (path.parent / name).read_bytes())

@@ -19,7 +19,8 @@ def digest(data: ImageData | Tensor | NDArray[np.uint8], labels: Tensor | NDArra
     """A sha256 of decoded pixels and labels, in their order: the same for the same images in any layout, file or storage.
 
     Hashed are the line ``imm-data 1 DTYPE N C H W``, the values of ``[N, C, H, W]`` (the last index runs fastest), the line
-    ``labels`` or ``no labels``, and the labels as int64; numbers are little-endian.
+    ``labels`` or ``no labels``, and the labels as int64; numbers are little-endian. An ImageData with deviations has the line
+    ``deviations`` and these before the labels.
 
     Args:
         data: an ImageData, or images ``[N, C, H, W]`` (uint8 with C = 1 or 3, or floating).
@@ -34,15 +35,21 @@ def digest(data: ImageData | Tensor | NDArray[np.uint8], labels: Tensor | NDArra
     if isinstance(data, ImageData):
         if labels is not None:
             raise ValueError("labels: expected none beside an ImageData, which has its own")
-        return digest(data.pixels, data.labels)
+        return _digest(data.pixels, data.deviations, data.labels)
+    return _digest(data, None, labels)
+
+
+def _digest(data: Tensor | NDArray[np.uint8], deviations: Tensor | None, labels: Tensor | NDArray[np.integer] | None) -> str:
     pixels = torch.as_tensor(data)
     is_bytes = pixels.dtype == torch.uint8
     if pixels.dim() != 4 or not (is_bytes or pixels.is_floating_point()) or (is_bytes and pixels.shape[1] not in (1, 3)):
         raise ValueError(f"data: expected images [N, C, H, W] of uint8 or floating, got {list(pixels.shape)} of {pixels.dtype}")
     dtype = str(pixels.dtype).removeprefix("torch.")
     out = hashlib.sha256(f"imm-data 1 {dtype} {' '.join(map(str, pixels.shape))}\n".encode())
-    for part in pixels.split(_PART):
-        out.update(_little_endian(part.view(torch.int16) if part.dtype == torch.bfloat16 else part))
+    _update(out, pixels)
+    if deviations is not None:
+        out.update(b"deviations\n")
+        _update(out, deviations)
     if labels is None:
         out.update(b"no labels\n")
         return out.hexdigest()
@@ -52,6 +59,11 @@ def digest(data: ImageData | Tensor | NDArray[np.uint8], labels: Tensor | NDArra
     out.update(b"labels\n")
     out.update(_little_endian(numbers.long()))
     return out.hexdigest()
+
+
+def _update(out: hashlib._Hash, values: Tensor) -> None:
+    for part in values.split(_PART):
+        out.update(_little_endian(part.view(torch.int16) if part.dtype == torch.bfloat16 else part))
 
 
 def _little_endian(values: Tensor) -> bytes:

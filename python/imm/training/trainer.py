@@ -9,7 +9,7 @@ import hashlib
 import json
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,13 +20,15 @@ from imm import checkpoints
 from imm.checkpoints.format import build, describe, load_state
 from imm.data import ImageData, digest, to_float
 from imm.flow_map import FlowMap
-from imm.objective import T_BINS, IMMObjective
+from imm.objective import T_BINS, Draws, IMMObjective
 from imm.training.ema import EMA
+from imm.training.lock import lock_folder
 
 STATE_FILE = "training-state.safetensors"
 STATS_FILE = "stats.jsonl"
 _SHAPE = ("channels", "resolution")
-PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+#: What autocast computes in, if it is used.
+PRECISIONS = {"fp32": None, "tf32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 #: In torch's fused form where there is one: weights, gradient and moments pass through memory once.
 OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
     "adamw": functools.partial(torch.optim.AdamW, fused=True),
@@ -46,9 +48,14 @@ class TrainConfig:
         batch: images per step, a multiple of the objective's particles.
         optimizer: "adamw" or "radam", with lr (after ``warmup`` steps of linear growth), betas and weight_decay.
         ema: beta of the exponential moving average.
-        precision: "fp32", "bf16" or "fp16" (autocast; fp16 with a loss scale). The target branch always runs in float32.
+        precision: "fp32"; "tf32", in which CUDA devices multiply with 10 bits of mantissa; or "bf16" or "fp16" (autocast;
+            fp16 with a loss scale), where the target branch runs in float32.
         seed: of data order, times, noise and dropout.
-        log_every, snapshot_every: how often a row of statistics and the state are written.
+        log_every, snapshot_every: how often a row of statistics, and the state with a snapshot, are written.
+        keep_every: snapshots of steps that it divides are written too and stay; the others go when the next is there.
+        batch_gpu: images that are on their way at a time, a multiple of particles; None for all. Times, noise and label dropout
+            are those of the whole batch, and so, to rounding, is the gradient; only a network's dropout is drawn anew a part.
+        xflip: an epoch has every image twice, as it is and mirrored left to right. Not for latents.
     """
 
     batch: int = 64
@@ -62,6 +69,9 @@ class TrainConfig:
     seed: int = 0
     log_every: int = 50
     snapshot_every: int = 500
+    batch_gpu: int | None = None
+    xflip: bool = False
+    keep_every: int | None = None
 
     def __post_init__(self) -> None:
         for name, value, known in (
@@ -72,27 +82,40 @@ class TrainConfig:
                 raise ValueError(f"unknown {name} {value!r}; expected one of {list(known)}")
         if min(self.batch, self.log_every, self.snapshot_every) < 1 or self.warmup < 0:
             raise ValueError("batch, log_every and snapshot_every: expected at least 1; warmup: expected at least 0")
+        for name, number in (("batch_gpu", self.batch_gpu), ("keep_every", self.keep_every)):
+            if number is not None and number < 1:
+                raise ValueError(f"{name}: expected at least 1, got {number}")
         if not self.lr > 0:
             raise ValueError(f"lr: expected a positive rate, got {self.lr}")
 
 
 class Trainer:
-    """Trains an objective's network on images in memory.
+    """Trains an objective's network on images or latents in memory.
 
     Args:
         objective: on the device to train on. data: whose classes fit the network's.
         outdir: gets ``stats.jsonl``, ``training-state.safetensors`` and ``snapshot-STEP.safetensors``; made if absent.
-        config: see :class:`TrainConfig`.
+        config: see :class:`TrainConfig`. init: sha256 of the file that the network's weights came from, to be kept among the
+            settings; None for fresh weights. The average begins at the network's weights in either case.
 
-    A state file in ``outdir`` is continued, by the same settings only. Each step seeds torch's default generators from
+    A state file in ``outdir`` is continued, by the same settings only. The folder is locked against other processes until
+    :meth:`close`, the end of the trainer, or of its process. Each step seeds torch's default generators from
     (seed, step).
 
     Raises:
         ValueError, CheckpointError: settings that do not fit each other, the data or the state found; a folder that cannot be
-            written to.
+            written to, or that another process writes to.
     """
 
-    def __init__(self, objective: IMMObjective, data: ImageData, outdir: str | os.PathLike[str], config: TrainConfig) -> None:
+    def __init__(
+        self,
+        objective: IMMObjective,
+        data: ImageData,
+        outdir: str | os.PathLike[str],
+        config: TrainConfig,
+        *,
+        init: str | None = None,
+    ) -> None:
         flow_map = objective.flow_map
         if len(data) == 0:
             raise ValueError(f"data: expected images, got none in {data.source}")
@@ -102,20 +125,31 @@ class Trainer:
         wanted = [getattr(flow_map.network, name, size) for name, size in zip(_SHAPE, data.shape, strict=False)]
         if wanted != list(data.shape[:2]):
             raise ValueError(f"data: expected images of {wanted} ({', '.join(_SHAPE)}), got {list(data.shape)} ({data.source})")
-        if config.batch % objective.particles:
-            raise ValueError(f"batch: expected a multiple of particles = {objective.particles}, got {config.batch}")
-        if data.pixels.is_floating_point() and not bool(torch.isfinite(data.pixels).all()):
-            raise ValueError(f"data: expected finite images, got NaN or infinity in {data.source}")
+        for name, images in (("batch", config.batch), ("batch_gpu", config.batch_gpu or 0)):
+            if images % objective.particles:
+                raise ValueError(f"{name}: expected a multiple of particles = {objective.particles}, got {images}")
+        for values in (data.pixels, data.deviations):
+            if (
+                values is not None
+                and values.is_floating_point()
+                and not all(torch.isfinite(p).all() for p in values.split(1000))
+            ):
+                raise ValueError(f"data: expected finite images, got NaN or infinity in {data.source}")
         if flow_map.num_classes and (data.labels is None or data.num_classes > flow_map.num_classes):
             raise ValueError(
                 f"data: expected labels of at most {flow_map.num_classes} classes, got {data.num_classes} ({data.source})"
             )
+        if config.xflip and data.pixels.is_floating_point():
+            raise ValueError(f"xflip: expected images, a mirrored latent is no mirrored image's, got {data.source}")
         self.objective, self.config, self.outdir = objective, config, Path(outdir)
         self.device = parameter.device
         self._pixels = data.pixels.to(self.device)
+        self._deviations = None if data.deviations is None else data.deviations.to(self.device)
         labels = data.labels if flow_map.num_classes else None
         self._labels = None if labels is None else labels.to(self.device)
         self._settings = self._describe(data)
+        if init is not None:
+            self._settings["init"] = {"sha256": init}
         self.step = 0
         self.resumed_from: int | None = None
         self._saved_step: int | None = None
@@ -129,11 +163,17 @@ class Trainer:
         self._permutation: tuple[int, Tensor] | None = None
         try:
             self.outdir.mkdir(parents=True, exist_ok=True)
+            self._lock = lock_folder(self.outdir)
         except OSError as error:
             raise ValueError(f"outdir: expected a folder that can be written to, got {outdir}: {error}") from error
         if (self.outdir / STATE_FILE).exists():
             self._load()
         self._trim_stats()
+
+    def close(self) -> None:
+        """Let other processes write to the folder; this trainer no longer may."""
+        if self._lock is not None:
+            self._lock.release()
 
     @property
     def ema_flow_map(self) -> FlowMap:
@@ -157,12 +197,8 @@ class Trainer:
         self.objective.train()
         if self.step > steps:
             raise ValueError(f"steps: expected at least the {self.step} steps already made, got {steps}")
-        deterministic = torch.backends.cudnn.deterministic
-        torch.backends.cudnn.deterministic = True  # a resumed run repeats an unbroken one, on a GPU too
-        try:
+        with _backends(tf32=self.config.precision == "tf32"):
             self._run(steps, start, max_seconds, on_step, on_log)
-        finally:
-            torch.backends.cudnn.deterministic = deterministic
 
     def _run(
         self,
@@ -180,7 +216,7 @@ class Trainer:
             self.step += 1
             if on_step is not None:
                 on_step(self.step)
-            snapshot = self.step % self.config.snapshot_every == 0
+            snapshot = self.step % self.config.snapshot_every == 0 or self._stays(self.step)
             if snapshot or self.step % self.config.log_every == 0 or self.step == steps:
                 self._log(window, on_log)
                 window = _Window()
@@ -193,10 +229,16 @@ class Trainer:
     @property
     def snapshot_path(self) -> Path:
         """Where :meth:`save` puts the averaged flow map of the current step."""
-        return self.outdir / f"snapshot-{self.step:07d}.safetensors"
+        return self._snapshot_path(self.step)
+
+    def _snapshot_path(self, step: int) -> Path:
+        return self.outdir / f"snapshot-{step:07d}.safetensors"
+
+    def _stays(self, step: int) -> bool:
+        return self.config.keep_every is not None and step % self.config.keep_every == 0
 
     def save(self) -> None:
-        """Write the averaged flow map as a snapshot and the state to resume from, each atomically."""
+        """Write the averaged flow map as a snapshot and the state to resume from, each atomically; those before go."""
         if self.step == self._saved_step:
             return
         checkpoints.save(self.snapshot_path, self.ema_flow_map, extra={"step": self.step, **self._settings})
@@ -213,6 +255,8 @@ class Trainer:
             "settings": self._settings,
         }
         checkpoints.write_file(self.outdir / STATE_FILE, tensors, settings)
+        if self._saved_step is not None and not self._stays(self._saved_step):
+            self._snapshot_path(self._saved_step).unlink(missing_ok=True)
         self._saved_step = self.step
 
     def _step(self) -> tuple[dict[str, Tensor], Tensor]:
@@ -221,8 +265,14 @@ class Trainer:
         index = self._indices()
         for group in self._optimizer.param_groups:
             group["lr"] = config.lr * min(1.0, (self.step + 1) / config.warmup) if config.warmup else config.lr
+        index, mirrored = index % len(self._pixels), index >= len(self._pixels)
         labels = None if self._labels is None else self._labels[index]
-        return self.update(to_float(self._pixels[index]), labels)
+        images = to_float(self._pixels[index])
+        if config.xflip:
+            images = torch.where(mirrored[:, None, None, None], images.flip(3), images)
+        if self._deviations is not None:  # a new sample of the posterior at every step, as in the paper (section I.1)
+            images = torch.addcmul(images, to_float(self._deviations[index]), torch.randn_like(images))
+        return self.update(images, labels)
 
     def update(self, images: Tensor, labels: Tensor | None) -> tuple[dict[str, Tensor], Tensor]:
         """One optimizer step on a batch: loss, gradient, weights, average; random numbers are torch's default generators'.
@@ -234,12 +284,19 @@ class Trainer:
             The objective's statistics, and the norm of the gradient, which stays in the parameters until the next call.
         """
         self._optimizer.zero_grad(set_to_none=True)  # before the forward, whose memory grows towards its end
-        dtype = PRECISIONS[self.config.precision]
-        cast = torch.autocast(self.device.type, dtype) if dtype is not None else contextlib.nullcontext()
-        with cast:
-            grad_scale = self._scaler.scale(torch.ones((), device=self.device)) if self._scaler.is_enabled() else None
-            loss, stats = self.objective(images, labels, grad_scale=grad_scale)
-        self._scaler.scale(loss).backward()
+        size = self.config.batch_gpu
+        if size is None or size >= len(images):
+            stats = self._accumulate(images, labels, None, 1.0)
+        else:
+            particles = self.objective.particles
+            draws = self.objective.draw(images, labels)
+            parts = []
+            for start in range(0, len(images), size):
+                part = slice(start, start + size)
+                share = len(images[part]) / len(images)
+                some = draws.part(start // particles, (start + size) // particles)
+                parts.append((share, self._accumulate(images[part], None if labels is None else labels[part], some, share)))
+            stats = _combined(parts)
         self._scaler.unscale_(self._optimizer)
         norm = torch.nn.utils.get_total_norm([p.grad for p in self._parameters if p.grad is not None])
         self._scaler.step(self._optimizer)
@@ -247,9 +304,24 @@ class Trainer:
         self.ema.update(self.objective.flow_map.network)
         return stats, norm
 
+    def _accumulate(self, images: Tensor, labels: Tensor | None, draws: Draws | None, share: float) -> dict[str, Tensor]:
+        """Add ``share`` times the gradient of the images' loss; the objective's statistics."""
+        dtype = PRECISIONS[self.config.precision]
+        cast = torch.autocast(self.device.type, dtype) if dtype is not None else contextlib.nullcontext()
+        with cast:
+            grad_scale = None
+            if self._scaler.is_enabled() or share != 1.0:
+                grad_scale = self._scaler.scale(torch.full((), share, device=self.device))
+            loss, stats = self.objective(images, labels, grad_scale=grad_scale, draws=draws)
+        self._scaler.scale(loss if share == 1.0 else loss * share).backward()
+        return stats
+
     def _indices(self) -> Tensor:
-        """The images of this step: positions step * batch, ... of the endless sequence of the epochs' permutations."""
-        count = len(self._pixels)
+        """The images of this step: positions step * batch, ... of the endless sequence of the epochs' permutations.
+
+        Numbers from the count of images on are mirrored images.
+        """
+        count = len(self._pixels) * (2 if self.config.xflip else 1)
         position = self.step * self.config.batch
         parts, left = [], self.config.batch
         while left:
@@ -286,7 +358,13 @@ class Trainer:
 
     def _describe(self, data: ImageData) -> dict[str, Any]:
         config = dataclasses.asdict(self.config)
-        del config["log_every"], config["snapshot_every"]  # they do not change the result
+        for name in (
+            "log_every",
+            "snapshot_every",
+            "keep_every",
+            "batch_gpu",
+        ):  # they do not change the result, or as rounding does
+            del config[name]
         config["betas"] = list(config["betas"])
         names = ("particles", "kernel", "estimator", "mapping_kind", "k", "a", "b", "min_gap", "label_dropout", "target_labels")
         objective = {n: getattr(self.objective, n) for n in (*names, "share_dropout", "eps")}
@@ -300,7 +378,10 @@ class Trainer:
     def _load(self) -> None:
         path = self.outdir / STATE_FILE
         tensors, settings = checkpoints.read_file(path, "training")
-        differing = [d for d in _differences(settings.get("settings"), self._settings) if not d.startswith("data.source ")]
+        kept = settings.get("settings")
+        if isinstance(kept, dict) and isinstance(kept.get("config"), dict):
+            kept["config"].setdefault("xflip", False)  # of runs from before there was this setting
+        differing = [d for d in _differences(kept, self._settings) if not d.startswith("data.source ")]
         if differing:
             raise checkpoints.CheckpointError(
                 f"{path}: expected the settings of the run to resume, got others: {'; '.join(differing[:4])}"
@@ -348,6 +429,24 @@ class Trainer:
             raise ValueError(f"outdir: expected a folder that can be written to, got {self.outdir}: {error}") from error
 
 
+@contextlib.contextmanager
+def _backends(tf32: bool) -> Iterator[None]:
+    """Within: algorithms that give the same result every time, where there are such, and TF32 or not."""
+    cudnn, matmul = torch.backends.cudnn, torch.backends.cuda.matmul
+    utils: Any = torch.utils.deterministic  # its attributes are made by its class
+    before = cudnn.deterministic, cudnn.benchmark, cudnn.allow_tf32, matmul.allow_tf32, utils.fill_uninitialized_memory
+    mode = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # else cuBLAS may choose anew; read at its first product
+    cudnn.deterministic, cudnn.benchmark, cudnn.allow_tf32, matmul.allow_tf32 = True, False, tf32, tf32
+    utils.fill_uninitialized_memory = False  # costs a pass over memory, and only hides reads of what was not written
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(mode[0], warn_only=mode[1])
+        cudnn.deterministic, cudnn.benchmark, cudnn.allow_tf32, matmul.allow_tf32, utils.fill_uninitialized_memory = before
+
+
 class _Window:
     """Sums of the statistics between two log rows, kept on the device until they are read."""
 
@@ -375,6 +474,16 @@ class _Window:
             "images_per_second": batch * self.count / seconds,
             "seconds": seconds,
         }
+
+
+def _combined(parts: list[tuple[float, dict[str, Tensor]]]) -> dict[str, Tensor]:
+    """The statistics of a batch from those of its parts, each with its share of the batch."""
+    out = {name: torch.stack([share * stats[name] for share, stats in parts]).sum(0) for name in ("loss", "gap", "at_s")}
+    for name in ("t_bin_count", "nonfinite"):
+        out[name] = torch.stack([stats[name] for _, stats in parts]).sum(0)
+    sums = [torch.where(stats["t_bin_count"] > 0, stats["t_bin_loss"] * stats["t_bin_count"], 0.0) for _, stats in parts]
+    out["t_bin_loss"] = torch.stack(sums).sum(0) / out["t_bin_count"]
+    return out
 
 
 def _mix(seed: int, step: int) -> int:
