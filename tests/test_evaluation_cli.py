@@ -172,6 +172,17 @@ def test_generated_images(sets, tmp_path) -> None:
         load_set(str(tmp_path / "a"))
 
 
+def test_the_protocol_has_the_counts_that_were_used(sets, stand_in, tmp_path) -> None:
+    few, out = write(tmp_path / "few.npz", 9, count=10), tmp_path / "out.json"
+    names = ("mmd-pixels", "mmd-efficientnet-lite0")
+    for images, ref in ((sets[1], few), (few, sets[1])):  # 40 against 10: as many samples as there are real ones at most
+        call("eval", "--images", images, "--ref", ref, "--out", out, "--metrics", ",".join(names))
+        found = json.loads(out.read_text())["protocol"]["settings"]
+        for name in names:
+            assert found[name]["count"] == 10
+            assert found[name]["reference_count"] == (10 if ref == few else 40)
+
+
 def test_class_folders_are_not_seeds(tmp_path) -> None:
     for label in range(2):
         (tmp_path / "set" / str(label)).mkdir(parents=True)

@@ -143,7 +143,8 @@ class MMDReference:
     """Real features or pixels to measure the MMD of samples to.
 
     The squared MMD is the unbiased U-statistic with k(x, y) = exp(-||x - y|| / median distance of the real ones), by
-    ``imm::mmd_gram``, on up to ``count`` of either side, a random subset where there are more.
+    ``imm::mmd_gram``, on up to ``count`` real ones (the attribute ``count`` says how many) and no more samples than those: a
+    random subset where there are more.
     """
 
     def __init__(self, real: Tensor, count: int = 1000) -> None:
