@@ -9,16 +9,19 @@ import json
 import os
 import subprocess
 import sys
+import tracemalloc
 
 import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
 from PIL import Image
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from imm import checkpoints
 from imm.cli import main
-from imm.evaluation import networks, picture_set
+from imm.data import summary
+from imm.evaluation import networks, picture_set, pixels
 from imm.evaluation.evaluate import evaluate
 from imm.evaluation.networks import FeatureNetwork
 from imm.evaluation.sets import load_set
@@ -181,6 +184,44 @@ def test_the_protocol_has_the_counts_that_were_used(sets, stand_in, tmp_path) ->
         for name in names:
             assert found[name]["count"] == 10
             assert found[name]["reference_count"] == (10 if ref == few else 40)
+
+
+class LargestFloat(TorchDispatchMode):
+    """How many numbers the largest floating tensor has that is made inside."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.numbers = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for tensor in out if isinstance(out, tuple | list) else [out]:
+            if isinstance(tensor, torch.Tensor) and tensor.is_floating_point():
+                self.numbers = max(self.numbers, tensor.numel())
+        return out
+
+
+def test_pixels_become_floats_a_part_at_a_time(monkeypatch) -> None:
+    sets = [picture_set(torch.randint(0, 256, (3000, 3, 8, 8), dtype=torch.uint8), torch.arange(3000) % 3) for _ in range(2)]
+    whole = evaluate(["mmd-pixels", "label-match"], *sets)["metrics"]
+    monkeypatch.setattr(pixels, "_AT_ONCE", 192 * 70)
+    assert evaluate(["label-match"], *sets)["metrics"] == pytest.approx({k: whole[k] for k in whole if "match" in k}, rel=1e-9)
+    monkeypatch.setattr(importlib.import_module("imm.evaluation.evaluate"), "MMD_COUNT", 100)
+    with LargestFloat() as largest:
+        evaluate(["mmd-pixels", "label-match"], *sets)
+    assert 100 * 192 <= largest.numbers <= 3000 * 192 // 10
+
+
+def test_generated_images_are_in_memory_once(tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(summary, "_PART", 8)  # the digest's copies
+    folder = generated(tmp_path / "a", range(64), size=128, record={"seeds": "0-63"})
+    load_set(str(folder))  # imports
+    tracemalloc.start()
+    found = load_set(str(folder))
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert found.pixels.nbytes == 64 * 3 * 128 * 128
+    assert peak < 1.5 * found.pixels.nbytes
 
 
 def test_class_folders_are_not_seeds(tmp_path) -> None:
@@ -400,6 +441,7 @@ PROGRAM = """
 import sys
 from imm import checkpoints
 from imm.cli import main
+from imm.data import summary
 from imm.evaluation import networks
 from imm.evaluation.networks import FeatureNetwork
 import torch

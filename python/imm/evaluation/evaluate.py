@@ -314,7 +314,7 @@ def _on_features(
 
 
 def _on_pixels(name: str, kind: str, pictures: PictureSet, reference: PictureSet) -> tuple[dict[str, float], dict[str, Any]]:
-    x, y = (one.pixels.flatten(1).float() / 127.5 - 1.0 for one in (pictures, reference))
+    x, y = pictures.pixels.flatten(1), reference.pixels.flatten(1)
     if kind == "mmd":
         return _mmd(name, x, y)
     assert reference.labels is not None
