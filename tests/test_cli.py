@@ -8,7 +8,9 @@ import re
 import signal
 import subprocess
 import sys
+import tempfile
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -18,6 +20,7 @@ from PIL import Image
 
 from imm import FlowMap, checkpoints
 from imm.cli import main
+from imm.cli.options import writable_folder
 from imm.networks import DiT, UNet
 
 IMM = [sys.executable, "-c", "from imm.cli import main; main()"]
@@ -104,6 +107,24 @@ def test_sample_refusals(net, tmp_path) -> None:
     checkpoints.save(unconditional, FlowMap(UNet(resolution=8, num_classes=0, width=8, multipliers=(1, 2))))
     for option in (("--labels", "0"), ("--cfg", "1.5")):
         assert "one without classes" in refused("sample", "--net", unconditional, "--outdir", out, *option)
+
+
+def test_containers_prove_one_folder_at_once(tmp_path, monkeypatch) -> None:
+    """Processes of two containers may have one number: here the second one's whole proof falls into the first one's."""
+    inner, entered = tempfile.NamedTemporaryFile, []
+
+    def interrupted(*arguments, **named):
+        file = inner(*arguments, **named)
+        if not entered:
+            entered.append(file.name)
+            writable_folder(str(tmp_path))
+            assert Path(file.name).exists()
+        return file
+
+    monkeypatch.setattr(tempfile, "NamedTemporaryFile", interrupted)
+    assert writable_folder(str(tmp_path)) == tmp_path
+    assert entered
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.fixture

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import os
 import re
+import tempfile
 from pathlib import Path
 
 import torch
@@ -49,11 +49,11 @@ def device_line(device: torch.device) -> str:
 def writable_folder(path: str) -> Path:
     """Make the folder and prove that it can be written to, before work starts. Raises ValueError."""
     folder = Path(path)
-    probe = folder / f".write-test-{os.getpid()}"
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        probe.touch()
-        probe.unlink()
+        # A name that no other process takes: those of other containers have the same numbers.
+        with tempfile.NamedTemporaryFile(prefix=".write-test-", dir=folder):
+            pass
     except OSError as error:
         raise ValueError(f"outdir: expected a folder that can be written to, got {path}: {error.strerror}") from error
     return folder
