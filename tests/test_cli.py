@@ -19,8 +19,9 @@ from click.testing import CliRunner
 from PIL import Image
 
 from imm import FlowMap, checkpoints
-from imm.cli import main
-from imm.cli.options import writable_folder
+from imm.cli import main, options
+from imm.cli.options import process_device, writable_folder
+from imm.distributed import Processes
 from imm.networks import DiT, UNet
 
 IMM = [sys.executable, "-c", "from imm.cli import main; main()"]
@@ -107,6 +108,18 @@ def test_sample_refusals(net, tmp_path) -> None:
     checkpoints.save(unconditional, FlowMap(UNet(resolution=8, num_classes=0, width=8, multipliers=(1, 2))))
     for option in (("--labels", "0"), ("--cfg", "1.5")):
         assert "one without classes" in refused("sample", "--net", unconditional, "--outdir", out, *option)
+
+
+def test_cuda_under_torchrun_is_the_processes_own_gpu(monkeypatch) -> None:
+    here = [Processes(rank=4 + i, world=8, local_rank=i) for i in range(3)]
+    assert {process_device("cpu", where) for where in here} == {torch.device("cpu")}
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(options, "pick_device", torch.device)
+    for name in ("auto", "cuda"):
+        assert [str(process_device(name, where)) for where in here] == ["cuda:0", "cuda:1", "cuda:0"]
+    assert {str(process_device("cuda:1", where)) for where in here} == {"cuda:1"}
+    assert process_device("cpu", here[1]) == torch.device("cpu")
 
 
 def test_containers_prove_one_folder_at_once(tmp_path, monkeypatch) -> None:

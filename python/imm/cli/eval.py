@@ -13,9 +13,9 @@ from typing import Any
 import click
 from tqdm import tqdm
 
-from imm.cli.options import device_line, pick_device
+from imm.cli.options import device_line, process_device
 from imm.cli.progress import bar
-from imm.distributed import Processes, device_of, processes
+from imm.distributed import Processes, processes
 from imm.evaluation import compare as comparison
 from imm.evaluation import networks
 from imm.evaluation.evaluate import (
@@ -116,7 +116,7 @@ def command(
     names = parse_metrics(metrics)
     target = _writable_file(out)
     with processes() as where:
-        own = device_of(where.local_rank) if device == "auto" else pick_device(device)
+        own = process_device(device, where)
         used = load_networks(names, weights, own)
         pictures = load_set(images, resolution)
         reference = ReferenceStatistics.load(ref) if is_statistics(ref) else load_set(ref, resolution, split)
@@ -187,7 +187,7 @@ def stats(
     if target.suffix != ".npz":
         raise ValueError(f"out: expected a file ending in .npz, got {out}")
     with processes() as where:
-        own = device_of(where.local_rank) if device == "auto" else pick_device(device)
+        own = process_device(device, where)
         used = [networks.load(name, weights, own) for name in names]
         pictures = load_set(data, resolution, split)
         if len(pictures) < 2:

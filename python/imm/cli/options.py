@@ -8,6 +8,8 @@ from pathlib import Path
 
 import torch
 
+from imm.distributed import Processes, device_of
+
 
 def parse_floats(text: str, name: str) -> list[float]:
     """ "1.4,0.5" -> [1.4, 0.5]; empty for an empty text. Raises ValueError for anything else."""
@@ -37,6 +39,13 @@ def pick_device(name: str) -> torch.device:
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"device: expected auto or a device of this machine, got {name!r}: {error}") from error
     return device
+
+
+def process_device(name: str, where: Processes) -> torch.device:
+    """:func:`pick_device` for one of several processes: "auto" and "cuda" are the GPUs of its machine in turn."""
+    if name in ("auto", "cuda") and torch.cuda.is_available():
+        name = str(device_of(where.local_rank))
+    return pick_device(name)
 
 
 def device_line(device: torch.device) -> str:

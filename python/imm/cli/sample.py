@@ -14,9 +14,9 @@ from torch import Tensor
 
 from imm import checkpoints, generation
 from imm.checkpoints.format import read_settings
-from imm.cli.options import device_line, parse_floats, parse_grid, pick_device, writable_folder
+from imm.cli.options import device_line, parse_floats, parse_grid, process_device, writable_folder
 from imm.cli.progress import bar
-from imm.distributed import Processes, device_of, processes
+from imm.distributed import Processes, processes
 from imm.evaluation.pictures import grid, save_picture
 from imm.flow_map import FlowMap
 from imm.generation import ImageFolder
@@ -55,7 +55,7 @@ def command(net: str, outdir: str, seeds: str, batch: int, device: str, **option
     if len(set(seed_list)) < len(seed_list):
         raise ValueError(f"seeds: expected every seed once, got {seeds!r}")
     with processes() as where:
-        target = device_of(where.local_rank) if device == "auto" else pick_device(device)
+        target = process_device(device, where)
         _run(Path(net), outdir, seed_list, min(batch, len(seed_list)), target, where, **options)
 
 
