@@ -233,6 +233,22 @@ def test_class_folders_are_not_seeds(tmp_path) -> None:
     assert found.labels.tolist() == [0, 1]
 
 
+def test_numbered_pictures_are_the_samplers_only_with_its_record(tmp_path) -> None:
+    """CelebA's are 000001.png, ...: a source as any other, which can be resized."""
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    for number in (2, 1):
+        Image.new("RGB", (12, 16), (number, 0, 0)).save(folder / f"{number:06d}.png")
+    found = load_set(str(folder), 8)
+    assert (found.seeds, found.labels, found.shape) == (None, None, (3, 8, 8))
+    assert found.pixels[:, 0, 0, 0].tolist() == [1, 2]
+    (folder / "generation.json").write_text(json.dumps({"seeds": "1-2"}))
+    assert load_set(str(folder)).seeds == (1, 2)
+    (folder / "mine.png").write_bytes((folder / "000001.png").read_bytes())
+    with pytest.raises(ValueError, match=r"expected PNG files named by their seeds beside generation.json, got .*mine.png"):
+        load_set(str(folder))
+
+
 def test_pictures_in_memory() -> None:
     levels = torch.arange(256, dtype=torch.uint8).reshape(1, 1, 16, 16)
     assert torch.equal(picture_set(levels.float() / 127.5 - 1.0).pixels, levels)

@@ -79,8 +79,8 @@ def picture_set(images: Tensor, labels: Tensor | None = None, source: str = "a t
 def load_set(source: str, resolution: int | None = None, split: str | None = None) -> PictureSet:
     """Pictures from what ``imm sample`` wrote, or from any source of :func:`imm.data.load`.
 
-    A folder of PNG files that are named by seeds, with or without sub-folders of a thousand, is read in the order of the seeds;
-    its picture of all (grid.png) is left out, and its generation.json says the rest.
+    A folder with the sampler's generation.json is read in the order of the seeds, with or without sub-folders of a thousand;
+    its picture of all (grid.png) is left out. Any other folder is a source of ``--data``, however its pictures are named.
 
     Args:
         source: the folder, or a source of ``--data``. resolution: side to resize to, antialiased; never of generated images.
@@ -90,11 +90,8 @@ def load_set(source: str, resolution: int | None = None, split: str | None = Non
         ValueError, FileNotFoundError: with what was expected and what came.
     """
     folder = Path(source)
-    files = seed_files(folder) if folder.is_dir() else {}
-    if files:
-        return _generated(folder, files, resolution)
-    if (folder / GENERATION_FILE).exists():
-        raise ValueError(f"images: expected PNG files named by their seeds beside {GENERATION_FILE} in {folder}, found none")
+    if (folder / GENERATION_FILE).is_file():
+        return _generated(folder, seed_files(folder), resolution)
     try:
         data = load(source, resolution, split)
     except NoSplitsError:
@@ -105,7 +102,7 @@ def load_set(source: str, resolution: int | None = None, split: str | None = Non
 
 
 def seed_files(folder: Path) -> dict[int, Path]:
-    """PNG files by seed, if ``folder`` holds nothing else: SEED.png, or THOUSANDS/SEED.png, of six digits or more."""
+    """PNG files by seed: SEED.png, or THOUSANDS/SEED.png, of six digits or more. Raises ValueError for others and for none."""
     out: dict[int, Path] = {}
     for path in folder.rglob("*.png"):
         parts = path.relative_to(folder).parts
@@ -113,8 +110,10 @@ def seed_files(folder: Path) -> dict[int, Path]:
             continue
         seed = int(path.stem) if re.fullmatch(r"\d{6,}", path.stem) else -1
         if seed < 0 or parts[:-1] not in ((), (f"{seed - seed % 1000:06d}",)) or seed in out:
-            return {}
+            raise ValueError(f"images: expected PNG files named by their seeds beside {GENERATION_FILE}, got {path}")
         out[seed] = path
+    if not out:
+        raise ValueError(f"images: expected PNG files named by their seeds beside {GENERATION_FILE} in {folder}, found none")
     return dict(sorted(out.items()))
 
 
