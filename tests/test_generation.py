@@ -137,13 +137,14 @@ def test_one_class_is_the_label_of_every_image(net, tmp_path) -> None:
     assert "got both" in refused("sample", "--net", net, "--class", "1", "--labels", "1", "--outdir", tmp_path / "c")
 
 
-def test_bfloat16_is_another_network(net, tmp_path) -> None:
-    call("sample", "--net", net, "--seeds", "0-3", "--outdir", tmp_path / "a")
-    call("sample", "--net", net, "--seeds", "0-3", "--precision", "bf16", "--outdir", tmp_path / "b")
-    one, other = (
-        np.stack([np.asarray(Image.open(tmp_path / d / f"00000{i}.png")) for i in range(4)]).astype(int) for d in "ab"
-    )
-    assert 0 < np.abs(one - other).mean() < 4
+def test_sixteen_bits_are_other_networks(net, tmp_path) -> None:
+    images = {}
+    for name in ("fp32", "bf16", "fp16"):
+        call("sample", "--net", net, "--seeds", "0-63", "--precision", name, "--outdir", tmp_path / name)
+        files = [tmp_path / name / f"{i:06d}.png" for i in range(64)]
+        images[name] = np.stack([np.asarray(Image.open(file)) for file in files]).astype(int)
+    differences = [np.abs(images["fp32"] - images[name]).mean() for name in ("fp16", "bf16")]
+    assert 0 < differences[0] < differences[1] < 4
 
 
 def test_latents_are_kept_as_numbers(tmp_path) -> None:

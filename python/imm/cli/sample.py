@@ -24,7 +24,7 @@ from imm.sampler import Sampler
 from imm.sampling import KINDS, METHODS, time_grid
 from imm.seeds import format_integers, parse_integers
 
-PRECISIONS = {"fp32": None, "bf16": torch.bfloat16}
+PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @click.command()
