@@ -88,6 +88,39 @@ def test_an_image_that_was_lost_is_made_again_and_nothing_else(net, tmp_path) ->
     assert {path for path, time_ns in times.items() if path.stat().st_mtime_ns != time_ns} == {lost}
 
 
+@pytest.mark.parametrize("latents", [False, True])
+def test_files_that_were_cut_short_are_made_again(latents, net, tmp_path) -> None:
+    """What a machine leaves that lost its power."""
+    if latents:
+        checkpoints.save(net, FlowMap(DiT("S", patch=4, resolution=8, num_classes=2)))
+    options = ("sample", "--net", net, "--seeds", "0-3", "--steps", "1", "--outdir", tmp_path / "out")
+    call(*options)
+    before = files(tmp_path / "out")
+    whole, *paths = sorted((tmp_path / "out").glob("0*"))
+    kept = whole.stat().st_mtime_ns
+    for path, size in zip(paths, (0, 5, 60), strict=True):
+        assert path.stat().st_size > size
+        path.write_bytes(path.read_bytes()[:size])
+    call(*options)
+    assert files(tmp_path / "out") == before
+    assert whole.stat().st_mtime_ns == kept
+    paths[0].write_bytes(bytes(len(before[paths[0].name])))  # blocks that were never written
+    call(*options)
+    assert files(tmp_path / "out") == before
+
+
+@pytest.mark.parametrize("pictures", [False, True])
+def test_a_file_is_on_the_disk_before_it_has_its_name(pictures, tmp_path, monkeypatch) -> None:
+    folder, order = generation.ImageFolder(tmp_path, pictures=pictures), []
+    sync, replace = os.fsync, os.replace
+    monkeypatch.setattr(os, "fsync", lambda file: order.append(("sync", os.fstat(file).st_size)) or sync(file))
+    monkeypatch.setattr(os, "replace", lambda part, path: order.append(("name", path)) or replace(part, path))
+    folder.write(3, torch.zeros(3, 8, 8))
+    assert order == [("sync", folder.path(3).stat().st_size), ("name", folder.path(3))]
+    assert folder.has(3)
+    assert not folder.has(4)
+
+
 def test_a_folder_of_other_images_is_refused(net, tmp_path) -> None:
     base = ("sample", "--net", net, "--outdir", tmp_path / "out")
     call(*base, "--seeds", "0-3")

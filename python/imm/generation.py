@@ -2,7 +2,8 @@
 
 The list of seeds is cut into batches, whatever the number of processes; process k of n makes the batches k, k + n, ... Every
 batch is run in the same number of rows and an image has the same row in every run, so that a file has the same bytes however
-often the run was stopped and however many processes made it. A file is there as a whole or not at all.
+often the run was stopped and however many processes made it. A file is there as a whole or not at all; one that a machine's
+end cut short counts as absent.
 """
 
 from __future__ import annotations
@@ -27,6 +28,8 @@ from imm.sampler import Sampler
 #: What says how a folder was made and does not change an image.
 _NOTES = "made_with"
 _WRITERS = 4
+#: The last chunk of every PNG: its length, name and checksum.
+_PNG_END = b"\0\0\0\0IEND\xaeB`\x82"
 
 
 def sha256_of(path: str | os.PathLike[str]) -> str:
@@ -52,6 +55,19 @@ class ImageFolder:
         """The file of a seed."""
         folder = self.root / f"{seed - seed % 1000:06d}" if self.subdirs else self.root
         return folder / f"{seed:06d}{'.png' if self.pictures else '.npy'}"
+
+    def has(self, seed: int) -> bool:
+        """Whether the image of a seed is there, and whole."""
+        path = self.path(seed)
+        try:
+            if not self.pictures:
+                np.load(path, mmap_mode="r", allow_pickle=False)  # compares the size with the header
+                return True
+            with path.open("rb") as file:
+                file.seek(-len(_PNG_END), os.SEEK_END)
+                return file.read() == _PNG_END
+        except (OSError, ValueError, EOFError):
+            return False
 
     def begin(self, manifest: Mapping[str, Any], seeds: Sequence[int], where: Processes) -> None:
         """Make the folder, or find it as a run with the same manifest left it.
@@ -93,6 +109,8 @@ class ImageFolder:
         part = path.with_name(f".{path.name}.part")
         with part.open("wb") as file:
             np.save(file, image.numpy())
+            file.flush()
+            os.fsync(file.fileno())
         os.replace(part, path)
 
     def read(self, seed: int) -> np.ndarray[Any, Any]:
@@ -164,7 +182,7 @@ def generate(
     with ThreadPoolExecutor(_WRITERS) as pool:
         pending: list[Future[None]] = []
         for part in batches(len(seeds), sampler.rows, where):
-            absent = [i for i in range(part.start, part.stop) if not folder.path(seeds[i]).exists()]
+            absent = [i for i in range(part.start, part.stop) if not folder.has(seeds[i])]
             if not absent:
                 continue
             # The whole batch again: it takes as many rows anyway, and every image has the row that it had.
@@ -183,7 +201,7 @@ def generate(
 def absent(seeds: Sequence[int], size: int, folder: ImageFolder, where: Processes) -> int:
     """How many images this process has to make."""
     own = (seed for part in batches(len(seeds), size, where) for seed in seeds[part])
-    return sum(not folder.path(seed).exists() for seed in own)
+    return sum(not folder.has(seed) for seed in own)
 
 
 def note() -> dict[str, Any]:
