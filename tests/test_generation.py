@@ -21,6 +21,7 @@ from imm import FlowMap, checkpoints, generation
 from imm.distributed import Processes
 from imm.evaluation.sets import GENERATION_FILE
 from imm.networks import DiT, UNet
+from imm.sampler import Sampler
 from imm.seeds import format_integers, parse_integers
 
 IMM = [sys.executable, "-m", "imm", "sample"]
@@ -195,6 +196,25 @@ def test_latents_are_kept_as_numbers(tmp_path) -> None:
     assert "expected pictures, got latents of 4 channels" in refused(*base, "--grid", "2x1")
     assert "ends in .npz" in refused(*base, "--npz", tmp_path / "absent" / "all.npz")
     assert not (tmp_path / "other").exists()
+
+
+def sampler_of_latents(rows: int, **settings: Any) -> Sampler:
+    torch.manual_seed(0)
+    return Sampler(FlowMap(DiT("S", patch=4, resolution=8, num_classes=2)).eval(), steps=1, rows=rows, **settings)
+
+
+def test_only_absent_images_are_decoded(tmp_path) -> None:
+    folder, seeds, decoded = generation.ImageFolder(tmp_path, pictures=True), range(10), []
+    decode = lambda x: decoded.append(len(x)) or x[:, :3]
+    for _ in range(2):
+        generation.generate(sampler_of_latents(4), seeds, None, folder, Processes(), decode=decode)
+    before = files(tmp_path)
+    assert (decoded, len(before)) == ([4, 4, 2], 10)
+    for seed in (2, 3, 6):
+        folder.path(seed).unlink()
+    generation.generate(sampler_of_latents(4), seeds, None, folder, Processes(), decode=decode)
+    assert decoded[3:] == [2, 1]
+    assert files(tmp_path) == before
 
 
 def test_a_seed_twice_is_refused(net, tmp_path) -> None:

@@ -186,13 +186,14 @@ def generate(
             if not absent:
                 continue
             # The whole batch again: it takes as many rows anyway, and every image has the row that it had.
-            images = sampler.sample(seeds[part], None if labels is None else labels[part])
+            whole = sampler.sample(seeds[part], None if labels is None else labels[part])
+            images = whole[[i - part.start for i in absent]]
             if decode is not None:
                 images = decode(images)
             images = images.float().cpu()
             for future in pending:
                 future.result()
-            pending = [pool.submit(folder.write, seeds[i], images[i - part.start]) for i in absent]
+            pending = [pool.submit(folder.write, seeds[i], image) for i, image in zip(absent, images, strict=True)]
             on_images(len(absent))
         for future in pending:
             future.result()
