@@ -217,6 +217,21 @@ def test_only_absent_images_are_decoded(tmp_path) -> None:
     assert files(tmp_path) == before
 
 
+def test_images_that_are_not_finite_are_refused(net, small_flow_map, tmp_path) -> None:
+    with torch.no_grad():
+        list(small_flow_map.parameters())[-1].fill_(1e6)  # of what fp32 holds and fp16 does not
+    checkpoints.save(net, small_flow_map)
+    options = ("sample", "--net", net, "--seeds", "0-2", "--outdir", tmp_path / "out", "--precision")
+    line = refused(*options, "fp16")
+    assert f"images: expected finite numbers, got NaN or infinity from {net} in fp16, for 3 of 3 images" in line
+    assert not list((tmp_path / "out").glob("*.png"))
+    call(*options[:-3], "--outdir", tmp_path / "other")
+    broken = lambda x: torch.where(torch.arange(len(x))[:, None, None, None] == 1, torch.nan, x[:, :3])
+    folder = generation.ImageFolder(tmp_path, pictures=True)
+    with pytest.raises(ValueError, match=r"from the autoencoder, of latents that are, by the network, for 1 of 4 images .* 6"):
+        generation.generate(sampler_of_latents(4), range(5, 9), None, folder, Processes(), decode=broken)
+
+
 def test_a_seed_twice_is_refused(net, tmp_path) -> None:
     assert "expected every seed once" in refused("sample", "--net", net, "--seeds", "0-3,2", "--outdir", tmp_path / "out")
 

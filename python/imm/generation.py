@@ -164,6 +164,7 @@ def generate(
     where: Processes,
     *,
     decode: Callable[[Tensor], Tensor] | None = None,
+    origin: str = "the network",
     on_images: Callable[[int], None] = lambda count: None,
 ) -> None:
     """Fill the folder with the images that it lacks.
@@ -173,10 +174,11 @@ def generate(
         seeds: one an image, without repetition. labels: ``[N]``, or None for an unconditional network.
         folder: after :meth:`ImageFolder.begin`.
         decode: latents ``[B, C, H, W]`` -> pictures, each from its own latents alone; None: what is sampled is written.
+        origin: what samples, for the message where it gives no numbers.
         on_images: called with the number of images that were handed to the writers.
 
     Raises:
-        OSError: an image cannot be written.
+        ValueError: an image that is not finite; it is not written. OSError: an image cannot be written.
     """
     assert sampler.rows is not None
     with ThreadPoolExecutor(_WRITERS) as pool:
@@ -188,8 +190,10 @@ def generate(
             # The whole batch again: it takes as many rows anyway, and every image has the row that it had.
             whole = sampler.sample(seeds[part], None if labels is None else labels[part])
             images = whole[[i - part.start for i in absent]]
+            _check_finite(images, [seeds[i] for i in absent], origin)
             if decode is not None:
                 images = decode(images)
+                _check_finite(images, [seeds[i] for i in absent], f"the autoencoder, of latents that are, by {origin}")
             images = images.float().cpu()
             for future in pending:
                 future.result()
@@ -197,6 +201,17 @@ def generate(
             on_images(len(absent))
         for future in pending:
             future.result()
+
+
+def _check_finite(images: Tensor, seeds: Sequence[int], origin: str) -> None:
+    """Raise ValueError for NaN and infinity, which a picture would hide as black and white."""
+    broken = ~images.isfinite().flatten(1).all(1)
+    if bool(broken.any()):
+        which = [seed for seed, one in zip(seeds, broken.tolist(), strict=True) if one]
+        raise ValueError(
+            f"images: expected finite numbers, got NaN or infinity from {origin}, for {len(which)} of {len(seeds)} images "
+            f"such as that of seed {which[0]}"
+        )
 
 
 def absent(seeds: Sequence[int], size: int, folder: ImageFolder, where: Processes) -> int:

@@ -128,7 +128,9 @@ def _run(
         click.echo(f"{net} on {device_line(device)}{many}: {len(seed_list)} images of {shape}, {steps} steps, {method}")
     name = f"process 0 of {where.world}" if where.world > 1 else None
     with bar(missing, "image", desc=name, disable=not where.first or not missing) as made:
-        generation.generate(sampler, seed_list, all_labels, folder, where, decode=decode, on_images=made.update)
+        generation.generate(
+            sampler, seed_list, all_labels, folder, where, decode=decode, origin=f"{net} in {precision}", on_images=made.update
+        )
     where.wait()
     if where.first:
         _finish(folder, seed_list, all_labels, layout, npz_path)
