@@ -166,9 +166,10 @@ def test_generated_images(sets, tmp_path) -> None:
         load_set(str(generated(tmp_path / "c", [1, 2, 3, 1001], record={"seeds": "1-3"})))
     with pytest.raises(ValueError, match="resolution: expected that of the generated images, 8x8, got 4"):
         load_set(str(tmp_path / "a"), 4)
-    (tmp_path / "a" / "generation.json").write_text("{}")
-    with pytest.raises(ValueError, match="expected what imm sample writes"):
-        load_set(str(tmp_path / "a"))
+    for text in ("{}", "[1]", '{"seeds": 3}'):
+        (tmp_path / "a" / "generation.json").write_text(text)
+        with pytest.raises(ValueError, match="expected what imm sample writes"):
+            load_set(str(tmp_path / "a"))
     for path in (tmp_path / "a").glob("0*.png"):
         path.unlink()
     with pytest.raises(ValueError, match="expected PNG files named by their seeds"):

@@ -139,8 +139,18 @@ def test_a_folder_of_other_images_is_refused(net, tmp_path) -> None:
     line = refused("sample", "--net", net, "--outdir", tmp_path / "mine", "--seeds", "0-3")
     assert "no images of another origin" in line
     assert files(tmp_path / "mine") == {"000002.png": b"mine"}
-    (tmp_path / "out" / GENERATION_FILE).write_text("{")
-    assert "expected a readable" in refused(*base, "--seeds", "0-3")
+    for text, what in (("{", "Expecting property name"), ("[1]", "got: a JSON list"), ("3", "got: a JSON int")):
+        (tmp_path / "out" / GENERATION_FILE).write_text(text)
+        line = refused(*base, "--seeds", "0-3")
+        assert "outdir: expected a readable" in line
+        assert what in line
+
+
+def test_a_checkpoint_is_its_bytes_and_not_its_name(net, tmp_path) -> None:
+    options = ("--seeds", "0-3", "--outdir", tmp_path / "out")
+    call("sample", "--net", net, *options)
+    renamed = net.rename(tmp_path / "renamed.safetensors")
+    call("sample", "--net", renamed, *options)
 
 
 def test_the_manifest_says_how_the_images_were_made(net, tmp_path) -> None:

@@ -76,20 +76,19 @@ class ImageFolder:
             ValueError: the folder holds images that were made in another way, or not by this function.
         """
         path = self.root / GENERATION_FILE
-        if where.first and not path.is_file():
-            present = next((seed for seed in seeds if self.path(seed).exists()), None)
-            if present is not None:
-                raise ValueError(f"outdir: expected no images of another origin in {self.root}, got {self.path(present).name}")
-            _write_json(path, manifest)
-        where.wait()
-        try:
-            found = json.loads(path.read_text())
-        except (OSError, ValueError) as error:
-            raise ValueError(f"outdir: expected a readable {path}, got: {error}") from error
         expected = json.loads(json.dumps(manifest))
-        keys = sorted((expected.keys() | found.keys()) - {_NOTES})
+        if where.first and not path.is_file():
+            present = next((file for file in map(self.path, seeds) if file.exists()), None)
+            if present is not None:
+                raise ValueError(f"outdir: expected no images of another origin in {self.root}, got {present.name}")
+            _write_json(path, expected)
+        where.wait()
+        found = _read_json(path)
+        ours, theirs = _identity(expected), _identity(found)
         unlike = [
-            f"{key} {found.get(key)!r} there, {expected.get(key)!r} here" for key in keys if found.get(key) != expected.get(key)
+            f"{key} {found.get(key)!r} there, {expected.get(key)!r} here"
+            for key in sorted(ours.keys() | theirs.keys())
+            if ours.get(key) != theirs.get(key)
         ]
         if unlike:
             raise ValueError(f"outdir: {self.root} holds images of another run ({'; '.join(unlike)}); choose another folder")
@@ -148,6 +147,22 @@ def _write_json(path: Path, value: Mapping[str, Any]) -> None:
     part = path.with_name(f".{path.name}.part")
     part.write_text(json.dumps(value, indent=2) + "\n")
     os.replace(part, path)
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(path.read_text())
+        if not isinstance(found, dict):
+            raise ValueError(f"a JSON {type(found).__name__}")
+    except (OSError, ValueError) as error:
+        raise ValueError(f"outdir: expected a readable {path}, got: {error}") from error
+    return found
+
+
+def _identity(manifest: Mapping[str, Any]) -> dict[str, Any]:
+    """What two manifests of one run have alike: no notes, and no names of files where there are their digests."""
+    own = {key: value for key, value in manifest.items() if key != _NOTES}
+    return {key: value["sha256"] if isinstance(value, dict) and "sha256" in value else value for key, value in own.items()}
 
 
 def batches(count: int, size: int, where: Processes) -> Iterator[slice]:
