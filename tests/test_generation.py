@@ -19,7 +19,7 @@ from test_cli import call, refused
 
 from imm import FlowMap, checkpoints, generation
 from imm.distributed import Processes
-from imm.evaluation.sets import GENERATION_FILE
+from imm.evaluation.sets import GENERATION_FILE, load_set
 from imm.networks import DiT, UNet
 from imm.sampler import Sampler
 from imm.seeds import format_integers, parse_integers
@@ -136,9 +136,11 @@ def test_a_folder_of_other_images_is_refused(net, tmp_path) -> None:
     assert files(tmp_path / "out") == before
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "000002.png").write_bytes(b"mine")
-    line = refused("sample", "--net", net, "--outdir", tmp_path / "mine", "--seeds", "0-3")
-    assert "no images of another origin" in line
-    assert files(tmp_path / "mine") == {"000002.png": b"mine"}
+    for name in ("000002.png", "000002.npy"):
+        (tmp_path / "mine" / "000002.png").rename(tmp_path / "mine" / name)
+        line = refused("sample", "--net", net, "--outdir", tmp_path / "mine", "--seeds", "0-3")
+        assert f"no images of another origin in {tmp_path / 'mine'}, got {name}" in line
+        assert files(tmp_path / "mine") == {name: b"mine"}
     for text, what in (("{", "Expecting property name"), ("[1]", "got: a JSON list"), ("3", "got: a JSON int")):
         (tmp_path / "out" / GENERATION_FILE).write_text(text)
         line = refused(*base, "--seeds", "0-3")
@@ -159,6 +161,22 @@ def test_the_manifest_says_how_the_images_were_made(net, tmp_path) -> None:
     assert found["net"] == {"name": "net.safetensors", "sha256": generation.sha256_of(net)}
     expected = {"seeds": "3,0-1", "labels": "1", "steps": 2, "cfg": 2.0, "nfe": 4, "kind": "uniform", "method": "pushforward"}
     assert {key: found[key] for key in expected} == expected
+
+
+def test_the_manifest_lists_what_took_part(net, tmp_path, monkeypatch) -> None:
+    options = ("sample", "--net", net, "--seeds", "0-3", "--outdir", tmp_path / "out")
+    made_with = lambda: json.loads((tmp_path / "out" / GENERATION_FILE).read_text())["made_with"]
+    call(*options)
+    first = made_with()
+    assert [one["torch"] for one in first] == [torch.__version__]
+    assert first[0]["device"].startswith("CPU (")
+    monkeypatch.setattr(generation, "note", lambda device: {"made_with": [{**first[0], "device": "other"}]})
+    call(*options)
+    assert made_with() == first  # nothing was left to make
+    for _ in range(2):
+        (tmp_path / "out" / "000002.png").unlink()
+        call(*options)
+        assert made_with() == [*first, {**first[0], "device": "other"}]
 
 
 def test_the_array_is_in_the_evaluators_layout(net, tmp_path) -> None:
@@ -196,7 +214,10 @@ def test_latents_are_kept_as_numbers(tmp_path) -> None:
     checkpoints.save(path, FlowMap(DiT("S", patch=4, resolution=8, num_classes=2)))
     npz = tmp_path / "all.npz"
     output = call("sample", "--net", path, "--seeds", "3,5", "--outdir", tmp_path / "out", "--npz", npz).output
-    assert "wrote 2 latents (--vae decodes them)" in output
+    assert "wrote 2 latents to" in output
+    assert 'the same command with --vae=PATH makes pictures of them; it needs the diffusers library: pip install "imm' in output
+    with pytest.raises(ValueError, match=r"expected pictures in .*, got latents; imm sample once more with --vae=PATH"):
+        load_set(str(tmp_path / "out"))
     one = np.load(tmp_path / "out" / "000005.npy")
     assert one.shape == (4, 8, 8)
     assert one.dtype == np.float32

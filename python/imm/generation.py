@@ -25,8 +25,10 @@ from imm.evaluation.pictures import save_picture, to_picture
 from imm.evaluation.sets import GENERATION_FILE
 from imm.sampler import Sampler
 
-#: What says how a folder was made and does not change an image.
+#: What made a folder's images, on which machines: a list, which may grow. It moves the last bits of an image at most.
 _NOTES = "made_with"
+#: What the manifest of latents has not, and that of the pictures has that are made of them.
+_DECODING = ("vae", "quantisation")
 _WRITERS = 4
 #: The last chunk of every PNG: its length, name and checksum.
 _PNG_END = b"\0\0\0\0IEND\xaeB`\x82"
@@ -56,6 +58,16 @@ class ImageFolder:
         folder = self.root / f"{seed - seed % 1000:06d}" if self.subdirs else self.root
         return folder / f"{seed:06d}{'.png' if self.pictures else '.npy'}"
 
+    def _latents_path(self, seed: int) -> Path:
+        return self.path(seed).with_suffix(".npy")
+
+    def latents(self, seed: int) -> Tensor | None:
+        """``[C, H, W]`` float32 that the same run wrote before it decoded; None where there are none."""
+        try:
+            return torch.from_numpy(np.load(self._latents_path(seed), allow_pickle=False))
+        except (OSError, ValueError, EOFError):
+            return None
+
     def has(self, seed: int) -> bool:
         """Whether the image of a seed is there, and whole."""
         path = self.path(seed)
@@ -70,7 +82,7 @@ class ImageFolder:
             return False
 
     def begin(self, manifest: Mapping[str, Any], seeds: Sequence[int], where: Processes) -> None:
-        """Make the folder, or find it as a run with the same manifest left it.
+        """Make the folder, or find it as a run with the same manifest left it, or as one that left its latents undecoded.
 
         Raises:
             ValueError: the folder holds images that were made in another way, or not by this function.
@@ -78,10 +90,13 @@ class ImageFolder:
         path = self.root / GENERATION_FILE
         expected = json.loads(json.dumps(manifest))
         if where.first and not path.is_file():
-            present = next((file for file in map(self.path, seeds) if file.exists()), None)
+            own = (file for seed in seeds for file in (self.path(seed), self._latents_path(seed)))
+            present = next((file for file in own if file.exists()), None)
             if present is not None:
                 raise ValueError(f"outdir: expected no images of another origin in {self.root}, got {present.name}")
             _write_json(path, expected)
+        if where.first:
+            _take_up_decoding(path, expected)
         where.wait()
         found = _read_json(path)
         ours, theirs = _identity(expected), _identity(found)
@@ -93,6 +108,9 @@ class ImageFolder:
         if unlike:
             raise ValueError(f"outdir: {self.root} holds images of another run ({'; '.join(unlike)}); choose another folder")
         if where.first:
+            here = [one for one in expected.get(_NOTES, []) if one not in found.get(_NOTES, [])]
+            if here and not all(map(self.has, seeds)):
+                _write_json(path, {**found, _NOTES: [*found.get(_NOTES, []), *here]})
             for part in self.root.rglob(".*.part"):  # of a killed run
                 part.unlink(missing_ok=True)
             for folder in {self.path(seed).parent for seed in seeds}:
@@ -159,6 +177,14 @@ def _read_json(path: Path) -> dict[str, Any]:
     return found
 
 
+def _take_up_decoding(path: Path, expected: Mapping[str, Any]) -> None:
+    """Let the manifest of latents say that they are decoded, where it is of the same run in all else."""
+    found = _read_json(path)
+    decoded = {**found, **{key: expected.get(key) for key in _DECODING}}
+    if found.get("vae") is None and found != decoded and _identity(decoded) == _identity(expected):
+        _write_json(path, decoded)
+
+
 def _identity(manifest: Mapping[str, Any]) -> dict[str, Any]:
     """What two manifests of one run have alike: no notes, and no names of files where there are their digests."""
     own = {key: value for key, value in manifest.items() if key != _NOTES}
@@ -188,7 +214,8 @@ def generate(
         sampler: with ``rows``, the size of a batch.
         seeds: one an image, without repetition. labels: ``[N]``, or None for an unconditional network.
         folder: after :meth:`ImageFolder.begin`.
-        decode: latents ``[B, C, H, W]`` -> pictures, each from its own latents alone; None: what is sampled is written.
+        decode: latents ``[B, C, H, W]``, on the network's device or the CPU -> pictures, each from its own latents alone; None:
+            what is sampled is written. Latents that are in the folder are not sampled again.
         origin: what samples, for the message where it gives no numbers.
         on_images: called with the number of images that were handed to the writers.
 
@@ -202,9 +229,13 @@ def generate(
             absent = [i for i in range(part.start, part.stop) if not folder.has(seeds[i])]
             if not absent:
                 continue
-            # The whole batch again: it takes as many rows anyway, and every image has the row that it had.
-            whole = sampler.sample(seeds[part], None if labels is None else labels[part])
-            images = whole[[i - part.start for i in absent]]
+            stored = None if decode is None else _stored(folder, [seeds[i] for i in absent])
+            if stored is None:
+                # The whole batch again: it takes as many rows anyway, and every image has the row that it had.
+                whole = sampler.sample(seeds[part], None if labels is None else labels[part])
+                images = whole[[i - part.start for i in absent]]
+            else:
+                images = stored
             _check_finite(images, [seeds[i] for i in absent], origin)
             if decode is not None:
                 images = decode(images)
@@ -216,6 +247,17 @@ def generate(
             on_images(len(absent))
         for future in pending:
             future.result()
+
+
+def _stored(folder: ImageFolder, seeds: Sequence[int]) -> Tensor | None:
+    """The latents of all these seeds from the folder, if they are there."""
+    found: list[Tensor] = []
+    for seed in seeds:
+        latents = folder.latents(seed)
+        if latents is None:
+            return None
+        found.append(latents)
+    return torch.stack(found)
 
 
 def _check_finite(images: Tensor, seeds: Sequence[int], origin: str) -> None:
@@ -235,8 +277,11 @@ def absent(seeds: Sequence[int], size: int, folder: ImageFolder, where: Processe
     return sum(not folder.has(seed) for seed in own)
 
 
-def note() -> dict[str, Any]:
-    """What made a folder's images, for whoever reads its manifest."""
+def note(device: torch.device) -> dict[str, Any]:
+    """What makes images on this machine, for whoever reads a folder's manifest: a list, to which other machines are added."""
     from imm.version import __version__
 
-    return {_NOTES: {"imm": __version__, "torch": torch.__version__}}
+    name = f"CPU ({torch.backends.cpu.get_cpu_capability()})"
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name(device)
+    return {_NOTES: [{"imm": __version__, "torch": torch.__version__, "device": name}]}

@@ -112,6 +112,10 @@ def seed_files(folder: Path) -> dict[int, Path]:
         if seed < 0 or parts[:-1] not in ((), (f"{seed - seed % 1000:06d}",)) or seed in out:
             raise ValueError(f"images: expected PNG files named by their seeds beside {GENERATION_FILE}, got {path}")
         out[seed] = path
+    if not out and next(folder.rglob("*.npy"), None) is not None:
+        raise ValueError(
+            f"images: expected pictures in {folder}, got latents; imm sample once more with --vae=PATH decodes them"
+        )
     if not out:
         raise ValueError(f"images: expected PNG files named by their seeds beside {GENERATION_FILE} in {folder}, found none")
     return dict(sorted(out.items()))
