@@ -248,12 +248,20 @@ def test_demo_in_small(tmp_path) -> None:
     assert "resuming at step 30" in resumed.output
 
 
-def test_demo_leaves_other_runs_alone(digits, tmp_path) -> None:
+def test_demo_leaves_other_files_alone(digits, tmp_path) -> None:
     out = tmp_path / "run"
     call("train", "--data", digits, "--outdir", out, "--steps", "4", *TRAIN)
-    before = {p.name: p.read_bytes() for p in out.glob("*.safetensors")}
-    call("demo", "--steps", "1", "--outdir", out, ok=False)
-    assert {name: (out / name).read_bytes() for name in before} == before
+    call("train", "--data", digits, "--outdir", tmp_path / "demo" / "training", "--steps", "4", *TRAIN)
+    (tmp_path / "demo" / "demo-training").mkdir()
+    for name in ("notes.txt", "training-state.safetensors"):  # mine, and what a demo left that was killed
+        (tmp_path / "demo" / "demo-training" / name).write_text("mine")
+    read = lambda: {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    before = read()
+    assert "outdir: expected a folder without a training run" in refused("demo", "--steps", "1", "--outdir", out)
+    assert read() == before
+    call("demo", "--steps", "1", "--outdir", tmp_path / "demo", ok=False)
+    after = read()
+    assert {path.name for path, content in before.items() if after[path] != content} == {"training-state.safetensors"}
 
 
 def test_demo_verdict() -> None:
