@@ -19,7 +19,7 @@ from click.testing import CliRunner
 from PIL import Image
 
 from imm import FlowMap, checkpoints
-from imm.cli import main, options
+from imm.cli import main, options, progress
 from imm.cli.options import process_device, writable_folder
 from imm.distributed import Processes
 from imm.networks import DiT, UNet
@@ -205,7 +205,8 @@ def test_train_refusals(digits, tmp_path) -> None:
     assert "expected the settings of the run to resume" in refused(*base, "-k", "9")
 
 
-def test_a_signal_stops_training_and_the_same_command_goes_on(digits, tmp_path) -> None:
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_signal_stops_training_and_the_same_command_goes_on(number, digits, tmp_path) -> None:
     arguments = ["train", "--data", str(digits), "--outdir", str(tmp_path / "run"), *TRAIN]
     process = subprocess.Popen(
         [*IMM, *arguments, "--steps", "100000"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
@@ -214,13 +215,29 @@ def test_a_signal_stops_training_and_the_same_command_goes_on(digits, tmp_path) 
     while not (tmp_path / "run" / "training-state.safetensors").exists():
         assert time.monotonic() < deadline
         time.sleep(0.05)
-    process.send_signal(signal.SIGTERM)
+    process.send_signal(number)
     output, _ = process.communicate(timeout=60)
-    assert process.returncode == 128 + signal.SIGTERM
-    step = int(re.search(r"stopped by signal 15 at step (\d+)", output)[1])
+    assert process.returncode == 128 + number
+    step = int(re.search(rf"stopped by signal {number.value} at step (\d+)", output)[1])
     assert (tmp_path / "run" / f"snapshot-{step:07d}.safetensors").exists()
     resumed = subprocess.run([*IMM, *arguments, "--steps", str(step + 1)], capture_output=True, text=True, check=True)
     assert f"resuming at step {step}" in resumed.stdout
+
+
+def test_a_second_ctrl_c_does_not_wait() -> None:
+    class Endless:
+        step, stop = 0, False
+
+        def run(self, steps: int, **rest) -> None:
+            for _ in range(2):
+                signal.raise_signal(signal.SIGINT)
+                self.step += 1
+
+    trainer, before = Endless(), {number: signal.getsignal(number) for number in progress.STOPS}
+    with pytest.raises(KeyboardInterrupt):
+        progress.run(trainer, 2)
+    assert (trainer.step, trainer.stop) == (1, True)
+    assert {number: signal.getsignal(number) for number in progress.STOPS} == before
 
 
 def test_demo_in_small(tmp_path) -> None:

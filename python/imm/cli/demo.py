@@ -116,7 +116,9 @@ def command(outdir: str, steps: int, minutes: float | None, seed: int, resume: b
     data = mnist_5k(RESOLUTION)
     folder = writable_folder(outdir)
     if (folder / STATE_FILE).exists():
-        raise ValueError(f"outdir: expected a folder without a training run, whose {STATS_FILE} the demo would replace, got {outdir}")
+        raise ValueError(
+            f"outdir: expected a folder without a training run, whose {STATS_FILE} the demo would replace, got {outdir}"
+        )
     objective = make_objective(seed, target)
     count = sum(p.numel() for p in objective.flow_map.network.parameters())
     header = [
