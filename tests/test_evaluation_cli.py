@@ -323,6 +323,14 @@ def test_compare_looks_at_the_networks_of_shared_metrics_only(sets, stand_in, tm
     assert "mmd-pixels" in call("eval", "compare", first, second).output
 
 
+def test_eval_and_its_statistics_take_the_same_options() -> None:
+    whole = main.get_command(None, "eval")
+    shared = ("weights", "resolution", "split", "batch", "device")
+    first, second = ({p.name: p.to_info_dict() for p in one.params} for one in (whole, whole.commands["stats"]))
+    assert {name: first[name] for name in shared} == {name: second[name] for name in shared}
+    assert [name for name in second if name in shared] == list(shared)
+
+
 def test_refusals(sets, tmp_path) -> None:
     out = tmp_path / "out.json"
     base = ("eval", "--images", sets[1], "--ref", sets[0], "--out", out)

@@ -6,9 +6,15 @@ import re
 import tempfile
 from pathlib import Path
 
+import click
 import torch
 
 from imm.distributed import Processes, device_of
+
+#: ``--device`` of the commands that torchrun starts as well; :func:`process_device` reads it.
+device_option = click.option(
+    "--device", default="auto", show_default=True, help="cpu, cuda or cuda:N; under torchrun cuda is each process's own GPU."
+)
 
 
 def parse_floats(text: str, name: str) -> list[float]:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from imm import checkpoints, generation, latents
 from imm.checkpoints.format import read_settings
-from imm.cli.options import device_line, parse_floats, parse_grid, process_device, writable_folder
+from imm.cli.options import device_line, device_option, parse_floats, parse_grid, process_device, writable_folder
 from imm.cli.progress import bar
 from imm.distributed import Processes, processes
 from imm.evaluation.pictures import grid, save_picture
@@ -48,7 +48,7 @@ PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
     metavar="PATH|ID",
     help="Decode latents with this AutoencoderKL, those of an earlier run in --outdir too (needs diffusers).",
 )
-@click.option("--device", default="auto", show_default=True)
+@device_option
 def command(net: str, outdir: str, seeds: str, batch: int, device: str, **options: Any) -> None:
     """Generate images from a checkpoint.
 
