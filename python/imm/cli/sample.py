@@ -151,9 +151,9 @@ def _finish(
         shown = torch.from_numpy(np.stack([folder.read(seed) for seed in seeds[: columns * lines]])).permute(0, 3, 1, 2)
         exact = (shown.float() - 127.5) / 127.5  # to_uint8 gives these pixels back
         save_picture(grid([("", part) for part in exact.split(columns)]), folder.root / "grid.png")
-    also = [*(["grid.png"] if layout else []), *([str(npz)] if npz is not None else [])]
     what = "images" if folder.pictures else "latents"
-    click.echo(f"wrote {len(seeds)} {what} to {folder.root}{f', and {chr(32).join(also)}' if also else ''}")
+    written = [str(folder.root), *(["grid.png"] if layout else []), *([str(npz)] if npz is not None else [])]
+    click.echo(f"wrote {len(seeds)} {what} to {' and '.join(written)}")
     if not folder.pictures:
         click.echo(
             f"the same command with --vae=PATH makes pictures of them; it needs the diffusers library: {latents.INSTALL}"
