@@ -267,16 +267,21 @@ def test_compare(sets, tmp_path) -> None:
     files = [tmp_path / f"{i}.json" for i in range(2)]
     for file, images in zip(files, sets[1:], strict=True):
         call("eval", "--images", images, "--ref", sets[0], "--out", file, "--metrics", "mmd-pixels,label-match")
-    result = json.loads(files[1].read_text())
+    first, result = (json.loads(file.read_text()) for file in files)
     result["protocol"]["generation"] = {"net": {"sha256": "ab"}, "steps": 2}
     result["protocol"]["versions"]["torch"] = "1.0"
     files[1].write_text(json.dumps(result))
+    lines = call("eval", "compare", *files).output.splitlines()
+    assert [line for line in lines if "generation" in line] == ['  generation: null and {"net": {"sha256": "ab"}, "steps": 2}']
+    first["protocol"]["generation"] = {"net": {"sha256": "cd"}, "cfg": 1.5}
+    files[0].write_text(json.dumps(first))
     output = call("eval", "compare", *files).output
     assert "mmd-pixels" in output
     assert f"{result['metrics']['mmd-pixels']:.6g}" in output
     for line in (
-        "generation.net.sha256: null and ab",
+        "generation.net.sha256: cd and ab",
         "generation.steps: null and 2",
+        "generation.cfg: 1.5 and null",
         f"versions.torch: {torch.__version__} and 1.0",
     ):
         assert f"  {line}\n" in output
