@@ -135,7 +135,7 @@ def test_latents_are_decoded_later_without_sampling_again(vae, tmp_path, monkeyp
     sampled, sample = [], Sampler.sample
     monkeypatch.setattr(Sampler, "sample", lambda self, seeds, *rest: sampled.append(seeds) or sample(self, seeds, *rest))
     output = call(*options, tmp_path / "later", *decoding, "--grid", "3x2").output
-    assert "wrote 6 images to" in output
+    assert f"wrote 6 images to {tmp_path / 'later'}, and grid.png\n" in output
     assert sampled == [[4, 5]]
     after = read("later")
     assert {name: after[name] for name in after if name.endswith(".npy")} == {
@@ -156,6 +156,17 @@ def test_folders_without_safetensors_are_refused(vae, tmp_path) -> None:
     for source in (tmp_path / "absent", "absent", "../vae", "a/b/c", ""):
         with pytest.raises((FileNotFoundError, OSError), match=r"vae: expected a folder|safetensors|config.json"):
             latents.load_vae(source)
+
+
+def test_a_name_that_the_hub_does_not_give(monkeypatch) -> None:
+    def absent(*arguments, **settings):
+        raise OSError("no such file")
+
+    monkeypatch.setattr(diffusers.AutoencoderKL, "from_pretrained", absent)
+    with pytest.raises(
+        OSError, match=r"vae: expected config.json .* in a/b, which is no folder here, on the hub, got: no such"
+    ):
+        latents.load_vae("a/b")
 
 
 def test_without_diffusers(monkeypatch, tmp_path) -> None:

@@ -35,7 +35,7 @@ def load_vae(source: str | os.PathLike[str]) -> Any:
 
     Raises:
         ImportError: diffusers is not installed. FileNotFoundError: neither a folder nor such a name.
-        OSError: a folder without those files.
+        OSError: a folder without those files, a name that the hub does not have, or no way to the hub.
     """
     folder = Path(source)
     if not folder.is_dir() and not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", str(source)):
@@ -44,9 +44,13 @@ def load_vae(source: str | os.PathLike[str]) -> Any:
         from diffusers import AutoencoderKL
     except ImportError as error:
         raise ImportError(f"vae: {NEEDED}") from error
-    vae = AutoencoderKL.from_pretrained(
-        str(source), local_files_only=folder.is_dir(), use_safetensors=True, low_cpu_mem_usage=False
-    )
+    try:
+        vae = AutoencoderKL.from_pretrained(
+            str(source), local_files_only=folder.is_dir(), use_safetensors=True, low_cpu_mem_usage=False
+        )
+    except OSError as error:
+        place = f"the folder {source}" if folder.is_dir() else f"{source}, which is no folder here, on the hub"
+        raise OSError(f"vae: expected config.json and safetensors weights in {place}, got: {error}") from error
     return vae.eval().requires_grad_(False)
 
 

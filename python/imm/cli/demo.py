@@ -100,7 +100,9 @@ def table(rows: dict[str, PixelScores]) -> list[str]:
 
 
 @click.command()
-@click.option("--outdir", default="runs/demo", show_default=True, metavar="DIR", help="Where to write.")
+@click.option(
+    "--outdir", default="runs/demo", show_default=True, metavar="DIR", help="Where to write; trains in demo-training there."
+)
 @click.option("--steps", default=3000, show_default=True, type=click.IntRange(min=1), help="Training steps.")
 @click.option("--minutes", type=click.FloatRange(min=0), help="Stop training after this long, whatever --steps says.")
 @click.option("--seed", default=0, show_default=True, type=click.IntRange(0, 2**63 - 1))

@@ -152,8 +152,8 @@ def _finish(
         exact = (shown.float() - 127.5) / 127.5  # to_uint8 gives these pixels back
         save_picture(grid([("", part) for part in exact.split(columns)]), folder.root / "grid.png")
     what = "images" if folder.pictures else "latents"
-    written = [str(folder.root), *(["grid.png"] if layout else []), *([str(npz)] if npz is not None else [])]
-    click.echo(f"wrote {len(seeds)} {what} to {' and '.join(written)}")
+    also = [*(["grid.png"] if layout else []), *([str(npz)] if npz is not None else [])]
+    click.echo(f"wrote {len(seeds)} {what} to {folder.root}{', and ' if also else ''}{' and '.join(also)}")
     if not folder.pictures:
         click.echo(
             f"the same command with --vae=PATH makes pictures of them; it needs the diffusers library: {latents.INSTALL}"
