@@ -76,17 +76,17 @@ class PixelReference:
         return self.score(means[labels], labels)
 
     def _nearest(self, flat: Tensor) -> Tensor:
+        """Labels of the nearest real images."""
         rows = max(1, _AT_ONCE // max(flat.shape[1], 1))
-        return torch.cat([self._nearest_of(to_float(part), rows) for part in flat.split(min(rows, 1000))])
-
-    def _nearest_of(self, some: Tensor, rows: int) -> Tensor:
-        """Labels of the nearest real images, which are looked through ``rows`` at a time."""
-        least = some.new_full((len(some),), float("inf"))
-        labels = self.labels.new_zeros(len(some))
-        for real, own in zip(self.real.split(rows), self.labels.split(rows), strict=True):
-            distance, index = torch.cdist(some, to_float(real).to(some)).min(1)
-            nearer = distance < least
-            least, labels = torch.where(nearer, distance, least), torch.where(nearer, own[index], labels)
+        least = torch.full((len(flat),), float("inf"), device=flat.device)
+        labels = self.labels.new_zeros(len(flat))
+        for block, own in zip(self.real.split(rows), self.labels.split(rows), strict=True):
+            real = to_float(block)
+            some = min(rows, 1000)
+            for part, best, label in zip(flat.split(some), least.split(some), labels.split(some), strict=True):
+                distance, index = torch.cdist(to_float(part).to(real), real).min(1)
+                nearer = distance < best
+                best[nearer], label[nearer] = distance[nearer].to(best), own[index[nearer]]
         return labels
 
     def _within_class_std(self, flat: Tensor, labels: Tensor) -> Tensor:
