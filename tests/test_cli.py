@@ -9,7 +9,9 @@ import re
 import signal
 import subprocess
 import sys
+import tempfile
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -18,7 +20,9 @@ from click.testing import CliRunner
 from PIL import Image
 
 from imm import FlowMap, checkpoints
-from imm.cli import main
+from imm.cli import main, options, progress
+from imm.cli.options import process_device, writable_folder
+from imm.distributed import Processes
 from imm.networks import DiT, UNet
 
 IMM = [sys.executable, "-c", "from imm.cli import main; main()"]
@@ -105,6 +109,36 @@ def test_sample_refusals(net, tmp_path) -> None:
     checkpoints.save(unconditional, FlowMap(UNet(resolution=8, num_classes=0, width=8, multipliers=(1, 2))))
     for option in (("--labels", "0"), ("--cfg", "1.5")):
         assert "one without classes" in refused("sample", "--net", unconditional, "--outdir", out, *option)
+
+
+def test_cuda_under_torchrun_is_the_processes_own_gpu(monkeypatch) -> None:
+    here = [Processes(rank=4 + i, world=8, local_rank=i) for i in range(3)]
+    assert {process_device("cpu", where) for where in here} == {torch.device("cpu")}
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(options, "pick_device", torch.device)
+    for name in ("auto", "cuda"):
+        assert [str(process_device(name, where)) for where in here] == ["cuda:0", "cuda:1", "cuda:0"]
+    assert {str(process_device("cuda:1", where)) for where in here} == {"cuda:1"}
+    assert process_device("cpu", here[1]) == torch.device("cpu")
+
+
+def test_containers_prove_one_folder_at_once(tmp_path, monkeypatch) -> None:
+    """Processes of two containers may have one number: here the second one's whole proof falls into the first one's."""
+    inner, entered = tempfile.NamedTemporaryFile, []
+
+    def interrupted(*arguments, **named):
+        file = inner(*arguments, **named)
+        if not entered:
+            entered.append(file.name)
+            writable_folder(str(tmp_path))
+            assert Path(file.name).exists()
+        return file
+
+    monkeypatch.setattr(tempfile, "NamedTemporaryFile", interrupted)
+    assert writable_folder(str(tmp_path)) == tmp_path
+    assert entered
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.fixture
@@ -267,7 +301,8 @@ def test_train_is_refused_under_torchrun(digits, tmp_path, monkeypatch) -> None:
     assert not (tmp_path / "run").exists()
 
 
-def test_a_signal_stops_training_and_the_same_command_goes_on(digits, tmp_path) -> None:
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_signal_stops_training_and_the_same_command_goes_on(number, digits, tmp_path) -> None:
     arguments = ["train", "--data", str(digits), "--outdir", str(tmp_path / "run"), *TRAIN]
     process = subprocess.Popen(
         [*IMM, *arguments, "--steps", "100000"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
@@ -276,13 +311,29 @@ def test_a_signal_stops_training_and_the_same_command_goes_on(digits, tmp_path) 
     while not (tmp_path / "run" / "training-state.safetensors").exists():
         assert time.monotonic() < deadline
         time.sleep(0.05)
-    process.send_signal(signal.SIGTERM)
+    process.send_signal(number)
     output, _ = process.communicate(timeout=60)
-    assert process.returncode == 128 + signal.SIGTERM
-    step = int(re.search(r"stopped by signal 15 at step (\d+)", output)[1])
+    assert process.returncode == 128 + number
+    step = int(re.search(rf"stopped by signal {number.value} at step (\d+)", output)[1])
     assert (tmp_path / "run" / f"snapshot-{step:07d}.safetensors").exists()
     resumed = subprocess.run([*IMM, *arguments, "--steps", str(step + 1)], capture_output=True, text=True, check=True)
     assert f"resuming at step {step}" in resumed.stdout
+
+
+def test_a_second_ctrl_c_does_not_wait() -> None:
+    class Endless:
+        step, stop = 0, False
+
+        def run(self, steps: int, **rest) -> None:
+            for _ in range(2):
+                signal.raise_signal(signal.SIGINT)
+                self.step += 1
+
+    trainer, before = Endless(), {number: signal.getsignal(number) for number in progress.STOPS}
+    with pytest.raises(KeyboardInterrupt):
+        progress.run(trainer, 2)
+    assert (trainer.step, trainer.stop) == (1, True)
+    assert {number: signal.getsignal(number) for number in progress.STOPS} == before
 
 
 def test_demo_in_small(tmp_path) -> None:
@@ -310,12 +361,20 @@ def test_demo_in_small(tmp_path) -> None:
     assert "resuming at step 30" in resumed.output
 
 
-def test_demo_leaves_other_runs_alone(digits, tmp_path) -> None:
+def test_demo_leaves_other_files_alone(digits, tmp_path) -> None:
     out = tmp_path / "run"
     call("train", "--data", digits, "--outdir", out, "--steps", "4", *TRAIN)
-    before = {p.name: p.read_bytes() for p in out.glob("*.safetensors")}
-    call("demo", "--steps", "1", "--outdir", out, ok=False)
-    assert {name: (out / name).read_bytes() for name in before} == before
+    call("train", "--data", digits, "--outdir", tmp_path / "demo" / "training", "--steps", "4", *TRAIN)
+    (tmp_path / "demo" / "demo-training").mkdir()
+    for name in ("notes.txt", "training-state.safetensors"):  # mine, and what a demo left that was killed
+        (tmp_path / "demo" / "demo-training" / name).write_text("mine")
+    read = lambda: {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    before = read()
+    assert "outdir: expected a folder without a training run" in refused("demo", "--steps", "1", "--outdir", out)
+    assert read() == before
+    call("demo", "--steps", "1", "--outdir", tmp_path / "demo", ok=False)
+    after = read()
+    assert {path.name for path, content in before.items() if after[path] != content} == {"training-state.safetensors"}
 
 
 def test_demo_verdict() -> None:

@@ -9,16 +9,19 @@ import json
 import os
 import subprocess
 import sys
+import tracemalloc
 
 import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
 from PIL import Image
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from imm import checkpoints
 from imm.cli import main
-from imm.evaluation import networks, picture_set
+from imm.data import summary
+from imm.evaluation import networks, picture_set, pixels
 from imm.evaluation.evaluate import evaluate
 from imm.evaluation.networks import FeatureNetwork
 from imm.evaluation.sets import load_set
@@ -163,13 +166,63 @@ def test_generated_images(sets, tmp_path) -> None:
         load_set(str(generated(tmp_path / "c", [1, 2, 3, 1001], record={"seeds": "1-3"})))
     with pytest.raises(ValueError, match="resolution: expected that of the generated images, 8x8, got 4"):
         load_set(str(tmp_path / "a"), 4)
-    (tmp_path / "a" / "generation.json").write_text("{}")
-    with pytest.raises(ValueError, match="expected what imm sample writes"):
-        load_set(str(tmp_path / "a"))
+    for text in ("{}", "[1]", '{"seeds": 3}'):
+        (tmp_path / "a" / "generation.json").write_text(text)
+        with pytest.raises(ValueError, match="expected what imm sample writes"):
+            load_set(str(tmp_path / "a"))
     for path in (tmp_path / "a").glob("0*.png"):
         path.unlink()
     with pytest.raises(ValueError, match="expected PNG files named by their seeds"):
         load_set(str(tmp_path / "a"))
+
+
+def test_the_protocol_has_the_counts_that_were_used(sets, stand_in, tmp_path) -> None:
+    few, out = write(tmp_path / "few.npz", 9, count=10), tmp_path / "out.json"
+    names = ("mmd-pixels", "mmd-efficientnet-lite0")
+    for images, ref in ((sets[1], few), (few, sets[1])):  # 40 against 10: as many samples as there are real ones at most
+        call("eval", "--images", images, "--ref", ref, "--out", out, "--metrics", ",".join(names))
+        found = json.loads(out.read_text())["protocol"]["settings"]
+        for name in names:
+            assert found[name]["count"] == 10
+            assert found[name]["reference_count"] == (10 if ref == few else 40)
+
+
+class LargestFloat(TorchDispatchMode):
+    """How many numbers the largest floating tensor has that is made inside."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.numbers = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for tensor in out if isinstance(out, tuple | list) else [out]:
+            if isinstance(tensor, torch.Tensor) and tensor.is_floating_point():
+                self.numbers = max(self.numbers, tensor.numel())
+        return out
+
+
+def test_pixels_become_floats_a_part_at_a_time(monkeypatch) -> None:
+    sets = [picture_set(torch.randint(0, 256, (3000, 3, 8, 8), dtype=torch.uint8), torch.arange(3000) % 3) for _ in range(2)]
+    whole = evaluate(["mmd-pixels", "label-match"], *sets)["metrics"]
+    monkeypatch.setattr(pixels, "_AT_ONCE", 192 * 70)
+    assert evaluate(["label-match"], *sets)["metrics"] == pytest.approx({k: whole[k] for k in whole if "match" in k}, rel=1e-9)
+    monkeypatch.setattr(importlib.import_module("imm.evaluation.evaluate"), "MMD_COUNT", 100)
+    with LargestFloat() as largest:
+        evaluate(["mmd-pixels", "label-match"], *sets)
+    assert 100 * 192 <= largest.numbers <= 3000 * 192 // 10
+
+
+def test_generated_images_are_in_memory_once(tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(summary, "_PART", 8)  # the digest's copies
+    folder = generated(tmp_path / "a", range(64), size=128, record={"seeds": "0-63"})
+    load_set(str(folder))  # imports
+    tracemalloc.start()
+    found = load_set(str(folder))
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert found.pixels.nbytes == 64 * 3 * 128 * 128
+    assert peak < 1.5 * found.pixels.nbytes
 
 
 def test_class_folders_are_not_seeds(tmp_path) -> None:
@@ -179,6 +232,22 @@ def test_class_folders_are_not_seeds(tmp_path) -> None:
     found = load_set(str(tmp_path / "set"))
     assert found.seeds is None
     assert found.labels.tolist() == [0, 1]
+
+
+def test_numbered_pictures_are_the_samplers_only_with_its_record(tmp_path) -> None:
+    """CelebA's are 000001.png, ...: a source as any other, which can be resized."""
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    for number in (2, 1):
+        Image.new("RGB", (12, 16), (number, 0, 0)).save(folder / f"{number:06d}.png")
+    found = load_set(str(folder), 8)
+    assert (found.seeds, found.labels, found.shape) == (None, None, (3, 8, 8))
+    assert found.pixels[:, 0, 0, 0].tolist() == [1, 2]
+    (folder / "generation.json").write_text(json.dumps({"seeds": "1-2"}))
+    assert load_set(str(folder)).seeds == (1, 2)
+    (folder / "mine.png").write_bytes((folder / "000001.png").read_bytes())
+    with pytest.raises(ValueError, match=r"expected PNG files named by their seeds beside generation.json, got .*mine.png"):
+        load_set(str(folder))
 
 
 def test_pictures_in_memory() -> None:
@@ -198,16 +267,21 @@ def test_compare(sets, tmp_path) -> None:
     files = [tmp_path / f"{i}.json" for i in range(2)]
     for file, images in zip(files, sets[1:], strict=True):
         call("eval", "--images", images, "--ref", sets[0], "--out", file, "--metrics", "mmd-pixels,label-match")
-    result = json.loads(files[1].read_text())
+    first, result = (json.loads(file.read_text()) for file in files)
     result["protocol"]["generation"] = {"net": {"sha256": "ab"}, "steps": 2}
     result["protocol"]["versions"]["torch"] = "1.0"
     files[1].write_text(json.dumps(result))
+    lines = call("eval", "compare", *files).output.splitlines()
+    assert [line for line in lines if "generation" in line] == ['  generation: null and {"net": {"sha256": "ab"}, "steps": 2}']
+    first["protocol"]["generation"] = {"net": {"sha256": "cd"}, "cfg": 1.5}
+    files[0].write_text(json.dumps(first))
     output = call("eval", "compare", *files).output
     assert "mmd-pixels" in output
     assert f"{result['metrics']['mmd-pixels']:.6g}" in output
     for line in (
-        "generation.net.sha256: null and ab",
+        "generation.net.sha256: cd and ab",
         "generation.steps: null and 2",
+        "generation.cfg: 1.5 and null",
         f"versions.torch: {torch.__version__} and 1.0",
     ):
         assert f"  {line}\n" in output
@@ -252,6 +326,14 @@ def test_compare_looks_at_the_networks_of_shared_metrics_only(sets, stand_in, tm
     assert f"features.inception.sha256: {'0' * 64} and {'f' * 64}" in refused("eval", "compare", first, second)
     call("eval", "--images", sets[1], "--ref", sets[0], "--out", second, "--metrics", "mmd-pixels")
     assert "mmd-pixels" in call("eval", "compare", first, second).output
+
+
+def test_eval_and_its_statistics_take_the_same_options() -> None:
+    whole = main.get_command(None, "eval")
+    shared = ("weights", "resolution", "split", "batch", "device")
+    first, second = ({p.name: p.to_info_dict() for p in one.params} for one in (whole, whole.commands["stats"]))
+    assert {name: first[name] for name in shared} == {name: second[name] for name in shared}
+    assert [name for name in second if name in shared] == list(shared)
 
 
 def test_refusals(sets, tmp_path) -> None:
@@ -389,6 +471,7 @@ PROGRAM = """
 import sys
 from imm import checkpoints
 from imm.cli import main
+from imm.data import summary
 from imm.evaluation import networks
 from imm.evaluation.networks import FeatureNetwork
 import torch

@@ -19,8 +19,9 @@ from test_cli import call, refused
 
 from imm import FlowMap, checkpoints, generation
 from imm.distributed import Processes
-from imm.evaluation.sets import GENERATION_FILE
+from imm.evaluation.sets import GENERATION_FILE, load_set
 from imm.networks import DiT, UNet
+from imm.sampler import Sampler
 from imm.seeds import format_integers, parse_integers
 
 IMM = [sys.executable, "-m", "imm", "sample"]
@@ -88,6 +89,39 @@ def test_an_image_that_was_lost_is_made_again_and_nothing_else(net, tmp_path) ->
     assert {path for path, time_ns in times.items() if path.stat().st_mtime_ns != time_ns} == {lost}
 
 
+@pytest.mark.parametrize("latents", [False, True])
+def test_files_that_were_cut_short_are_made_again(latents, net, tmp_path) -> None:
+    """What a machine leaves that lost its power."""
+    if latents:
+        checkpoints.save(net, FlowMap(DiT("S", patch=4, resolution=8, num_classes=2)))
+    options = ("sample", "--net", net, "--seeds", "0-3", "--steps", "1", "--outdir", tmp_path / "out")
+    call(*options)
+    before = files(tmp_path / "out")
+    whole, *paths = sorted((tmp_path / "out").glob("0*"))
+    kept = whole.stat().st_mtime_ns
+    for path, size in zip(paths, (0, 5, 60), strict=True):
+        assert path.stat().st_size > size
+        path.write_bytes(path.read_bytes()[:size])
+    call(*options)
+    assert files(tmp_path / "out") == before
+    assert whole.stat().st_mtime_ns == kept
+    paths[0].write_bytes(bytes(len(before[paths[0].name])))  # blocks that were never written
+    call(*options)
+    assert files(tmp_path / "out") == before
+
+
+@pytest.mark.parametrize("pictures", [False, True])
+def test_a_file_is_on_the_disk_before_it_has_its_name(pictures, tmp_path, monkeypatch) -> None:
+    folder, order = generation.ImageFolder(tmp_path, pictures=pictures), []
+    sync, replace = os.fsync, os.replace
+    monkeypatch.setattr(os, "fsync", lambda file: order.append(("sync", os.fstat(file).st_size)) or sync(file))
+    monkeypatch.setattr(os, "replace", lambda part, path: order.append(("name", path)) or replace(part, path))
+    folder.write(3, torch.zeros(3, 8, 8))
+    assert order == [("sync", folder.path(3).stat().st_size), ("name", folder.path(3))]
+    assert folder.has(3)
+    assert not folder.has(4)
+
+
 def test_a_folder_of_other_images_is_refused(net, tmp_path) -> None:
     base = ("sample", "--net", net, "--outdir", tmp_path / "out")
     call(*base, "--seeds", "0-3")
@@ -102,11 +136,23 @@ def test_a_folder_of_other_images_is_refused(net, tmp_path) -> None:
     assert files(tmp_path / "out") == before
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "000002.png").write_bytes(b"mine")
-    line = refused("sample", "--net", net, "--outdir", tmp_path / "mine", "--seeds", "0-3")
-    assert "no images of another origin" in line
-    assert files(tmp_path / "mine") == {"000002.png": b"mine"}
-    (tmp_path / "out" / GENERATION_FILE).write_text("{")
-    assert "expected a readable" in refused(*base, "--seeds", "0-3")
+    for name in ("000002.png", "000002.npy"):
+        (tmp_path / "mine" / "000002.png").rename(tmp_path / "mine" / name)
+        line = refused("sample", "--net", net, "--outdir", tmp_path / "mine", "--seeds", "0-3")
+        assert f"no images of another origin in {tmp_path / 'mine'}, got {name}" in line
+        assert files(tmp_path / "mine") == {name: b"mine"}
+    for text, what in (("{", "Expecting property name"), ("[1]", "got: a JSON list"), ("3", "got: a JSON int")):
+        (tmp_path / "out" / GENERATION_FILE).write_text(text)
+        line = refused(*base, "--seeds", "0-3")
+        assert "outdir: expected a readable" in line
+        assert what in line
+
+
+def test_a_checkpoint_is_its_bytes_and_not_its_name(net, tmp_path) -> None:
+    options = ("--seeds", "0-3", "--outdir", tmp_path / "out")
+    call("sample", "--net", net, *options)
+    renamed = net.rename(tmp_path / "renamed.safetensors")
+    call("sample", "--net", renamed, *options)
 
 
 def test_the_manifest_says_how_the_images_were_made(net, tmp_path) -> None:
@@ -115,6 +161,22 @@ def test_the_manifest_says_how_the_images_were_made(net, tmp_path) -> None:
     assert found["net"] == {"name": "net.safetensors", "sha256": generation.sha256_of(net)}
     expected = {"seeds": "3,0-1", "labels": "1", "steps": 2, "cfg": 2.0, "nfe": 4, "kind": "uniform", "method": "pushforward"}
     assert {key: found[key] for key in expected} == expected
+
+
+def test_the_manifest_lists_what_took_part(net, tmp_path, monkeypatch) -> None:
+    options = ("sample", "--net", net, "--seeds", "0-3", "--outdir", tmp_path / "out")
+    made_with = lambda: json.loads((tmp_path / "out" / GENERATION_FILE).read_text())["made_with"]
+    call(*options)
+    first = made_with()
+    assert [one["torch"] for one in first] == [torch.__version__]
+    assert first[0]["device"].startswith("CPU (")
+    monkeypatch.setattr(generation, "note", lambda device: {"made_with": [{**first[0], "device": "other"}]})
+    call(*options)
+    assert made_with() == first  # nothing was left to make
+    for _ in range(2):
+        (tmp_path / "out" / "000002.png").unlink()
+        call(*options)
+        assert made_with() == [*first, {**first[0], "device": "other"}]
 
 
 def test_the_array_is_in_the_evaluators_layout(net, tmp_path) -> None:
@@ -137,13 +199,14 @@ def test_one_class_is_the_label_of_every_image(net, tmp_path) -> None:
     assert "got both" in refused("sample", "--net", net, "--class", "1", "--labels", "1", "--outdir", tmp_path / "c")
 
 
-def test_bfloat16_is_another_network(net, tmp_path) -> None:
-    call("sample", "--net", net, "--seeds", "0-3", "--outdir", tmp_path / "a")
-    call("sample", "--net", net, "--seeds", "0-3", "--precision", "bf16", "--outdir", tmp_path / "b")
-    one, other = (
-        np.stack([np.asarray(Image.open(tmp_path / d / f"00000{i}.png")) for i in range(4)]).astype(int) for d in "ab"
-    )
-    assert 0 < np.abs(one - other).mean() < 4
+def test_sixteen_bits_are_other_networks(net, tmp_path) -> None:
+    images = {}
+    for name in ("fp32", "bf16", "fp16"):
+        call("sample", "--net", net, "--seeds", "0-63", "--precision", name, "--outdir", tmp_path / name)
+        files = [tmp_path / name / f"{i:06d}.png" for i in range(64)]
+        images[name] = np.stack([np.asarray(Image.open(file)) for file in files]).astype(int)
+    differences = [np.abs(images["fp32"] - images[name]).mean() for name in ("fp16", "bf16")]
+    assert 0 < differences[0] < differences[1] < 4
 
 
 def test_latents_are_kept_as_numbers(tmp_path) -> None:
@@ -151,7 +214,10 @@ def test_latents_are_kept_as_numbers(tmp_path) -> None:
     checkpoints.save(path, FlowMap(DiT("S", patch=4, resolution=8, num_classes=2)))
     npz = tmp_path / "all.npz"
     output = call("sample", "--net", path, "--seeds", "3,5", "--outdir", tmp_path / "out", "--npz", npz).output
-    assert "wrote 2 latents (--vae decodes them)" in output
+    assert "wrote 2 latents to" in output
+    assert 'the same command with --vae=PATH makes pictures of them; it needs the diffusers library: pip install "imm' in output
+    with pytest.raises(ValueError, match=r"expected pictures in .*, got latents; imm sample once more with --vae=PATH"):
+        load_set(str(tmp_path / "out"))
     one = np.load(tmp_path / "out" / "000005.npy")
     assert one.shape == (4, 8, 8)
     assert one.dtype == np.float32
@@ -161,6 +227,40 @@ def test_latents_are_kept_as_numbers(tmp_path) -> None:
     assert "expected pictures, got latents of 4 channels" in refused(*base, "--grid", "2x1")
     assert "ends in .npz" in refused(*base, "--npz", tmp_path / "absent" / "all.npz")
     assert not (tmp_path / "other").exists()
+
+
+def sampler_of_latents(rows: int, **settings: Any) -> Sampler:
+    torch.manual_seed(0)
+    return Sampler(FlowMap(DiT("S", patch=4, resolution=8, num_classes=2)).eval(), steps=1, rows=rows, **settings)
+
+
+def test_only_absent_images_are_decoded(tmp_path) -> None:
+    folder, seeds, decoded = generation.ImageFolder(tmp_path, pictures=True), range(10), []
+    decode = lambda x: decoded.append(len(x)) or x[:, :3]
+    for _ in range(2):
+        generation.generate(sampler_of_latents(4), seeds, None, folder, Processes(), decode=decode)
+    before = files(tmp_path)
+    assert (decoded, len(before)) == ([4, 4, 2], 10)
+    for seed in (2, 3, 6):
+        folder.path(seed).unlink()
+    generation.generate(sampler_of_latents(4), seeds, None, folder, Processes(), decode=decode)
+    assert decoded[3:] == [2, 1]
+    assert files(tmp_path) == before
+
+
+def test_images_that_are_not_finite_are_refused(net, small_flow_map, tmp_path) -> None:
+    with torch.no_grad():
+        list(small_flow_map.parameters())[-1].fill_(1e6)  # of what fp32 holds and fp16 does not
+    checkpoints.save(net, small_flow_map)
+    options = ("sample", "--net", net, "--seeds", "0-2", "--outdir", tmp_path / "out", "--precision")
+    line = refused(*options, "fp16")
+    assert f"images: expected finite numbers, got NaN or infinity from {net} in fp16, for 3 of 3 images" in line
+    assert not list((tmp_path / "out").glob("*.png"))
+    call(*options[:-3], "--outdir", tmp_path / "other")
+    broken = lambda x: torch.where(torch.arange(len(x))[:, None, None, None] == 1, torch.nan, x[:, :3])
+    folder = generation.ImageFolder(tmp_path, pictures=True)
+    with pytest.raises(ValueError, match=r"from the autoencoder, of latents that are, by the network, for 1 of 4 images .* 6"):
+        generation.generate(sampler_of_latents(4), range(5, 9), None, folder, Processes(), decode=broken)
 
 
 def test_a_seed_twice_is_refused(net, tmp_path) -> None:

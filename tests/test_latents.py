@@ -7,8 +7,11 @@ import json
 
 import pytest
 import torch
+from test_cli import call, refused
 
-from imm import latents
+from imm import FlowMap, checkpoints, latents
+from imm.networks import DiT
+from imm.sampler import Sampler
 
 diffusers = pytest.importorskip("diffusers")
 
@@ -91,6 +94,60 @@ def test_from_a_folder(vae, tmp_path) -> None:
     assert torch.equal(latents.decode(x, loaded), latents.decode(x, vae))
 
 
+def test_the_fingerprint_is_of_weights_and_scale(vae, tmp_path) -> None:
+    first = latents.fingerprint(vae)
+    assert len(first) == 64
+    vae.save_pretrained(tmp_path / "a")
+    assert latents.fingerprint(latents.load_vae(tmp_path / "a")) == first
+    config = tmp_path / "a" / "config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), "scaling_factor": 0.5}))
+    assert latents.fingerprint(latents.load_vae(tmp_path / "a")) != first
+    assert latents.fingerprint(vae.to(torch.bfloat16)) != first
+    assert latents.fingerprint(tiny_vae()) != first  # other random weights
+
+
+def test_sampling_names_an_autoencoder_by_its_weights(vae, tmp_path) -> None:
+    net, out = tmp_path / "dit.safetensors", tmp_path / "out"
+    checkpoints.save(net, FlowMap(DiT("S", patch=4, resolution=8, num_classes=2)))
+    options = ("sample", "--net", net, "--seeds", "0-1", "--steps", "1", "--outdir", out)
+    vae.save_pretrained(tmp_path / "vae")
+    call(*options, "--vae", tmp_path / "vae")
+    record = json.loads((out / "generation.json").read_text())["vae"]
+    assert record == {"name": str(tmp_path / "vae"), "sha256": latents.fingerprint(vae)}
+    (tmp_path / "vae").rename(tmp_path / "moved")
+    call(*options, "--vae", tmp_path / "moved")  # the same
+    tiny_vae().save_pretrained(tmp_path / "vae")
+    assert "holds images of another run (vae {" in refused(*options, "--vae", tmp_path / "vae")
+
+
+def test_latents_are_decoded_later_without_sampling_again(vae, tmp_path, monkeypatch) -> None:
+    net = tmp_path / "dit.safetensors"
+    checkpoints.save(net, FlowMap(DiT("S", patch=4, resolution=8, num_classes=2)))
+    vae.save_pretrained(tmp_path / "vae")
+    decoding = ("--vae", tmp_path / "vae")
+    options = ("sample", "--net", net, "--seeds", "0-5", "--steps", "1", "--batch", "4", "--outdir")
+    call(*options, tmp_path / "once", *decoding)
+    call(*options, tmp_path / "later")
+    read = lambda name: {path.name: path.read_bytes() for path in sorted((tmp_path / name).iterdir())}
+    before = read("later")
+    assert [name for name in before if name.endswith(".png")] == []
+    (tmp_path / "later" / "000005.npy").unlink()  # of the second batch, which is then sampled
+    sampled, sample = [], Sampler.sample
+    monkeypatch.setattr(Sampler, "sample", lambda self, seeds, *rest: sampled.append(seeds) or sample(self, seeds, *rest))
+    output = call(*options, tmp_path / "later", *decoding, "--grid", "3x2").output
+    assert f"wrote 6 images to {tmp_path / 'later'}, and grid.png\n" in output
+    assert sampled == [[4, 5]]
+    after = read("later")
+    assert {name: after[name] for name in after if name.endswith(".npy")} == {
+        name: before[name] for name in before if name in after and name.endswith(".npy")
+    }
+    for name, content in read("once").items():
+        assert after[name] == content, name
+    assert "(quantisation '127.5 x + 128, clipped' there, None here; vae {" in refused(*options, tmp_path / "later")
+    assert "steps 1 there, 2 here" in refused(*options[:6], "2", *options[7:], tmp_path / "later", *decoding)
+    assert read("later") == after
+
+
 def test_folders_without_safetensors_are_refused(vae, tmp_path) -> None:
     vae.save_pretrained(tmp_path, safe_serialization=False)  # a pickle
     with pytest.raises(OSError, match="safetensors"):
@@ -99,6 +156,17 @@ def test_folders_without_safetensors_are_refused(vae, tmp_path) -> None:
     for source in (tmp_path / "absent", "absent", "../vae", "a/b/c", ""):
         with pytest.raises((FileNotFoundError, OSError), match=r"vae: expected a folder|safetensors|config.json"):
             latents.load_vae(source)
+
+
+def test_a_name_that_the_hub_does_not_give(monkeypatch) -> None:
+    def absent(*arguments, **settings):
+        raise OSError("no such file")
+
+    monkeypatch.setattr(diffusers.AutoencoderKL, "from_pretrained", absent)
+    with pytest.raises(
+        OSError, match=r"vae: expected config.json .* in a/b, which is no folder here, on the hub, got: no such"
+    ):
+        latents.load_vae("a/b")
 
 
 def test_without_diffusers(monkeypatch, tmp_path) -> None:

@@ -2,7 +2,8 @@
 
 The list of seeds is cut into batches, whatever the number of processes; process k of n makes the batches k, k + n, ... Every
 batch is run in the same number of rows and an image has the same row in every run, so that a file has the same bytes however
-often the run was stopped and however many processes made it. A file is there as a whole or not at all.
+often the run was stopped and however many processes made it. A file is there as a whole or not at all; one that a machine's
+end cut short counts as absent.
 """
 
 from __future__ import annotations
@@ -24,9 +25,13 @@ from imm.evaluation.pictures import save_picture, to_picture
 from imm.evaluation.sets import GENERATION_FILE
 from imm.sampler import Sampler
 
-#: What says how a folder was made and does not change an image.
+#: What made a folder's images, on which machines: a list, which may grow. It moves the last bits of an image at most.
 _NOTES = "made_with"
+#: What the manifest of latents has not, and that of the pictures has that are made of them.
+_DECODING = ("vae", "quantisation")
 _WRITERS = 4
+#: The last chunk of every PNG: its length, name and checksum.
+_PNG_END = b"\0\0\0\0IEND\xaeB`\x82"
 
 
 def sha256_of(path: str | os.PathLike[str]) -> str:
@@ -53,31 +58,59 @@ class ImageFolder:
         folder = self.root / f"{seed - seed % 1000:06d}" if self.subdirs else self.root
         return folder / f"{seed:06d}{'.png' if self.pictures else '.npy'}"
 
+    def _latents_path(self, seed: int) -> Path:
+        return self.path(seed).with_suffix(".npy")
+
+    def latents(self, seed: int) -> Tensor | None:
+        """``[C, H, W]`` float32 that the same run wrote before it decoded; None where there are none."""
+        try:
+            return torch.from_numpy(np.load(self._latents_path(seed), allow_pickle=False))
+        except (OSError, ValueError, EOFError):
+            return None
+
+    def has(self, seed: int) -> bool:
+        """Whether the image of a seed is there, and whole."""
+        path = self.path(seed)
+        try:
+            if not self.pictures:
+                np.load(path, mmap_mode="r", allow_pickle=False)  # compares the size with the header
+                return True
+            with path.open("rb") as file:
+                file.seek(-len(_PNG_END), os.SEEK_END)
+                return file.read() == _PNG_END
+        except (OSError, ValueError, EOFError):
+            return False
+
     def begin(self, manifest: Mapping[str, Any], seeds: Sequence[int], where: Processes) -> None:
-        """Make the folder, or find it as a run with the same manifest left it.
+        """Make the folder, or find it as a run with the same manifest left it, or as one that left its latents undecoded.
 
         Raises:
             ValueError: the folder holds images that were made in another way, or not by this function.
         """
         path = self.root / GENERATION_FILE
-        if where.first and not path.is_file():
-            present = next((seed for seed in seeds if self.path(seed).exists()), None)
-            if present is not None:
-                raise ValueError(f"outdir: expected no images of another origin in {self.root}, got {self.path(present).name}")
-            _write_json(path, manifest)
-        where.wait()
-        try:
-            found = json.loads(path.read_text())
-        except (OSError, ValueError) as error:
-            raise ValueError(f"outdir: expected a readable {path}, got: {error}") from error
         expected = json.loads(json.dumps(manifest))
-        keys = sorted((expected.keys() | found.keys()) - {_NOTES})
+        if where.first and not path.is_file():
+            own = (file for seed in seeds for file in (self.path(seed), self._latents_path(seed)))
+            present = next((file for file in own if file.exists()), None)
+            if present is not None:
+                raise ValueError(f"outdir: expected no images of another origin in {self.root}, got {present.name}")
+            _write_json(path, expected)
+        if where.first:
+            _take_up_decoding(path, expected)
+        where.wait()
+        found = _read_json(path)
+        ours, theirs = _identity(expected), _identity(found)
         unlike = [
-            f"{key} {found.get(key)!r} there, {expected.get(key)!r} here" for key in keys if found.get(key) != expected.get(key)
+            f"{key} {found.get(key)!r} there, {expected.get(key)!r} here"
+            for key in sorted(ours.keys() | theirs.keys())
+            if ours.get(key) != theirs.get(key)
         ]
         if unlike:
             raise ValueError(f"outdir: {self.root} holds images of another run ({'; '.join(unlike)}); choose another folder")
         if where.first:
+            here = [one for one in expected.get(_NOTES, []) if one not in found.get(_NOTES, [])]
+            if here and not all(map(self.has, seeds)):
+                _write_json(path, {**found, _NOTES: [*found.get(_NOTES, []), *here]})
             for part in self.root.rglob(".*.part"):  # of a killed run
                 part.unlink(missing_ok=True)
             for folder in {self.path(seed).parent for seed in seeds}:
@@ -93,6 +126,8 @@ class ImageFolder:
         part = path.with_name(f".{path.name}.part")
         with part.open("wb") as file:
             np.save(file, image.numpy())
+            file.flush()
+            os.fsync(file.fileno())
         os.replace(part, path)
 
     def read(self, seed: int) -> np.ndarray[Any, Any]:
@@ -132,6 +167,30 @@ def _write_json(path: Path, value: Mapping[str, Any]) -> None:
     os.replace(part, path)
 
 
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(path.read_text())
+        if not isinstance(found, dict):
+            raise ValueError(f"a JSON {type(found).__name__}")
+    except (OSError, ValueError) as error:
+        raise ValueError(f"outdir: expected a readable {path}, got: {error}") from error
+    return found
+
+
+def _take_up_decoding(path: Path, expected: Mapping[str, Any]) -> None:
+    """Let the manifest of latents say that they are decoded, where it is of the same run in all else."""
+    found = _read_json(path)
+    decoded = {**found, **{key: expected.get(key) for key in _DECODING}}
+    if found.get("vae") is None and found != decoded and _identity(decoded) == _identity(expected):
+        _write_json(path, decoded)
+
+
+def _identity(manifest: Mapping[str, Any]) -> dict[str, Any]:
+    """What two manifests of one run have alike: no notes, and no names of files where there are their digests."""
+    own = {key: value for key, value in manifest.items() if key != _NOTES}
+    return {key: value["sha256"] if isinstance(value, dict) and "sha256" in value else value for key, value in own.items()}
+
+
 def batches(count: int, size: int, where: Processes) -> Iterator[slice]:
     """This process's share of the batches of ``size`` that ``count`` seeds are cut into."""
     for start in range(where.rank * size, count, where.world * size):
@@ -146,6 +205,7 @@ def generate(
     where: Processes,
     *,
     decode: Callable[[Tensor], Tensor] | None = None,
+    origin: str = "the network",
     on_images: Callable[[int], None] = lambda count: None,
 ) -> None:
     """Fill the folder with the images that it lacks.
@@ -154,40 +214,74 @@ def generate(
         sampler: with ``rows``, the size of a batch.
         seeds: one an image, without repetition. labels: ``[N]``, or None for an unconditional network.
         folder: after :meth:`ImageFolder.begin`.
-        decode: latents ``[B, C, H, W]`` -> pictures, each from its own latents alone; None: what is sampled is written.
+        decode: latents ``[B, C, H, W]``, on the network's device or the CPU -> pictures, each from its own latents alone; None:
+            what is sampled is written. Latents that are in the folder are not sampled again.
+        origin: what samples, for the message where it gives no numbers.
         on_images: called with the number of images that were handed to the writers.
 
     Raises:
-        OSError: an image cannot be written.
+        ValueError: an image that is not finite; it is not written. OSError: an image cannot be written.
     """
     assert sampler.rows is not None
     with ThreadPoolExecutor(_WRITERS) as pool:
         pending: list[Future[None]] = []
         for part in batches(len(seeds), sampler.rows, where):
-            absent = [i for i in range(part.start, part.stop) if not folder.path(seeds[i]).exists()]
+            absent = [i for i in range(part.start, part.stop) if not folder.has(seeds[i])]
             if not absent:
                 continue
-            # The whole batch again: it takes as many rows anyway, and every image has the row that it had.
-            images = sampler.sample(seeds[part], None if labels is None else labels[part])
+            stored = None if decode is None else _stored(folder, [seeds[i] for i in absent])
+            if stored is None:
+                # The whole batch again: it takes as many rows anyway, and every image has the row that it had.
+                whole = sampler.sample(seeds[part], None if labels is None else labels[part])
+                images = whole[[i - part.start for i in absent]]
+            else:
+                images = stored
+            _check_finite(images, [seeds[i] for i in absent], origin)
             if decode is not None:
                 images = decode(images)
+                _check_finite(images, [seeds[i] for i in absent], f"the autoencoder, of latents that are, by {origin}")
             images = images.float().cpu()
             for future in pending:
                 future.result()
-            pending = [pool.submit(folder.write, seeds[i], images[i - part.start]) for i in absent]
+            pending = [pool.submit(folder.write, seeds[i], image) for i, image in zip(absent, images, strict=True)]
             on_images(len(absent))
         for future in pending:
             future.result()
 
 
+def _stored(folder: ImageFolder, seeds: Sequence[int]) -> Tensor | None:
+    """The latents of all these seeds from the folder, if they are there."""
+    found: list[Tensor] = []
+    for seed in seeds:
+        latents = folder.latents(seed)
+        if latents is None:
+            return None
+        found.append(latents)
+    return torch.stack(found)
+
+
+def _check_finite(images: Tensor, seeds: Sequence[int], origin: str) -> None:
+    """Raise ValueError for NaN and infinity, which a picture would hide as black and white."""
+    broken = ~images.isfinite().flatten(1).all(1)
+    if bool(broken.any()):
+        which = [seed for seed, one in zip(seeds, broken.tolist(), strict=True) if one]
+        raise ValueError(
+            f"images: expected finite numbers, got NaN or infinity from {origin}, for {len(which)} of {len(seeds)} images "
+            f"such as that of seed {which[0]}"
+        )
+
+
 def absent(seeds: Sequence[int], size: int, folder: ImageFolder, where: Processes) -> int:
     """How many images this process has to make."""
     own = (seed for part in batches(len(seeds), size, where) for seed in seeds[part])
-    return sum(not folder.path(seed).exists() for seed in own)
+    return sum(not folder.has(seed) for seed in own)
 
 
-def note() -> dict[str, Any]:
-    """What made a folder's images, for whoever reads its manifest."""
+def note(device: torch.device) -> dict[str, Any]:
+    """What makes images on this machine, for whoever reads a folder's manifest: a list, to which other machines are added."""
     from imm.version import __version__
 
-    return {_NOTES: {"imm": __version__, "torch": torch.__version__}}
+    name = f"CPU ({torch.backends.cpu.get_cpu_capability()})"
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name(device)
+    return {_NOTES: [{"imm": __version__, "torch": torch.__version__, "device": name}]}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import re
 from pathlib import Path
@@ -18,7 +19,8 @@ STD = 0.5
 #: What tells those autoencoders from others: 4 channels, and this factor in their own settings.
 SD_VAE_FACTOR = 0.18215
 
-NEEDED = 'expected the diffusers library for it; run: pip install "imm-kernels[diffusers]"'
+INSTALL = 'pip install "imm-kernels[diffusers]"'
+NEEDED = f"expected the diffusers library for it; run: {INSTALL}"
 
 
 def load_vae(source: str | os.PathLike[str]) -> Any:
@@ -33,7 +35,7 @@ def load_vae(source: str | os.PathLike[str]) -> Any:
 
     Raises:
         ImportError: diffusers is not installed. FileNotFoundError: neither a folder nor such a name.
-        OSError: a folder without those files.
+        OSError: a folder without those files, a name that the hub does not have, or no way to the hub.
     """
     folder = Path(source)
     if not folder.is_dir() and not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", str(source)):
@@ -42,9 +44,13 @@ def load_vae(source: str | os.PathLike[str]) -> Any:
         from diffusers import AutoencoderKL
     except ImportError as error:
         raise ImportError(f"vae: {NEEDED}") from error
-    vae = AutoencoderKL.from_pretrained(
-        str(source), local_files_only=folder.is_dir(), use_safetensors=True, low_cpu_mem_usage=False
-    )
+    try:
+        vae = AutoencoderKL.from_pretrained(
+            str(source), local_files_only=folder.is_dir(), use_safetensors=True, low_cpu_mem_usage=False
+        )
+    except OSError as error:
+        place = f"the folder {source}" if folder.is_dir() else f"{source}, which is no folder here, on the hub"
+        raise OSError(f"vae: expected config.json and safetensors weights in {place}, got: {error}") from error
     return vae.eval().requires_grad_(False)
 
 
@@ -81,6 +87,20 @@ def decode(latents: Tensor, vae: Any, batch: int = 8) -> Tensor:
         own = part.to(vae.device, torch.float32) * scale + shift
         images.append(vae.decode(own.to(vae.dtype)).sample.float().clamp(-1.0, 1.0))
     return torch.cat(images)
+
+
+def fingerprint(vae: Any) -> str:
+    """What tells autoencoders apart, wherever they came from: a sha256 of the scale that latents get and of all weights.
+
+    Hashed are the line ``imm-vae 1 SCALES SHIFTS``, and of each weight, by their names, a line ``NAME DTYPE SHAPE``
+    and its bytes.
+    """
+    scale, shift = _scale_and_shift(vae.config)
+    digest = hashlib.sha256(f"imm-vae 1 {scale} {shift}\n".encode())
+    for name, value in sorted(vae.state_dict().items()):
+        digest.update(f"{name} {str(value.dtype).removeprefix('torch.')} {list(value.shape)}\n".encode())
+        digest.update(value.cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()
 
 
 def _scale_and_shift(config: Any) -> tuple[list[float], list[float]]:

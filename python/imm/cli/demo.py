@@ -30,6 +30,8 @@ from imm.training.trainer import STATE_FILE, STATS_FILE
 from imm.version import __version__
 
 RESOLUTION = 16
+#: In --outdir. Not a name that a folder of the user's is likely to have: what a trainer wrote there is removed.
+TRAINING_FOLDER = "demo-training"
 STEP_COUNTS = (1, 2, 4, 8)
 SAMPLES = 1000
 #: Least one-step label match and spread, and largest MMD as a share of the class means': blurs of class averages must fail.
@@ -46,6 +48,13 @@ def make_objective(seed: int, device: torch.device) -> IMMObjective:
 def make_config(seed: int, snapshot_every: int = 500) -> TrainConfig:
     """The demo's training settings."""
     return TrainConfig(batch=64, lr=2e-3, warmup=100, ema=0.998, seed=seed, log_every=25, snapshot_every=snapshot_every)
+
+
+def _remove_run(folder: Path) -> None:
+    """Remove what a trainer wrote there, and nothing else."""
+    for name in (STATE_FILE, STATS_FILE, "snapshot-*.safetensors"):
+        for path in folder.glob(name):
+            path.unlink()
 
 
 def resume_is_exact(data: ImageData, seed: int, device: torch.device, steps: int = 12) -> bool:
@@ -91,7 +100,9 @@ def table(rows: dict[str, PixelScores]) -> list[str]:
 
 
 @click.command()
-@click.option("--outdir", default="runs/demo", show_default=True, metavar="DIR", help="Where to write.")
+@click.option(
+    "--outdir", default="runs/demo", show_default=True, metavar="DIR", help="Where to write; trains in demo-training there."
+)
 @click.option("--steps", default=3000, show_default=True, type=click.IntRange(min=1), help="Training steps.")
 @click.option("--minutes", type=click.FloatRange(min=0), help="Stop training after this long, whatever --steps says.")
 @click.option("--seed", default=0, show_default=True, type=click.IntRange(0, 2**63 - 1))
@@ -106,6 +117,10 @@ def command(outdir: str, steps: int, minutes: float | None, seed: int, resume: b
     target = pick_device(device)
     data = mnist_5k(RESOLUTION)
     folder = writable_folder(outdir)
+    if (folder / STATE_FILE).exists():
+        raise ValueError(
+            f"outdir: expected a folder without a training run, whose {STATS_FILE} the demo would replace, got {outdir}"
+        )
     objective = make_objective(seed, target)
     count = sum(p.numel() for p in objective.flow_map.network.parameters())
     header = [
@@ -116,9 +131,9 @@ def command(outdir: str, steps: int, minutes: float | None, seed: int, resume: b
         f"plan: {steps} steps of 64 images, then {SAMPLES} samples in each of {', '.join(map(str, STEP_COUNTS))} steps",
     ]
     click.echo("\n".join(header))
-    training = folder / "training"
-    if not resume and training.exists():
-        shutil.rmtree(training)
+    training = folder / TRAINING_FOLDER
+    if not resume:
+        _remove_run(training)
     start = time.perf_counter()
     trainer = Trainer(objective, data, training, make_config(seed))
     if trainer.resumed_from is not None:

@@ -13,9 +13,9 @@ from typing import Any
 import click
 from tqdm import tqdm
 
-from imm.cli.options import device_line, pick_device
+from imm.cli.options import device_line, device_option, process_device
 from imm.cli.progress import bar
-from imm.distributed import Processes, device_of, processes
+from imm.distributed import Processes, processes
 from imm.evaluation import compare as comparison
 from imm.evaluation import networks
 from imm.evaluation.evaluate import (
@@ -72,18 +72,31 @@ def table(values: dict[str, float]) -> list[str]:
     return [f"{name:<{widths[0]}}  {shown:>{widths[1]}}  {what}".rstrip() for name, shown, what in lines]
 
 
+def _of_features(command: Callable[..., Any]) -> Callable[..., Any]:
+    """The options of whatever runs a feature network over a reference."""
+    for option in reversed(
+        (
+            click.option(
+                "--weights", metavar="FILE", help='Published weights of Inception (fid, kid, prdc, is); or "download".'
+            ),
+            click.option("--resolution", type=click.IntRange(min=1), help="Resize the reference. [default: as stored]"),
+            click.option(
+                "--split", metavar="NAME", help="Split of the reference, such as train; if it has none, for the record."
+            ),
+            click.option("--batch", default=64, show_default=True, type=click.IntRange(min=1), help="Images at a time."),
+            device_option,
+        )
+    ):
+        command = option(command)
+    return command
+
+
 @click.group(invoke_without_command=True)
 @click.option("--images", metavar="SOURCE", help="Images to judge: a folder that imm sample wrote, or a source of --data.")
 @click.option("--ref", metavar="SOURCE", help="What to compare with: a source of --data, or a file of imm eval stats.")
 @click.option("--metrics", default=DEFAULT_METRICS, show_default=True, metavar="LIST", help=f"Of {', '.join(METRICS)}.")
 @click.option("--out", metavar="FILE", help="Where to write the numbers and their protocol (.json).")
-@click.option("--weights", metavar="FILE", help='Published Inception weights, for fid, kid, prdc, is; or "download".')
-@click.option("--resolution", type=click.IntRange(min=1), help="Resize the reference to this side. [default: as stored]")
-@click.option(
-    "--split", metavar="NAME", help="Which split of the reference, such as train; of a source without splits, for the record."
-)
-@click.option("--batch", default=64, show_default=True, type=click.IntRange(min=1), help="Images at a time.")
-@click.option("--device", default="auto", show_default=True)
+@_of_features
 @click.pass_context
 def command(
     context: click.Context,
@@ -116,7 +129,7 @@ def command(
     names = parse_metrics(metrics)
     target = _writable_file(out)
     with processes() as where:
-        own = device_of(where.local_rank) if device == "auto" else pick_device(device)
+        own = process_device(device, where)
         used = load_networks(names, weights, own)
         pictures = load_set(images, resolution)
         reference = ReferenceStatistics.load(ref) if is_statistics(ref) else load_set(ref, resolution, split)
@@ -164,13 +177,7 @@ def cautions(result: dict[str, Any]) -> list[str]:
 @click.option("--data", required=True, metavar="SOURCE", help="The reference images: a source of --data.")
 @click.option("--out", required=True, metavar="FILE", help="Where to write (.npz).")
 @click.option("--features", default=EFFICIENTNET, show_default=True, metavar="LIST", help=f"Of {', '.join(NAMES)}.")
-@click.option("--weights", metavar="FILE", help='Published Inception weights, for inception; or "download".')
-@click.option("--resolution", type=click.IntRange(min=1), help="Resize to this side. [default: as stored]")
-@click.option(
-    "--split", metavar="NAME", help="Which split of the data, such as train; of a source without splits, for the record."
-)
-@click.option("--batch", default=64, show_default=True, type=click.IntRange(min=1), help="Images at a time.")
-@click.option("--device", default="auto", show_default=True)
+@_of_features
 def stats(
     data: str,
     out: str,
@@ -187,7 +194,7 @@ def stats(
     if target.suffix != ".npz":
         raise ValueError(f"out: expected a file ending in .npz, got {out}")
     with processes() as where:
-        own = device_of(where.local_rank) if device == "auto" else pick_device(device)
+        own = process_device(device, where)
         used = [networks.load(name, weights, own) for name in names]
         pictures = load_set(data, resolution, split)
         if len(pictures) < 2:

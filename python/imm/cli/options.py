@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
-import os
 import re
+import tempfile
 from pathlib import Path
 
+import click
 import torch
+
+from imm.distributed import Processes, device_of
+
+#: ``--device`` of the commands that torchrun starts as well; :func:`process_device` reads it.
+device_option = click.option(
+    "--device", default="auto", show_default=True, help="cpu, cuda or cuda:N; under torchrun cuda is each process's own GPU."
+)
 
 
 def parse_floats(text: str, name: str) -> list[float]:
@@ -39,6 +47,13 @@ def pick_device(name: str) -> torch.device:
     return device
 
 
+def process_device(name: str, where: Processes) -> torch.device:
+    """:func:`pick_device` for one of several processes: "auto" and "cuda" are the GPUs of its machine in turn."""
+    if name in ("auto", "cuda") and torch.cuda.is_available():
+        name = str(device_of(where.local_rank))
+    return pick_device(name)
+
+
 def device_line(device: torch.device) -> str:
     """The device in words."""
     if device.type == "cuda":
@@ -49,11 +64,11 @@ def device_line(device: torch.device) -> str:
 def writable_folder(path: str) -> Path:
     """Make the folder and prove that it can be written to, before work starts. Raises ValueError."""
     folder = Path(path)
-    probe = folder / f".write-test-{os.getpid()}"
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        probe.touch()
-        probe.unlink()
+        # A name that no other process takes: those of other containers have the same numbers.
+        with tempfile.NamedTemporaryFile(prefix=".write-test-", dir=folder):
+            pass
     except OSError as error:
         raise ValueError(f"outdir: expected a folder that can be written to, got {path}: {error.strerror}") from error
     return folder

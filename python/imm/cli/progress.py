@@ -10,6 +10,9 @@ from tqdm import tqdm
 
 from imm.training import Trainer
 
+#: Ctrl-C; what ends a job; and what SLURM sends before it does (sbatch --signal=USR1@120).
+STOPS = (signal.SIGINT, signal.SIGTERM, *([signal.SIGUSR1] if hasattr(signal, "SIGUSR1") else []))
+
 
 def bar(total: int, unit: str, initial: int = 0, **more: Any) -> tqdm[Any]:
     """A bar on stderr: live in a terminal, a line now and then in a file or a pipe."""
@@ -18,14 +21,19 @@ def bar(total: int, unit: str, initial: int = 0, **more: Any) -> tqdm[Any]:
 
 
 def run(trainer: Trainer, steps: int, max_seconds: float | None = None) -> int | None:
-    """Train to ``steps`` with a bar (loss, images/s, gradient norm, time left); the signal that ended the run, if one did."""
+    """Train to ``steps`` with a bar (loss, images/s, gradient norm, time left); the signal that ended the run, if one did.
+
+    A signal lets the step end and the state be saved; a second Ctrl-C does not wait for that.
+    """
     caught: list[int] = []
 
     def on_signal(number: int, frame: Any) -> None:
         caught.append(number)
         trainer.stop = True
+        if number == signal.SIGINT:
+            signal.signal(number, signal.default_int_handler)
 
-    old = {number: signal.signal(number, on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
+    old = {number: signal.signal(number, on_signal) for number in STOPS}
     steps_bar = bar(steps, "step", trainer.step)
 
     def on_log(row: dict[str, Any]) -> None:

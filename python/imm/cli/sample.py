@@ -12,11 +12,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from imm import checkpoints, generation
+from imm import checkpoints, generation, latents
 from imm.checkpoints.format import read_settings
-from imm.cli.options import device_line, parse_floats, parse_grid, pick_device, writable_folder
+from imm.cli.options import device_line, device_option, parse_floats, parse_grid, process_device, writable_folder
 from imm.cli.progress import bar
-from imm.distributed import Processes, device_of, processes
+from imm.distributed import Processes, processes
 from imm.evaluation.pictures import grid, save_picture
 from imm.flow_map import FlowMap
 from imm.generation import ImageFolder
@@ -24,7 +24,7 @@ from imm.sampler import Sampler
 from imm.sampling import KINDS, METHODS, time_grid
 from imm.seeds import format_integers, parse_integers
 
-PRECISIONS = {"fp32": None, "bf16": torch.bfloat16}
+PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @click.command()
@@ -43,8 +43,12 @@ PRECISIONS = {"fp32": None, "bf16": torch.bfloat16}
 @click.option("--subdirs", is_flag=True, help="A sub-folder for every thousand seeds.")
 @click.option("--grid", "grid_size", metavar="WxH", help="Also write grid.png of the first W x H images, such as 8x8.")
 @click.option("--npz", metavar="FILE", help="Also write all images to one file, in the ADM evaluator's layout.")
-@click.option("--vae", metavar="PATH|ID", help="Decode latents with this AutoencoderKL (needs diffusers).")
-@click.option("--device", default="auto", show_default=True)
+@click.option(
+    "--vae",
+    metavar="PATH|ID",
+    help="Decode latents with this AutoencoderKL, those of an earlier run in --outdir too (needs diffusers).",
+)
+@device_option
 def command(net: str, outdir: str, seeds: str, batch: int, device: str, **options: Any) -> None:
     """Generate images from a checkpoint.
 
@@ -55,7 +59,7 @@ def command(net: str, outdir: str, seeds: str, batch: int, device: str, **option
     if len(set(seed_list)) < len(seed_list):
         raise ValueError(f"seeds: expected every seed once, got {seeds!r}")
     with processes() as where:
-        target = device_of(where.local_rank) if device == "auto" else pick_device(device)
+        target = process_device(device, where)
         _run(Path(net), outdir, seed_list, min(batch, len(seed_list)), target, where, **options)
 
 
@@ -94,10 +98,10 @@ def _run(
         raise ValueError(f"cfg: expected a finite number, got {cfg}")
     npz_path = None if npz is None else _new_file(npz)
     shape = flow_map.image_shape
-    decode = None if vae is None else _decoder(vae, shape, device)
+    decode, autoencoder = (None, None) if vae is None else _decoder(vae, shape, device)
     pictures = shape[0] in (1, 3) or decode is not None
     if layout is not None and not pictures:
-        raise ValueError(f"grid: expected pictures, got latents of {shape[0]} channels without --vae")
+        raise ValueError(f"grid: expected pictures, got latents of {shape[0]} channels without --vae ({latents.INSTALL})")
     manifest = {
         "net": {"name": net.name, "sha256": generation.sha256_of(net)},
         "checkpoint": read_settings(net, "flow_map").get("extra", {}),
@@ -113,9 +117,9 @@ def _run(
         "precision": precision,
         "rows": rows,
         "subdirs": subdirs,
-        "vae": vae,
+        "vae": autoencoder,
         "quantisation": "127.5 x + 128, clipped" if pictures else None,
-        **generation.note(),
+        **generation.note(device),
     }
     folder = ImageFolder(writable_folder(outdir), pictures=pictures, subdirs=subdirs)
     folder.begin(manifest, seed_list, where)
@@ -128,7 +132,9 @@ def _run(
         click.echo(f"{net} on {device_line(device)}{many}: {len(seed_list)} images of {shape}, {steps} steps, {method}")
     name = f"process 0 of {where.world}" if where.world > 1 else None
     with bar(missing, "image", desc=name, disable=not where.first or not missing) as made:
-        generation.generate(sampler, seed_list, all_labels, folder, where, decode=decode, on_images=made.update)
+        generation.generate(
+            sampler, seed_list, all_labels, folder, where, decode=decode, origin=f"{net} in {precision}", on_images=made.update
+        )
     where.wait()
     if where.first:
         _finish(folder, seed_list, all_labels, layout, npz_path)
@@ -145,9 +151,13 @@ def _finish(
         shown = torch.from_numpy(np.stack([folder.read(seed) for seed in seeds[: columns * lines]])).permute(0, 3, 1, 2)
         exact = (shown.float() - 127.5) / 127.5  # to_uint8 gives these pixels back
         save_picture(grid([("", part) for part in exact.split(columns)]), folder.root / "grid.png")
+    what = "images" if folder.pictures else "latents"
     also = [*(["grid.png"] if layout else []), *([str(npz)] if npz is not None else [])]
-    what = "images" if folder.pictures else "latents (--vae decodes them)"
-    click.echo(f"wrote {len(seeds)} {what} to {folder.root}{f', and {chr(32).join(also)}' if also else ''}")
+    click.echo(f"wrote {len(seeds)} {what} to {folder.root}{', and ' if also else ''}{' and '.join(also)}")
+    if not folder.pictures:
+        click.echo(
+            f"the same command with --vae=PATH makes pictures of them; it needs the diffusers library: {latents.INSTALL}"
+        )
 
 
 def _new_file(path: str) -> Path:
@@ -158,14 +168,14 @@ def _new_file(path: str) -> Path:
     return target
 
 
-def _decoder(name: str, shape: tuple[int, ...], device: torch.device) -> Callable[[Tensor], Tensor]:
-    """Latents to pictures, one image at a time, so that the others do not matter."""
-    from imm import latents
-
+def _decoder(name: str, shape: tuple[int, ...], device: torch.device) -> tuple[Callable[[Tensor], Tensor], dict[str, str]]:
+    """Latents to pictures, one image at a time, so that the others do not matter; and what names the autoencoder."""
     if shape[0] in (1, 3):
         raise ValueError(f"vae: expected a checkpoint of latents, got images of {shape[0]} channels")
-    model = latents.load_vae(name).to(device)
-    return lambda x: latents.decode(x, model, batch=1)
+    model = latents.load_vae(name)
+    record = {"name": name, "sha256": latents.fingerprint(model)}
+    model = model.to(device)
+    return lambda x: latents.decode(x, model, batch=1), record
 
 
 def pick_labels(flow_map: FlowMap, text: str | None, count: int) -> Tensor | None:

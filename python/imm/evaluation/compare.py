@@ -60,7 +60,9 @@ def differences(first: dict[str, Any], second: dict[str, Any]) -> list[str]:
 def remarks(first: dict[str, Any], second: dict[str, Any]) -> list[str]:
     """What differs and may, one line a field."""
     a, b = first["protocol"], second["protocol"]
-    generation = dict.fromkeys([*_flat(a.get("generation")), *_flat(b.get("generation"))])
+    both = [one.get("generation") for one in (a, b)]
+    # Where one is not of ours, one line, and not one for each of the other's fields.
+    generation = dict.fromkeys([leaf for one in both for leaf in _flat(one)] if all(both) else [()])
     versions = dict.fromkeys([*a["versions"], *b["versions"]])
     packages = [("features", network, "package") for network in a["features"] if network in b["features"]]
     return _unlike(

@@ -310,21 +310,23 @@ def _on_features(
         shares = asdict(metrics.neighbourhoods(x, y))
         neighbours = {"neighbours": metrics.NEIGHBOURS, "density_neighbours": metrics.DENSITY_NEIGHBOURS}
         return {f"{name}.{key}": value for key, value in shares.items()}, neighbours
-    return {name: metrics.MMDReference(y, MMD_COUNT).score(x)}, _mmd_settings(len(x), len(y))
+    return _mmd(name, x, y)
 
 
 def _on_pixels(name: str, kind: str, pictures: PictureSet, reference: PictureSet) -> tuple[dict[str, float], dict[str, Any]]:
-    x, y = (one.pixels.flatten(1).float() / 127.5 - 1.0 for one in (pictures, reference))
+    x, y = pictures.pixels.flatten(1), reference.pixels.flatten(1)
     if kind == "mmd":
-        return {name: metrics.MMDReference(y, MMD_COUNT).score(x)}, _mmd_settings(len(x), len(y))
+        return _mmd(name, x, y)
     assert reference.labels is not None
     assert pictures.labels is not None
     match, spread = PixelReference(y, reference.labels, reference.num_classes).label_scores(x, pictures.labels)
     return {name: match} | ({f"{name}.spread": spread} if math.isfinite(spread) else {}), {}
 
 
-def _mmd_settings(n: int, m: int) -> dict[str, Any]:
-    return {"bandwidth": "median distance of the reference", "count": min(n, MMD_COUNT), "reference_count": min(m, MMD_COUNT)}
+def _mmd(name: str, x: Tensor, y: Tensor) -> tuple[dict[str, float], dict[str, Any]]:
+    reference = metrics.MMDReference(y, MMD_COUNT)
+    used = {"count": min(len(x), reference.count), "reference_count": reference.count}
+    return {name: reference.score(x)}, {"bandwidth": "median distance of the reference", **used}
 
 
 def _check_networks(reference: ReferenceStatistics, used: Mapping[str, FeatureNetwork]) -> None:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from imm import functional
+from imm.data.images import to_float
 
 #: Neighbours: 3 for precision and recall (Kynkaanniemi et al. 2019), 5 for density and coverage (Naeem et al. 2020).
 NEIGHBOURS, DENSITY_NEIGHBOURS = 3, 5
@@ -143,7 +144,9 @@ class MMDReference:
     """Real features or pixels to measure the MMD of samples to.
 
     The squared MMD is the unbiased U-statistic with k(x, y) = exp(-||x - y|| / median distance of the real ones), by
-    ``imm::mmd_gram``, on up to ``count`` of either side, a random subset where there are more.
+    ``imm::mmd_gram``, on up to ``count`` real ones (the attribute ``count`` says how many) and no more samples than those: a
+    random subset where there are more. Both sides are ``[N, D]``: floating, or uint8 pixels, of which only the rows taken
+    become floats in [-1, 1].
     """
 
     def __init__(self, real: Tensor, count: int = 1000) -> None:
@@ -151,7 +154,7 @@ class MMDReference:
             raise ValueError(f"real: expected [N, D] with at least two rows, got {list(real.shape)}")
         self.order = _shuffled(len(real))
         self.count = min(count, len(real))
-        self._real = real[self.order[:count].to(real.device)]
+        self._real = to_float(real[self.order[:count].to(real.device)])
         distance = torch.cdist(self._real, self._real)
         positive = distance[distance > 0]
         # All the same: any bandwidth will do.
@@ -164,7 +167,7 @@ class MMDReference:
             raise ValueError(f"samples: expected [N, {self._real.shape[1]}] with at least two rows, got {list(samples.shape)}")
         if len(samples) > self.count:
             samples = samples[_shuffled(len(samples))[: self.count].to(samples.device)]
-        x = samples.to(self._real)
+        x = to_float(samples).to(self._real)
         cross = self._gram_sum(x, self._real) / (len(x) * len(self._real))
         return self._mean_off_diagonal(x) + self._real_real - 2.0 * cross
 

@@ -28,10 +28,13 @@ def to_picture(image: Tensor) -> Image:
 
 
 def save_picture(picture: Image, path: Path) -> None:
-    """Write a PNG, atomically."""
+    """Write a PNG, atomically, and to the disk itself."""
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
-        picture.save(part, format="PNG")
+        with part.open("wb") as file:
+            picture.save(file, format="PNG")
+            file.flush()
+            os.fsync(file.fileno())  # else a machine that loses its power may leave the name with nothing, or zeros, behind it
         os.replace(part, path)
     finally:
         part.unlink(missing_ok=True)
