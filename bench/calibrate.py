@@ -30,6 +30,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from imm.benchmark import environment, load
 from imm.benchmark.case import Step
+from imm.benchmark.graphs import capture
 from imm.benchmark.timing import Clock, clock, sets_of_buffers
 
 TOTAL = 54.0  # seconds; with the imports under a minute
@@ -286,7 +287,7 @@ def captured(run: Callable[[], Any]) -> Callable[[], None]:
     """Replays of what ``run`` launches; it has run before."""
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    with capture(graph):
         run()
     graph.replay()
     torch.cuda.synchronize()

@@ -55,7 +55,6 @@ TRITON_TESTS = ("test_triton_flow_step", "test_triton_mmd", "test_triton_adaln",
 OP_TESTS = (
     "test_flow_step",
     "test_noise",
-    "test_ops",
     "test_mmd",
     "test_sampling",
     "test_objective",
@@ -63,6 +62,8 @@ OP_TESTS = (
     "test_attention",
     "test_dit",
     "test_sampler",
+    "test_bench_graphs",
+    "test_ops",
 )
 DRY_TESTS = ("test_noise",)
 #: Seconds at most, most valuable first. Together they may take longer than there is: a second run goes on.
@@ -138,8 +139,11 @@ def needs(path: Path) -> list[str]:
     return [name for name in PACKAGES if name in names and importlib.util.find_spec(name) is None]
 
 
-def pytest_command(names: tuple[str, ...]) -> tuple[list[str] | str, list[str]]:
-    """pytest over the files that can run here, or the reason why it cannot; and a line for each file left out."""
+def pytest_command(names: tuple[str, ...], marks: str = "not full") -> tuple[list[str] | str, list[str]]:
+    """pytest over the files that can run here, or the reason why it cannot; and a line for each file left out.
+
+    marks: an expression of pytest's -m.
+    """
     if not importlib.util.find_spec("pytest"):
         return "pytest is not installed; bench/check_kernels.py and the benchmarks check results too", []
     paths = [ROOT / "tests" / f"{name}.py" for name in names]
@@ -150,7 +154,7 @@ def pytest_command(names: tuple[str, ...]) -> tuple[list[str] | str, list[str]]:
     # verdict is printed as it falls, for :func:`failed` to read where the time runs out. Most of the time goes to compiling
     # kernels, which takes processors.
     options = ["-p", "no:cacheprovider", "-p", "dead_device", "-k", "not interpreter and not costs"]
-    options += ["-vv", "-rs", "--durations=8"]
+    options += ["-m", marks, "-vv", "-rs", "--durations=8"]
     if importlib.util.find_spec("xdist"):
         options += ["-n", str(min(WORKERS, os.cpu_count() or 1)), "--dist", "worksteal"]
     return [sys.executable, "-m", "pytest", *files, *options] if files else "; ".join(notes), notes
@@ -170,12 +174,12 @@ def plan(options: argparse.Namespace, found: dict[str, Any]) -> tuple[list[Stage
     if not found["tools"]["compute-sanitizer"]:
         memcheck = racecheck = "compute-sanitizer not found"
     triton, notes = pytest_command(TRITON_TESTS)
-    ops, more = pytest_command(OP_TESTS if gpu else DRY_TESTS)
+    ops, more = pytest_command(OP_TESTS, "cuda and not full") if gpu else pytest_command(DRY_TESTS)
     stages = [
-        Stage("build", 90, "build.txt", build if gpu else why_not),
+        Stage("build", 150, "build.txt", build if gpu else why_not),
         Stage("kernels", 60, "tests.txt", [*script, "--jobs", str(WORKERS)] if gpu else why_not),
         Stage("triton tests", 80, "tests.txt", triton if gpu else why_not),
-        Stage("op tests", 55, "tests.txt", ops),
+        Stage("op tests", 120, "tests.txt", ops),
         Stage("memcheck", 60, "sanitizer.txt", memcheck if gpu else why_not),
         Stage("racecheck", 45, "sanitizer.txt", racecheck if gpu else why_not),
     ]
