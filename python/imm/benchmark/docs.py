@@ -81,10 +81,11 @@ def section(folder: Path) -> str:
     parts = [f"## {machine(e)}, commit {e['commit'][:10]}", f"{versions(e)}."]
     for of_op in grouped(read(folder / "rows.csv"), "op"):
         found = cases(of_op)
+        parts.append(f"### {of_op[0].op}")
         if e["device"] == "cpu" and (text := _claims(found)):
             parts.append(text)
         for rows in found:
-            parts += [f"### {title(rows[0])}", _markdown(cells(rows))]
+            parts += [f"#### {title(rows[0])}", _markdown(cells(rows))]
     return "\n\n".join(parts) + "\n"
 
 
