@@ -574,7 +574,8 @@ def _parts_figure(bars: Sequence[tuple[Row, list[Row], Row]], look: dict[str, Lo
         axis.errorbar([100], [y], xerr=ends, color="black", marker="|", markersize=19, capsize=3, elinewidth=1.1, label=label)
         text = f"{duration(full)}  {whole.peer}"
         axis.annotate(text, (1.0, y), (8, 0), axis.get_yaxis_transform(), "offset points", va="center", fontsize=8.5)
-    axis.set_yticks(range(len(bars)), [f"{row.shape}" for row, _, _ in bars])
+    dtypes = {row.dtype for row, _, _ in bars}
+    axis.set_yticks(range(len(bars)), [f"{row.shape}\n{row.dtype}" if len(dtypes) > 1 else row.shape for row, _, _ in bars])
     axis.set_ylim(len(bars) - 0.4, -0.6)
     axis.grid(visible=False, axis="y")
     axis.set_xlim(left=0.0)
