@@ -43,6 +43,7 @@ GUIDANCE = 1.5
 SAMPLER, BARE, FIRST = "imm.Sampler", "the network alone", "imm.Sampler, first call (made and captured)"
 STEPWISE, EAGER, COMPILED = "imm.Sampler, without a graph", "plain eager loop", "plain loop, torch.compile"
 EAGER_32 = "plain eager loop, float32"
+SAMPLER_COMPILED = "imm.Sampler, torch.compile of the network"
 #: Of a call of imm.Sampler.
 NETWORK, CONDITION, UPDATES = "part: the network, all steps", "part: the conditioning", "part: noise and updates, all steps"
 MODES = {"unet": "UNet, seeds to images"} | {size: f"DiT-{size}/2, seeds to images" for size in SIZES}
@@ -87,6 +88,10 @@ def compiled(flow_map: FlowMap, times: Tensor, guidance: float | None, mode: str
         return eager(other, times, guidance)(*inputs)
 
     return prepare
+
+
+def with_compiled(flow_map: FlowMap) -> FlowMap:
+    return FlowMap(torch.compile(copy.deepcopy(flow_map.network)), **flow_map.settings).eval()
 
 
 def sampled(sampler: Sampler) -> Peer:
@@ -194,6 +199,8 @@ def case(name: str, steps: int, images: int, device: torch.device, dtype: torch.
     }
     if name == "unet" or dtype != torch.float32:  # twice a DiT would be minutes of compiling
         make[COMPILED] = lambda: compiled(plain(dtype), times(), guidance, None)
+    if name == "unet":  # has no fused form
+        make[SAMPLER_COMPILED] = lambda: sampled(Sampler(with_compiled(exact()), **options))
     if dtype != torch.float32:
         make[EAGER_32] = lambda: eager(plain(torch.float32), times(), guidance)
     if cuda:
