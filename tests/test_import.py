@@ -21,7 +21,7 @@ from click.testing import CliRunner
 from published_files import Call, Name, New, Persistent, dumps, flow_map_snapshot, module, precond, torch_file
 
 from imm import FlowMap, Sampler, checkpoints, sampling
-from imm.checkpoints import CheckpointError, import_published, pickles, read_published
+from imm.checkpoints import CheckpointError, from_published, import_published, pickles, read_published
 from imm.cli import main
 from imm.networks import DDPMpp, DiT, dit
 
@@ -142,6 +142,18 @@ def test_parity_with_recorded_samples(name, tmp_path) -> None:
     x, labels = torch.from_numpy(arrays["x_T"]), torch.tensor(meta["labels"])
     grid = sampling.time_grid(flow_map, meta["num_steps"], meta["discretization"])
     out = sampling.pushforward(flow_map, x, grid, labels, meta["cfg_scale"], torch.float64)
+    assert parity.relative(out, arrays["samples"]) < 1e-4
+
+
+def test_parity_of_the_published_unet_with_recorded_samples(tmp_path) -> None:
+    arrays, meta = parity.case("ddpmpp_cifar_1step")
+    settings = parity.published_settings(meta)
+    names = parity.names("state_dict_ddpmpp_cifar10.txt")
+    state = {name: parity.weight(name, shape) for name, shape in names.items() if "resample" not in name}
+    network = from_published(state, settings).network
+    tree = {"ema": precond(module(network, persistent=True), settings, {"model_type": settings.pop("model_type")})}
+    flow_map = import_published(written(tmp_path / "a.pkl", tree), tmp_path / "a.safetensors")
+    out = sampling.pushforward(flow_map, torch.from_numpy(arrays["x_T"]), sampling.time_grid(flow_map, 1), dtype=torch.float64)
     assert parity.relative(out, arrays["samples"]) < 1e-4
 
 
