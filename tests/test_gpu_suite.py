@@ -68,7 +68,7 @@ def test_every_stage_is_recorded_within_its_limit(tmp_path: Path) -> None:
     assert {found[name]["status"] for name in NO_GPU} == {"skipped"}
     for name in RUNS:  # importing torch and measuring takes longer
         assert found[name]["status"] == "timed out"
-        assert float(found[name]["seconds"]) < 30.0
+        assert float(found[name]["seconds"]) < 4.0
     assert {path.name for path in tmp_path.iterdir()} <= FILES
     assert "== op tests: timed out" in (tmp_path / "tests.txt").read_text()
     assert '"pytest": true' in result.stdout
