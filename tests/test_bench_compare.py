@@ -172,6 +172,23 @@ def test_intervals_that_meet_and_near_medians_agree() -> None:
         assert [row.peer for row in found.slower] == moved
 
 
+def test_ratios_to_the_copy_are_of_the_same_visit() -> None:
+    """The copy has more rounds than a slow peer, which would seem apart beside those of the first visit alone."""
+
+    def run(slow: float) -> compare.Results:
+        copy, peer = row(COPY, []), row("imm", [])
+        copies = [[1e-4] * 6, [3e-4] * 6]
+        copy.timed(copies, copies)
+        peer.timed([[1e-3 * slow] * 2, [1e-3 * slow] * 2], copies)
+        return results(copy, peer)
+
+    assert compare.compare(run(1.0), run(1.3)).moved == []
+    found = compare.compare(run(1.0), run(3.5)).moved
+    assert [(pair.after.peer, pair.before.ratio_to_copy, pair.after.ratio_to_copy) for pair in found] == [
+        ("imm", pytest.approx(10 * 2 / 3, rel=1e-3), pytest.approx(35 * 2 / 3, rel=1e-3))
+    ]
+
+
 def test_what_the_others_did_as_well_is_the_machine() -> None:
     """The copy knows nothing of a machine that computes slower."""
     before = results(row(COPY, around(100)), *(row(name, around(500)) for name in ("imm", "imm out=", "a", "b", "c")))
