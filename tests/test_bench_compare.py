@@ -10,11 +10,13 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from click.testing import CliRunner
+from fake_clock import FakeClock
 
 from imm.benchmark import Case, compare, harness, measure, operations, revisions, rows, timing
 from imm.benchmark import case as benchmark_case
@@ -31,7 +33,7 @@ def row(peer: str, times: Sequence[float], case: str = "N=1", **values: Any) -> 
     made = Row("double", "forward", case, "float32", "cpu", "warm", peer, rows.OK, threads=2, machine="mill")
     made = replace(made, error=None if peer == COPY or peer.startswith("part: ") else 1e-7, **values)
     if times:
-        made.timed([1e-6 * t for t in times], [1.0] * len(times))
+        made.timed([[1e-6 * t for t in times]], [[1.0] * len(times)])
     return made
 
 
@@ -44,8 +46,8 @@ def around(middle: float) -> list[float]:
     return [middle * (1 + 0.01 * i) for i in (-4, 3, 0, 2, -1, 1, -2, 4, 0, -3)]
 
 
-def measured(folder: Path, times: int, pause: float = 0.0) -> Path:
-    """A results folder of a peer that does its work so many times, beside one that does it once; each time takes a pause."""
+def squares(peers: dict[str, int], pause: float = 0.0) -> Case:
+    """Peers that do the same work so many times; each time takes a pause."""
 
     def repeated(count: int) -> Callable[..., harness.Step]:
         def prepare(x: torch.Tensor) -> harness.Step:
@@ -59,7 +61,7 @@ def measured(folder: Path, times: int, pause: float = 0.0) -> Path:
 
         return prepare
 
-    case = Case(
+    return Case(
         op="square",
         mode="forward",
         shape={"N": 128},
@@ -69,12 +71,14 @@ def measured(folder: Path, times: int, pause: float = 0.0) -> Path:
         inputs=lambda: (torch.randn(128, 128),),
         truth=lambda x: (x.double() @ x.double(),),
         tolerances=(1e-5,),
-        peers={"imm": repeated(times), "other": repeated(1)},
+        peers={name: repeated(times) for name, times in peers.items()},
         caches=("warm",),
     )
-    rows.append(folder, measure(case, CPU, harness.Effort(0.0, 21, 21)))
-    (folder / "environment.json").write_text(json.dumps(ENVIRONMENT))
-    return folder
+
+
+def measured(folder: Path, times: int, pause: float = 0.0) -> Path:
+    """A results folder of a peer that does its work so many times, beside one that does it once."""
+    return folder_of(folder, *measure(squares({"imm": times, "other": 1}, pause), CPU, harness.Effort(0.0, 21, 21)))
 
 
 @pytest.fixture
@@ -86,23 +90,8 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
-class Pauses:
-    """In the place of the module time: a look takes 50 us, a pause what it says. Unlike the machine's, this clock is never
-    busy."""
-
-    def __init__(self) -> None:
-        self.now = 0.0
-
-    def perf_counter(self) -> float:
-        self.now += 5e-5
-        return self.now
-
-    def sleep(self, seconds: float) -> None:
-        self.now += seconds
-
-
 def test_extra_work_is_flagged_and_the_same_work_is_not(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    clock = Pauses()
+    clock = FakeClock(look=5e-5)
     for module in (timing, harness):
         monkeypatch.setattr(module, "time", clock)
     once, again, more = (
@@ -116,6 +105,35 @@ def test_extra_work_is_flagged_and_the_same_work_is_not(tmp_path: Path, monkeypa
     back = compare.compare(more, once)
     assert [(pair.after.peer, pair.moved) for pair in back.moved if pair.after.peer != COPY] == [("imm", -1)]
     assert back.slower == []
+
+
+def test_visits_outlast_a_machine_that_changes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In every other minute it takes 40 % longer for what we do, and the copy does not show it. Runs begin in a fast and in a
+    slow one."""
+    clock = FakeClock(look=5e-5, pace=lambda now: 1.4 if int(now / 60) % 2 else 1.0)
+    for module in (timing, harness):
+        monkeypatch.setattr(module, "time", clock)
+
+    def run(name: str, times: int, visits: int, began: float) -> compare.Results:
+        def cases(device: torch.device, quick: bool) -> list[Case]:
+            if clock.now > began:
+                clock.now += 60  # what else is measured
+            return [squares({"imm": times}, pause=0.003)]
+
+        clock.now = began
+        monkeypatch.setattr(harness, "QUICK", harness.Effort(0.0, 4, 4, visits))
+        monkeypatch.setattr(harness, "load", lambda op: SimpleNamespace(cases=cases))
+        harness.run("mmd", CPU, tmp_path / name, quick=True, tests=False, say=lambda text: None)
+        return compare.Results.read(tmp_path / name)
+
+    fast, slow = (run(f"one-{began}", 1, 1, began) for began in (0, 60))
+    assert [(pair.after.peer, round(pair.ratio, 1)) for pair in compare.compare(fast, slow).moved] == [("imm", 1.4)]
+    for visits in (2, 3):
+        fast, slow, more = (run(f"{visits}-{i}", times, visits, 60 * i) for i, times in enumerate((1, 1, 3)))
+        assert compare.compare(fast, slow).moved == compare.compare(slow, fast).moved == []
+        for before in (fast, slow):
+            assert [row.peer for row in compare.compare(before, more).slower] == ["imm"]
+            assert [pair.moved for pair in compare.compare(more, before).moved] == [-1]
 
 
 @pytest.mark.usefixtures("one_thread")
@@ -152,6 +170,23 @@ def test_intervals_that_meet_and_near_medians_agree() -> None:
     ):
         found = compare.compare(results(row(COPY, steady), row("imm", steady)), results(row(COPY, steady), row("imm", times)))
         assert [row.peer for row in found.slower] == moved
+
+
+def test_ratios_to_the_copy_are_of_the_same_visit() -> None:
+    """The copy has more rounds than a slow peer, which would seem apart beside those of the first visit alone."""
+
+    def run(slow: float) -> compare.Results:
+        copy, peer = row(COPY, []), row("imm", [])
+        copies = [[1e-4] * 6, [3e-4] * 6]
+        copy.timed(copies, copies)
+        peer.timed([[1e-3 * slow] * 2, [1e-3 * slow] * 2], copies)
+        return results(copy, peer)
+
+    assert compare.compare(run(1.0), run(1.3)).moved == []
+    found = compare.compare(run(1.0), run(3.5)).moved
+    assert [(pair.after.peer, pair.before.ratio_to_copy, pair.after.ratio_to_copy) for pair in found] == [
+        ("imm", pytest.approx(10 * 2 / 3, rel=1e-3), pytest.approx(35 * 2 / 3, rel=1e-3))
+    ]
 
 
 def test_what_the_others_did_as_well_is_the_machine() -> None:
@@ -216,11 +251,11 @@ def test_merged_runs_count_the_spread_of_both() -> None:
         made = compare.merged("both", *(results(*found) for found in pair))
         assert [one.status for one in made.rows.values()] == [rows.OK, "refused: wrong"]
     shorter = compare.merged("both", results(*fast), results(row(COPY, around(90)[:4]), row("imm", around(90)[:4])))
-    assert [len(one.samples) for one in shorter.rows.values()] == [8, 8]
+    assert [[len(visit) for visit in one.visits] for one in shorter.rows.values()] == [[10, 4], [10, 4]]
 
 
 def folder_of(path: Path, *found: Row, **environment: Any) -> Path:
-    rows.append(path, found)
+    rows.write(path, found)
     (path / "environment.json").write_text(json.dumps({**ENVIRONMENT, **environment}))
     return path
 

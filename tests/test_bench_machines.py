@@ -223,7 +223,7 @@ def row(op: str, peer: str, microseconds: float, **values: Any) -> rows.Row:
 
 
 def results(folder: Path, measured: Sequence[rows.Row], **environment: Any) -> Path:
-    rows.append(folder, measured)
+    rows.write(folder, measured)
     recorded = {"machine": "NVIDIA H200", "device": "cuda", "threads": 8, **environment}
     (folder / "environment.json").write_text(json.dumps(recorded))
     return folder

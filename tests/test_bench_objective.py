@@ -232,9 +232,14 @@ def test_long_steps_are_timed_one_by_one() -> None:
         caches=("warm",),
         rounds=4,
     )
-    (_, row) = harness.measure(declared, CPU)
+    first = harness.measure(declared, CPU, harness.Effort(9.0, 9, 9, visits=2))
+    assert len(calls) == 2 + 1 + 2  # memory, warm-up, half of the rounds
+    second = harness.measure(declared, CPU, harness.Effort(9.0, 9, 9, visits=2), first)
+    assert len(calls) == 5 + 1 + 2  # warm-up, the other half
+    (_, row) = rows.joined(first, second)
     assert (row.rounds, row.method, row.status) == (4, "wall clock over one call", rows.OK)
-    assert len(calls) == 2 + 1 + 4  # memory, warm-up, rounds
+    (_, row) = harness.measure(declared, CPU, harness.Effort(9.0, 9, 9))
+    assert (row.rounds, len(calls)) == (4, 8 + 2 + 1 + 4)
 
 
 def test_many_bytes_are_copied_in_several_calls(monkeypatch: pytest.MonkeyPatch) -> None:

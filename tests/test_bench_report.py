@@ -30,7 +30,7 @@ def timed(
     row.peak_bytes = None if error is None else 20_000_000
     for name, value in values.items():
         setattr(row, name, value)
-    row.timed([1e-6 * us * factor for factor in (0.9, 1.0, 1.1)], [1e-4] * 3)
+    row.timed([[1e-6 * us * factor for factor in (0.9, 1.0, 1.1)]], [[1e-4] * 3])
     return row
 
 
@@ -67,7 +67,7 @@ def a_run() -> list[Row]:
 
 
 def results(folder: Path, found: list[Row]) -> Path:
-    rows.append(folder, found)
+    rows.write(folder, found)
     recorded = environment.record(torch.device("cpu"))
     recorded.update(commit="c0ffee", machine=f"Some CPU {HOSTILE}", after={"load": 0.1, "clocks": None})
     environment.write(folder, recorded)

@@ -23,6 +23,7 @@ from typing import Any
 import pytest
 import torch
 from click.testing import CliRunner
+from fake_clock import FakeClock
 from torch import Tensor
 
 from imm.benchmark import Case, Claim, case, docs, environment, gate, harness, load, measure, operations, rows, timing
@@ -70,32 +71,22 @@ def broken(x: Tensor) -> Tensor:
     raise RuntimeError("no such luck\nsecond line")
 
 
-class OwnTime:
-    """In the place of the module time: every look takes a microsecond, and work only what it says. A busy machine changes
-    nothing."""
-
-    def __init__(self) -> None:
-        self.now = 0.0
-
-    def perf_counter(self) -> float:
-        self.now += 1e-6
-        return self.now
-
-    def late(self, x: Tensor) -> Tensor:
-        self.now += 0.005
-        return 2 * x
+def late(x: Tensor) -> Tensor:
+    timing.time.sleep(0.005)
+    return 2 * x
 
 
 @pytest.fixture
-def own_time(monkeypatch: pytest.MonkeyPatch) -> OwnTime:
-    made = OwnTime()
+def own_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every look takes a microsecond, and work only what it says."""
+    clock = FakeClock(look=1e-6)
     for module in (timing, harness):
-        monkeypatch.setattr(module, "time", made)
-    return made
+        monkeypatch.setattr(module, "time", clock)
 
 
-def test_wrong_and_broken_peers_are_refused_and_a_slow_one_is_slower(own_time: OwnTime) -> None:
-    peers = {"right": lambda x: 2 * x, "late": own_time.late, "wrong": lambda x: 2.001 * x, "nan": lambda x: x * float("nan")}
+@pytest.mark.usefixtures("own_time")
+def test_wrong_and_broken_peers_are_refused_and_a_slow_one_is_slower() -> None:
+    peers = {"right": lambda x: 2 * x, "late": late, "wrong": lambda x: 2.001 * x, "nan": lambda x: x * float("nan")}
     peers |= {"short": lambda x: 2 * x[1:], "broken": broken}
     found = {row.peer: row for row in measure(doubling(**{name: by(f) for name, f in peers.items()}), CPU, BRIEF)}
     assert list(found) == [case.COPY, *peers]
@@ -180,12 +171,13 @@ def test_the_gate_is_no_part_of_the_test_run_around_it(tmp_path: Path, monkeypat
     assert gate.refusals({"a": {"test_a.py": ""}}, tmp_path) == {}
 
 
-def test_slow_peers_have_the_least_rounds(own_time: OwnTime) -> None:
+@pytest.mark.usefixtures("own_time")
+def test_slow_peers_have_the_least_rounds() -> None:
     effort = harness.Effort(0.2, 3, 30)  # slow: 4 ms
-    found = {row.peer: row for row in measure(doubling(quick=by(lambda x: 2 * x), late=by(own_time.late)), CPU, effort)}
+    found = {row.peer: row for row in measure(doubling(quick=by(lambda x: 2 * x), late=by(late)), CPU, effort)}
     assert found["late"].rounds == 3
     assert found["quick"].rounds == found[case.COPY].rounds == 30
-    assert found["late"].ratio_to_copy == pytest.approx(rows.paired(found["late"].samples, found[case.COPY].samples), rel=0.02)
+    assert found["late"].ratio_to_copy == pytest.approx(rows.paired(found["late"].visits, found[case.COPY].visits), rel=0.02)
 
 
 def test_the_share_of_the_floor_is_that_of_the_slower_ceiling() -> None:
@@ -193,7 +185,7 @@ def test_the_share_of_the_floor_is_that_of_the_slower_ceiling() -> None:
     for peer, seconds in ((case.COPY, 1.0), (case.MATMUL, 2.0), ("imm", 4.0)):
         made.append(rows.Row("op", "mode", "N=1", "float32", "cpu", peer=peer, bytes=8, flops=9))
         made[-1].error = 0.0 if peer == "imm" else None
-        made[-1].timed([seconds] * 3, [1.0] * 3)
+        made[-1].timed([[seconds] * 3], [[1.0] * 3])
     assert rows.share_of_floor(made[2], made) == 0.5
     assert [rows.share_of_floor(row, made) for row in made[:2]] == [None, 1.0]
     assert rows.share_of_floor(made[2], [made[0], made[2]]) == 0.25
@@ -235,8 +227,8 @@ def test_a_broken_ceiling_ends_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_csv_has_the_columns_and_comes_back(tmp_path: Path) -> None:
     measured = measure(doubling(right=by(lambda x: 2 * x), broken=by(broken)), CPU, BRIEF)
-    rows.append(tmp_path, measured[:1])
-    rows.append(tmp_path, measured[1:])
+    rows.write(tmp_path, measured[:1])
+    rows.write(tmp_path, measured[1:])
     with (tmp_path / "rows.csv").open(newline="") as file:
         reader = csv.DictReader(file)
         lines = list(reader)
@@ -245,13 +237,21 @@ def test_csv_has_the_columns_and_comes_back(tmp_path: Path) -> None:
     assert wanted <= set(rows.COLUMNS)
     assert [line["peer"] for line in lines] == [case.COPY, "right", "broken"]
     assert rows.read(tmp_path / "rows.csv") == measured
-    rows.append(tmp_path, measured)  # measured again: the last counts
-    assert len(rows.read(tmp_path / "rows.csv")) == 3
+    again = [dataclasses.replace(row, threads=9) for row in measured[:2]]
+    rows.write(tmp_path, [*again, dataclasses.replace(measured[0], commit="another")])
+    found = [(row.peer, row.threads, row.commit) for row in rows.read(tmp_path / "rows.csv")]
+    assert found == [
+        (case.COPY, 9, ""),
+        ("right", 9, ""),
+        ("broken", measured[2].threads, ""),
+        (case.COPY, measured[0].threads, "another"),
+    ]
+    assert len((tmp_path / "rows.csv").read_text().splitlines()) == 5
 
 
 def test_other_files_are_refused_before_the_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (row,) = [r for r in measure(doubling(right=by(lambda x: 2 * x)), CPU, BRIEF) if r.peer == "right"]
-    rows.append(tmp_path, [row])
+    rows.write(tmp_path, [row])
     whole = (tmp_path / "rows.csv").read_text()
     assert not list(tmp_path.glob("*.part"))
     for end in ("float32", row.method):  # where a number is missing, and where only words are
@@ -419,13 +419,70 @@ def test_ceilings_are_timed_and_not_checked() -> None:
 
 def test_ratios_are_of_the_same_round() -> None:
     """A machine that is slow in some rounds is slow for both."""
-    assert rows.paired([1.0, 10.0, 1.2, 11.0], [0.5, 5.0, 0.6, 5.5]) == pytest.approx(2.0)
+    assert rows.paired([[1.0, 10.0, 1.2, 11.0]], [[0.5, 5.0, 0.6, 5.5]]) == pytest.approx(2.0)
 
 
-def test_claims(own_time: OwnTime) -> None:
+def test_ratios_are_of_the_same_visit() -> None:
+    """A slow peer has fewer rounds than a quick one."""
+    slow, quick = [[1.0, 10.0], [100.0, 100.0]], [[0.5, 5.0, 7.0, 7.0], [50.0, 50.0, 7.0]]
+    assert rows.beside(slow, quick) == rows.beside(slow, [visit[:2] for visit in quick]) == [[2.0, 2.0], [2.0, 2.0]]
+    assert rows.paired(quick, slow) == 0.5
+
+
+def test_the_spread_is_that_of_all_visits() -> None:
+    steady = [1.0] * 8 + [9.0]
+    assert rows.interval([steady, steady]) == (1.0, 1.0)
+    assert rows.interval([steady, [2.0, 3.0]]) == (1.0, pytest.approx(2.8))
+    assert rows.interval([[5.0], [2.0, 3.0], [4.0]]) == (pytest.approx(2.2), 5.0)
+    assert rows.interval([[1.0] * 4 + [2.0] * 4]) == (1.0, 2.0)  # of one visit its halves
+    assert rows.interval([[3.0]]) == (3.0, 3.0)
+
+
+def test_rows_are_joined_visit_by_visit() -> None:
+    def row(peer: str, *visits: list[float], status: str = rows.OK, **values: Any) -> rows.Row:
+        made = rows.Row("op", "mode", "N=1", "float32", "cpu", "warm", peer, status, bytes=8, **values)
+        if visits:
+            made.timed(visits, ())
+        return made
+
+    first = [
+        row(case.COPY, [1.0, 2.0, 3.0, 4.0], [1.0, 1.0]),
+        row("imm", [10.0, 20.0], [20.0], error=1e-7, peak_bytes=9),
+        row("wrong", status="refused: wrong"),
+        row("fails", [3.0], error=0.0),
+        row("absent", [3.0], error=0.0),
+    ]
+    before = [dataclasses.replace(one) for one in first]
+    second = [row("imm", [100.0, 200.0]), row(case.COPY, [5.0, 20.0, 1.0]), row("fails", status="refused: no memory")]
+    copy, imm, wrong, fails = rows.joined(first, second)
+    assert [copy.visits, imm.visits] == [
+        [[1e6, 2e6, 3e6, 4e6], [1e6, 1e6], [5e6, 20e6, 1e6]],
+        [[10e6, 20e6], [20e6], [100e6, 200e6]],
+    ]
+    assert (imm.rounds, imm.median_us, imm.error, imm.peak_bytes) == (5, 20e6, 1e-7, 9)
+    assert imm.ratio_to_copy == 10.0  # of 10, 10, 20, 20, 10
+    assert (imm.gb_per_s, copy.ratio_to_copy) == (pytest.approx(8 / 20 * 1e-9, abs=1e-4), 1.0)
+    assert [(one.status, one.median_us, one.visits) for one in (wrong, fails)] == [
+        ("refused: wrong", None, []),
+        ("refused: no memory", None, []),
+    ]
+    assert first == before
+
+
+def test_rows_from_before_there_were_visits_are_of_one(tmp_path: Path) -> None:
+    made = rows.Row("op", "mode", "N=1", "float32", "cpu", status=rows.OK, median_us=2.5, samples_us="1 1 2 2 3 3 4 4")
+    rows.write(tmp_path, [made])
+    (found,) = rows.read(tmp_path / "rows.csv")
+    assert found.visits == [found.samples] == [[1.0, 1.0, 2.0, 2.0, 3.0, 3.0, 4.0, 4.0]]
+    assert rows.interval(found.visits) == (1.0, 4.0)
+    assert dict(zip(rows.HEADINGS, rows.line(found, [found]), strict=True))["spread"] == "1.0 us to 4.0 us"
+
+
+@pytest.mark.usefixtures("own_time")
+def test_claims() -> None:
     fast, slow = Claim("b", "a", at_least=2.0), Claim("b", "a", at_most=2.0)
     assert (fast.holds(2.5), fast.holds(1.5), slow.holds(1.5), slow.holds(2.5)) == (True, False, True, False)
-    measured = measure(doubling(a=by(lambda x: 2 * x), b=by(own_time.late), wrong=by(lambda x: 3 * x)), CPU, BRIEF)
+    measured = measure(doubling(a=by(lambda x: 2 * x), b=by(late), wrong=by(lambda x: 3 * x)), CPU, BRIEF)
     others = (
         Claim("b", "wrong", at_least=1.0),
         Claim("b", "nobody", at_least=1.0),
@@ -454,7 +511,7 @@ def test_the_product_has_aligned_sides_and_as_many_flops(flops: int) -> None:
 
 
 def test_earlier_rows_have_todays_names(tmp_path: Path) -> None:
-    rows.append(tmp_path, [rows.Row("op", "mode", "N=1", "float32", "cpu", peer="square product of as many flops")])
+    rows.write(tmp_path, [rows.Row("op", "mode", "N=1", "float32", "cpu", peer="square product of as many flops")])
     assert [row.peer for row in rows.read(tmp_path / "rows.csv")] == [case.MATMUL]
 
 
@@ -498,6 +555,120 @@ def test_a_run_goes_on_with_the_cases_that_are_not_done(tmp_path: Path, monkeypa
     assert measure_modes() == ["forward", "backward"]
     monkeypatch.setattr(environment, "commit", lambda: ("another", False))
     assert measure_modes(resume=True) == ["forward", "backward"]
+
+
+def visited(monkeypatch: pytest.MonkeyPatch, cases: list[Case], visits: int = 3, **more: Any) -> None:
+    """Ops are these cases, measured in so many visits of two rounds."""
+    module = SimpleNamespace(cases=lambda device, quick: cases, **more)
+    monkeypatch.setattr(harness, "load", lambda op: module)
+    for effort in ("QUICK", "FULL"):
+        monkeypatch.setattr(harness, effort, harness.Effort(0.0, 2, 2, visits))
+
+
+def test_a_run_visits_every_case_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    done: list[str] = []
+
+    def noted(declared: Case) -> Case:
+        inputs = lambda: (done.append(f"visit {declared.mode}"), torch.randn(1000))[1:]
+        truth = lambda x: (done.append(f"truth {declared.mode}"), 2.0 * x.double())[1:]
+        return dataclasses.replace(declared, inputs=inputs, truth=truth, caches=("warm",))
+
+    def wrong(x: Tensor) -> Callable[[], tuple[Tensor, ...]]:
+        done.append("wrong")
+        return lambda: (3 * x,)
+
+    peak = harness.peak_bytes
+    monkeypatch.setattr(harness, "peak_bytes", lambda *given: (done.append("memory"), peak(*given))[1])
+    forward = noted(doubling(right=by(lambda x: 2 * x), wrong=wrong))
+    backward = noted(dataclasses.replace(doubling(right=by(lambda x: 2 * x)), mode="backward"))
+    limit = rows.Row("double", "memory", "N=1", "float32", "cpu", "warm", "right", f"{rows.OK}: little", peak_bytes=8)
+    visited(monkeypatch, [forward, backward], limits=lambda device: [[limit]])
+    said: list[str] = []
+    found = harness.run("double", CPU, tmp_path, quick=False, tests=False, say=said.append)
+    assert [one for one in done if one != "wrong"] == [
+        *["visit forward", "truth forward", "memory", "memory", "visit backward", "truth backward", "memory"],
+        *["visit forward", "visit backward"] * 2,
+    ]
+    assert done.count("wrong") == 2  # made where memory is measured, and where it is timed
+    progress = [f"visit {i} of 3: double {mode}, N=1000, float32" for i in (1, 2) for mode in ("forward", "backward")]
+    assert said[:4] == progress
+    assert [text.splitlines()[0] for text in said[4::2]] == [rows.title(found[i]) for i in (0, 3, 5)]
+    assert [(row.mode, row.peer, [len(visit) for visit in row.visits]) for row in found] == [
+        ("forward", case.COPY, [2, 2, 2]),
+        ("forward", "right", [2, 2, 2]),
+        ("forward", "wrong", []),
+        ("backward", case.COPY, [2, 2, 2]),
+        ("backward", "right", [2, 2, 2]),
+        ("memory", "right", []),
+    ]
+    for copy, right in (found[:2], found[3:5]):
+        assert right.error is not None
+        assert right.peak_bytes == pytest.approx(8000, abs=200)
+        assert (right.rounds, right.ratio_to_copy) == (6, pytest.approx(rows.paired(right.visits, copy.visits), rel=1e-3))
+        assert right.gb_per_s == pytest.approx(8000 / right.median_us * 1e-3, rel=0.01)
+    assert rows.read(tmp_path / "rows.csv") == found
+    assert len((tmp_path / "rows.csv").read_text().splitlines()) == 1 + len(found)
+
+
+def test_a_run_that_is_cut_short_keeps_its_visits_and_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    begun: list[str] = []
+
+    def counted(mode: str, last: int) -> Case:
+        def inputs() -> tuple[Tensor, ...]:
+            begun.append(mode)
+            if len(begun) == last:
+                raise KeyboardInterrupt
+            return (torch.randn(1000),)
+
+        peers = {"right": by(lambda x: 2 * x), "broken": by(broken)}
+        return dataclasses.replace(doubling(**peers), mode=mode, inputs=inputs, caches=("warm",))
+
+    def visits() -> dict[str, set[int]]:
+        found = rows.read(tmp_path / "rows.csv")
+        return {mode: {len(row.visits) for row in found if row.mode == mode and row.median_us} for mode in ("a", "b")}
+
+    def go_on() -> list[str]:
+        begun.clear()
+        found = harness.run("double", CPU, tmp_path, quick=True, tests=False, resume=True, say=lambda text: None)
+        assert all(row.median_us is None for row in found if row.peer == "broken")
+        return [row.mode for row in found[::3]]
+
+    visited(monkeypatch, [counted("a", 4), counted("b", 4)])
+    with pytest.raises(KeyboardInterrupt):
+        harness.run("double", CPU, tmp_path, quick=True, tests=False, say=lambda text: None)
+    assert (begun, visits()) == (["a", "b"] * 2, {"a": {2}, "b": {1}})
+    assert environment.read(tmp_path)["after"]["load"] >= 0
+    visited(monkeypatch, [counted("a", 0), counted("b", 0)])
+    assert go_on() == ["a", "b"]
+    assert (begun, visits()) == (["b", "a", "b"], {"a": {3}, "b": {3}})
+    assert (go_on(), begun) == ([], [])
+    assert len((tmp_path / "rows.csv").read_text().splitlines()) == 7
+
+
+def test_do_bench_is_asked_about_what_was_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU, in whose place is the CPU here: about the peers, not the ceilings, and with the first cache alone."""
+    cuda, copy, clock = torch.device("cuda"), harness.copy_peer, timing.clock
+    monkeypatch.setattr(harness, "copy_peer", lambda declared, device: copy(declared, CPU))
+    monkeypatch.setattr(harness, "clock", lambda device, *given: clock(CPU, *given))
+    monkeypatch.setattr(harness, "peak_bytes", lambda *given: 8)
+    asked: list[float] = []
+    monkeypatch.setattr(harness, "do_bench", lambda step: (asked.append(float(step()[0][0])), 2e-3)[1])
+    peers = {"right": by(lambda x: 2 * x), "wrong": by(lambda x: 3 * x), "broken": by(broken)}
+    declared = dataclasses.replace(doubling(**peers), caches=("cold", "warm"), inputs=lambda: (torch.ones(1000),))
+    found = measure(declared, cuda, BRIEF)
+    assert {(row.cache, row.peer): row.do_bench_us for row in found if row.do_bench_us} == {("cold", "right"): 2000.0}
+    assert asked == [2.0]
+    assert all(row.status == rows.OK for row in found if row.peer in (case.COPY, "right"))
+
+
+def test_long_steps_are_spread_over_the_visits() -> None:
+    declared = dataclasses.replace(doubling(right=by(lambda x: 2 * x)), rounds=5, caches=("warm",))
+    for visits, expected in ((1, 5), (2, 3), (3, 2)):
+        assert {row.rounds for row in measure(declared, CPU, harness.Effort(0.0, 9, 9, visits))} == {expected}
+
+
+def test_a_gpu_is_visited_once() -> None:
+    assert (harness.CUDA.visits, harness.QUICK.visits, harness.FULL.visits) == (1, 3, 2)
 
 
 def test_without_a_checkout_one_line_says_so(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -546,7 +717,7 @@ def test_published_ratios_have_a_line_a_case() -> None:
     for mode, cache in (("forward", "cold"), ("forward", "warm"), ("backward", "cold")):
         for peer, seconds in (("imm", 1.0), ("eager", 3.0), ("torch.compile of the eager form", 0.5)):
             made.append(rows.Row("adaln", mode, "B=1 T=2 C=3", "float32", "cpu", cache, peer, rows.OK, error=0.0))
-            made[-1].timed([seconds] * 3, [1.0] * 3)
+            made[-1].timed([[seconds] * 3], [[1.0] * 3])
     del made[-1]
     head, _, *lines = docs._claims(rows.cases(made)).splitlines()
     claims = ["torch.compile of the eager form / imm, at least 1.0", "eager / imm, at least 1.0"]

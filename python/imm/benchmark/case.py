@@ -50,8 +50,8 @@ class Case:
     products: whether its arithmetic is matrix products, whose rate is then measured in the same run.
     arithmetic: the dtype that it computes in, where that is not the case's or, of 16 bits besides products, float32.
     caches: "cold", "warm" or both: whether the buffers rotate or stay (:mod:`imm.benchmark.timing`).
-    rounds: of a step that takes so long that caches and launches do not matter, how many calls are timed, each alone and as the
-        peer launches it; 0: as many as the effort says, on CUDA within a graph.
+    rounds: of a step that takes so long that caches and launches do not matter, how many calls are timed, shared out to the
+        visits (rounded up), each alone and as the peer launches it; 0: as many as the effort says, on CUDA within a graph.
     """
 
     op: str

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from imm.benchmark.case import COPY, MATMUL
 from imm.benchmark.environment import read as read_environment
-from imm.benchmark.rows import OK, Row, duration, interval, ours, paired, read
+from imm.benchmark.rows import OK, Row, Visits, beside, duration, flat, interval, joined, ours, quantile, read
 
 #: How far medians differ at least: less of a difference two processes of the same code show as well (docs/bench.md).
 LEAST = 0.1
@@ -33,8 +33,7 @@ class Results:
     @classmethod
     def of(cls, name: str, rows: Iterable[Row], environment: dict[str, Any]) -> Results:
         """Of rows with the same key, as of two commits, the last counts."""
-        keys: dict[Key, Row] = {(r.op, r.mode, r.shape, r.dtype, r.device, r.cache, r.peer): r for r in rows}
-        return cls(name, keys, environment)
+        return cls(name, {row.key: row for row in rows}, environment)
 
     @classmethod
     def read(cls, folder: Path, name: str | None = None) -> Results:
@@ -86,19 +85,20 @@ class Pair:
         The times must lie apart and, but for the copy, so must their ratios to the copy of the same round; the medians of both
         must differ, also from what became of the others: a machine that is slower for a while is slower at all of them.
         """
-        sign = _apart(self.before.samples, self.after.samples)
+        sign = _apart(self.before.visits, self.after.visits)
         changes = [self.ratio]
         if self.after.peer != COPY:
-            before, after = (_beside(row, copy) for row, copy in zip((self.before, self.after), self.copies, strict=True))
+            rows = zip((self.before, self.after), self.copies, strict=True)
+            before, after = (beside(row.visits, copy.visits) for row, copy in rows)
             if _apart(before, after) != sign:
                 return 0
-            changes += [_ratio(before, after), self.ratio / self.others]
+            changes += [_ratio(flat(before), flat(after)), self.ratio / self.others]
         return sign if all(change**sign > 1 + LEAST for change in changes) else 0
 
     def __str__(self) -> str:
         row, times = self.after, f"{duration(_median(self.before.samples))} -> {duration(_median(self.after.samples))}"
-        beside = "" if row.peer == COPY else f"; x copy {self.before.ratio_to_copy:.2f} -> {row.ratio_to_copy:.2f}"
-        return f"{_words(row)}, {row.peer}: {times} ({self.ratio:.2f}x{beside})"
+        ceiling = "" if row.peer == COPY else f"; x copy {self.before.ratio_to_copy:.2f} -> {row.ratio_to_copy:.2f}"
+        return f"{_words(row)}, {row.peer}: {times} ({self.ratio:.2f}x{ceiling})"
 
 
 def _words(row: Row) -> str:
@@ -110,19 +110,15 @@ def _others(row: Row) -> bool:
     return row.peer in (COPY, MATMUL) or (row.error is not None and not ours(row.peer))
 
 
-def _beside(row: Row, copy: Row) -> list[float]:
-    return [time / other for time, other in zip(row.samples, copy.samples, strict=False)]
-
-
 def _median(values: Sequence[float]) -> float:
-    return paired(values, [1.0] * len(values))
+    return quantile(values, 0.5)
 
 
 def _ratio(before: Sequence[float], after: Sequence[float]) -> float:
     return _median(after) / _median(before)
 
 
-def _apart(before: Sequence[float], after: Sequence[float]) -> int:
+def _apart(before: Visits, after: Visits) -> int:
     """1 where the spread of ``after`` lies above that of ``before``, -1 below, 0 where they meet."""
     (low, high), (other_low, other_high) = interval(before), interval(after)
     return (other_low > high) - (other_high < low)
@@ -202,19 +198,5 @@ def compare(before: Results, after: Results) -> Comparison:
 
 
 def merged(name: str, first: Results, second: Results) -> Results:
-    """Two runs of one side as one: their rounds in turns, as many of each, so that both halves hold both.
-
-    A row that has no time in one of them has none.
-    """
-    rows: list[Row] = []
-    for key, row in first.rows.items():
-        if key in first.timed and key in second.timed:
-            runs = zip(first.timed[key], second.timed[key], strict=True)  # the row of both, and its copy of both
-            times, copies = (
-                [1e-6 * us for turn in zip(*(r.samples for r in two), strict=False) for us in turn] for two in runs
-            )
-            rows.append(replace(row))
-            rows[-1].timed(times, copies)
-        else:
-            rows += [run.rows[key] for run in (first, second) if key in run.rows and key not in run.timed][:1]
-    return Results.of(name, rows, first.environment)
+    """Two runs of one side as one, of the visits of both. A row that has no time in one of them has none."""
+    return Results.of(name, joined(first.rows.values(), second.rows.values()), first.environment)

@@ -1,13 +1,18 @@
-"""Measures a Case: checks every peer against float64, then times the peers in turns (A B C A B C ...)."""
+"""Measures a Case: checks every peer against float64, then times the peers in turns (A B C A B C ...).
+
+A shared machine is a faster or a slower one for minutes. So on the CPU the whole list of cases is gone through several times:
+the rounds of a row are of visits that lie as far apart as the run allows, and its spread is that of all of them.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import math
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from itertools import chain, groupby
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -17,27 +22,29 @@ from imm.benchmark import environment, gate
 from imm.benchmark.case import COPY, MATMUL, Case, Peer, Step, load, operations, product_shape
 from imm.benchmark.case import folder as bench_folder
 from imm.benchmark.memory import peak_bytes
-from imm.benchmark.rows import OK, TESTS, Row, append, claims, read, table, written
+from imm.benchmark.rows import OK, TESTS, Row, claims, grouped, joined, table, write, written
 from imm.benchmark.timing import Clock, clock, do_bench, sets_of_buffers, single_calls
 
 
 @dataclass(frozen=True)
 class Effort:
-    """How long a case is measured with one cache: ``least`` rounds of all peers, then for ``seconds`` rounds of those that take
-    less than ``seconds`` / 50 a call, ``most`` in all."""
+    """How long a case is measured with one cache, at each of its visits: ``least`` rounds of all peers, then for ``seconds``
+    rounds of the quick ones, ``most`` in all."""
 
     seconds: float
     least: int
     most: int
+    visits: int = 1
 
     @property
     def slow(self) -> float:
-        """Seconds of a call beyond which a peer has the least rounds."""
-        return self.seconds / 50
+        """Seconds of a call beyond which a peer has the least rounds: a fiftieth of what all visits have."""
+        return self.visits * self.seconds / 50
 
 
-QUICK = Effort(1.5, 6, 100)
-FULL = Effort(3.0, 6, 300)
+QUICK = Effort(0.5, 2, 35, visits=3)
+FULL = Effort(1.5, 3, 150, visits=2)
+CUDA = Effort(1.5, 6, 100)
 #: More numbers are copied in several calls: beyond all caches, a larger buffer shows nothing more.
 _COPIED = 1 << 27
 
@@ -98,8 +105,8 @@ def refusal(case: Case, peer: str, found: tuple[float, ...]) -> str | None:
 
 
 def _prepared(peer: Peer, sets: list[tuple[Any, ...]], device: torch.device, row: Row) -> list[Step]:
-    """The steps of a peer or ceiling, one per set; none, with the reason in its row, where it does not run. Only of peers is
-    the memory measured."""
+    """The steps of a peer or ceiling, one per set; none, with the reason in its row, where it does not run. The memory is
+    measured of a peer that was not found right yet."""
     try:
         if row.status != OK:
             row.peak_bytes = peak_bytes(peer, sets[0], device)
@@ -118,7 +125,7 @@ def _ready(case: Case, steps: list[Step], truth: tuple[Tensor, ...], device: tor
     """A peer's clock; None, with the reason in its row, where the peer is wrong. A ceiling is not checked."""
     try:
         ready = single_calls(device, steps[0]) if case.rounds else clock(device, steps, row.cache)
-        if row.peer in case.peers:
+        if row.status != OK:
             found = errors(ready.outputs, truth)
             row.error = max(found)
             row.status = refusal(case, row.peer, found) or OK
@@ -145,56 +152,58 @@ def _in_turns(clocks: dict[str, Clock], effort: Effort) -> dict[str, list[float]
     return samples
 
 
-def measure(case: Case, device: torch.device, effort: Effort = FULL) -> list[Row]:
-    """One row per cache and peer, the ceilings first. What fails or is wrong has a row that says so, without a time."""
-    effort = Effort(0.0, case.rounds, case.rounds) if case.rounds else effort
+def measure(case: Case, device: torch.device, effort: Effort = FULL, before: Sequence[Row] = ()) -> list[Row]:
+    """One visit: a row per cache and peer, the ceilings first. What fails or is wrong has a row that says so, without a time.
+
+    ``before`` has the rows of earlier visits: what was refused then is left out, the others' memory and results, which are
+    known, are not looked at again.
+    """
+    if case.rounds:
+        a_visit = math.ceil(case.rounds / effort.visits)
+        effort = Effort(0.0, a_visit, a_visit)
+    refused = {(row.cache, row.peer) for row in before if row.median_us is None}
     torch.manual_seed(0)
     torch.compiler.reset()  # a peer compiles for this shape, as in a program that uses one
     count = sets_of_buffers(device, case.bytes) if "cold" in case.caches else 1
     sets = [case.inputs() for _ in range(count)]
-    truth = case.truth(*sets[0])
+    truth = () if before else case.truth(*sets[0])
     ceilings = {COPY: copy_peer(case, device), **case.ceilings}
     if case.products:
         ceilings[MATMUL] = matmul_peer(case, device)
     named = [(Row.of(case, device, peer=name, status=OK), ceiling) for name, ceiling in ceilings.items()]
-    named += [(Row.of(case, device, peer=name), peer) for name, peer in case.peers.items()]
+    named += [(Row.of(case, device, peer=name, status=OK if before else ""), peer) for name, peer in case.peers.items()]
+    named = [(row, one) for row, one in named if any((cache, row.peer) not in refused for cache in case.caches)]
     prepared = [(row, _prepared(one, sets, device, row)) for row, one in named]
     found: list[Row] = []
     for cache in case.caches:
+        of_cache = [(replace(row, cache=cache), steps) for row, steps in prepared if (cache, row.peer) not in refused]
         clocks: dict[str, Clock] = {}
-        for known, steps in prepared:
-            row = replace(known, cache=cache)
-            found.append(row)
+        for row, steps in of_cache:
             if steps and (ready := _ready(case, steps, truth, device, row)):
                 clocks[row.peer], row.method = ready, ready.method
         samples = _in_turns(clocks, effort)
-        for row in found[-len(prepared) :]:
+        for row, _ in of_cache:
             if row.peer in samples:
-                row.timed(samples[row.peer], samples.get(COPY, ()))
+                row.timed([samples[row.peer]], [samples[COPY]] if COPY in samples else [])
         if device.type == "cuda" and cache == case.caches[0] and not case.rounds:
-            _beside(found[-len(prepared) :], {row.peer: steps for row, steps in prepared})
+            _beside(of_cache)
+        found += [row for row, _ in of_cache]
     return found
 
 
-def _beside(rows: list[Row], steps: dict[str, list[Step]]) -> None:
+def _beside(timed: list[tuple[Row, list[Step]]]) -> None:
     """What triton.testing.do_bench says of the peers that were timed."""
-    for row in rows:
+    for row, steps in timed:
         if row.median_us is None or row.error is None:
             continue
         with contextlib.suppress(RuntimeError):  # a peer's own time stands without it
-            seconds = do_bench(steps[row.peer][0])
+            seconds = do_bench(steps[0])
             row.do_bench_us = None if seconds is None else round(1e6 * seconds, 3)
 
 
-def measured_before(folder: Path | None, commit: str) -> set[tuple[str, ...]]:
-    """(op, mode, shape, dtype, device) of the cases that a folder has rows of, from this commit."""
-    path = None if folder is None else folder / "rows.csv"
-    found = read(path) if path is not None and path.exists() else []
-    return {(row.op, row.mode, row.shape, row.dtype, row.device) for row in found if row.commit == commit}
-
-
-def _key(case: Case, device: torch.device) -> tuple[str, ...]:
-    return case.op, case.mode, case.size, str(case.dtype).removeprefix("torch."), device.type
+def _done(rows: Sequence[Row], visits: int) -> bool:
+    """Whether a case's rows are of so many visits; what was refused stays so."""
+    return bool(rows) and all(row.median_us is None or len(row.visits) >= visits for row in rows)
 
 
 def run(
@@ -207,11 +216,12 @@ def run(
     tests: bool = True,
     say: Callable[[str], None] = print,
 ) -> list[Row]:
-    """Measure an op ("all": every one), print a table per case, and append rows and the environment to the folder ``out``.
+    """Measure an op ("all": every one), visit by visit, and print a table per case at its last one. What a folder ``out`` has
+    of the rows and the environment is up to date after each case.
 
     Args:
         quick: the first case of each op, for a few seconds.
-        resume: leave out the cases that ``out`` has from this commit: a run that was cut short goes on.
+        resume: go on with what ``out`` has from this commit: the visits that its cases lack.
         tests: run each op's own tests first and refuse its figures while one fails; False where they have just run.
 
     Returns:
@@ -225,30 +235,43 @@ def run(
     modules = {name: load(name) for name in chosen}
     torch.set_num_threads(torch.get_num_threads())  # from here on a fixed number
     recorded = environment.record(device)
-    if out is not None:
-        written(out)  # refuses a folder of other columns before the work
+    earlier = written(out) if out is not None else []  # refuses a folder of other columns before the work
     asked = {name: gate.tests_of(module, device) for name, module in modules.items()} if tests else {}
     refused = gate.refusals(asked, bench_folder().parent) if tests else {}
-    done = measured_before(out, recorded["commit"]) if resume else set()
     rows: list[Row] = []
-    effort = QUICK if quick or device.type == "cuda" else FULL
-    for name, module in modules.items():
-        if name in refused:
-            say(f"{name}: refused: {refused[name]}\n")
-            rows.append(Row(name, TESTS, "", "", device.type, peer="imm", status=f"refused: {refused[name]}"))
-            continue
-        cases = (case for case in module.cases(device, quick) if _key(case, device) not in done)
-        timed = (measure(case, device, effort) for case in cases)
-        limits: Iterable[list[Row]] = [] if quick else getattr(module, "limits", lambda device: [])(device)
-        for measured in chain(timed, limits):
-            for row in measured:
-                row.commit, row.machine = recorded["commit"], recorded["machine"]
-            rows += measured
-            for _, of_cache in groupby(measured, key=lambda row: row.cache):
-                shown = list(of_cache)
-                say(table(shown))
-                say(claims(shown, getattr(module, "CLAIMS", ())))
-            if out is not None:  # at once: a run that is cut short keeps what it has
-                append(out, measured)
-                environment.write(out, {**recorded, "after": environment.after(device)})
+    for name, reason in refused.items():
+        say(f"{name}: refused: {reason}\n")
+        rows.append(Row(name, TESTS, "", "", device.type, peer="imm", status=f"refused: {reason}"))
+        del modules[name]
+
+    def keep(measured: list[Row], module: ModuleType, complete: bool) -> None:
+        for row in measured:
+            row.commit, row.machine = recorded["commit"], recorded["machine"]
+        if out is not None:  # at once: a run that is cut short keeps what it has
+            write(out, measured)
+            environment.write(out, {**recorded, "after": environment.after(device)})
+        if complete:
+            rows.extend(measured)
+            for of_cache in grouped(measured, "cache"):
+                say(table(of_cache))
+                say(claims(of_cache, getattr(module, "CLAIMS", ())))
+
+    effort = CUDA if device.type == "cuda" else QUICK if quick else FULL
+    resumed = [row for row in earlier if resume and row.commit == recorded["commit"]]
+    found = {of_case[0].key[:5]: of_case for of_case in grouped(resumed, "op", "mode", "shape", "dtype", "device")}
+    for visit in range(1, effort.visits + 1):
+        for module in modules.values():
+            for case in module.cases(device, quick):
+                key = Row.of(case, device).key[:5]
+                before = found.get(key, [])
+                if _done(before, visit):
+                    continue
+                if visit < effort.visits:  # at the last one come the tables
+                    say(f"visit {visit} of {effort.visits}: {case.op} {case.mode}, {case.size}, {key[3]}")
+                measured = measure(case, device, effort, before)
+                found[key] = joined(before, measured) if before else measured
+                keep(found[key], module, _done(found[key], effort.visits))
+            if visit == effort.visits and not quick:
+                for measured in getattr(module, "limits", lambda device: [])(device):
+                    keep(measured, module, complete=True)
     return rows

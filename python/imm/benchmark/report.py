@@ -171,7 +171,7 @@ def _small(value: str, below: str, cell: str = "", kind: str = "") -> _Markup:
 
 def _ratio(slow: Row, fast: Row) -> float:
     """The first's time over the second's, round by round."""
-    return paired(slow.samples, fast.samples)
+    return paired(slow.visits, fast.visits)
 
 
 def _about(row: Row) -> str:

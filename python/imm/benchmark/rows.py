@@ -6,7 +6,7 @@ import csv
 import io
 import os
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,8 @@ from imm.benchmark.case import COPY, MATMUL, Case, Claim
 OK = "ok"
 #: The mode of the row of an op that was not timed since its tests fail.
 TESTS = "tests"
+#: Visit by visit the times of its rounds.
+Visits = Sequence[Sequence[float]]
 
 
 @dataclass
@@ -25,7 +27,8 @@ class Row:
 
     cache: "cold" or "warm". error: the largest relative error against float64. peak_bytes: inputs, what the peer keeps and the
     most that a step allocates. ratio_to_copy: the median of the ratios to the copy of the same round.
-    do_bench_us: the median of triton.testing.do_bench, on CUDA. samples_us: every round's time, in order, with spaces between.
+    do_bench_us: the median of triton.testing.do_bench, on CUDA. samples_us: every round's time, in order, with spaces between,
+    and a semicolon between two visits (:mod:`imm.benchmark.harness`).
     """
 
     op: str
@@ -68,16 +71,16 @@ class Row:
         }
         return cls(op=case.op, mode=case.mode, shape=case.size, **known, **values)
 
-    def timed(self, seconds: Sequence[float], copy: Sequence[float]) -> None:
+    def timed(self, seconds: Visits, copy: Visits) -> None:
         """Fill in the times, from this peer's samples and those of the copy (none where it failed), round by round, in seconds.
 
         Rates are those of peers, which do the case's work, and of the ceiling that is made of it.
         """
-        ordered = torch.tensor(sorted(seconds), dtype=torch.float64)
-        p20, median, p80 = (float(torch.quantile(ordered, q)) for q in (0.2, 0.5, 0.8))
-        self.rounds = len(seconds)
+        every = flat(seconds)
+        p20, median, p80 = (quantile(every, q) for q in (0.2, 0.5, 0.8))
+        self.rounds = len(every)
         self.p20_us, self.median_us, self.p80_us = (round(1e6 * t, 3) for t in (p20, median, p80))
-        self.samples_us = " ".join(f"{1e6 * t:.5g}" for t in seconds)
+        self.samples_us = "; ".join(" ".join(f"{1e6 * t:.5g}" for t in visit) for visit in seconds)
         self.ratio_to_copy = round(paired(seconds, copy), 4) if copy else None
         self.gb_per_s = round(self.bytes / median * 1e-9, 4) if self.whole or self.peer == COPY else None
         self.gflop_per_s = round(self.flops / median * 1e-9, 4) if self.whole or self.peer == MATMUL else None
@@ -88,47 +91,101 @@ class Row:
         return self.error is not None
 
     @property
+    def visits(self) -> list[list[float]]:
+        """Every round's time in microseconds, visit by visit; of a row without a time none."""
+        return [[float(word) for word in visit.split()] for visit in self.samples_us.split(";") if visit]
+
+    @property
     def samples(self) -> list[float]:
         """Every round's time in microseconds."""
-        return [float(word) for word in self.samples_us.split()]
+        return flat(self.visits)
+
+    @property
+    def key(self) -> tuple[str, ...]:
+        """What names it among the rows of one commit, the peer last."""
+        return self.op, self.mode, self.shape, self.dtype, self.device, self.cache, self.peer
 
 
-def interval(values: Sequence[float]) -> tuple[float, float]:
-    """The 20 % to the 80 % quantile, of the first and of the second half of the rounds, together: the spread of two repeats."""
-    halves = [
-        torch.tensor(part, dtype=torch.float64) for part in (values[: len(values) // 2], values[len(values) // 2 :]) if part
-    ]
-    low, high = ([float(torch.quantile(half, q)) for half in halves] for q in (0.2, 0.8))
-    return min(low), max(high)
+def flat(visits: Visits) -> list[float]:
+    """The rounds of all visits."""
+    return [time for visit in visits for time in visit]
 
 
-def paired(times: Sequence[float], others: Sequence[float]) -> float:
-    """The median of times over others of the same rounds, as many as both have: what slows a machine down slows both."""
-    found = [time / other for time, other in zip(times, others, strict=False)]
-    return float(torch.quantile(torch.tensor(found, dtype=torch.float64), 0.5))
+def quantile(values: Sequence[float], q: float) -> float:
+    return float(torch.quantile(torch.tensor(values, dtype=torch.float64), q))
+
+
+def interval(visits: Visits) -> tuple[float, float]:
+    """The 20 % to the 80 % quantile of each visit, together; of one visit, of its first and of its second half: the spread of
+    repeats."""
+    if len(visits) == 1:
+        (only,) = visits
+        visits = [half for half in (only[: len(only) // 2], only[len(only) // 2 :]) if half]
+    return min(quantile(visit, 0.2) for visit in visits), max(quantile(visit, 0.8) for visit in visits)
+
+
+def beside(times: Visits, others: Visits) -> list[list[float]]:
+    """Times over others of the same visit and round, as many as both have: what slows a machine down slows both."""
+    return [[time / other for time, other in zip(*visit, strict=False)] for visit in zip(times, others, strict=False)]
+
+
+def paired(times: Visits, others: Visits) -> float:
+    """The median of times over others of the same visit and round."""
+    return quantile(flat(beside(times, others)), 0.5)
+
+
+def joined(first: Iterable[Row], second: Iterable[Row]) -> list[Row]:
+    """The rows of ``first`` with the visits of ``second`` after their own.
+
+    One without a time in either has none; one that has a time and is missing in ``second`` is left out.
+    """
+    later = {row.key: row for row in second}
+    made: list[Row] = []
+    for row in first:
+        other = later.get(row.key)
+        if row.median_us is None:
+            made.append(row)
+        elif other is not None:
+            both = replace(row, samples_us=f"{row.samples_us}; {other.samples_us}")
+            made.append(other if other.median_us is None else both)
+    copies = {row.key[:-1]: row.visits for row in made if row.peer == COPY}
+    in_seconds = lambda visits: [[1e-6 * us for us in visit] for visit in visits]
+    for row in made:
+        if row.median_us is not None:
+            row.timed(in_seconds(row.visits), in_seconds(copies.get(row.key[:-1], ())))
+    return made
 
 
 COLUMNS = tuple(field.name for field in fields(Row))
 
 
-def written(folder: Path) -> str:
-    """The text of the folder's ``rows.csv``, or its first line where there is none. Raises ValueError for other columns."""
-    path, first = folder / "rows.csv", ",".join(COLUMNS) + "\n"
-    text = path.read_text() if path.exists() else first
-    if not text.startswith(first):
-        raise ValueError(f"out: expected a folder whose rows.csv has this version's columns, got {folder}")
-    return text
+def written(folder: Path) -> list[Row]:
+    """The rows of the folder, none where it has no ``rows.csv``. Raises ValueError for one that cannot be added to."""
+    path = folder / "rows.csv"
+    if not path.exists():
+        return []
+    with path.open() as file:
+        if file.readline() != ",".join(COLUMNS) + "\n":
+            raise ValueError(f"out: expected a folder whose rows.csv has this version's columns, got {folder}")
+    return read(path)
 
 
-def append(folder: Path, rows: Iterable[Row]) -> None:
-    """Add rows to ``rows.csv`` of the folder, which is whole at any moment. Raises ValueError where it has other columns."""
-    added = io.StringIO()
-    csv.DictWriter(added, COLUMNS, lineterminator="\n").writerows(asdict(row) for row in rows)
-    text = written(folder) + added.getvalue()
+def write(folder: Path, rows: Iterable[Row]) -> None:
+    """Write rows to ``rows.csv`` of the folder, which is whole at any moment: in the place of what it has of the same name and
+    commit, or after the others. Raises ValueError where it cannot be added to."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(asdict(row) for row in _last([*written(folder), *rows]))
     folder.mkdir(parents=True, exist_ok=True)
     part = folder / "rows.csv.part"
-    part.write_text(text)
+    part.write_text(text.getvalue())
     os.replace(part, folder / "rows.csv")
+
+
+def _last(rows: Iterable[Row]) -> list[Row]:
+    """Of rows with the same key and commit the last, in the place of the first."""
+    return list({(*row.key, row.commit): row for row in rows}.values())
 
 
 def _words(text: str | None) -> str:
@@ -160,7 +217,7 @@ def read(path: Path) -> list[Row]:
                 row.peer = _EARLIER_NAMES.get(row.peer, row.peer)
         except (ValueError, TypeError) as error:
             raise ValueError(f"results: expected rows as imm bench writes them, got {path}: {error}") from error
-    return list({(r.op, r.mode, r.shape, r.dtype, r.device, r.cache, r.peer, r.commit): r for r in rows}.values())
+    return _last(rows)
 
 
 def grouped(rows: Iterable[Row], *columns: str) -> list[list[Row]]:
@@ -213,7 +270,7 @@ def share_of_floor(row: Row, case: Iterable[Row]) -> float | None:
         return None
     if dtype_of(row.peer, row.dtype) != least.dtype:
         return None
-    return paired(least.samples, row.samples)
+    return paired(least.visits, row.visits)
 
 
 HEADINGS = ("peer", "median", "spread", "x imm", "GB/s", "x copy", "of floor", "error", "peak", "do_bench")
@@ -227,9 +284,9 @@ def line(row: Row, case: Sequence[Row]) -> list[str]:
     error = "" if row.error is None else f"{row.error:.0e}"
     beside = "" if row.do_bench_us is None else duration(row.do_bench_us)
     share, best = share_of_floor(row, case), fastest(r for r in case if r.error is not None and ours(r.peer))
-    low, high = interval(row.samples)
+    low, high = interval(row.visits)
     texts = [row.peer, duration(row.median_us), f"{duration(low)} to {duration(high)}"]
-    texts.append("" if best is None else f"{paired(row.samples, best.samples):.2f}")
+    texts.append("" if best is None else f"{paired(row.visits, best.visits):.2f}")
     # Of what does a part of the work these would be figures of nothing.
     texts.append(f"{row.gb_per_s:.1f}" if row.gb_per_s is not None and (row.whole or row.peer == COPY) else "")
     beside_copy = row.ratio_to_copy is not None and (row.whole or row.peer in (COPY, MATMUL))
@@ -275,7 +332,7 @@ def table(rows: Sequence[Row]) -> str:
 
 def ratios(rows: Sequence[Row], asked: Sequence[Claim]) -> list[tuple[Claim, float | None]]:
     """The claims about a case, each with its measured ratio, round by round; None where one of the two was not timed."""
-    times = {row.peer: row.samples for row in rows}
+    times = {row.peer: row.visits for row in rows}
     found: list[tuple[Claim, float | None]] = []
     for claim in asked:
         if claim.slow in times and claim.fast in times and claim.concerns(rows[0].mode, rows[0].shape, rows[0].cache):
