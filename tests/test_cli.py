@@ -259,6 +259,11 @@ def test_train_refusals(digits, tmp_path) -> None:
     assert text in refused(*base, "--network", "dit")
     plain = ("train", "--data", digits, "--outdir", tmp_path / "run", "--patch", "4")
     assert "patch: expected no such option for the network UNet, which has width, dropout, got 4" in refused(*plain)
+    assert "resolution: expected a multiple of 4" in refused(*base, "--resolution", "6")
+    assert "ema: expected beta in [0, 1), got 1.5" in refused(*base, "--ema", "1.5")
+    assert not (tmp_path / "run").exists()
+    (tmp_path / "file").write_text("")
+    assert "outdir: expected a folder that can be written to" in refused(*base, "--outdir", tmp_path / "file")
     call(*base)
     assert "expected the settings of the run to resume" in refused(*base, "-k", "9")
 

@@ -16,7 +16,7 @@ from click.core import ParameterSource
 from imm import checkpoints
 from imm.checkpoints.format import describe
 from imm.cli import progress
-from imm.cli.options import device_line, pick_device, writable_folder
+from imm.cli.options import device_line, pick_device
 from imm.data import ImageData, load, to_float
 from imm.flow_map import FlowMap
 from imm.networks import NETWORKS
@@ -139,7 +139,6 @@ def command(
     config = TrainConfig(**training, log_every=tick, snapshot_every=snap, keep_every=keep)
     if checkpointing and "checkpointing" not in inspect.signature(NETWORKS[chosen.network]).parameters:
         raise ValueError(f"checkpointing: expected a network that has it, got {chosen.network}")
-    folder = writable_folder(outdir)
     torch.manual_seed(config.seed)
     flow_map = chosen.build() if loaded is None else loaded.float()
     net = flow_map.network
@@ -147,7 +146,7 @@ def command(
         net.checkpointing = True  # type: ignore[assignment]
     objective = IMMObjective(flow_map.to(target), **chosen.objective)
     digest = None if init is None else _sha256(init)
-    trainer = Trainer(objective, images, folder, config, init=digest)
+    trainer = Trainer(objective, images, outdir, config, init=digest)
     count = sum(p.numel() for p in net.parameters())
     data_line = f"data: {images.source}, {images.shape}, {images.num_classes} classes"
     if images.pixels.is_floating_point():  # in another scale they would train, badly

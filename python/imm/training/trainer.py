@@ -143,13 +143,6 @@ class Trainer:
             raise ValueError(f"xflip: expected images, a mirrored latent is no mirrored image's, got {data.source}")
         self.objective, self.config, self.outdir = objective, config, Path(outdir)
         self.device = parameter.device
-        self._pixels = data.pixels.to(self.device)
-        self._deviations = None if data.deviations is None else data.deviations.to(self.device)
-        labels = data.labels if flow_map.num_classes else None
-        self._labels = None if labels is None else labels.to(self.device)
-        self._settings = self._describe(data)
-        if init is not None:
-            self._settings["init"] = {"sha256": init}
         self.step = 0
         self.resumed_from: int | None = None
         self._saved_step: int | None = None
@@ -161,11 +154,18 @@ class Trainer:
         )
         self._scaler = torch.amp.GradScaler(self.device.type, enabled=config.precision == "fp16")
         self._permutation: tuple[int, Tensor] | None = None
-        try:
+        try:  # not before: what is refused above leaves no folder behind
             self.outdir.mkdir(parents=True, exist_ok=True)
             self._lock = lock_folder(self.outdir)
         except OSError as error:
             raise ValueError(f"outdir: expected a folder that can be written to, got {outdir}: {error}") from error
+        self._pixels = data.pixels.to(self.device)
+        self._deviations = None if data.deviations is None else data.deviations.to(self.device)
+        labels = data.labels if flow_map.num_classes else None
+        self._labels = None if labels is None else labels.to(self.device)
+        self._settings = self._describe(data)
+        if init is not None:
+            self._settings["init"] = {"sha256": init}
         if (self.outdir / STATE_FILE).exists():
             self._load()
         self._trim_stats()
