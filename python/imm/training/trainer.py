@@ -238,10 +238,10 @@ class Trainer:
         return self.config.keep_every is not None and step % self.config.keep_every == 0
 
     def save(self) -> None:
-        """Write the averaged flow map as a snapshot and the state to resume from, each atomically; those before go."""
+        """Write the state to resume from and the averaged flow map as a snapshot, each atomically; those before go."""
         if self.step == self._saved_step:
             return
-        checkpoints.save(self.snapshot_path, self.ema_flow_map, extra={"step": self.step, **self._settings})
+        replaced = None if self._saved_step is None or self._stays(self._saved_step) else self._saved_step
         tensors: dict[str, Tensor] = {}
         for prefix, module in (("network", self.objective.flow_map.network), ("ema", self.ema.network)):
             tensors |= {f"{prefix}.{name}": value for name, value in module.state_dict().items()}
@@ -251,13 +251,22 @@ class Trainer:
         settings = {
             "kind": "training",
             "step": self.step,
+            "replaced_step": replaced,
             "scaler": self._scaler.state_dict(),
             "settings": self._settings,
         }
         checkpoints.write_file(self.outdir / STATE_FILE, tensors, settings)
-        if self._saved_step is not None and not self._stays(self._saved_step):
-            self._snapshot_path(self._saved_step).unlink(missing_ok=True)
+        # A run that is killed from here on does the rest when it is resumed: the state says which snapshots are whose.
+        self._write_snapshot()
         self._saved_step = self.step
+        self._drop_snapshot(replaced)
+
+    def _write_snapshot(self) -> None:
+        checkpoints.save(self.snapshot_path, self.ema_flow_map, extra={"step": self.step, **self._settings})
+
+    def _drop_snapshot(self, step: int | None) -> None:
+        if step is not None:
+            self._snapshot_path(step).unlink(missing_ok=True)
 
     def _step(self) -> tuple[dict[str, Tensor], Tensor]:
         config = self.config
@@ -405,6 +414,9 @@ class Trainer:
                     values[key] = torch.empty_like(parameter).copy_(value)
         self._scaler.load_state_dict(settings["scaler"])
         self.step = self.resumed_from = self._saved_step = settings["step"]
+        if not self.snapshot_path.exists():
+            self._write_snapshot()
+        self._drop_snapshot(settings.get("replaced_step"))  # no such entry in states of earlier versions
 
     def _trim_stats(self) -> None:
         """Drop the rows after the state's step: a killed run may have written some, the last one in part."""
