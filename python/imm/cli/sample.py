@@ -135,15 +135,15 @@ def _run(
         generation.generate(
             sampler, seed_list, all_labels, folder, where, decode=decode, origin=f"{net} in {precision}", on_images=made.update
         )
-    where.wait()
+    made_by_all = where.total(missing)
     if where.first:
-        _finish(folder, seed_list, all_labels, layout, npz_path)
+        _finish(folder, seed_list, all_labels, layout, npz_path, made_by_all)
 
 
 def _finish(
-    folder: ImageFolder, seeds: list[int], labels: Tensor | None, layout: tuple[int, int] | None, npz: Path | None
+    folder: ImageFolder, seeds: list[int], labels: Tensor | None, layout: tuple[int, int] | None, npz: Path | None, made: int
 ) -> None:
-    """The grid and the array, from the files, and the last line."""
+    """The grid and the array, from the files, and the last line; ``made``: how many of the images this run made."""
     if npz is not None:
         folder.write_npz(npz, seeds, labels)
     if layout is not None:
@@ -153,7 +153,8 @@ def _finish(
         save_picture(grid([("", part) for part in exact.split(columns)]), folder.root / "grid.png")
     what = "images" if folder.pictures else "latents"
     also = [*(["grid.png"] if layout else []), *([str(npz)] if npz is not None else [])]
-    click.echo(f"wrote {len(seeds)} {what} to {folder.root}{', and ' if also else ''}{' and '.join(also)}")
+    there = f" ({len(seeds) - made} were there already)" if made < len(seeds) else ""
+    click.echo(f"wrote {made} {what} to {folder.root}{there}{', and ' if also else ''}{' and '.join(also)}")
     if not folder.pictures:
         click.echo(
             f"the same command with --vae=PATH makes pictures of them; it needs the diffusers library: {latents.INSTALL}"
