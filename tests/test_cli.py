@@ -90,6 +90,8 @@ def test_sample_refusals(net, tmp_path) -> None:
     out = tmp_path / "out"
     base = ("sample", "--net", net, "--outdir", out)
     assert "seeds: expected numbers and ranges such as 0-63,70, got 'x'" in refused(*base, "--seeds", "x")
+    assert "-1 is not in the range" in refused(*base, "--class", "-1")
+    assert "npz: expected a file name" in refused(*base, "--npz", tmp_path / "absent" / "all.npz")
     assert "got '5-2'" in refused(*base, "--seeds", "5-2")
     assert "labels: expected classes 0..2 or 3 for none, got 4" in refused(*base, "--labels", "4")
     assert "grid: expected COLUMNSxROWS" in refused(*base, "--grid", "8")

@@ -184,8 +184,9 @@ def test_the_manifest_lists_what_took_part(net, tmp_path, monkeypatch) -> None:
         assert made_with() == [*first, {**first[0], "device": "other"}]
 
 
-def test_the_array_is_in_the_evaluators_layout(net, tmp_path) -> None:
-    path = tmp_path / "all.npz"
+@pytest.mark.parametrize("folder", ["", "out"])
+def test_the_array_is_in_the_evaluators_layout(folder, net, tmp_path) -> None:
+    path = tmp_path / folder / "all.npz"
     call("sample", "--net", net, "--seeds", "5,2", "--labels", "2,0", "--outdir", tmp_path / "out", "--npz", path)
     with np.load(path, allow_pickle=False) as archive:
         assert sorted(archive.files) == ["arr_0", "arr_1"]
@@ -194,7 +195,8 @@ def test_the_array_is_in_the_evaluators_layout(net, tmp_path) -> None:
         assert archive["arr_1"].tolist() == [2, 0]
         for image, seed in zip(archive["arr_0"], (5, 2), strict=True):
             assert np.array_equal(image[:, :, 0], np.asarray(Image.open(tmp_path / "out" / f"{seed:06d}.png")))
-    assert [p.name for p in tmp_path.glob(".*")] == []
+    assert [p.name for p in tmp_path.rglob(".*")] == []
+    assert len(load_set(str(tmp_path / "out"))) == 2
 
 
 def test_one_class_is_the_label_of_every_image(net, tmp_path) -> None:
