@@ -263,11 +263,21 @@ def test_train_refusals(digits, tmp_path) -> None:
     assert "patch: expected no such option for the network UNet, which has width, dropout, got 4" in refused(*plain)
     assert "resolution: expected a multiple of 4" in refused(*base, "--resolution", "6")
     assert "ema: expected beta in [0, 1), got 1.5" in refused(*base, "--ema", "1.5")
+    np.savez(tmp_path / "plain.npz", images=np.zeros((8, 8, 8), np.uint8))
+    text = "label_dropout: expected no such option for a network without classes, got 0.2"
+    assert text in refused(*base, "--data", tmp_path / "plain.npz", "--label-dropout", "0.2")
     assert not (tmp_path / "run").exists()
     (tmp_path / "file").write_text("")
     assert "outdir: expected a folder that can be written to" in refused(*base, "--outdir", tmp_path / "file")
     call(*base)
     assert "expected the settings of the run to resume" in refused(*base, "-k", "9")
+
+
+def test_a_run_out_of_time_says_so(digits, tmp_path) -> None:
+    base = ("train", "--data", digits, "--outdir", tmp_path / "run", "--steps", "2", *TRAIN)
+    text = "stopped after 0 minutes at step 0 of 2; the same command goes on from there"
+    assert text in call(*base, "--minutes", "0").output
+    assert "stopped" not in call(*base, "--minutes", "5").output
 
 
 @pytest.mark.parametrize(

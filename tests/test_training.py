@@ -391,6 +391,7 @@ def test_a_broken_state_is_refused(tmp_path) -> None:
         ({"batch_gpu": 0}, "batch_gpu: expected at least 1, got 0"),
         ({"keep_every": 0}, "keep_every: expected at least 1, got 0"),
         ({"lr": 0.0}, "lr: expected a positive rate"),
+        ({"lr": float("inf")}, "lr: expected a positive rate, got inf"),
         ({"optimizer": "sgd"}, r"unknown optimizer 'sgd'; expected one of \['adamw', 'radam'\]"),
         ({"precision": "int8"}, "unknown precision"),
         ({"ema": 1.0}, r"ema: expected beta in \[0, 1\)"),

@@ -132,6 +132,11 @@ def command(
         chosen = _of_file(init, loaded, chosen, preset)
     if init is not None or preset is not None:
         _check_fit(f"the preset {preset}" if init is None else init, chosen, images)
+    if "label_dropout" in of_model and not chosen.arguments["num_classes"]:
+        raise ValueError(
+            f"label_dropout: expected no such option for a network without classes, got {of_model['label_dropout']} "
+            f"({images.source})"
+        )
     if preset is not None:
         training |= {name: value for name, value in chosen.training.items() if name not in given}
         if chosen.steps is not None and "steps" not in given:
@@ -164,6 +169,8 @@ def command(
     if signal_number is not None:
         click.echo(f"stopped by signal {signal_number} at step {trainer.step}; the same command goes on from there")
         raise SystemExit(128 + signal_number)
+    if minutes is not None and trainer.step < steps:
+        click.echo(f"stopped after {minutes:g} minutes at step {trainer.step} of {steps}; the same command goes on from there")
     click.echo(f"wrote {trainer.snapshot_path}")
 
 

@@ -7,6 +7,7 @@ import dataclasses
 import functools
 import hashlib
 import json
+import math
 import os
 import time
 from collections.abc import Callable, Iterator
@@ -85,7 +86,7 @@ class TrainConfig:
         for name, number in (("batch_gpu", self.batch_gpu), ("keep_every", self.keep_every)):
             if number is not None and number < 1:
                 raise ValueError(f"{name}: expected at least 1, got {number}")
-        if not self.lr > 0:
+        if not 0 < self.lr < math.inf:
             raise ValueError(f"lr: expected a positive rate, got {self.lr}")
 
 
