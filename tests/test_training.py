@@ -335,10 +335,10 @@ def test_the_same_data_under_another_name_resumes(tmp_path) -> None:
     trainer(tmp_path, data=dataclasses.replace(images(), source="moved")).run(3)
 
 
-def test_a_state_from_before_xflip_resumes(tmp_path) -> None:
+def test_a_state_of_an_earlier_version_resumes(tmp_path) -> None:
     trainer(tmp_path).run(2)
     tensors, settings = state(tmp_path)
-    del settings["settings"]["config"]["xflip"], settings["format_version"]
+    del settings["settings"]["config"]["xflip"], settings["format_version"], settings["replaced_step"]
     checkpoints.write_file(tmp_path / STATE_FILE, tensors, settings)
     assert trainer(tmp_path).resumed_from == 2
 
