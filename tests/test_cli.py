@@ -90,6 +90,8 @@ def test_sample_refusals(net, tmp_path) -> None:
     out = tmp_path / "out"
     base = ("sample", "--net", net, "--outdir", out)
     assert "seeds: expected numbers and ranges such as 0-63,70, got 'x'" in refused(*base, "--seeds", "x")
+    assert "-1 is not in the range" in refused(*base, "--class", "-1")
+    assert "npz: expected a file name" in refused(*base, "--npz", tmp_path / "absent" / "all.npz")
     assert "got '5-2'" in refused(*base, "--seeds", "5-2")
     assert "labels: expected classes 0..2 or 3 for none, got 4" in refused(*base, "--labels", "4")
     assert "grid: expected COLUMNSxROWS" in refused(*base, "--grid", "8")
@@ -259,8 +261,23 @@ def test_train_refusals(digits, tmp_path) -> None:
     assert text in refused(*base, "--network", "dit")
     plain = ("train", "--data", digits, "--outdir", tmp_path / "run", "--patch", "4")
     assert "patch: expected no such option for the network UNet, which has width, dropout, got 4" in refused(*plain)
+    assert "resolution: expected a multiple of 4" in refused(*base, "--resolution", "6")
+    assert "ema: expected beta in [0, 1), got 1.5" in refused(*base, "--ema", "1.5")
+    np.savez(tmp_path / "plain.npz", images=np.zeros((8, 8, 8), np.uint8))
+    text = "label_dropout: expected no such option for a network without classes, got 0.2"
+    assert text in refused(*base, "--data", tmp_path / "plain.npz", "--label-dropout", "0.2")
+    assert not (tmp_path / "run").exists()
+    (tmp_path / "file").write_text("")
+    assert "outdir: expected a folder that can be written to" in refused(*base, "--outdir", tmp_path / "file")
     call(*base)
     assert "expected the settings of the run to resume" in refused(*base, "-k", "9")
+
+
+def test_a_run_out_of_time_says_so(digits, tmp_path) -> None:
+    base = ("train", "--data", digits, "--outdir", tmp_path / "run", "--steps", "2", *TRAIN)
+    text = "stopped after 0 minutes at step 0 of 2; the same command goes on from there"
+    assert text in call(*base, "--minutes", "0").output
+    assert "stopped" not in call(*base, "--minutes", "5").output
 
 
 @pytest.mark.parametrize(

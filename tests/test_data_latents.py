@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import zipfile
+
 import numpy as np
 import pytest
 import torch
@@ -30,6 +32,12 @@ def written(path, **arrays):
     return path
 
 
+def broken(values: np.ndarray, value: float) -> np.ndarray:
+    out = values.copy()
+    out[7, 1, 2, 3] = value
+    return out
+
+
 @pytest.mark.parametrize("dtype", [np.float16, np.float32])
 def test_values_and_labels_are_read_as_they_are(dtype, tmp_path) -> None:
     found = data.load(str(written(tmp_path / "a.npz", latents=MEAN.astype(dtype), labels=LABELS)), latents=True)
@@ -52,22 +60,54 @@ def test_posteriors_are_read_and_count_in_the_digest(tmp_path) -> None:
 @pytest.mark.parametrize(
     ("arrays", "text"),
     [
-        ({"latents": MEAN, "latents_mean": MEAN, "latents_std": STD}, "it has latents and latents_mean and latents_std"),
-        ({"latents_mean": MEAN}, "latents_mean and latents_std, got .*it has latents_mean"),
+        (
+            {"latents": MEAN, "latents_mean": MEAN, "latents_std": STD},
+            "expected an .npz file with latents, or .*, got latents and latents_mean and latents_std in ",
+        ),
+        ({"latents_mean": MEAN}, "latents_mean and latents_std, got latents_mean in "),
+        ({"latents_std": STD}, "latents_mean and latents_std, got latents_std in "),
+        ({"latents": MEAN, "images": MEAN}, "latents_mean and latents_std, got images and latents in "),
+        ({"latents_mean": MEAN, "latents_std": STD, "arr_0": MEAN}, "got arr_0 and latents_mean and latents_std in "),
         ({"latents": MEAN.astype(np.float64)}, "of float16 or float32, got .* of float64"),
         ({"latents": MEAN[..., :4]}, r"latents \[N, C, h, h\]"),
         ({"latents": MEAN[0]}, r"latents \[N, C, h, h\]"),
         ({"latents": MEAN[:0]}, r"latents \[N, C, h, h\]"),
-        ({"latents": np.where(MEAN > 1, np.inf, MEAN).astype(np.float16)}, "expected finite values in latents"),
-        ({"latents_mean": MEAN, "latents_std": -STD}, "finite values >= 0 in latents_std"),
-        ({"latents_mean": MEAN, "latents_std": STD[:5]}, "of one shape and dtype"),
-        ({"latents_mean": MEAN, "latents_std": STD.astype(np.float32)}, "of one shape and dtype"),
-        ({"latents": MEAN, "labels": LABELS[:5]}, r"expected labels \[12\]"),
+        ({"latents": np.array([object()])}, "expected a whole .npz file of numbers, got .*: Object arrays"),
+        ({"latents": broken(MEAN, np.inf)}, "expected finite values in latents, got inf in number 7 "),
+        ({"latents_mean": broken(MEAN, np.nan), "latents_std": STD}, "finite values in latents_mean, got nan in number 7 "),
+        ({"latents_mean": MEAN, "latents_std": broken(STD, np.nan)}, "finite values >= 0 in latents_std, got nan in number 7 "),
+        ({"latents_mean": MEAN, "latents_std": broken(STD, -1)}, "finite values >= 0 in latents_std, got -1.0 in number 7 "),
+        (
+            {"latents_mean": MEAN, "latents_std": STD[:5]},
+            r"latents_std like latents_mean, \[12, 4, 8, 8\] of float16, got \[5, 4, 8, 8\] of float16",
+        ),
+        ({"latents_mean": MEAN, "latents_std": STD.astype(np.float32)}, "like latents_mean, .* of float16, got .* of float32"),
+        ({"latents": MEAN, "labels": LABELS[:5]}, r"expected labels \[12\] of integers, got \[5\]"),
+        ({"latents": MEAN, "labels": LABELS - 1}, "expected labels from 0 to 999999, got -1"),
     ],
 )
 def test_bad_files_are_refused(arrays, text, tmp_path) -> None:
     with pytest.raises(ValueError, match=text):
         data.load(str(written(tmp_path / "a.npz", **arrays)), latents=True)
+
+
+def test_damaged_files_are_refused(tmp_path) -> None:
+    path = written(tmp_path / "a.npz", latents=MEAN)
+    whole = path.read_bytes()
+    for content in (b"", b"latents", whole[: len(whole) // 2], whole[:3000] + b"?" + whole[3001:]):
+        path.write_bytes(content)
+        with pytest.raises(ValueError, match=r"expected a whole .npz file"):
+            data.load(str(path), latents=True)
+    path.write_bytes(whole)
+    with zipfile.ZipFile(path, "a") as archive, pytest.warns(UserWarning, match="Duplicate name"):
+        archive.writestr("latents.npy", b"")
+    with pytest.raises(ValueError, match=r"expected every name once in .*, got 'latents' twice"):
+        data.load(str(path), latents=True)
+    with zipfile.ZipFile(path, "w") as archive:  # no array for numpy, which would give its bytes
+        archive.writestr("latents", b"anything")
+        archive.writestr("latents.npy", b"nothing that numpy wrote")
+    with pytest.raises(ValueError, match=r"expected a whole .npz file of numbers"):
+        data.load(str(path), latents=True)
 
 
 def test_they_are_not_images(tmp_path) -> None:

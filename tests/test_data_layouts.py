@@ -119,12 +119,13 @@ def test_class_folders(kind, pictures, tmp_path) -> None:
         (b'{"labels": [["a.png", 0]]}', "each of the 2 images in .*, got 1 labels; one of the two lacks b.png"),
         (b'{"labels": [["a.png", 0], ["b.png", 1], ["c.png", 1]]}', "got 3 labels; one of the two lacks c.png"),
         (b'{"labels": [["a.png", 0], ["a.png", 1]]}', "got two for a.png"),
-        (b'{"labels": [["a.png", -1], ["b.png", 1]]}', "classes >= 0"),
-        (b'{"labels": [["a.png", 1.5], ["b.png", 1]]}', "classes >= 0"),
-        (b'{"labels": [["a.png", true], ["b.png", 1]]}', "classes >= 0"),
-        (b'{"labels": [["a.png", [0, 1]], ["b.png", 1]]}', "classes >= 0"),
-        (b'{"labels": [["a.png"]]}', "classes >= 0"),
-        (b'{"labels": [3]}', "classes >= 0"),
+        (b'{"labels": [["a.png", -1], ["b.png", 1]]}', "classes from 0 to 999999"),
+        (b'{"labels": [["a.png", 1.5], ["b.png", 1]]}', "classes from 0 to 999999"),
+        (b'{"labels": [["a.png", true], ["b.png", 1]]}', "classes from 0 to 999999"),
+        (b'{"labels": [["a.png", [0, 1]], ["b.png", 1]]}', "classes from 0 to 999999"),
+        (b'{"labels": [["a.png"]]}', "classes from 0 to 999999"),
+        (b'{"labels": [3]}', "classes from 0 to 999999"),
+        (b'{"labels": [["a.png", 1000000], ["b.png", 1]]}', "classes from 0 to 999999"),
     ],
 )
 def test_bad_dataset_json(table, text, pictures, tmp_path) -> None:
@@ -481,7 +482,9 @@ def test_an_npz_header_cannot_ask_for_memory(pictures, tmp_path) -> None:
     path = write_zip(tmp_path / "a.npz", [("images.npy", header.getvalue() + bytes(100))])
     refused(path, "images has 100 bytes for ")
     write_zip(path, [("images.npy", bytes(100))])
-    refused(path, "expected an .npz file")
+    refused(path, "expected a whole .npz file of numbers")
+    write_zip(path, [("images.npy", header.getvalue().replace(b"3), }", b"3 , }"))])  # Python source that has no end
+    refused(path, "expected a whole .npz file of numbers")
     with zipfile.ZipFile(path, "w") as archive:
         archive.writestr("images.npy", b"")
         archive.infolist()[0].file_size = MAX_ARRAY + 1

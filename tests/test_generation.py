@@ -32,9 +32,10 @@ def files(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
 
 
-def run(command: list[str], *arguments: Any) -> None:
+def run(command: list[str], *arguments: Any) -> str:
     done = subprocess.run([*command, *map(str, arguments)], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
 
 
 @pytest.fixture
@@ -50,7 +51,8 @@ def test_two_processes_and_a_killed_run_write_the_same_files(count, net, tmp_pat
     one, two, killed = (tmp_path / name for name in ("one", "two", "killed"))
     extra = ("--grid", "4x2", "--npz")
     call("sample", *options, "--outdir", one, *extra, tmp_path / "one.npz")
-    run(TORCHRUN, *options, "--outdir", two, *extra, tmp_path / "two.npz")
+    output = run(TORCHRUN, *options, "--outdir", two, *extra, tmp_path / "two.npz")
+    assert f"wrote {count} images to {two}, and grid.png and {tmp_path / 'two.npz'}\n" in output
     assert files(two) == files(one)
     assert (tmp_path / "two.npz").read_bytes() == (tmp_path / "one.npz").read_bytes()
 
@@ -79,12 +81,15 @@ def test_batches_do_not_depend_on_the_number_of_processes() -> None:
 
 def test_an_image_that_was_lost_is_made_again_and_nothing_else(net, tmp_path) -> None:
     options = ("sample", "--net", net, "--seeds", "0-9", "--batch", "4", "--outdir", tmp_path / "out")
-    call(*options)
+    assert f"wrote 10 images to {tmp_path / 'out'}\n" in call(*options).output
     before = files(tmp_path / "out")
     times = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").glob("*.png")}
     lost = tmp_path / "out" / "000006.png"
     lost.unlink()
-    call(*options)
+    assert f"wrote 1 images to {tmp_path / 'out'} (9 were there already)\n" in call(*options).output
+    again = call(*options, "--grid", "2x2").output
+    assert f"wrote 0 images to {tmp_path / 'out'} (10 were there already), and grid.png\n" in again
+    (tmp_path / "out" / "grid.png").unlink()
     assert files(tmp_path / "out") == before
     assert {path for path, time_ns in times.items() if path.stat().st_mtime_ns != time_ns} == {lost}
 
@@ -179,8 +184,9 @@ def test_the_manifest_lists_what_took_part(net, tmp_path, monkeypatch) -> None:
         assert made_with() == [*first, {**first[0], "device": "other"}]
 
 
-def test_the_array_is_in_the_evaluators_layout(net, tmp_path) -> None:
-    path = tmp_path / "all.npz"
+@pytest.mark.parametrize("folder", ["", "out"])
+def test_the_array_is_in_the_evaluators_layout(folder, net, tmp_path) -> None:
+    path = tmp_path / folder / "all.npz"
     call("sample", "--net", net, "--seeds", "5,2", "--labels", "2,0", "--outdir", tmp_path / "out", "--npz", path)
     with np.load(path, allow_pickle=False) as archive:
         assert sorted(archive.files) == ["arr_0", "arr_1"]
@@ -189,7 +195,8 @@ def test_the_array_is_in_the_evaluators_layout(net, tmp_path) -> None:
         assert archive["arr_1"].tolist() == [2, 0]
         for image, seed in zip(archive["arr_0"], (5, 2), strict=True):
             assert np.array_equal(image[:, :, 0], np.asarray(Image.open(tmp_path / "out" / f"{seed:06d}.png")))
-    assert [p.name for p in tmp_path.glob(".*")] == []
+    assert [p.name for p in tmp_path.rglob(".*")] == []
+    assert len(load_set(str(tmp_path / "out"))) == 2
 
 
 def test_one_class_is_the_label_of_every_image(net, tmp_path) -> None:

@@ -41,6 +41,7 @@ def state(folder) -> tuple[dict, dict]:
 
 def assert_same_state(one, other) -> None:
     (a, settings), (b, other_settings) = state(one), state(other)
+    settings["replaced_step"] = other_settings["replaced_step"] = None  # where a run was stopped
     assert settings == other_settings
     assert a.keys() == b.keys()
     assert all(torch.equal(a[name], b[name]) for name in a)
@@ -248,6 +249,31 @@ def test_snapshots_are_replaced_but_those_to_keep(tmp_path) -> None:
     assert names() == expected(10, 15, 20, 23)
 
 
+@pytest.mark.parametrize(("config", "left"), [(CONFIG, [8]), (dataclasses.replace(CONFIG, keep_every=4), [4, 8])])
+@pytest.mark.parametrize("at", ["imm.training.trainer.checkpoints.save", "pathlib.Path.unlink"])
+def test_killed_within_a_save_its_snapshots_are_as_if_it_had_not_been(at, config, left, tmp_path, monkeypatch) -> None:
+    class Killed(BaseException):
+        pass
+
+    def kill(*args, **options) -> None:
+        raise Killed
+
+    def snapshots(folder) -> dict[str, bytes]:
+        return {path.name: path.read_bytes() for path in folder.iterdir() if path.name.lstrip(".").startswith("snapshot-")}
+
+    trainer(tmp_path / "whole", config).run(8)
+    assert sorted(snapshots(tmp_path / "whole")) == [f"snapshot-{step:07d}.safetensors" for step in left]
+    run = trainer(tmp_path / "killed", config)
+    run.run(7)
+    monkeypatch.setattr(at, kill)
+    with pytest.raises(Killed):
+        run.run(8)
+    monkeypatch.undo()
+    assert snapshots(tmp_path / "killed") != snapshots(tmp_path / "whole")
+    assert trainer(tmp_path / "killed", config).resumed_from == 8
+    assert snapshots(tmp_path / "killed") == snapshots(tmp_path / "whole")
+
+
 def test_fp16_has_a_loss_scale_that_is_kept(tmp_path) -> None:
     config = dataclasses.replace(CONFIG, precision="fp16")
     trainer(tmp_path, config).run(2)
@@ -309,10 +335,10 @@ def test_the_same_data_under_another_name_resumes(tmp_path) -> None:
     trainer(tmp_path, data=dataclasses.replace(images(), source="moved")).run(3)
 
 
-def test_a_state_from_before_xflip_resumes(tmp_path) -> None:
+def test_a_state_of_an_earlier_version_resumes(tmp_path) -> None:
     trainer(tmp_path).run(2)
     tensors, settings = state(tmp_path)
-    del settings["settings"]["config"]["xflip"], settings["format_version"]
+    del settings["settings"]["config"]["xflip"], settings["format_version"], settings["replaced_step"]
     checkpoints.write_file(tmp_path / STATE_FILE, tensors, settings)
     assert trainer(tmp_path).resumed_from == 2
 
@@ -365,6 +391,7 @@ def test_a_broken_state_is_refused(tmp_path) -> None:
         ({"batch_gpu": 0}, "batch_gpu: expected at least 1, got 0"),
         ({"keep_every": 0}, "keep_every: expected at least 1, got 0"),
         ({"lr": 0.0}, "lr: expected a positive rate"),
+        ({"lr": float("inf")}, "lr: expected a positive rate, got inf"),
         ({"optimizer": "sgd"}, r"unknown optimizer 'sgd'; expected one of \['adamw', 'radam'\]"),
         ({"precision": "int8"}, "unknown precision"),
         ({"ema": 1.0}, r"ema: expected beta in \[0, 1\)"),

@@ -30,6 +30,13 @@ class Processes:
         if self.world > 1:
             distributed.barrier()
 
+    def total(self, number: int) -> int:
+        """The sum of the processes' numbers, when every process is here."""
+        count = torch.tensor(number)
+        if self.world > 1:
+            distributed.all_reduce(count)
+        return int(count)
+
 
 @contextmanager
 def processes() -> Iterator[Processes]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -27,7 +27,7 @@ from imm.evaluation.evaluate import (
     parse_metrics,
     reference_protocol,
 )
-from imm.evaluation.networks import EFFICIENTNET, NAMES
+from imm.evaluation.networks import EFFICIENTNET, INCEPTION, NAMES
 from imm.evaluation.sets import load_set
 from imm.evaluation.statistics import is_statistics, save_statistics
 
@@ -79,7 +79,7 @@ def _of_features(command: Callable[..., Any]) -> Callable[..., Any]:
             click.option(
                 "--weights", metavar="FILE", help='Published weights of Inception (fid, kid, prdc, is); or "download".'
             ),
-            click.option("--resolution", type=click.IntRange(min=1), help="Resize the reference. [default: as stored]"),
+            click.option("--resolution", type=click.IntRange(min=1), help="Resize a source of --data. [default: as stored]"),
             click.option(
                 "--split", metavar="NAME", help="Split of the reference, such as train; if it has none, for the record."
             ),
@@ -127,6 +127,7 @@ def command(
     assert ref is not None
     assert out is not None
     names = parse_metrics(metrics)
+    _check_weights(weights, [METRICS[name].features for name in names])
     target = _writable_file(out)
     with processes() as where:
         own = process_device(device, where)
@@ -150,6 +151,12 @@ def command(
 
 
 _COMMAND_LINE = click.core.ParameterSource.COMMANDLINE
+
+
+def _check_weights(weights: str | None, features: Sequence[str | None]) -> None:
+    """Refuse weights that nothing asked for would use."""
+    if weights is not None and INCEPTION not in features:
+        raise ValueError(f"weights: expected none, nothing asked for is of {INCEPTION} features, got {weights}")
 
 
 def _words(reference: Any) -> str:
@@ -190,6 +197,7 @@ def stats(
 ) -> None:
     """Mean and covariance of a reference's features, for --ref of Frechet distances."""
     names = list(dict.fromkeys(features.split(",")))
+    _check_weights(weights, names)
     target = _writable_file(out)
     if target.suffix != ".npz":
         raise ValueError(f"out: expected a file ending in .npz, got {out}")

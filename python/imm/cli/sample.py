@@ -33,7 +33,7 @@ PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 @click.option("--seeds", default="0-63", show_default=True, metavar="LIST", help="Image seeds, such as 0-49999 or 0-63,70.")
 @click.option("--steps", default=2, show_default=True, type=click.IntRange(min=1), help="Sampling steps.")
 @click.option("--labels", metavar="LIST", help="Classes, repeated over the seeds. [default: all classes in turn]")
-@click.option("--class", "one_class", type=int, metavar="N", help="One class for all images.")
+@click.option("--class", "one_class", type=click.IntRange(min=0), metavar="N", help="One class for all images.")
 @click.option("--cfg", type=float, metavar="W", help="Guidance scale. [default: no guidance]")
 @click.option("--kind", default="uniform", show_default=True, type=click.Choice(KINDS), help="Time grid.")
 @click.option("--mid-eta", default="", metavar="LIST", help="Noise levels in between, for --kind=eta, such as 1.4.")
@@ -96,7 +96,7 @@ def _run(
         raise ValueError("cfg: expected a class-conditional checkpoint, got one without classes")
     if cfg is not None and not math.isfinite(cfg):
         raise ValueError(f"cfg: expected a finite number, got {cfg}")
-    npz_path = None if npz is None else _new_file(npz)
+    npz_path = None if npz is None else _new_file(npz, Path(outdir))
     shape = flow_map.image_shape
     decode, autoencoder = (None, None) if vae is None else _decoder(vae, shape, device)
     pictures = shape[0] in (1, 3) or decode is not None
@@ -135,15 +135,15 @@ def _run(
         generation.generate(
             sampler, seed_list, all_labels, folder, where, decode=decode, origin=f"{net} in {precision}", on_images=made.update
         )
-    where.wait()
+    made_by_all = where.total(missing)
     if where.first:
-        _finish(folder, seed_list, all_labels, layout, npz_path)
+        _finish(folder, seed_list, all_labels, layout, npz_path, made_by_all)
 
 
 def _finish(
-    folder: ImageFolder, seeds: list[int], labels: Tensor | None, layout: tuple[int, int] | None, npz: Path | None
+    folder: ImageFolder, seeds: list[int], labels: Tensor | None, layout: tuple[int, int] | None, npz: Path | None, made: int
 ) -> None:
-    """The grid and the array, from the files, and the last line."""
+    """The grid and the array, from the files, and the last line; ``made``: how many of the images this run made."""
     if npz is not None:
         folder.write_npz(npz, seeds, labels)
     if layout is not None:
@@ -153,17 +153,18 @@ def _finish(
         save_picture(grid([("", part) for part in exact.split(columns)]), folder.root / "grid.png")
     what = "images" if folder.pictures else "latents"
     also = [*(["grid.png"] if layout else []), *([str(npz)] if npz is not None else [])]
-    click.echo(f"wrote {len(seeds)} {what} to {folder.root}{', and ' if also else ''}{' and '.join(also)}")
+    there = f" ({len(seeds) - made} were there already)" if made < len(seeds) else ""
+    click.echo(f"wrote {made} {what} to {folder.root}{there}{', and ' if also else ''}{' and '.join(also)}")
     if not folder.pictures:
         click.echo(
             f"the same command with --vae=PATH makes pictures of them; it needs the diffusers library: {latents.INSTALL}"
         )
 
 
-def _new_file(path: str) -> Path:
-    """A file that can be written: its folder exists."""
+def _new_file(path: str, outdir: Path) -> Path:
+    """A file that can be written: its folder exists, or is the one that will be made."""
     target = Path(path)
-    if target.suffix != ".npz" or not target.parent.is_dir():
+    if target.suffix != ".npz" or not (target.parent.is_dir() or target.parent.resolve() == outdir.resolve()):
         raise ValueError(f"npz: expected a file name that ends in .npz, in a folder that exists, got {path}")
     return target
 

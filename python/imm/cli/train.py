@@ -16,7 +16,7 @@ from click.core import ParameterSource
 from imm import checkpoints
 from imm.checkpoints.format import describe
 from imm.cli import progress
-from imm.cli.options import device_line, pick_device, writable_folder
+from imm.cli.options import device_line, pick_device
 from imm.data import ImageData, load, to_float
 from imm.flow_map import FlowMap
 from imm.networks import NETWORKS
@@ -132,6 +132,11 @@ def command(
         chosen = _of_file(init, loaded, chosen, preset)
     if init is not None or preset is not None:
         _check_fit(f"the preset {preset}" if init is None else init, chosen, images)
+    if "label_dropout" in of_model and not chosen.arguments["num_classes"]:
+        raise ValueError(
+            f"label_dropout: expected no such option for a network without classes, got {of_model['label_dropout']} "
+            f"({images.source})"
+        )
     if preset is not None:
         training |= {name: value for name, value in chosen.training.items() if name not in given}
         if chosen.steps is not None and "steps" not in given:
@@ -139,7 +144,6 @@ def command(
     config = TrainConfig(**training, log_every=tick, snapshot_every=snap, keep_every=keep)
     if checkpointing and "checkpointing" not in inspect.signature(NETWORKS[chosen.network]).parameters:
         raise ValueError(f"checkpointing: expected a network that has it, got {chosen.network}")
-    folder = writable_folder(outdir)
     torch.manual_seed(config.seed)
     flow_map = chosen.build() if loaded is None else loaded.float()
     net = flow_map.network
@@ -147,7 +151,7 @@ def command(
         net.checkpointing = True  # type: ignore[assignment]
     objective = IMMObjective(flow_map.to(target), **chosen.objective)
     digest = None if init is None else _sha256(init)
-    trainer = Trainer(objective, images, folder, config, init=digest)
+    trainer = Trainer(objective, images, outdir, config, init=digest)
     count = sum(p.numel() for p in net.parameters())
     data_line = f"data: {images.source}, {images.shape}, {images.num_classes} classes"
     if images.pixels.is_floating_point():  # in another scale they would train, badly
@@ -165,6 +169,8 @@ def command(
     if signal_number is not None:
         click.echo(f"stopped by signal {signal_number} at step {trainer.step}; the same command goes on from there")
         raise SystemExit(128 + signal_number)
+    if minutes is not None and trainer.step < steps:
+        click.echo(f"stopped after {minutes:g} minutes at step {trainer.step} of {steps}; the same command goes on from there")
     click.echo(f"wrote {trainer.snapshot_path}")
 
 

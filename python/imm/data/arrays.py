@@ -5,8 +5,10 @@ from __future__ import annotations
 import math
 import re
 import struct
+import tokenize
 import zipfile
 import zlib
+from collections import Counter
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -14,14 +16,18 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from imm.data.files import MAX_ARRAY, MAX_FILE, Files, gunzip
+from imm.data.files import MAX_ARRAY, MAX_CLASSES, MAX_FILE, Files, gunzip
 
 _IDX = re.compile(r"(?P<folder>.*/)?(?P<split>train|t10k|test)-images[.-]idx3-ubyte(\.gz)?")
 #: The arrays of images and labels: this library's names, and those of the ADM reference batches.
 _NPZ_NAMES = (("images", "labels"), ("arr_0", "arr_1"))
 #: The arrays of latents: values, or the mean and the standard deviation of each.
 _LATENTS, _MEAN, _STD = "latents", "latents_mean", "latents_std"
-_BROKEN = (KeyError, OSError, ValueError, EOFError, RuntimeError, zlib.error, zipfile.BadZipFile)
+#: What zipfile and numpy raise for a broken file; numpy reads an array's header as Python source.
+_BROKEN = (
+    *(KeyError, OSError, ValueError, TypeError, EOFError, RuntimeError, zlib.error, zipfile.BadZipFile),
+    *(SyntaxError, tokenize.TokenError),
+)
 _PART = 1000  # images at a time
 
 
@@ -29,32 +35,31 @@ def read_npz(path: Path) -> tuple[NDArray[np.uint8], NDArray[np.int64] | None]:
     """Images ``[N, H, W, 1 or 3]`` uint8 and labels ``[N]``, if there are any, of an npz file.
 
     Raises:
-        ValueError: a broken file, other arrays, or one that would unpack to more than ``MAX_ARRAY`` bytes.
+        ValueError: a broken file, other arrays, labels that are no classes, or an array that would unpack to more than
+            ``MAX_ARRAY`` bytes.
     """
-    try:
-        known = _names(path)
-        names = next((pair for pair in _NPZ_NAMES if pair[0] in known), None)
-        if names is None:
-            raise KeyError(f"it has {sorted(known)[:4]}")
-        found = _read(path, names)
-        images, labels = found[names[0]], found.get(names[1])
-    except _BROKEN as error:
-        raise ValueError(f"data: expected an .npz file with an array called images or arr_0, got {path}: {error}") from error
+    known = _names(path)
+    names = next((pair for pair in _NPZ_NAMES if pair[0] in known), None)
+    if names is None:
+        raise ValueError(
+            f"data: expected an .npz file with an array called images or arr_0 (for training: or {_LATENTS}, or {_MEAN} and "
+            f"{_STD}), got {sorted(known)[:4]} in {path}"
+        )
+    found = _read(path, names)
+    images = found[names[0]]
     if images.ndim == 3:
         images = images[..., None]
     if images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] not in (1, 3) or not images.size:
         raise ValueError(
-            f"data: expected images [N, H, W] or [N, H, W, 1 or 3] of uint8, got {list(images.shape)} of {images.dtype}"
+            f"data: expected images [N, H, W] or [N, H, W, 1 or 3] of uint8, "
+            f"got {list(images.shape)} of {images.dtype} ({path})"
         )
-    return images, _checked_labels(labels, len(images))
+    return images, _checked_labels(found.get(names[1]), len(images), path)
 
 
 def has_latents(path: Path) -> bool:
-    """Whether the file is an npz with an array of latents."""
-    try:
-        return bool(_names(path) & {_LATENTS, _MEAN, _STD})
-    except _BROKEN:
-        return False
+    """Whether the npz file has an array of latents. Raises ValueError for a broken file."""
+    return bool(_names(path) & {_LATENTS, _MEAN, _STD})
 
 
 def read_latents(path: Path) -> tuple[NDArray[np.floating], NDArray[np.floating] | None, NDArray[np.int64] | None]:
@@ -63,16 +68,15 @@ def read_latents(path: Path) -> tuple[NDArray[np.floating], NDArray[np.floating]
     The file holds ``latents``, or ``latents_mean`` and ``latents_std`` of one shape and dtype; and perhaps ``labels``.
 
     Raises:
-        ValueError: a broken file, other arrays, values that are not finite, negative deviations, or an array that would unpack
-            to more than ``MAX_ARRAY`` bytes.
+        ValueError: a broken file, other arrays, images beside the latents, values that are not finite, negative deviations,
+            labels that are no classes, or an array that would unpack to more than ``MAX_ARRAY`` bytes.
     """
-    try:
-        arrays = sorted(_names(path) & {_LATENTS, _MEAN, _STD})
-        if arrays not in ([_LATENTS], [_MEAN, _STD]):
-            raise KeyError(f"it has {' and '.join(arrays)}")
-        found = _read(path, (*arrays, "labels"))
-    except _BROKEN as error:
-        raise ValueError(f"data: expected an .npz file with {_LATENTS}, or {_MEAN} and {_STD}, got {path}: {error}") from error
+    arrays = sorted(_names(path) & {_LATENTS, _MEAN, _STD, *(images for images, _ in _NPZ_NAMES)})
+    if arrays not in ([_LATENTS], [_MEAN, _STD]):
+        raise ValueError(
+            f"data: expected an .npz file with {_LATENTS}, or {_MEAN} and {_STD}, got {' and '.join(arrays)} in {path}"
+        )
+    found = _read(path, (*arrays, "labels"))
     latents, deviations = found[arrays[0]], found.get(_STD)
     for name in arrays:
         array = found[name]
@@ -81,37 +85,61 @@ def read_latents(path: Path) -> tuple[NDArray[np.floating], NDArray[np.floating]
                 f"data: expected {name} [N, C, h, h] of float16 or float32, got {list(array.shape)} of {array.dtype} ({path})"
             )
         if (array.shape, array.dtype) != (latents.shape, latents.dtype):
-            raise ValueError(f"data: expected {_MEAN} and {_STD} of one shape and dtype in {path}")
+            raise ValueError(
+                f"data: expected {name} like {arrays[0]}, {list(latents.shape)} of {latents.dtype}, "
+                f"got {list(array.shape)} of {array.dtype} ({path})"
+            )
         for start in range(0, len(array), _PART):
             part = array[start : start + _PART]
-            if not np.isfinite(part).all() or (name == _STD and (part < 0).any()):
-                raise ValueError(f"data: expected finite values{' >= 0' if name == _STD else ''} in {name} of {path}")
-    return latents, deviations, _checked_labels(found.get("labels"), len(latents))
+            wrong = ~np.isfinite(part)
+            if name == _STD:
+                wrong |= part < 0
+            if wrong.any():
+                index = tuple(np.argwhere(wrong)[0])
+                raise ValueError(
+                    f"data: expected finite values{' >= 0' if name == _STD else ''} in {name}, "
+                    f"got {part[index]} in number {start + index[0]} ({path})"
+                )
+    return latents, deviations, _checked_labels(found.get("labels"), len(latents), path)
 
 
 def _names(path: Path) -> set[str]:
-    with zipfile.ZipFile(path) as archive:
-        return {name.removesuffix(".npy") for name in archive.namelist()}
+    """The names of an npz file's arrays. Raises ValueError for another file, and for a name twice."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            names = [name.removesuffix(".npy") for name in archive.namelist() if name.endswith(".npy")]
+    except _BROKEN as error:
+        raise ValueError(f"data: expected a whole .npz file, got {path}: {error}") from error
+    twice = [name for name, count in Counter(names).items() if count > 1]
+    if twice:
+        raise ValueError(f"data: expected every name once in {path}, got {twice[0]!r} twice")
+    return set(names)
 
 
 def _read(path: Path, names: tuple[str, ...]) -> dict[str, np.ndarray]:
-    """Those of the arrays that are there. What numpy and zipfile raise for a broken file, or a ValueError for a large one."""
-    with zipfile.ZipFile(path) as archive:
-        large = [info.filename for info in archive.infolist() if info.file_size > MAX_ARRAY]
-    if large:
-        raise ValueError(f"{large[0]} is larger than {MAX_ARRAY} bytes")
-    with np.load(path, allow_pickle=False) as file:
-        there = [name for name in names if name in file.files]
-        for name in there:
-            _check_header(path, name)
-        return {name: file[name] for name in there}
+    """Those of the arrays that are there. Raises ValueError for a broken file or a large one; no pickle is run."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            large = [info.filename for info in archive.infolist() if info.file_size > MAX_ARRAY]
+        if large:
+            raise ValueError(f"{large[0]} is larger than {MAX_ARRAY} bytes")
+        with np.load(path, allow_pickle=False) as file:
+            there = [name for name in names if name in file.files]
+            for name in there:
+                _check_header(path, name)
+            return {name: file[f"{name}.npy"] for name in there}
+    except _BROKEN as error:
+        raise ValueError(f"data: expected a whole .npz file of numbers, got {path}: {error}") from error
 
 
-def _checked_labels(labels: np.ndarray | None, count: int) -> NDArray[np.int64] | None:
+def _checked_labels(labels: np.ndarray | None, count: int, path: Path) -> NDArray[np.int64] | None:
     if labels is None:
         return None
-    if labels.shape != (count,) or labels.dtype.kind not in "iu" or labels.min() < 0 or labels.max() >= 2**31:
-        raise ValueError(f"data: expected labels [{count}] of integers >= 0, got {list(labels.shape)} of {labels.dtype}")
+    if labels.shape != (count,) or labels.dtype.kind not in "iu":
+        raise ValueError(f"data: expected labels [{count}] of integers, got {list(labels.shape)} of {labels.dtype} ({path})")
+    wrong = (labels < 0) | (labels >= MAX_CLASSES)
+    if wrong.any():
+        raise ValueError(f"data: expected labels from 0 to {MAX_CLASSES - 1}, got {labels[wrong][0]} ({path})")
     return labels.astype(np.int64)
 
 

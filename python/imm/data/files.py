@@ -16,6 +16,8 @@ from typing import TypeVar
 #: Bytes of one file inside, unpacked, and of a whole array or archive: far above any real one, far below a machine's memory.
 MAX_FILE = 2**30
 MAX_ARRAY = 2**34
+#: Classes of a set: far above any real one; a network has a vector for each.
+MAX_CLASSES = 1_000_000
 _MAX_TAR_MEMBERS = 10_000
 TAR_SUFFIXES = (".tar", ".tar.gz", ".tgz")
 _Member = TypeVar("_Member", zipfile.ZipInfo, tarfile.TarInfo)

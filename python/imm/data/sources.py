@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from imm.data import arrays, cifar
-from imm.data.files import TAR_SUFFIXES, Files, open_files
+from imm.data.files import MAX_CLASSES, TAR_SUFFIXES, Files, open_files
 from imm.data.pictures import SUFFIXES, Picture, decode, fit
 
 MNIST_5K = "mnist5k"
@@ -193,8 +193,10 @@ def _listed(files: Files) -> Source:
     found: dict[str, int] = {}
     for row in table["labels"]:
         whole = isinstance(row, list) and len(row) == 2 and type(row[0]) is str and type(row[1]) is int
-        if not whole or not 0 <= row[1] < 2**31:
-            raise ValueError(f"data: expected rows [name, class] with classes >= 0 in {place}, got {str(row)[:80]}")
+        if not whole or not 0 <= row[1] < MAX_CLASSES:
+            raise ValueError(
+                f"data: expected rows [name, class] with classes from 0 to {MAX_CLASSES - 1} in {place}, got {str(row)[:80]}"
+            )
         if row[0] in found:
             raise ValueError(f"data: expected one label for each image in {place}, got two for {row[0]}")
         found[row[0]] = row[1]

@@ -37,7 +37,7 @@ def read_result(path: str | os.PathLike[str]) -> dict[str, Any]:
         for part in ("images", "reference", "features", "settings", "versions"):
             result["protocol"][part].items()
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
-        raise ValueError(f"{path}: expected what imm eval --out wrote, got: {error!r}") from error
+        raise ValueError(f"{path}: expected what imm eval --out wrote, got {type(error).__name__}: {error}") from error
     return result
 
 

@@ -154,7 +154,7 @@ def _read_generation(folder: Path, seeds: tuple[int, ...]) -> tuple[dict[str, An
         else:
             labels = parse_integers(text, "labels") if text is not None else []
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
-        raise ValueError(f"{path}: expected what imm sample writes, got: {error!r}") from error
+        raise ValueError(f"{path}: expected what imm sample writes, got {type(error).__name__}: {error}") from error
     if sorted(own) != list(seeds):
         odd = sorted(set(own) ^ set(seeds)) or sorted(own)
         raise ValueError(

@@ -7,6 +7,7 @@ import dataclasses
 import functools
 import hashlib
 import json
+import math
 import os
 import time
 from collections.abc import Callable, Iterator
@@ -85,7 +86,7 @@ class TrainConfig:
         for name, number in (("batch_gpu", self.batch_gpu), ("keep_every", self.keep_every)):
             if number is not None and number < 1:
                 raise ValueError(f"{name}: expected at least 1, got {number}")
-        if not self.lr > 0:
+        if not 0 < self.lr < math.inf:
             raise ValueError(f"lr: expected a positive rate, got {self.lr}")
 
 
@@ -143,13 +144,6 @@ class Trainer:
             raise ValueError(f"xflip: expected images, a mirrored latent is no mirrored image's, got {data.source}")
         self.objective, self.config, self.outdir = objective, config, Path(outdir)
         self.device = parameter.device
-        self._pixels = data.pixels.to(self.device)
-        self._deviations = None if data.deviations is None else data.deviations.to(self.device)
-        labels = data.labels if flow_map.num_classes else None
-        self._labels = None if labels is None else labels.to(self.device)
-        self._settings = self._describe(data)
-        if init is not None:
-            self._settings["init"] = {"sha256": init}
         self.step = 0
         self.resumed_from: int | None = None
         self._saved_step: int | None = None
@@ -161,11 +155,18 @@ class Trainer:
         )
         self._scaler = torch.amp.GradScaler(self.device.type, enabled=config.precision == "fp16")
         self._permutation: tuple[int, Tensor] | None = None
-        try:
+        try:  # not before: what is refused above leaves no folder behind
             self.outdir.mkdir(parents=True, exist_ok=True)
             self._lock = lock_folder(self.outdir)
         except OSError as error:
             raise ValueError(f"outdir: expected a folder that can be written to, got {outdir}: {error}") from error
+        self._pixels = data.pixels.to(self.device)
+        self._deviations = None if data.deviations is None else data.deviations.to(self.device)
+        labels = data.labels if flow_map.num_classes else None
+        self._labels = None if labels is None else labels.to(self.device)
+        self._settings = self._describe(data)
+        if init is not None:
+            self._settings["init"] = {"sha256": init}
         if (self.outdir / STATE_FILE).exists():
             self._load()
         self._trim_stats()
@@ -238,10 +239,10 @@ class Trainer:
         return self.config.keep_every is not None and step % self.config.keep_every == 0
 
     def save(self) -> None:
-        """Write the averaged flow map as a snapshot and the state to resume from, each atomically; those before go."""
+        """Write the state to resume from and the averaged flow map as a snapshot, each atomically; those before go."""
         if self.step == self._saved_step:
             return
-        checkpoints.save(self.snapshot_path, self.ema_flow_map, extra={"step": self.step, **self._settings})
+        replaced = None if self._saved_step is None or self._stays(self._saved_step) else self._saved_step
         tensors: dict[str, Tensor] = {}
         for prefix, module in (("network", self.objective.flow_map.network), ("ema", self.ema.network)):
             tensors |= {f"{prefix}.{name}": value for name, value in module.state_dict().items()}
@@ -251,13 +252,22 @@ class Trainer:
         settings = {
             "kind": "training",
             "step": self.step,
+            "replaced_step": replaced,
             "scaler": self._scaler.state_dict(),
             "settings": self._settings,
         }
         checkpoints.write_file(self.outdir / STATE_FILE, tensors, settings)
-        if self._saved_step is not None and not self._stays(self._saved_step):
-            self._snapshot_path(self._saved_step).unlink(missing_ok=True)
+        # A run that is killed from here on does the rest when it is resumed: the state says which snapshots are whose.
+        self._write_snapshot()
         self._saved_step = self.step
+        self._drop_snapshot(replaced)
+
+    def _write_snapshot(self) -> None:
+        checkpoints.save(self.snapshot_path, self.ema_flow_map, extra={"step": self.step, **self._settings})
+
+    def _drop_snapshot(self, step: int | None) -> None:
+        if step is not None:
+            self._snapshot_path(step).unlink(missing_ok=True)
 
     def _step(self) -> tuple[dict[str, Tensor], Tensor]:
         config = self.config
@@ -405,6 +415,9 @@ class Trainer:
                     values[key] = torch.empty_like(parameter).copy_(value)
         self._scaler.load_state_dict(settings["scaler"])
         self.step = self.resumed_from = self._saved_step = settings["step"]
+        if not self.snapshot_path.exists():
+            self._write_snapshot()
+        self._drop_snapshot(settings.get("replaced_step"))  # no such entry in states of earlier versions
 
     def _trim_stats(self) -> None:
         """Drop the rows after the state's step: a killed run may have written some, the last one in part."""
