@@ -66,7 +66,7 @@ struct MmdWork {
   double* slopes;              // loss [M, 2 M] and before that M (2 M + 1) in a row, gram [Mx, My]
   void* coefficient;           // of the gradient, arithmetic dtype: as many as slopes and 1 a row, gram twice
   const void** rows;           // to each of z
-  const void** next_rows;      // to each of the next group's
+  const void** next_rows;      // to what is fetched meanwhile
   const void** gathered_rows;  // the same, gathered
   void* partial;               // sums of a pair of blocks and of tiles of matched pairs, a vector each
   void* packed;                // z

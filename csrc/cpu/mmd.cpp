@@ -116,17 +116,30 @@ const T* const* read_rows(const Group& group, int64_t D, const MmdPlan& plan, co
   return rows;
 }
 
-// The rows of the next group, which lie a stride on.
+// Rows that are brought to the second cache while distances are added up. A few lines at a time: a core waits for so
+// many, and drops what is more.
 template <typename T>
-const T* const* following(const T* const* rows, const Group& group, const MmdWork& work) {
+struct Ahead {
+  const T* const* rows;
+  int64_t count;
+};
+
+// What comes next: of the next group the first set, whose second set the gradient fetches, or the next features.
+// Measured at M = 4 and 8: 5 to 20 % of loss and gradient.
+template <typename T>
+Ahead<T> ahead_of(const T* const* rows, const Group& group, bool next_group, const MmdPlan& plan, const MmdWork& work) {
+  if (plan.packed || group.rows() > kMmdBlockRows) return {rows, 0};
   const T** next = reinterpret_cast<const T**>(work.next_rows);
-  for (int64_t i = 0; i < group.rows(); ++i) next[i] = rows[i] + group.set(i).x.group_stride;
-  return next;
+  const int64_t count = next_group ? group.first.M : group.rows();
+  const int64_t step = next_group ? group.first.x.group_stride : plan.features;
+  for (int64_t i = 0; i < count; ++i) next[i] = rows[i] + step;
+  return {next, count};
 }
 
-// How far ahead rows are fetched. The hardware's own prefetching starts anew at every 4 KiB page, which a row of D =
-// 4096 has four of. Measured at M = 4 and 8: worth 8 % of loss and gradient, and 1 KiB up to 8 % more than 512 bytes.
-constexpr int64_t kPrefetchBytes = 1024;
+template <typename T>
+[[gnu::always_inline]] inline void fetch(const T* p) {
+  __builtin_prefetch(p, 0, 2);
+}
 
 enum class Sum { kSquares, kProducts };  // over features, of (x - y)^2 or of x y
 
@@ -138,10 +151,15 @@ struct Block {
 
 enum class Shape { kAll, kUpper, kDiagonal };  // pairs (j, k) of a tile: all, k > j (of products k >= j), k = j
 
+// Rows that a tile of R rows fetches.
+template <int R>
+constexpr int kFetched = std::max(1, R / 2);
+
 // Adds a block of features to the sums of a tile of pairs. The sums are kept in `partial` between blocks and end in
-// `total`.
+// `total`. Meanwhile the same features of the rows `next` are fetched.
 template <Sum kSum, Shape kShape, int R, int C, typename T>
-void pairs_tile(const T* const* x, const T* const* y, const Block& block, T* partial, Matrix<double> total) {
+void pairs_tile(const T* const* x, const T* const* y, const T* const* next, const Block& block, T* partial,
+                Matrix<double> total) {
   using V = Vectorized<T>;
   V acc[R][C];
   const auto for_pairs = [&](const auto& f) __attribute__((always_inline)) {
@@ -152,19 +170,22 @@ void pairs_tile(const T* const* x, const T* const* y, const Block& block, T* par
       });
     });
   };
-  for_pairs([&](int j, int k) { acc[j][k] = block.first ? V(T(0)) : V::loadu(partial + (j * C + k) * V::size()); });
+  for_pairs([&](int j, int k) __attribute__((always_inline)) {
+    acc[j][k] = block.first ? V(T(0)) : V::loadu(partial + (j * C + k) * V::size());
+  });
   const auto step = [&](int64_t d, const auto& load) __attribute__((always_inline)) {
     V x_tile[R], y_tile[C];
-    repeat<R>([&](auto j) { x_tile[j] = load(x[j] + d); });
-    repeat<C>([&](auto k) {
-      __builtin_prefetch(reinterpret_cast<const char*>(y[k] + d) + kPrefetchBytes);
-      y_tile[k] = load(y[k] + d);
-    });
-    for_pairs([&](int j, int k) {
+    repeat<R>([&](auto j) __attribute__((always_inline)) { x_tile[j] = load(x[j] + d); });
+    repeat<kFetched<R>>([&](auto i) __attribute__((always_inline)) { fetch(next[i] + d); });
+    if constexpr (kShape != Shape::kUpper) {
+      repeat<C>([&](auto k) __attribute__((always_inline)) { y_tile[k] = load(y[k] + d); });
+    }
+    for_pairs([&](int j, int k) __attribute__((always_inline)) {
+      const V& y_k = kShape == Shape::kUpper ? x_tile[k] : y_tile[k];
       if constexpr (kSum == Sum::kProducts) {
-        acc[j][k] = at::vec::fmadd(x_tile[j], y_tile[k], acc[j][k]);
+        acc[j][k] = at::vec::fmadd(x_tile[j], y_k, acc[j][k]);
       } else {
-        const V difference = x_tile[j] - y_tile[k];
+        const V difference = x_tile[j] - y_k;
         acc[j][k] = at::vec::fmadd(difference, difference, acc[j][k]);
       }
     });
@@ -173,9 +194,12 @@ void pairs_tile(const T* const* x, const T* const* y, const Block& block, T* par
   for (; d + V::size() <= block.end; d += V::size()) step(d, [](const T* p) { return V::loadu(p); });
   if (d < block.end) step(d, [n = block.end - d](const T* p) { return V::loadu(p, n); });  // fills with zeros
   if (block.last) {
-    for_pairs([&](int j, int k) { total.row(j)[k] = sum_lanes(acc[j][k]); });
+    for_pairs([&](int j, int k) __attribute__((always_inline)) {
+      const V lanes = acc[j][k];  // a reference to it would keep acc out of registers
+      total.row(j)[k] = sum_lanes(lanes);
+    });
   } else {
-    for_pairs([&](int j, int k) { acc[j][k].store(partial + (j * C + k) * V::size()); });
+    for_pairs([&](int j, int k) __attribute__((always_inline)) { acc[j][k].store(partial + (j * C + k) * V::size()); });
   }
 }
 
@@ -187,8 +211,8 @@ constexpr int kTriangle = kSum == Sum::kSquares && sizeof(Vectorized<T>) == 64 ?
 // those of i < k. Of kProducts, those of i = k too, and the matched pairs k = i + M have squares of differences all the
 // same.
 template <Sum kSum, typename T>
-void all_pairs(const T* const* rows, int64_t count, int64_t x_end, int64_t y_begin, int64_t D, const MmdPlan& plan,
-               const MmdWork& work, Matrix<double> total) {
+void all_pairs(const T* const* rows, const Ahead<T>& ahead, int64_t count, int64_t x_end, int64_t y_begin, int64_t D,
+               const MmdPlan& plan, const MmdWork& work, Matrix<double> total) {
   for (int64_t i = 0; i < x_end; i += kMmdBlockRows) {
     const int64_t i_end = std::min(i + kMmdBlockRows, x_end);
     for (int64_t k = std::max(i, y_begin); k < count; k += kMmdBlockRows) {
@@ -196,10 +220,14 @@ void all_pairs(const T* const* rows, int64_t count, int64_t x_end, int64_t y_beg
       for (int64_t begin = 0; begin < D; begin += plan.features) {
         const Block block{begin, std::min(begin + plan.features, D), begin == 0, begin + plan.features >= D};
         T* partial = static_cast<T*>(work.partial);
+        int64_t fetched = 0;
         const auto tile = [&](auto sum, auto shape, auto R, auto C, int64_t x, int64_t y) {
           const Matrix<double> target{total.row(x) + y - y_begin, total.stride};
-          pairs_tile<sum(), shape(), R(), C()>(rows + x, rows + y, block, partial, target);
+          const bool more = fetched + kFetched<R()> <= ahead.count;
+          const T* const* next = more ? ahead.rows + fetched : rows + x;  // else what is read anyway
+          pairs_tile<sum(), shape(), R(), C()>(rows + x, rows + y, next, block, partial, target);
           partial += R() * C() * Vectorized<T>::size();
+          fetched += kFetched<R()>;
         };
         for_tiles<kTriangle<kSum, T>>(i, i_end, [&](auto triangle, int64_t first) {
           const int64_t end = first + triangle();
@@ -238,9 +266,9 @@ constexpr double kClose = 0.05;
 // Squared distances [2 M, 2 M] of the rows i <= k of a group by products, |x|^2 + |y|^2 - 2 x.y, the matched pairs'
 // directly. False where any other pair is close, or a row not finite.
 template <typename T>
-bool separated_distances(const T* const* rows, int64_t M, int64_t D, const MmdPlan& plan, const MmdWork& work,
-                         Matrix<double> dist2) {
-  all_pairs<Sum::kProducts>(rows, 2 * M, 2 * M, 0, D, plan, work, dist2);
+bool separated_distances(const T* const* rows, const Ahead<T>& ahead, int64_t M, int64_t D, const MmdPlan& plan,
+                         const MmdWork& work, Matrix<double> dist2) {
+  all_pairs<Sum::kProducts>(rows, ahead, 2 * M, 2 * M, 0, D, plan, work, dist2);
   double* norms = work.slopes;  // which there are none of yet
   for (int64_t i = 0; i < 2 * M; ++i) norms[i] = dist2.row(i)[i];
   bool separated = std::isfinite(sum({norms, 0}, 1, 2 * M));
@@ -263,9 +291,9 @@ bool separated_distances(const T* const* rows, int64_t M, int64_t D, const MmdPl
 // Squared distances [count, count] of the rows i <= k of a group, directly. A row with a feature that is not finite has
 // no distance from itself either.
 template <typename T>
-void direct_distances(const T* const* rows, int64_t count, int64_t D, const MmdPlan& plan, const MmdWork& work,
-                      Matrix<double> dist2) {
-  all_pairs<Sum::kSquares>(rows, count, count, 0, D, plan, work, dist2);
+void direct_distances(const T* const* rows, const Ahead<T>& ahead, int64_t count, int64_t D, const MmdPlan& plan,
+                      const MmdWork& work, Matrix<double> dist2) {
+  all_pairs<Sum::kSquares>(rows, ahead, count, count, 0, D, plan, work, dist2);
   double all = 0.0;
   for (int64_t i = 0; i < count; ++i) all = std::accumulate(dist2.row(i) + i + 1, dist2.row(i) + count, all);
   const auto finite = [](T x) { return std::isfinite(x); };
@@ -371,10 +399,12 @@ void evaluate(double* values, double* slopes, int64_t n, double kappa, const Mmd
   }
 }
 
-// Rows and vectors of a tile of the gradient: as many as the registers of the instruction set hold.
-constexpr int kGradientRows = 4;
+// Rows of a tile of the gradient at most, and vectors of one with R: as many as the registers of the instruction set
+// hold.
 template <typename T>
-constexpr int kGradientVectors = sizeof(Vectorized<T>) == 64 ? 4 : 2;
+constexpr int kGradientRows = sizeof(Vectorized<T>) == 64 ? 8 : 4;
+template <typename T, int R = 1>
+constexpr int kGradientVectors = sizeof(Vectorized<T>) == 64 ? std::min(4, 16 / R) : 2;
 
 // The coefficients of a gradient, in the order in which tiles of rows read them: for each column those of the tile's
 // rows. By products, a tile begins with those of its matched pairs, and a row's coefficient for itself is their sum.
@@ -389,7 +419,7 @@ struct Coefficients {
 // Writes the coefficients c(j, k) of rows j < M; by products, columns are two sets of M, the first that of the rows.
 template <typename T, typename F>
 void pack_coefficients(int64_t M, const Coefficients<T>& coefficients, const F& c) {
-  for_tiles<kGradientRows>(0, M, [&](auto R, int64_t first) {
+  for_tiles<kGradientRows<T>>(0, M, [&](auto R, int64_t first) {
     T* target = coefficients.tile(first);
     T* column = coefficients.products ? target + R() : target;
     for (int j = 0; j < R(); ++j) {
@@ -412,11 +442,12 @@ void pack_coefficients(int64_t M, const Coefficients<T>& coefficients, const F& 
   });
 }
 
-// grad_j = sum_k c_jk (x_j - y_k) for a tile of rows and n features; by products, matched are the rows whose pairs with
-// x's are taken directly all the same.
+// grad_j = sum_k c_jk (x_j - y_k) for a tile of rows and n features. By products, the rows x are the columns from `own`
+// on, and those M further the rows whose pairs with x's are taken directly all the same. Meanwhile what lies `ahead` of
+// the columns of the second set is fetched.
 template <int R, typename T>
-void gradient_tile(const T* const* x, const T* const* y, const T* const* matched, const Coefficients<T>& coefficients,
-                   const T* c, int64_t from, int64_t n, Matrix<T> grad, bool stream) {
+void gradient_tile(const T* const* x, const T* const* y, int64_t own, const Coefficients<T>& coefficients, const T* c,
+                   int64_t from, int64_t n, int64_t ahead, Matrix<T> grad, bool stream) {
   using V = Vectorized<T>;
   const auto step = [&](auto vectors, int64_t d, const auto& load, const auto& store) __attribute__((always_inline)) {
     constexpr int kVectors = vectors();
@@ -425,32 +456,63 @@ void gradient_tile(const T* const* x, const T* const* y, const T* const* matched
         repeat<kVectors>([&](auto v) __attribute__((always_inline)) { f(j(), v()); });
       });
     };
-    const auto at = [&](const T* row, int v) { return load(row + from + d + v * V::size()); };
-    V sum[R][kVectors], y_row[kVectors];
-    const T* column = c;
-    const auto for_columns = [&](const auto& add) __attribute__((always_inline)) {
-      for (int64_t k = 0; k < coefficients.columns; ++k, column += R) {
-        repeat<kVectors>([&](auto v) { y_row[v] = at(y[k], v); });
-        for_tile(add);
-      }
+    const auto read = [&](const T* row, V* target) __attribute__((always_inline)) {
+      repeat<kVectors>([&](auto v)
+                           __attribute__((always_inline)) { target[v] = load(row + from + d + v * V::size()); });
     };
+    V sum[R][kVectors], y_row[kVectors];
+    for_tile([&](int j, int v) __attribute__((always_inline)) { sum[j][v] = V(T(0)); });
     if (coefficients.products) {
-      for_tile([&](int j, int v) { sum[j][v] = V(c[j]) * (at(x[j], v) - at(matched[j], v)); });
-      column += R;
-      for_columns([&](int j, int v) { sum[j][v] = at::vec::fmadd(V(column[j]), y_row[v], sum[j][v]); });
+      const int64_t M = coefficients.columns / 2;
+      const T* columns = c + R;
+      const auto fetch_row = [&](const T* row) __attribute__((always_inline)) {
+        repeat<kVectors>([&](auto v) __attribute__((always_inline)) { fetch(row + ahead + from + d + v * V::size()); });
+      };
+      // Each row is read once: rows whose stride is a power of two, 16 of them, push each other out of the first cache.
+      repeat<R>([&](auto i) __attribute__((always_inline)) {
+        const int64_t k = own + i;
+        V matched[kVectors];
+        read(y[k], y_row);
+        read(y[k + M], matched);
+        fetch_row(y[k + M]);
+        const T *column = columns + k * R, *matched_column = column + M * R;
+        for_tile([&](int j, int v) __attribute__((always_inline)) {
+          const bool is_own = j == i();
+          sum[j][v] = at::vec::fmadd(V(column[j]), y_row[v], sum[j][v]);
+          sum[j][v] = at::vec::fmadd(V(is_own ? c[j] : matched_column[j]), is_own ? y_row[v] - matched[v] : matched[v],
+                                     sum[j][v]);
+        });
+      });
+      const auto add = [&](int64_t begin, int64_t end) __attribute__((always_inline)) {
+        for (int64_t k = begin; k < end; ++k) {
+          read(y[k], y_row);
+          if (k >= M) fetch_row(y[k]);
+          const T* column = columns + k * R;
+          for_tile([&](int j, int v) __attribute__((always_inline)) {
+            sum[j][v] = at::vec::fmadd(V(column[j]), y_row[v], sum[j][v]);
+          });
+        }
+      };
+      add(0, own);
+      add(own + R, M + own);
+      add(M + own + R, 2 * M);
     } else {
       V x_tile[R][kVectors];
-      for_tile([&](int j, int v) {
-        x_tile[j][v] = at(x[j], v);
-        sum[j][v] = V(T(0));
-      });
-      for_columns([&](int j, int v) { sum[j][v] = at::vec::fmadd(V(column[j]), x_tile[j][v] - y_row[v], sum[j][v]); });
+      repeat<R>([&](auto j) __attribute__((always_inline)) { read(x[j], x_tile[j]); });
+      for (int64_t k = 0; k < coefficients.columns; ++k) {
+        read(y[k], y_row);
+        const T* column = c + k * R;
+        for_tile([&](int j, int v) __attribute__((always_inline)) {
+          sum[j][v] = at::vec::fmadd(V(column[j]), x_tile[j][v] - y_row[v], sum[j][v]);
+        });
+      }
     }
-    for_tile([&](int j, int v) { store(sum[j][v], grad.row(j) + d + v * V::size()); });
+    for_tile([&](int j, int v) __attribute__((always_inline)) { store(sum[j][v], grad.row(j) + d + v * V::size()); });
   };
-  const auto load = [](const T* p) { return V::loadu(p); };
-  const auto store = [stream](const V& v, T* p) { stream ? store_around_caches(v, p) : v.store(p); };
-  constexpr int kVectors = kGradientVectors<T>;
+  const auto load = [](const T* p) __attribute__((always_inline)) { return V::loadu(p); };
+  const auto store = [stream](const V& v, T* p)
+                         __attribute__((always_inline)) { stream ? store_around_caches(v, p) : v.store(p); };
+  constexpr int kVectors = kGradientVectors<T, R>;
   int64_t d = 0;
   for (; d + kVectors * V::size() <= n; d += kVectors * V::size()) step(Int<kVectors>{}, d, load, store);
   for (; d + V::size() <= n; d += V::size()) step(Int<1>{}, d, load, store);
@@ -485,23 +547,13 @@ struct Gradient {
   Coefficients<T> coefficients;
   void* target;  // [M, D]
   c10::ScalarType dtype;
-  const T* const* next = nullptr;  // the rows of the group that comes next, if it is read where it lies
+  int64_t ahead = 0;  // from the rows of the second set to those fetched meanwhile
 };
-
-// Fetches a part of what comes next, in proportion to features [d, d + n) of D: the first three quarters of each row.
-// The hardware fetches the rest better while it is read in order. Measured at M = 4: 8 to 12 % of loss and gradient.
-template <typename T>
-void fetch_ahead(const T* const* rows, int64_t count, int64_t d, int64_t n) {
-  constexpr int64_t kLine = 64 / sizeof(T);
-  for (int64_t i = 0; i < count; ++i) {
-    for (int64_t begin = 3 * d / 4; begin < 3 * (d + n) / 4; begin += kLine) __builtin_prefetch(rows[i] + begin, 0, 2);
-  }
-}
 
 template <typename T>
 void write_gradient(const T* const* rows, int64_t count, const Gradient<T>& gradient, int64_t D, const MmdPlan& plan,
                     const MmdWork& work) {
-  const auto& [first, M, others, coefficients, grad, dtype, next] = gradient;
+  const auto& [first, M, others, coefficients, grad, dtype, ahead] = gradient;
   const bool direct = dtype == c10::CppTypeToScalarType<T>::value;
   const int64_t features = direct ? D : kMmdGradFeatures;
   const bool stream = plan.stream && direct && aligned<T>(grad) && D % Vectorized<T>::size() == 0;
@@ -516,11 +568,9 @@ void write_gradient(const T* const* rows, int64_t count, const Gradient<T>& grad
     for (int64_t d = begin; d < end; d += few) {
       const int64_t n = std::min(few, end - d), from = plan.gather ? 0 : d;
       const T* const* z = plan.gather ? gather(rows, count, d, n, kFew, work) : rows;
-      if (next) fetch_ahead(next, count, d, n);
-      for_tiles<kGradientRows>(0, M, [&](auto R, int64_t j) {
-        const T* const* x = z + first + j;
-        gradient_tile<R()>(x, z + others, coefficients.products ? x + M : nullptr, coefficients, coefficients.tile(j),
-                           from, n, {target.row(j) + d - begin, target.stride}, stream);
+      for_tiles<kGradientRows<T>>(0, M, [&](auto R, int64_t j) {
+        gradient_tile<R()>(z + first + j, z + others, first + j, coefficients, coefficients.tile(j), from, n, ahead,
+                           {target.row(j) + d - begin, target.stride}, stream);
       });
     }
     if (direct) continue;
@@ -549,13 +599,15 @@ void loss_groups(const MmdLossArgs& args, const MmdWork& work, int64_t begin, in
     const Group group{args.y_t, args.y_r, g};
     const T* saved = args.saved_slopes ? static_cast<const T*>(args.saved_slopes) + g * M * columns : nullptr;
     const T* const* rows = read_rows<T>(group, D, args.plan, work);
+    const bool next = args.plan.stream && !args.plan.packed && !args.plan.products && g + 1 < end;
+    const Ahead<T> ahead = ahead_of(rows, group, next, args.plan, work);
     bool separated = false;
     if (saved) {
       separated = marked(saved, M);
     } else {
-      separated = args.plan.products && separated_distances(rows, M, D, args.plan, work, tt);
+      separated = args.plan.products && separated_distances(rows, ahead, M, D, args.plan, work, tt);
       if (!separated) {
-        direct_distances(rows, columns, D, args.plan, work, tt);
+        direct_distances(rows, ahead, columns, D, args.plan, work, tt);
         separated = !args.plan.products && apart(rows, M, D, tt, work.slopes);
       }
       const double kappa = args.scale[g] / static_cast<double>(D);
@@ -594,9 +646,8 @@ void loss_groups(const MmdLossArgs& args, const MmdWork& work, int64_t begin, in
       return k < M ? -factor * slope : factor * slope;
     });
     void* grad = at_element(args.grad, args.grad_dtype, g * M * D);
-    const bool ahead = args.plan.stream && !args.plan.packed && !args.plan.products && g + 1 < end;
-    const T* const* next = ahead ? following(rows, group, work) : nullptr;
-    write_gradient(rows, columns, {0, M, 0, coefficients, grad, args.grad_dtype, next}, D, args.plan, work);
+    const int64_t stride = next ? group.second.x.group_stride : 0;
+    write_gradient(rows, columns, {0, M, 0, coefficients, grad, args.grad_dtype, stride}, D, args.plan, work);
   }
 }
 
@@ -608,7 +659,7 @@ void gram_groups(const MmdGramArgs& args, const MmdWork& work, int64_t begin, in
   for (int64_t g = begin; g < end; ++g) {
     const Group group{args.x, args.y, g};
     const T* const* rows = read_rows<T>(group, D, args.plan, work);
-    all_pairs<Sum::kSquares>(rows, Mx + My, Mx, Mx, D, args.plan, work, {work.values, My});
+    all_pairs<Sum::kSquares>(rows, Ahead<T>{rows, 0}, Mx + My, Mx, Mx, D, args.plan, work, {work.values, My});
     evaluate(work.values, args.grad ? work.slopes : nullptr, pairs, args.scale[g] / static_cast<double>(D),
              args.kernel);
     if (!args.grad) {
