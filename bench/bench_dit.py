@@ -128,6 +128,7 @@ def case(size: str, rows: int, device: torch.device, dtype: torch.dtype = torch.
         truth=truth,
         tolerances=(1e-3 if dtype == torch.float32 else 0.1,),
         peers=peers,
+        late=(COMPILED, COMPILED_FUSED, MAX_AUTOTUNE),
         ceilings={HOISTED: hoisted(fused)},
         products=True,
         caches=("warm",),

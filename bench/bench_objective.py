@@ -132,6 +132,7 @@ def case(
         truth=lambda x, labels: steps.exact_outputs(training, x, labels),
         tolerances=(1e-4, 1e-3, 1e-3) if dtype == torch.float32 else (1e-2, 5e-2, 5e-2),
         peers=peers,
+        late=(COMPILED,),
         products=True,
         ceilings=steps.parts(training),
         caches=("warm",),

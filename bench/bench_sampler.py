@@ -228,6 +228,7 @@ def case(name: str, steps: int, images: int, device: torch.device, dtype: torch.
         truth=truth,
         tolerances=(1e-3 if dtype == torch.float32 else 0.1,),
         peers={peer: lambda *given, peer=peer: made(peer)(*given) for peer in make},
+        late=tuple(peer for peer in make if "torch.compile" in peer),
         ceilings=beside,
         products=True,
         caches=("warm",),

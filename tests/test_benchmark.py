@@ -610,6 +610,32 @@ def test_a_run_visits_every_case_again(tmp_path: Path, monkeypatch: pytest.Monke
     assert len((tmp_path / "rows.csv").read_text().splitlines()) == 1 + len(found)
 
 
+def test_what_compiles_for_long_takes_nothing_with_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    compiles: list[str] = []
+
+    def late(x: Tensor) -> Callable[[], tuple[Tensor, ...]]:
+        compiles.append("late")
+        if len(compiles) == 1:
+            raise KeyboardInterrupt
+        return lambda: (2 * x,)
+
+    peers = {"right": by(lambda x: 2 * x), "late": late}
+    declared = dataclasses.replace(doubling(**peers), late=("late", "of another device"), caches=("warm",))
+    go_on = lambda: harness.run("double", CPU, tmp_path, quick=True, tests=False, resume=True, say=lambda text: None)
+    timed = lambda: [row.peer for row in rows.read(tmp_path / "rows.csv") if row.median_us is not None]
+    visited(monkeypatch, [declared], visits=1)
+    with pytest.raises(KeyboardInterrupt):
+        go_on()
+    assert timed() == [case.COPY, "right"]
+    assert [row.peer for row in go_on()] == timed() == [case.COPY, "right", "late"]
+    assert go_on() == []
+    compiles.clear()
+    visited(monkeypatch, [declared], visits=2)
+    with pytest.raises(KeyboardInterrupt):  # of several visits the first is a look at all
+        harness.run("double", CPU, tmp_path / "other", quick=True, tests=False, say=lambda text: None)
+    assert not (tmp_path / "other").exists()
+
+
 def test_a_run_that_is_cut_short_keeps_its_visits_and_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     begun: list[str] = []
 
