@@ -110,8 +110,9 @@ def case(
         return x, torch.arange(batch, device=device) % flow_map.num_classes if flow_map.num_classes else None
 
     def peer(step: Callable[..., Any], **options: Any) -> Peer:
-        """Kept when it is made: the harness asks for it twice, and compiling takes long."""
-        return functools.cache(functools.partial(step, training, **options))
+        """Kept when it is made: the harness asks for it twice with the same inputs, and compiling takes long. What was made for
+        others goes."""
+        return functools.lru_cache(maxsize=1)(functools.partial(step, training, **options))
 
     peers = {OURS: peer(steps.trainer_step), PLAIN: peer(steps.plain_step)}
     if compiled:

@@ -15,7 +15,7 @@ import itertools
 import json
 import re
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -608,6 +608,28 @@ def test_a_run_visits_every_case_again(tmp_path: Path, monkeypatch: pytest.Monke
         assert right.gb_per_s == pytest.approx(8000 / right.median_us * 1e-3, rel=0.01)
     assert rows.read(tmp_path / "rows.csv") == found
     assert len((tmp_path / "rows.csv").read_text().splitlines()) == 1 + len(found)
+
+
+def test_no_case_is_kept_while_memory_is_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Network:
+        pass
+
+    networks: list[weakref.ref[Network]] = []
+    alive: list[bool] = []
+
+    def cases(device: torch.device, quick: bool) -> Iterator[Case]:
+        network = Network()
+        networks.append(weakref.ref(network))
+        yield dataclasses.replace(doubling(right=lambda x, network=network: lambda: (2 * x,)), caches=("warm",))
+
+    def limits(device: torch.device) -> list[list[rows.Row]]:
+        alive.extend(network() is not None for network in networks)
+        return []
+
+    visited(monkeypatch, [], visits=1)
+    monkeypatch.setattr(harness, "load", lambda op: SimpleNamespace(cases=cases, limits=limits))
+    assert harness.run("double", CPU, None, quick=False, tests=False, say=lambda text: None)
+    assert alive == [False]
 
 
 def test_what_compiles_for_long_takes_nothing_with_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

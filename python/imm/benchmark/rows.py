@@ -282,7 +282,7 @@ def line(row: Row, case: Sequence[Row]) -> list[str]:
     if row.median_us is None:
         return [row.peer, row.status, "", "", "", "", "", "", peak if row.status.startswith(OK) else "", ""]
     error = "" if row.error is None else f"{row.error:.0e}"
-    beside = "" if row.do_bench_us is None else duration(row.do_bench_us)
+    do_bench = "" if row.do_bench_us is None else duration(row.do_bench_us)
     share, best = share_of_floor(row, case), fastest(r for r in case if r.error is not None and ours(r.peer))
     low, high = interval(row.visits)
     texts = [row.peer, duration(row.median_us), f"{duration(low)} to {duration(high)}"]
@@ -291,7 +291,7 @@ def line(row: Row, case: Sequence[Row]) -> list[str]:
     texts.append(f"{row.gb_per_s:.1f}" if row.gb_per_s is not None and (row.whole or row.peer == COPY) else "")
     beside_copy = row.ratio_to_copy is not None and (row.whole or row.peer in (COPY, MATMUL))
     texts += [f"{row.ratio_to_copy:.2f}" if beside_copy else "", "" if share is None else f"{share:.0%}"]
-    return [*texts, error, peak, beside]
+    return [*texts, error, peak, do_bench]
 
 
 def _about_time(row: Row) -> bool:

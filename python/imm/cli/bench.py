@@ -35,7 +35,7 @@ class _Bench(click.Command):
 @click.command(cls=_Bench)
 @click.argument("op", default="all")
 @click.option("--device", "device_name", default="auto", help="auto, cpu, cuda or cuda:N.")
-@click.option("--out", metavar="DIR", help="Append to rows.csv there; write environment.json, figures and report.html.")
+@click.option("--out", metavar="DIR", help="Add to rows.csv there; write environment.json, figures and report.html.")
 @click.option("--quick/--full", help="The first shape of each op, for a few seconds; or every shape, which is the default.")
 @click.option("--threads", type=click.IntRange(min=1), help="CPU threads; by default torch's own number.")
 @click.option("--base", metavar="REV", help="Measure this commit and the working tree, twice each in turns, and compare.")
