@@ -197,13 +197,13 @@ def stats(
 ) -> None:
     """Mean and covariance of a reference's features, for --ref of Frechet distances."""
     names = list(dict.fromkeys(features.split(",")))
-    _check_weights(weights, names)
     target = _writable_file(out)
     if target.suffix != ".npz":
         raise ValueError(f"out: expected a file ending in .npz, got {out}")
     with processes() as where:
         own = process_device(device, where)
         used = [networks.load(name, weights, own) for name in names]
+        _check_weights(weights, names)
         pictures = load_set(data, resolution, split)
         if len(pictures) < 2:
             raise ValueError(f"data: expected at least 2 images, got {len(pictures)}")
