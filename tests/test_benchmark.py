@@ -156,7 +156,7 @@ def test_on_cuda_the_kernels_that_run_there_are_tested(monkeypatch: pytest.Monke
         for name, words in asked.items():
             functions = re.findall(r"^def (test_\w+)", (tests / name).read_text(), re.MULTILINE)
             assert all(any(word in function for function in functions) for word in words.split()), (op, name, words)
-    monkeypatch.setattr(environment, "record", lambda device: {"commit": "c0ffee"})
+    monkeypatch.setattr(environment, "record", lambda device: {"commit": "c0ffee", "machine": "here"})
     given: list[dict[str, gate.Tests]] = []
     monkeypatch.setattr(gate, "refusals", lambda asked, root: given.append(asked) or dict.fromkeys(asked, "no GPU here"))
     harness.run("noise", cuda, None, quick=True, say=lambda text: None)
