@@ -18,17 +18,17 @@ from imm.benchmark.rows import Row, cases, cells, grouped, ratios, read, title
 #: How rows come about and what their columns say; for every page made of them.
 PROTOCOL = """\
 Every row is the median of some calls; peers take turns (A B C A B C ...) in one process with a fixed number of threads, after
-the op's own tests. The list of cases may be gone through more than once (visits), since a shared machine changes within
+the op's own tests. On the CPU the list of cases is gone through more than once (visits), since a shared machine changes within
 minutes. Cold buffers rotate, so that they come from memory and go there, as where other work lies between two calls: inputs,
-and outputs that were allocated before ("out="). Outputs that a peer allocates itself rotate on a GPU; on the CPU they lie where
-the allocator puts them. Warm buffers are the same at each call, as in a loop. "spread" is from the lowest 20 % quantile of a
-visit to the highest 80 % quantile; of a single visit, of its two halves. "x imm" is how many times as long as our fastest peer
-of the case. GB/s counts the bytes that the algorithm must move, whatever the peer moves. A ratio is the median of each round's:
-what slows the machine down for a while slows both down. "x copy" is that to a copy that moves as many bytes: 1 is the ceiling
-for work limited by memory. "of floor" is the share of the time that the slower of this copy and, for work that is products, one
-product of as many flops takes. "error" is the largest difference from float64, relative to the largest number; a peer that is
-wrong is not timed, and a line without an error does a part of the work. "peak" is inputs, what the peer keeps and the most that
-a step allocates, without the weights that were there before."""
+and outputs that were allocated before ("out="). Outputs that a peer allocates itself rotate on a GPU; on the CPU they lie
+where the allocator puts them. Warm buffers are the same at each call, as in a loop. "spread" is from the lowest 20 % quantile
+of a visit to the highest 80 % quantile; of a single visit, of its two halves. "x imm" is how many times as long as our fastest
+peer of the case. GB/s counts the bytes that the algorithm must move, whatever the peer moves. A ratio is the median of each
+round's: what slows the machine down for a while slows both down. "x copy" is that to a copy that moves as many bytes: 1 is the
+ceiling for work limited by memory. "of floor" is the share of the time that the slower of this copy and, for work that is
+products, one product of as many flops takes. "error" is the largest difference from float64, relative to the largest number; a
+peer that is wrong is not timed, and a line without an error does a part of the work. "peak" is inputs, what the peer keeps and
+the most that a step allocates, without the weights that were there before."""
 
 _HEAD = f"""# Performance
 
