@@ -60,8 +60,9 @@ def _joined(parts, n: tl.constexpr):
 
 
 @triton.jit
-def _total(sums, pairs: tl.constexpr, n: tl.constexpr):
-    """Per-thread sums of each pair, [T] each, -> [n], zeros after the pairs; one element a lane."""
+def _total(sums, pairs: tl.constexpr):
+    """Per-thread sums of each pair, [T] each, -> [_leaves(pairs)], zeros after the pairs, in every thread."""
+    n: tl.constexpr = _leaves(pairs)
     threads: tl.constexpr = sums[0].shape[0]
     zero = tl.zeros((threads,), sums[0].dtype)
     parts = ()
@@ -70,10 +71,18 @@ def _total(sums, pairs: tl.constexpr, n: tl.constexpr):
             parts = parts + (sums[_reversed_bits(i, n)],)
         else:
             parts = parts + (zero,)
-    total = tl.sum(tl.reshape(_joined(parts, n), (threads, n)), 0)
-    # Every thread now has all sums. Gathering each to its own place leaves one a lane, so that what follows is not
-    # computed n times by every thread.
-    return tl.gather(total, tl.arange(0, n), 0)
+    return tl.sum(tl.reshape(_joined(parts, n), (threads, n)), 0)
+
+
+@triton.jit
+def _some(total, first: tl.constexpr, pairs: tl.constexpr):
+    """The sums of pairs from first, [_leaves(pairs)], zeros after them.
+
+    Gathered, each is in one lane, so that what follows is not computed by every thread for all pairs.
+    """
+    place = tl.arange(0, _leaves(pairs))
+    some = tl.gather(total, tl.minimum(first + place, total.shape[0] - 1), 0)
+    return tl.where(place < pairs, some, 0.0)
 
 
 @triton.jit
@@ -130,8 +139,6 @@ def _squared_distances(
 ):
     """Over features [first, last): within t and within r [_leaves(M (M - 1) / 2)], across [_leaves(M^2)]."""
     INNER: tl.constexpr = M * (M - 1) // 2
-    N: tl.constexpr = _leaves(INNER)
-    N_TR: tl.constexpr = _leaves(M * M)
     offs = tl.arange(0, BLOCK)
     if (4 if HAS_MIX else 6) >= M:
         tt = _zeros(INNER, BLOCK // EACH)
@@ -144,28 +151,30 @@ def _squared_distances(
                 tt = _add_within(tt, t, M, EACH)
                 rr = _add_within(rr, r, M, EACH)
             tr = _add_across(tr, t, r, M, EACH)
+        across = _some(_total(tr, M * M), 0, M * M)
         if M > 1:
-            return _total(tt, INNER, N), _total(rr, INNER, N), _total(tr, M * M, N_TR)
+            inner = _total(tt + rr, 2 * INNER)
+            return _some(inner, 0, INNER), _some(inner, INNER, INNER), across
         else:
             none = tl.zeros((1,), tl.float32)
-            return none, none, _total(tr, M * M, N_TR)
+            return none, none, across
     else:  # the partial sums of all pairs at once would not fit the registers
         tt = _zeros(INNER, BLOCK // EACH)
         for start in range(first, last, BLOCK):
             t = _rows(t_source, start + offs, start + offs < last, M, HAS_MIX)
             tt = _add_within(tt, t, M, EACH)
-        total_tt = _total(tt, INNER, N)
+        total_tt = _some(_total(tt, INNER), 0, INNER)
         rr = _zeros(INNER, BLOCK // EACH)
         for start in range(first, last, BLOCK):
             r = _rows(r_source, start + offs, start + offs < last, M, HAS_MIX)
             rr = _add_within(rr, r, M, EACH)
-        total_rr = _total(rr, INNER, N)
+        total_rr = _some(_total(rr, INNER), 0, INNER)
         tr = _zeros(M * M, BLOCK // EACH)
         for start in range(first, last, BLOCK):
             t = _rows(t_source, start + offs, start + offs < last, M, HAS_MIX)
             r = _rows(r_source, start + offs, start + offs < last, M, HAS_MIX)
             tr = _add_across(tr, t, r, M, EACH)
-        return total_tt, total_rr, _total(tr, M * M, N_TR)
+        return total_tt, total_rr, _some(_total(tr, M * M), 0, M * M)
 
 
 @triton.jit
