@@ -263,15 +263,15 @@ def _attention(
 def _attentions() -> Iterator[Configuration]:
     delta = attention.Sizes(attention.DELTA_TOKENS, attention.DELTA_TOKENS, attention.DELTA_WARPS, 3)
     for element, d, T, norm in (
-        *(("bf16", d, T, norm) for d in (64, 72, 128) for T in (256, 1024) for norm in (False, True)),
+        *(("bf16", d, T, norm) for d in (64, 72, 80, 128) for T in (256, 1024) for norm in (False, True)),
         *(("bf16", 8, 16, False), *(("bf16", d, 300, norm) for d in (64, 72, 128) for norm in (False, True))),
-        *(("bf16", d, T, False) for d, T in ((64, 250), (40, 256), (80, 256), (96, 256), (120, 256))),
+        *(("bf16", d, T, False) for d, T in ((64, 250), (40, 256), (96, 256), (120, 256))),
         *(("fp16", 72, 256, False), ("fp32", 72, 256, False), ("fp32", 128, 1024, True)),
     ):
         bits = _BITS[element]
         for name, kernel, sizes, wide in (
             ("forward", attention._attention_fwd_kernel, attention.forward_sizes(d, T, bits, norm), (3 if d > 8 else 1, 1)),
-            ("keys", attention._attention_bwd_keys_kernel, attention.key_sizes(d, bits), (4, 2)),
+            ("keys", attention._attention_bwd_keys_kernel, attention.key_sizes(d, bits, norm), (4, 2)),
             ("queries", attention._attention_bwd_queries_kernel, attention.query_sizes(d, bits), (4, 1)),
         ):
             yield _attention(name, kernel, sizes, d, T, element, wide, norm)

@@ -49,10 +49,12 @@ def forward_sizes(d: int, T: int, element_bits: int, norm: bool) -> Sizes:
     return Sizes(64, 64, 4, 2)
 
 
-def key_sizes(d: int, element_bits: int) -> Sizes:
+def key_sizes(d: int, element_bits: int, norm: bool) -> Sizes:
     """Blocks of the backward to k and v: a program's keys, and the queries of a turn."""
     if element_bits == 32:
         return Sizes(16, 32, 8, 1)
+    if norm and 64 < d <= 80:  # 64 queries need all 255 registers, and more with the assembler of triton 3.6
+        return Sizes(32, 64, 4, 2)
     return Sizes(64, 64, 4, 1) if d <= 80 else Sizes(32, 64, 8, 1)
 
 
@@ -435,7 +437,7 @@ def attention_bwd(
         _attention_delta_kernel[(B * heads * triton.cdiv(T, DELTA_TOKENS),)](
             grad, out.contiguous(), delta, T, **shape, BLOCK=DELTA_TOKENS, num_warps=DELTA_WARPS
         )
-        keys, queries = key_sizes(d, _bits(qkv)), query_sizes(d, _bits(qkv))
+        keys, queries = key_sizes(d, _bits(qkv), q_norm is not None), query_sizes(d, _bits(qkv))
         for kernel, sizes, block in (
             (_attention_bwd_keys_kernel, keys, keys.keys),
             (_attention_bwd_queries_kernel, queries, queries.queries),
