@@ -66,8 +66,6 @@ def cuda() -> tuple[bool, str]:
         reason = f"torch {version['__version__']} is built without CUDA"
     elif tool("nvcc") is None:
         reason = "nvcc not found"
-    elif not any((ROOT / "csrc" / "cuda").glob("*.cu")):
-        reason = "csrc/cuda has no sources"
     else:
         return True, f"torch is built for CUDA {version['cuda']} and nvcc is {tool('nvcc')}"
     if choice == "1":
@@ -80,9 +78,8 @@ def say(text: str) -> None:
 
 
 def clear(folder: Path) -> None:
-    for pattern in BUILT:
-        for path in folder.glob(pattern):
-            path.unlink()
+    for path in [path for pattern in BUILT for path in folder.glob(pattern)]:
+        path.unlink()
 
 
 class BuildNative(build_ext):
