@@ -75,6 +75,7 @@ def test_training_of_the_paper() -> None:
         assert config.optimizer == ("radam" if cifar else "adamw")
         assert config.precision == ("fp16" if name == "imagenet256-ts-a2" else "tf32")
         assert config.xflip is cifar
+        assert config.augment == (0.12 if cifar else 0.0)
         assert preset.steps == (400_000 if cifar else 1_200_000)
 
 
@@ -165,6 +166,29 @@ def test_train_from_a_checkpoint_with_a_preset(pixels, tmp_path) -> None:
     options = ("--preset", "cifar10", "--init", path, "--particles", "2")
     assert "init: expected width = 128 for the preset cifar10, got 8" in train(pixels, tmp_path / "run", *options, ok=False)
     assert not (tmp_path / "run").exists()
+
+
+def test_augmentation_of_a_preset(pixels, tmp_path) -> None:
+    """A fresh network gets the layer for it; without it, or from a file that has none, it trains without."""
+    small = ("--preset", "cifar10", "--particles", "2")
+
+    def result(name: str, *options: str) -> tuple[int, float]:
+        train(pixels, tmp_path / name, *small, *options)
+        flow_map = checkpoints.load(tmp_path / name / "snapshot-0000001.safetensors")
+        settings = checkpoints.read_file(tmp_path / name / "training-state.safetensors", "training")[1]["settings"]
+        return flow_map.network.settings["augment_dim"], settings["config"]["augment"]
+
+    assert result("paper", "--width", "8") == (9, 0.12)
+    assert result("other", "--width", "8", "--augment", "0.5") == (9, 0.5)
+    assert result("none", "--width", "8", "--augment", "0") == (0, 0.0)
+    told, untold = (str(tmp_path / name / "snapshot-0000001.safetensors") for name in ("paper", "none"))
+    base = ("train", "--data", pixels, "--steps", "1", "--batch", "2", "--particles", "2", "--outdir", tmp_path / "tuned")
+    refusal = call(*base, "--init", untold, "--augment", "0.1", ok=False)
+    assert "augment: expected a network that is told of it (DDPMpp with augment_dim = 9), got DDPMpp with 0" in refusal
+    call(*base, "--init", told, "--augment", "0.1")
+    refusal = call(*base[:-1], tmp_path / "refused", "--augment", "0.1", ok=False)
+    assert "got UNet with 0" in refusal
+    assert not (tmp_path / "refused").exists()
 
 
 def test_help_lists_every_preset() -> None:

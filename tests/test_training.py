@@ -16,7 +16,7 @@ import torch
 
 from imm import FlowMap, IMMObjective, checkpoints
 from imm.data import ImageData
-from imm.networks import NETWORKS, UNet
+from imm.networks import NETWORKS, DDPMpp, UNet
 from imm.training import EMA, TrainConfig, Trainer, TrainingError
 from imm.training.lock import LOCK_FILE
 from imm.training.trainer import STATE_FILE, STATS_FILE
@@ -191,7 +191,7 @@ def test_xflip_shows_every_image_twice_an_epoch_once_mirrored(tmp_path) -> None:
     found = ImageData(pixels, torch.arange(12) % 3, 3, "made up")
     run = trainer(tmp_path, dataclasses.replace(CONFIG, batch=12, xflip=True), found)
     seen, update = [], run.update
-    run.update = lambda x, labels: seen.extend(zip(x, labels, strict=True)) or update(x, labels)
+    run.update = lambda x, labels, told: seen.extend(zip(x, labels, strict=True)) or update(x, labels, told)
     run.run(2)
 
     def key(image, label) -> tuple:
@@ -338,9 +338,54 @@ def test_the_same_data_under_another_name_resumes(tmp_path) -> None:
 def test_a_state_of_an_earlier_version_resumes(tmp_path) -> None:
     trainer(tmp_path).run(2)
     tensors, settings = state(tmp_path)
-    del settings["settings"]["config"]["xflip"], settings["format_version"], settings["replaced_step"]
+    for name in ("xflip", "augment"):
+        del settings["settings"]["config"][name]
+    del settings["format_version"], settings["replaced_step"]
     checkpoints.write_file(tmp_path / STATE_FILE, tensors, settings)
     assert trainer(tmp_path).resumed_from == 2
+
+
+def told_trainer(folder, **changes) -> Trainer:
+    """On images of bytes, with a network that is told how they are augmented."""
+    torch.manual_seed(0)
+    network = DDPMpp(3, 8, width=8, multipliers=(1, 2), blocks=1, attention=(), augment_dim=9)
+    torch.nn.init.normal_(network.map_augment.weight)
+    pixels = torch.randint(0, 256, (24, 3, 8, 8), dtype=torch.uint8)
+    config = dataclasses.replace(CONFIG, augment=0.5, **changes)
+    return Trainer(IMMObjective(FlowMap(network)), ImageData(pixels, None, 0, "made up"), folder, config)
+
+
+def test_augmented_images_and_what_is_told_of_them(tmp_path) -> None:
+    """Both branches are told; a resumed run repeats it; the parts of a batch are told their own."""
+    run, told, seen = told_trainer(tmp_path / "whole"), [], []
+    run.objective.flow_map.network.register_forward_pre_hook(lambda _, arguments: told.append(arguments[4]))
+    update = run.update
+    run.update = lambda x, labels, numbers: seen.append(numbers) or update(x, labels, numbers)
+    run.run(3)
+    assert len(told) == 6
+    assert all(torch.equal(told[2 * i], numbers) and torch.equal(told[2 * i + 1], numbers) for i, numbers in enumerate(seen))
+    assert seen[0].shape == (8, 9)
+    assert bool((seen[0] != seen[1]).any())
+    told_trainer(tmp_path / "parts").run(2)
+    told_trainer(tmp_path / "parts").run(3)
+    assert_same_state(tmp_path / "whole", tmp_path / "parts")
+    whole, parts = told_trainer(tmp_path / "one"), told_trainer(tmp_path / "batch-gpu", batch_gpu=4)
+    for one in (whole, parts):
+        one.run(1)
+    for a, b in zip(whole.objective.parameters(), parts.objective.parameters(), strict=True):
+        torch.testing.assert_close(a.grad, b.grad, rtol=1e-3, atol=1e-6)
+
+
+def test_augmentation_that_does_not_fit(tmp_path) -> None:
+    config = dataclasses.replace(CONFIG, augment=0.1)
+    with pytest.raises(ValueError, match="augment: expected images, a turned latent"):
+        trainer(tmp_path, config)
+    pixels = ImageData(torch.zeros(8, 1, 8, 8, dtype=torch.uint8), torch.zeros(8, dtype=torch.int64), 3, "made up")
+    with pytest.raises(ValueError, match=r"augment: expected a network that is told of it .* got UNet with 0"):
+        trainer(tmp_path, config, pixels)
+    with pytest.raises(ValueError, match="augment: expected a probability from 0 to 1, got 2"):
+        dataclasses.replace(CONFIG, augment=2)
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_foreign_stats_file_is_not_touched(tmp_path) -> None:

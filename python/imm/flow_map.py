@@ -21,7 +21,8 @@ class FlowMap(nn.Module):
     Args:
         network: called as ``network(x, t, s, labels)`` with ``x`` ``[B, ...]`` scaled to unit variance, ``t`` and ``s`` ``[B]``
             float64, both already scaled, ``labels`` ``[B]`` int64 or None; returns ``x``'s shape. Its attribute ``num_classes``
-            (0: unconditional) says which labels it takes; label ``num_classes`` means "none".
+            (0: unconditional) says which labels it takes; label ``num_classes`` means "none". Trained on augmented images
+            (``augment_dim`` numbers of each), it is given these as a fifth argument, and otherwise only four.
         schedule: "fm" or "vp_cosine".
         parametrization: "identity", "simple_edm" or "euler_fm" (with "fm" only).
         second_time: what the network is given beside ``time_scale * t``: "stride" ``time_scale * (t - s)`` or "identity"
@@ -147,23 +148,33 @@ class FlowMap(nn.Module):
         return self.time_scale * t, self.time_scale * (t - s if self.second_time == "stride" else s)
 
     def network_output(
-        self, x: Tensor, t: Tensor, s: Tensor, labels: Tensor | None, *, with_uncond: bool = False
+        self,
+        x: Tensor,
+        t: Tensor,
+        s: Tensor,
+        labels: Tensor | None,
+        *,
+        with_uncond: bool = False,
+        augment: Tensor | None = None,
     ) -> tuple[Tensor, Tensor | None]:
-        """G(c_in(t) x, t, s, labels) and, ``with_uncond``, the same without labels, in one call of the network."""
+        """G(c_in(t) x, t, s, labels) and, ``with_uncond``, the same without labels, in one call of the network.
+
+        ``augment`` ``[B, augment_dim]`` goes to the network beside the labels, in training (not ``with_uncond``).
+        """
         batch = x.shape[0]
         c_in = self.parametrization.c_in(t).reshape(-1, *[1] * (x.dim() - 1))
         wide = torch.promote_types(x.dtype, torch.float32)
         scaled = (x.to(wide) * c_in.to(wide)).to(self.network_dtype)
         first, second = (value.expand(batch) for value in self.network_times(t, s))
         if not with_uncond:
-            return self._call(scaled, first, second, labels), None
+            return self._call(scaled, first, second, labels, augment), None
         assert labels is not None
         none = torch.full_like(labels, self.num_classes)
         both = self._call(torch.cat([scaled, scaled]), first.repeat(2), second.repeat(2), torch.cat([none, labels]))
         return both[batch:], both[:batch]  # chunk(2) would fix the batch in torch.export
 
-    def _call(self, x: Tensor, t: Tensor, s: Tensor, labels: Tensor | None) -> Tensor:
-        g = self.network(x, t, s, labels)
+    def _call(self, x: Tensor, t: Tensor, s: Tensor, labels: Tensor | None, augment: Tensor | None = None) -> Tensor:
+        g = self.network(x, t, s, labels) if augment is None else self.network(x, t, s, labels, augment)
         if not isinstance(g, Tensor) or g.shape != x.shape:
             got = list(g.shape) if isinstance(g, Tensor) else type(g).__name__
             raise ValueError(f"network: expected an output of its input's shape {list(x.shape)}, got {got}")

@@ -193,6 +193,7 @@ class IMMObjective(nn.Module):
         x: Tensor,
         labels: Tensor | None = None,
         *,
+        augment: Tensor | None = None,
         generator: torch.Generator | None = None,
         grad_scale: Tensor | None = None,
         draws: Draws | None = None,
@@ -202,6 +203,8 @@ class IMMObjective(nn.Module):
         Args:
             x: data with standard deviation near sigma_data, ``[B, ...]``, B a multiple of ``particles``.
             labels: ``[B]`` int64 classes, or None.
+            augment: ``[B, augment_dim]``, how the data was augmented (:func:`imm.data.augment`), which the network is told in
+                both branches; None for not at all.
             generator: of times, noise and label dropout; None for torch's default one.
             grad_scale: what the loss will be multiplied by before backward (a gradient scaler's factor), ``[1]`` or scalar, so
                 that small gradients are scaled before they are rounded; backward with another factor is right too. None for 1.
@@ -231,7 +234,7 @@ class IMMObjective(nn.Module):
         def branch(time: Tensor, branch_labels: Tensor | None) -> tuple[Tensor, Tensor]:
             every_time, target = time.repeat_interleave(particles), s.repeat_interleave(particles)
             state = flow_map.add_noise(x, eps, every_time)
-            g, _ = flow_map.network_output(state, every_time, target, branch_labels)
+            g, _ = flow_map.network_output(state, every_time, target, branch_labels, augment=augment)
             return state.reshape(groups, particles, -1), g.reshape(groups, particles, -1)
 
         with _replayed_rng(x.device, self.share_dropout and self.training) as replay:

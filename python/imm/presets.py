@@ -32,7 +32,7 @@ class Preset:
         return FlowMap(NETWORKS[self.network](**self.arguments), **self.flow_map)
 
 
-def _training(optimizer: str, precision: str, xflip: bool = False) -> dict[str, Any]:
+def _training(optimizer: str, precision: str, xflip: bool = False, augment: float = 0.0) -> dict[str, Any]:
     return {
         "batch": 4096,
         "optimizer": optimizer,
@@ -42,6 +42,7 @@ def _training(optimizer: str, precision: str, xflip: bool = False) -> dict[str, 
         "ema": 0.9999,
         "precision": precision,
         "xflip": xflip,
+        "augment": augment,
     }
 
 
@@ -90,7 +91,7 @@ PRESETS: dict[str, Preset] = {
         },
         objective={"particles": 4, "kernel": "laplace", "mapping_kind": "eta", "k": 15, "a": 1, "b": 5.0},
         sampling={"steps": 2, "kind": "eta", "mid_eta": (1.4,)},
-        training=_training("radam", "tf32", xflip=True),
+        training=_training("radam", "tf32", xflip=True, augment=0.12),
         steps=400_000,
     ),
     "imagenet256-ts-a2": _dit("XL", 2, second_time="stride", a=2, min_gap=1e-4, precision="fp16"),

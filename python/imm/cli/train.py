@@ -18,6 +18,7 @@ from imm.checkpoints.format import describe
 from imm.cli import progress
 from imm.cli.options import device_line, pick_device
 from imm.data import ImageData, load, to_float
+from imm.data.augmentation import LABELS
 from imm.flow_map import FlowMap
 from imm.networks import NETWORKS
 from imm.objective import MAPPINGS, IMMObjective
@@ -32,7 +33,7 @@ from imm.training.trainer import OPTIMIZERS, PRECISIONS
 NETWORK_OPTIONS = {"UNet": ("width", "dropout"), "DDPMpp": ("width", "dropout"), "DiT": ("size", "patch")}
 FLOW_MAP_OPTIONS = ("schedule", "parametrization", "second_time", "t_min", "t_max")
 #: Options that are settings of :class:`imm.training.TrainConfig`.
-TRAINING_OPTIONS = ("batch", "batch_gpu", "lr", "warmup", "optimizer", "ema", "precision", "xflip", "seed")
+TRAINING_OPTIONS = ("batch", "batch_gpu", "lr", "warmup", "optimizer", "ema", "precision", "xflip", "augment", "seed")
 #: Option -> argument of :class:`imm.IMMObjective`.
 OBJECTIVE_OPTIONS = {
     **{name: name for name in ("particles", "kernel", "k", "a", "b", "min_gap", "label_dropout")},
@@ -63,6 +64,13 @@ OBJECTIVE_OPTIONS = {
 @click.option("--ema", default=0.9999, show_default=True, type=float, help="Beta of the moving average.")
 @click.option("--precision", default="fp32", show_default=True, type=click.Choice(list(PRECISIONS)))
 @click.option("--xflip/--no-xflip", default=False, show_default=True, help="Also train on mirrored images (not latents).")
+@click.option(
+    "--augment",
+    default=0.0,
+    show_default=True,
+    type=click.FloatRange(0, 1),
+    help="DDPM++: probability of each geometric augmentation, which the network is told of (not latents).",
+)
 @click.option("--seed", default=0, show_default=True, type=click.IntRange(0, 2**63 - 1))
 @click.option("--snap", default=500, show_default=True, type=click.IntRange(min=1), help="Steps between saves.")
 @click.option(
@@ -73,8 +81,8 @@ OBJECTIVE_OPTIONS = {
     "--preset",
     type=click.Choice(list(PRESETS)),
     metavar="NAME",
-    help="The paper's network, flow map, objective, steps, batch, lr, optimizer, ema, precision, xflip; options given beside "
-    f"it win. One of {', '.join(PRESETS)}.",
+    help="The paper's network, flow map, objective, steps, batch, lr, optimizer, ema, precision, xflip, augment; options given "
+    f"beside it win. One of {', '.join(PRESETS)}.",
 )
 @click.option("--init", metavar="FILE", help="Start from this checkpoint's weights; network and flow map are the file's.")
 @click.option("--network", default="unet", show_default=True, type=click.Choice(["unet", "dit"]))
@@ -141,8 +149,13 @@ def command(
         training |= {name: value for name, value in chosen.training.items() if name not in given}
         if chosen.steps is not None and "steps" not in given:
             steps = chosen.steps
+    parameters = inspect.signature(NETWORKS[chosen.network]).parameters
+    if loaded is None and training["augment"] and "augment_dim" in parameters:
+        chosen = replace(chosen, arguments={**chosen.arguments, "augment_dim": LABELS})
+    if loaded is not None and "augment" not in given and not chosen.arguments.get("augment_dim"):
+        training["augment"] = 0.0  # a preset's; the file's network, as the published ones, cannot be told
     config = TrainConfig(**training, log_every=tick, snapshot_every=snap, keep_every=keep)
-    if checkpointing and "checkpointing" not in inspect.signature(NETWORKS[chosen.network]).parameters:
+    if checkpointing and "checkpointing" not in parameters:
         raise ValueError(f"checkpointing: expected a network that has it, got {chosen.network}")
     torch.manual_seed(config.seed)
     flow_map = chosen.build() if loaded is None else loaded.float()

@@ -15,11 +15,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from imm import checkpoints
 from imm.checkpoints.format import build, describe, load_state
-from imm.data import ImageData, digest, to_float
+from imm.data import ImageData, augment, digest, to_float
+from imm.data.augmentation import LABELS, SMALLEST
 from imm.flow_map import FlowMap
 from imm.objective import T_BINS, Draws, IMMObjective
 from imm.training.ema import EMA
@@ -57,6 +58,8 @@ class TrainConfig:
         batch_gpu: images that are on their way at a time, a multiple of particles; None for all. Times, noise and label dropout
             are those of the whole batch, and so, to rounding, is the gradient; only a network's dropout is drawn anew a part.
         xflip: an epoch has every image twice, as it is and mirrored left to right. Not for latents.
+        augment: probability of each transformation of :func:`imm.data.augment`, 0 for none; for networks with ``augment_dim``
+            = 9, which are told of them. Not for latents.
     """
 
     batch: int = 64
@@ -72,6 +75,7 @@ class TrainConfig:
     snapshot_every: int = 500
     batch_gpu: int | None = None
     xflip: bool = False
+    augment: float = 0.0
     keep_every: int | None = None
 
     def __post_init__(self) -> None:
@@ -86,6 +90,8 @@ class TrainConfig:
         for name, number in (("batch_gpu", self.batch_gpu), ("keep_every", self.keep_every)):
             if number is not None and number < 1:
                 raise ValueError(f"{name}: expected at least 1, got {number}")
+        if not 0 <= self.augment <= 1:
+            raise ValueError(f"augment: expected a probability from 0 to 1, got {self.augment}")
         if not 0 < self.lr < math.inf:
             raise ValueError(f"lr: expected a positive rate, got {self.lr}")
 
@@ -142,6 +148,8 @@ class Trainer:
             )
         if config.xflip and data.pixels.is_floating_point():
             raise ValueError(f"xflip: expected images, a mirrored latent is no mirrored image's, got {data.source}")
+        if config.augment:
+            _check_augmentation(flow_map.network, data)
         self.objective, self.config, self.outdir = objective, config, Path(outdir)
         self.device = parameter.device
         self.step = 0
@@ -282,13 +290,17 @@ class Trainer:
             images = torch.where(mirrored[:, None, None, None], images.flip(3), images)
         if self._deviations is not None:  # a new sample of the posterior at every step, as in the paper (section I.1)
             images = torch.addcmul(images, to_float(self._deviations[index]), torch.randn_like(images))
-        return self.update(images, labels)
+        told = None
+        if config.augment:
+            images, told = augment(images, config.augment)
+        return self.update(images, labels, told)
 
-    def update(self, images: Tensor, labels: Tensor | None) -> tuple[dict[str, Tensor], Tensor]:
+    def update(self, images: Tensor, labels: Tensor | None, augment: Tensor | None = None) -> tuple[dict[str, Tensor], Tensor]:
         """One optimizer step on a batch: loss, gradient, weights, average; random numbers are torch's default generators'.
 
         Args:
-            images: ``[B, C, H, W]``, as the network takes them. labels: ``[B]`` int64, or None.
+            images: ``[B, C, H, W]``, as the network takes them. labels: ``[B]`` int64, or None. augment: ``[B, 9]``, how the
+                images were augmented, or None.
 
         Returns:
             The objective's statistics, and the norm of the gradient, which stays in the parameters until the next call.
@@ -296,7 +308,7 @@ class Trainer:
         self._optimizer.zero_grad(set_to_none=True)  # before the forward, whose memory grows towards its end
         size = self.config.batch_gpu
         if size is None or size >= len(images):
-            stats = self._accumulate(images, labels, None, 1.0)
+            stats = self._accumulate(images, labels, augment, None, 1.0)
         else:
             particles = self.objective.particles
             draws = self.objective.draw(images, labels)
@@ -305,7 +317,8 @@ class Trainer:
                 part = slice(start, start + size)
                 share = len(images[part]) / len(images)
                 some = draws.part(start // particles, (start + size) // particles)
-                parts.append((share, self._accumulate(images[part], None if labels is None else labels[part], some, share)))
+                of_labels, told = (None if given is None else given[part] for given in (labels, augment))
+                parts.append((share, self._accumulate(images[part], of_labels, told, some, share)))
             stats = _combined(parts)
         self._scaler.unscale_(self._optimizer)
         norm = torch.nn.utils.get_total_norm([p.grad for p in self._parameters if p.grad is not None])
@@ -314,7 +327,9 @@ class Trainer:
         self.ema.update(self.objective.flow_map.network)
         return stats, norm
 
-    def _accumulate(self, images: Tensor, labels: Tensor | None, draws: Draws | None, share: float) -> dict[str, Tensor]:
+    def _accumulate(
+        self, images: Tensor, labels: Tensor | None, augment: Tensor | None, draws: Draws | None, share: float
+    ) -> dict[str, Tensor]:
         """Add ``share`` times the gradient of the images' loss; the objective's statistics."""
         dtype = PRECISIONS[self.config.precision]
         cast = torch.autocast(self.device.type, dtype) if dtype is not None else contextlib.nullcontext()
@@ -322,7 +337,7 @@ class Trainer:
             grad_scale = None
             if self._scaler.is_enabled() or share != 1.0:
                 grad_scale = self._scaler.scale(torch.full((), share, device=self.device))
-            loss, stats = self.objective(images, labels, grad_scale=grad_scale, draws=draws)
+            loss, stats = self.objective(images, labels, augment=augment, grad_scale=grad_scale, draws=draws)
         self._scaler.scale(loss if share == 1.0 else loss * share).backward()
         return stats
 
@@ -390,7 +405,8 @@ class Trainer:
         tensors, settings = checkpoints.read_file(path, "training")
         kept = settings.get("settings")
         if isinstance(kept, dict) and isinstance(kept.get("config"), dict):
-            kept["config"].setdefault("xflip", False)  # of runs from before there was this setting
+            for name, value in (("xflip", False), ("augment", 0.0)):  # of runs from before there were these settings
+                kept["config"].setdefault(name, value)
         differing = [d for d in _differences(kept, self._settings) if not d.startswith("data.source ")]
         if differing:
             raise checkpoints.CheckpointError(
@@ -497,6 +513,19 @@ def _combined(parts: list[tuple[float, dict[str, Tensor]]]) -> dict[str, Tensor]
     sums = [torch.where(stats["t_bin_count"] > 0, stats["t_bin_loss"] * stats["t_bin_count"], 0.0) for _, stats in parts]
     out["t_bin_loss"] = torch.stack(sums).sum(0) / out["t_bin_count"]
     return out
+
+
+def _check_augmentation(network: nn.Module, data: ImageData) -> None:
+    if data.pixels.is_floating_point():
+        raise ValueError(f"augment: expected images, a turned latent is no turned image's, got {data.source}")
+    if min(data.shape[1:]) < SMALLEST:
+        raise ValueError(f"augment: expected images of at least {SMALLEST}x{SMALLEST}, got {list(data.shape)} ({data.source})")
+    told = getattr(network, "augment_dim", 0)
+    if told != LABELS:
+        raise ValueError(
+            f"augment: expected a network that is told of it (DDPMpp with augment_dim = {LABELS}), "
+            f"got {type(network).__name__} with {told}"
+        )
 
 
 def _mix(seed: int, step: int) -> int:
