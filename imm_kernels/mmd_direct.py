@@ -1,7 +1,7 @@
 """MMD loss and gradient of small sets (M <= 8), every pair by direct difference.
 
 A program loads the same features of all 2 M particles, takes the squared differences of every pair and keeps one partial sum
-per pair and thread; the sums of all pairs are then added over threads in one reduction of a [threads, pairs] tile, which is a
+per pair and thread; the sums of many pairs are then added over threads in one reduction of a [threads, pairs] tile, which is a
 matter of naming registers: joining them moves nothing. The second pass over the features, which finds them in the cache,
 writes the gradient.
 
@@ -33,7 +33,7 @@ _leaves = triton.constexpr_function(leaves)
 
 @triton.constexpr_function
 def _reversed_bits(index, n):
-    """The bits of index in [0, n) in reverse order: where _stack puts its operands."""
+    """The bits of index in [0, n) in reverse order: where _joined puts its operands."""
     result = 0
     while n > 1:
         result = 2 * result + index % 2

@@ -38,6 +38,8 @@ _CENTRE = sum(i * h for i, h in enumerate(_FILTER)) / sum(_FILTER)
 #: Pixels past the edges that are read as they lie, which the way back needs of an image that does not move; and those mirrored
 #: at each edge for that and for the filter's taps.
 _REACH, _MARGIN = 3, 6
+#: Images that are resampled at once; each takes some 20 times its own memory.
+_AT_A_TIME = 256
 
 
 def augment(images: Tensor, probability: float, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
@@ -45,7 +47,7 @@ def augment(images: Tensor, probability: float, generator: torch.Generator | Non
 
     Args:
         images: ``[B, C, H, W]``, floating, H and W at least 8.
-        probability: of each transformation but the mirroring left to right, which one half of the images has.
+        probability: of each transformation but mirroring: left to right is one half, top to bottom half of ``probability``.
         generator: on the images' device; None for torch's default one.
 
     Returns:
@@ -64,23 +66,25 @@ def draw(
     """``[count, 8]`` float32, a0 to a7 of the reference's table 6, 0 where a transformation is not drawn.
 
     a0, a1: mirrored left to right, top to bottom (0 or 1). a2: scaled by 2^(0.2 a2). a3: turned anticlockwise, in radians.
-    a4, a5: stretched by 2^(0.2 a5) along the direction a4 and shrunk as much across it. a6, a7: moved right and down by eighths
-    of the image's sides. a0 is drawn for every image, the others with ``probability``, a4 with a5 and a6 with a7.
+    a4, a5: stretched by 2^(0.2 a5) along the direction a4, clockwise from the right, and shrunk as much across it. a6, a7:
+    moved right and down by eighths of the image's sides. a0 is 0 or 1 for every image alike; the others are drawn with
+    ``probability``, a4 with a5 and a6 with a7, a1 then being 0 or 1 alike.
     """
     if not 0 <= probability <= 1:
         raise ValueError(f"probability: expected a number in [0, 1], got {probability}")
 
     def uniform(columns: int) -> Tensor:
-        return torch.rand(count, columns, device=device, generator=generator)
+        return torch.rand(count, columns, dtype=torch.float32, device=device, generator=generator)
 
-    normal = torch.randn(count, 4, device=device, generator=generator)
+    normal = torch.randn(count, 4, dtype=torch.float32, device=device, generator=generator)
     mirrored = (uniform(2) < 0.5).float()
     turned, direction = ((2 * uniform(2) - 1) * math.pi).unbind(1)
     scaled, stretched, right, down = normal.unbind(1)
     each = torch.stack([*mirrored.unbind(1), scaled, turned, direction, stretched, right, down], 1)
     drawn = uniform(5) < probability  # top to bottom, scale, turn, stretch, shift
     always = torch.ones_like(drawn[:, :1])
-    return each * torch.cat([always, drawn[:, [0, 1, 2, 3, 3, 4, 4]]], 1)
+    # A list of columns would be copied to the device, which waits for it.
+    return each * torch.cat([always, drawn[:, :3], drawn[:, 3:].repeat_interleave(2, 1, output_size=4)], 1)
 
 
 def labels(transforms: Tensor) -> Tensor:
@@ -92,20 +96,27 @@ def labels(transforms: Tensor) -> Tensor:
 def transform(images: Tensor, transforms: Tensor) -> Tensor:
     """``images`` ``[B, C, H, W]`` after ``transforms`` ``[B, 8]`` in their order; what comes in from outside is mirrored.
 
-    Sampled bilinearly at twice the resolution between two passes of a low-pass filter; what is at most mirrored is exact.
+    Sampled bilinearly at twice the resolution between two passes of a low-pass filter, in float32 or wider; what is at most
+    mirrored is exact.
     """
     if images.dim() != 4 or not images.is_floating_point() or min(images.shape[2:]) < SMALLEST:
         raise ValueError(
             f"images: expected a floating [B, C, H, W] with H and W of at least {SMALLEST}, "
             f"got {list(images.shape)} of {images.dtype}"
         )
-    mirrored = transforms[:, :2].bool()[:, :, None, None, None]
-    images = torch.where(mirrored[:, 0], images.flip(3), images)
-    images = torch.where(mirrored[:, 1], images.flip(2), images)
-    moved = (transforms[:, [2, 3, 5, 6, 7]] != 0).any(1)[:, None, None, None]
-    dense = _upsampled(F.pad(images, [_MARGIN] * 4, mode="reflect"))
-    grid = _sources(transforms, images.shape[2], images.shape[3])
-    return torch.where(moved, _downsampled(F.grid_sample(dense, grid.to(dense.dtype), align_corners=True)), images)
+    a0, a1, a2, a3, _, a5, a6, a7 = transforms[:, :, None, None, None].unbind(1)
+    images = torch.where(a0.bool(), images.flip(3), images)
+    images = torch.where(a1.bool(), images.flip(2), images)
+    moved = (a2 != 0) | (a3 != 0) | (a5 != 0) | (a6 != 0) | (a7 != 0)
+    parts = zip(images.split(_AT_A_TIME), transforms.split(_AT_A_TIME), strict=True)
+    return torch.where(moved, torch.cat([_resampled(*part) for part in parts]), images)
+
+
+def _resampled(images: Tensor, transforms: Tensor) -> Tensor:
+    wide = images.to(torch.promote_types(images.dtype, torch.float32))
+    dense = _upsampled(F.pad(wide, [_MARGIN] * 4, mode="reflect"))
+    grid = _sources(transforms, images.shape[2], images.shape[3]).to(dense.dtype)
+    return _downsampled(F.grid_sample(dense, grid, align_corners=True)).to(images.dtype)
 
 
 def _sources(transforms: Tensor, height: int, width: int) -> Tensor:
@@ -145,7 +156,7 @@ def _upsampled(images: Tensor) -> Tensor:
         size = images.shape[3]
         wide = images.new_zeros(*images.shape[:3], 2 * size + len(_FILTER) - 2)
         for i, tap in enumerate(_FILTER):
-            wide[..., i : i + 2 * size : 2] += math.sqrt(2) * tap * images
+            wide[..., i : i + 2 * size : 2].add_(images, alpha=math.sqrt(2) * tap)
         images = wide.transpose(2, 3)
     return images
 
@@ -156,6 +167,6 @@ def _downsampled(images: Tensor) -> Tensor:
         size = (images.shape[3] - len(_FILTER) + 2) // 2
         narrow = images.new_zeros(*images.shape[:3], size)
         for i, tap in enumerate(_FILTER):
-            narrow += tap / math.sqrt(2) * images[..., i : i + 2 * size : 2]
+            narrow.add_(images[..., i : i + 2 * size : 2], alpha=tap / math.sqrt(2))
         images = narrow.transpose(2, 3)
     return images
