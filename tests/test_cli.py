@@ -311,13 +311,6 @@ def test_other_errors_of_torch_stay_what_they_are(digits, tmp_path, monkeypatch)
         CliRunner().invoke(main, arguments, catch_exceptions=False)
 
 
-def test_train_is_refused_under_torchrun(digits, tmp_path, monkeypatch) -> None:
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    arguments = ("train", "--data", digits, "--outdir", tmp_path / "run", "--steps", "2", *TRAIN)
-    assert "train: expected one process, got 2 (torchrun)" in refused(*arguments)
-    assert not (tmp_path / "run").exists()
-
-
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
 def test_a_signal_stops_training_and_the_same_command_goes_on(number, digits, tmp_path) -> None:
     arguments = ["train", "--data", str(digits), "--outdir", str(tmp_path / "run"), *TRAIN]

@@ -11,7 +11,7 @@ from parity import DATA
 from torch import nn
 
 from imm import FlowMap, IMMObjective
-from imm.networks import DiT
+from imm.networks import DiT, UNet
 from imm.objective import MAPPINGS, T_BINS
 
 ROWS = json.loads((DATA / "training_weights.json").read_text())
@@ -412,3 +412,10 @@ def test_a_loss_from_draws_is_the_loss_that_draws(small_flow_map) -> None:
     torch.testing.assert_close(torch.stack(parts).mean(), loss)
     with pytest.raises(ValueError, match=r"draws: expected those of 1 groups and noise \[4, 1, 8, 8\], got \[8, 1, 8, 8\]"):
         target(x[:4], labels[:4], draws=draws)
+
+
+def test_a_network_is_told_only_what_it_can_be_told() -> None:
+    x, told = torch.randn(4, 1, 8, 8) * 0.5, torch.zeros(4, 9)
+    deaf = IMMObjective(FlowMap(UNet(channels=1, resolution=8, num_classes=0, width=8, multipliers=(1,))), particles=2)
+    with pytest.raises(ValueError, match=r"augment: expected none for this network and call, got \[4, 9\]"):
+        deaf(x, augment=told)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 import parity
 import pytest
@@ -122,7 +124,7 @@ def test_train_with_a_preset(pixels, tmp_path) -> None:
 
 def test_train_takes_the_training_settings_of_a_preset(pixels, tmp_path, monkeypatch) -> None:
     asked: list[int] = []
-    monkeypatch.setattr("imm.cli.progress.run", lambda trainer, steps, seconds: asked.append(steps) or trainer.save())
+    monkeypatch.setattr("imm.cli.progress.run", lambda trainer, steps, seconds, quiet: asked.append(steps) or trainer.save())
     base = ("train", "--data", pixels, "--preset", "cifar10", "--width", "8", "--outdir")
     output = call(*base, tmp_path / "all")
     assert "'optimizer': 'radam'" in output
@@ -168,7 +170,7 @@ def test_train_from_a_checkpoint_with_a_preset(pixels, tmp_path) -> None:
     assert not (tmp_path / "run").exists()
 
 
-def test_augmentation_of_a_preset(pixels, tmp_path) -> None:
+def test_augmentation_of_a_preset(pixels, tmp_path, monkeypatch) -> None:
     """A fresh network gets the layer for it; without it, or from a file that has none, it trains without."""
     small = ("--preset", "cifar10", "--particles", "2")
 
@@ -181,6 +183,10 @@ def test_augmentation_of_a_preset(pixels, tmp_path) -> None:
     assert result("paper", "--width", "8") == (9, 0.12)
     assert result("other", "--width", "8", "--augment", "0.5") == (9, 0.5)
     assert result("none", "--width", "8", "--augment", "0") == (0, 0.0)
+    small_preset = dataclasses.replace(PRESETS["cifar10"], arguments=PRESETS["cifar10"].arguments | {"width": 8})
+    monkeypatch.setitem(PRESETS, "cifar10", small_preset)
+    for name, file, expected in (("from-none", "none", (0, 0.0)), ("from-paper", "paper", (9, 0.12))):
+        assert result(name, "--init", tmp_path / file / "snapshot-0000001.safetensors") == expected
     told, untold = (str(tmp_path / name / "snapshot-0000001.safetensors") for name in ("paper", "none"))
     base = ("train", "--data", pixels, "--steps", "1", "--batch", "2", "--particles", "2", "--outdir", tmp_path / "tuned")
     refusal = call(*base, "--init", untold, "--augment", "0.1", ok=False)

@@ -348,8 +348,9 @@ def test_a_state_of_an_earlier_version_resumes(tmp_path) -> None:
 def told_trainer(folder, **changes) -> Trainer:
     """On images of bytes, with a network that is told how they are augmented."""
     torch.manual_seed(0)
-    network = DDPMpp(3, 8, width=8, multipliers=(1, 2), blocks=1, attention=(), augment_dim=9)
-    torch.nn.init.normal_(network.map_augment.weight)
+    network = DDPMpp(3, 8, width=8, multipliers=(1, 2), blocks=1, attention=(), augment_dim=9, dropout=0.0)
+    for parameter in network.parameters():  # else it begins deaf
+        torch.nn.init.normal_(parameter, std=0.1)
     pixels = torch.randint(0, 256, (24, 3, 8, 8), dtype=torch.uint8)
     config = dataclasses.replace(CONFIG, augment=0.5, **changes)
     return Trainer(IMMObjective(FlowMap(network)), ImageData(pixels, None, 0, "made up"), folder, config)

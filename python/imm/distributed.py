@@ -7,9 +7,11 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-from torch import distributed
+from torch import Tensor, distributed, nn
+from torch.nn.parallel import DistributedDataParallel
 
 
 @dataclass(frozen=True)
@@ -37,11 +39,33 @@ class Processes:
             distributed.all_reduce(count)
         return int(count)
 
+    def any(self, flag: bool) -> bool:
+        """Whether the flag is set in one of the processes, when every process is here."""
+        return self.total(int(flag)) > 0
+
+    def sums(self, numbers: Tensor) -> Tensor:
+        """Elementwise sums of the processes' tensors of one shape, on the CPU, when every process is here."""
+        if self.world > 1:
+            numbers = numbers.clone()
+            distributed.all_reduce(numbers)
+        return numbers
+
+    def share(self, count: int) -> slice:
+        """This process's part of ``count`` things, which ``world`` divides."""
+        each = count // self.world
+        return slice(self.rank * each, (self.rank + 1) * each)
+
+    def parallel(self, module: nn.Module, **options: Any) -> DistributedDataParallel:
+        """``module`` with gradients that are the mean of the processes'; weights become those of process 0. Collective."""
+        device = next(module.parameters()).device
+        group = distributed.new_group(backend="nccl" if device.type == "cuda" else "gloo")
+        return DistributedDataParallel(module, process_group=group, gradient_as_bucket_view=True, **options)
+
 
 @contextmanager
 def processes() -> Iterator[Processes]:
-    """Join the processes that torchrun started (its environment variables say so), over gloo: they only wait for each other and
-    exchange small sums. Without torchrun: this process alone."""
+    """Join the processes that torchrun started (its environment variables say so), over gloo: they wait for each other and
+    exchange small sums; gradients have a group of their own. Without torchrun: this process alone."""
     world = int(os.environ.get("WORLD_SIZE", "1"))
     if world == 1:
         yield Processes()

@@ -160,8 +160,16 @@ class FlowMap(nn.Module):
         """G(c_in(t) x, t, s, labels) and, ``with_uncond``, the same without labels, in one call of the network.
 
         ``augment`` ``[B, augment_dim]`` goes to the network beside the labels, in training (not ``with_uncond``).
+
+        Raises:
+            ValueError: ``augment`` ``with_uncond``, of another shape, or for a network that is not told.
         """
         batch = x.shape[0]
+        if augment is not None:
+            told = getattr(self.network, "augment_dim", 0)
+            if with_uncond or not told or augment.shape != (batch, told):
+                wanted = f"[{batch}, {told}]" if told and not with_uncond else "none"
+                raise ValueError(f"augment: expected {wanted} for this network and call, got {list(augment.shape)}")
         c_in = self.parametrization.c_in(t).reshape(-1, *[1] * (x.dim() - 1))
         wide = torch.promote_types(x.dtype, torch.float32)
         scaled = (x.to(wide) * c_in.to(wide)).to(self.network_dtype)

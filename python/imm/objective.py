@@ -216,7 +216,8 @@ class IMMObjective(nn.Module):
             t, NaN for an empty one), ``t_bin_count``, ``nonfinite`` (groups whose loss is not finite).
 
         Raises:
-            ValueError: a batch that ``particles`` does not divide, labels out of range, NaN or infinite data (checked on the
+            ValueError: a batch that ``particles`` does not divide, labels out of range, augment for a network that is not told
+                or of another shape, NaN or infinite data (checked on the
                 CPU only; on a GPU look at ``nonfinite``).
         """
         flow_map, particles = self.flow_map, self.particles

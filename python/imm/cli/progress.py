@@ -20,8 +20,9 @@ def bar(total: int, unit: str, initial: int = 0, **more: Any) -> tqdm[Any]:
     return tqdm(total=total, initial=initial, unit=unit, mininterval=interval, dynamic_ncols=True, smoothing=0.05, **more)
 
 
-def run(trainer: Trainer, steps: int, max_seconds: float | None = None) -> int | None:
-    """Train to ``steps`` with a bar (loss, images/s, gradient norm, time left); the signal that ended the run, if one did.
+def run(trainer: Trainer, steps: int, max_seconds: float | None = None, *, quiet: bool = False) -> int | None:
+    """Train to ``steps`` with a bar (loss, images/s, gradient norm, time left), or ``quiet``; the signal that ended the run, if
+    one did.
 
     A signal lets the step end and the state be saved; a second Ctrl-C does not wait for that.
     """
@@ -34,7 +35,7 @@ def run(trainer: Trainer, steps: int, max_seconds: float | None = None) -> int |
             signal.signal(number, signal.default_int_handler)
 
     old = {number: signal.signal(number, on_signal) for number in STOPS}
-    steps_bar = bar(steps, "step", trainer.step)
+    steps_bar = bar(steps, "step", trainer.step, disable=quiet)
 
     def on_log(row: dict[str, Any]) -> None:
         loss, norm = (float("nan") if row[name] is None else row[name] for name in ("loss", "grad_norm"))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import inspect
-import os
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
@@ -16,9 +15,10 @@ from click.core import ParameterSource
 from imm import checkpoints
 from imm.checkpoints.format import describe
 from imm.cli import progress
-from imm.cli.options import device_line, pick_device
+from imm.cli.options import device_line, device_option, process_device
 from imm.data import ImageData, load, to_float
 from imm.data.augmentation import LABELS
+from imm.distributed import Processes, processes
 from imm.flow_map import FlowMap
 from imm.networks import NETWORKS
 from imm.objective import MAPPINGS, IMMObjective
@@ -104,12 +104,31 @@ OBJECTIVE_OPTIONS = {
 @click.option("--min-gap", type=float, help="Smallest t - r, such as 1e-4 in half precision. [default: none]")
 @click.option("--label-dropout", default=0.1, show_default=True, type=click.FloatRange(0, 1))
 @click.option("--checkpointing", is_flag=True, help="DiT, DDPM++: compute blocks again in the backward, for less memory.")
-@click.option("--device", default="auto", show_default=True)
+@device_option
 @click.pass_context
 def command(
     context: click.Context,
     data: str,
     outdir: str,
+    device: str,
+    **options: Any,
+) -> None:
+    """Train a network on images. Stopped or killed at any moment, the same command goes on exactly where it was saved.
+
+    Processes that torchrun starts ("torchrun --nproc-per-node=8 -m imm train ...") share each batch.
+    """
+    given = {name for name in context.params if context.get_parameter_source(name) is not ParameterSource.DEFAULT}
+    with processes() as where:
+        _run(data, outdir, process_device(device, where), where, given, **options)
+
+
+def _run(
+    data: str,
+    outdir: str,
+    target: torch.device,
+    where: Processes,
+    given: set[str],
+    *,
     resolution: int | None,
     steps: int,
     minutes: float | None,
@@ -119,16 +138,10 @@ def command(
     preset: str | None,
     init: str | None,
     checkpointing: bool,
-    device: str,
     **options: Any,
 ) -> None:
-    """Train a network on images. Stopped or killed at any moment, the same command goes on exactly where it was saved."""
-    world = os.environ.get("WORLD_SIZE", "1")
-    if world != "1":
-        raise ValueError(f"train: expected one process, got {world} (torchrun); training runs on one device")
-    target = pick_device(device)
+    say = click.echo if where.first else lambda line: None
     images = load(data, resolution, latents=True)
-    given = {name for name in context.params if context.get_parameter_source(name) is not ParameterSource.DEFAULT}
     training = {name: options.pop(name) for name in TRAINING_OPTIONS}
     of_model = {name: options[name] for name in given & options.keys()}
     if init is not None:
@@ -164,27 +177,28 @@ def command(
         net.checkpointing = True  # type: ignore[assignment]
     objective = IMMObjective(flow_map.to(target), **chosen.objective)
     digest = None if init is None else _sha256(init)
-    trainer = Trainer(objective, images, outdir, config, init=digest)
+    trainer = Trainer(objective, images, outdir, config, init=digest, where=where)
     count = sum(p.numel() for p in net.parameters())
     data_line = f"data: {images.source}, {images.shape}, {images.num_classes} classes"
     if images.pixels.is_floating_point():  # in another scale they would train, badly
         some = to_float(images.pixels[:: max(1, len(images) // 1000)])
         data_line += f", standard deviation {some.std(correction=0):.2f} (expected near {flow_map.sigma_data:g})"
-    click.echo(f"device: {device_line(target)}; {data_line}")
+    many = f", {where.world} processes" if where.world > 1 else ""
+    say(f"device: {device_line(target)}{many}; {data_line}")
     if preset is not None:
-        click.echo(f"preset: {preset}; flow map: {flow_map.settings}; objective: {chosen.objective}; training: {training}")
-    click.echo(f"network: {type(net).__name__}, {count:,} parameters; {config.precision}; steps: {steps}, batch {config.batch}")
+        say(f"preset: {preset}; flow map: {flow_map.settings}; objective: {chosen.objective}; training: {training}")
+    say(f"network: {type(net).__name__}, {count:,} parameters; {config.precision}; steps: {steps}, batch {config.batch}")
     if init is not None:
-        click.echo(f"init: {init}, sha256 {digest}")
+        say(f"init: {init}, sha256 {digest}")
     if trainer.resumed_from is not None:
-        click.echo(f"resuming at step {trainer.resumed_from}")
-    signal_number = progress.run(trainer, steps, None if minutes is None else 60.0 * minutes)
+        say(f"resuming at step {trainer.resumed_from}")
+    signal_number = progress.run(trainer, steps, None if minutes is None else 60.0 * minutes, quiet=not where.first)
     if signal_number is not None:
-        click.echo(f"stopped by signal {signal_number} at step {trainer.step}; the same command goes on from there")
+        say(f"stopped by signal {signal_number} at step {trainer.step}; the same command goes on from there")
         raise SystemExit(128 + signal_number)
     if minutes is not None and trainer.step < steps:
-        click.echo(f"stopped after {minutes:g} minutes at step {trainer.step} of {steps}; the same command goes on from there")
-    click.echo(f"wrote {trainer.snapshot_path}")
+        say(f"stopped after {minutes:g} minutes at step {trainer.step} of {steps}; the same command goes on from there")
+    say(f"wrote {trainer.snapshot_path}")
 
 
 def _from_options(options: Mapping[str, Any], given: Mapping[str, Any], images: ImageData) -> Preset:

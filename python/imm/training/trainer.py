@@ -16,15 +16,16 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from imm import checkpoints
 from imm.checkpoints.format import build, describe, load_state
-from imm.data import ImageData, augment, digest, to_float
-from imm.data.augmentation import LABELS, SMALLEST
+from imm.data import ImageData, augmentation, digest, to_float
+from imm.distributed import Processes
 from imm.flow_map import FlowMap
 from imm.objective import T_BINS, Draws, IMMObjective
 from imm.training.ema import EMA
-from imm.training.lock import lock_folder
+from imm.training.lock import FolderLock, lock_folder
 
 STATE_FILE = "training-state.safetensors"
 STATS_FILE = "stats.jsonl"
@@ -47,7 +48,7 @@ class TrainConfig:
     """How to train. Times are in steps; one step is one batch.
 
     Attributes:
-        batch: images per step, a multiple of the objective's particles.
+        batch: images per step, of all processes, a multiple of the objective's particles times the processes.
         optimizer: "adamw" or "radam", with lr (after ``warmup`` steps of linear growth), betas and weight_decay.
         ema: beta of the exponential moving average.
         precision: "fp32"; "tf32", in which CUDA devices multiply with 10 bits of mantissa; or "bf16" or "fp16" (autocast;
@@ -55,10 +56,11 @@ class TrainConfig:
         seed: of data order, times, noise and dropout.
         log_every, snapshot_every: how often a row of statistics, and the state with a snapshot, are written.
         keep_every: snapshots of steps that it divides are written too and stay; the others go when the next is there.
-        batch_gpu: images that are on their way at a time, a multiple of particles; None for all. Times, noise and label dropout
-            are those of the whole batch, and so, to rounding, is the gradient; only a network's dropout is drawn anew a part.
+        batch_gpu: images that a process has on their way at a time, a multiple of particles; None for all. Times, noise and
+            label dropout are those of the whole batch, and so, to rounding, is the gradient; only a network's dropout is drawn
+            anew a part.
         xflip: an epoch has every image twice, as it is and mirrored left to right. Not for latents.
-        augment: probability of each transformation of :func:`imm.data.augment`, 0 for none; for networks with ``augment_dim``
+        augment: probability of the transformations of :func:`imm.data.augment`, 0 for none; for networks with ``augment_dim``
             = 9, which are told of them. Not for latents.
     """
 
@@ -75,8 +77,8 @@ class TrainConfig:
     snapshot_every: int = 500
     batch_gpu: int | None = None
     xflip: bool = False
-    augment: float = 0.0
     keep_every: int | None = None
+    augment: float = 0.0
 
     def __post_init__(self) -> None:
         for name, value, known in (
@@ -104,6 +106,9 @@ class Trainer:
         outdir: gets ``stats.jsonl``, ``training-state.safetensors`` and ``snapshot-STEP.safetensors``; made if absent.
         config: see :class:`TrainConfig`. init: sha256 of the file that the network's weights came from, to be kept among the
             settings; None for fresh weights. The average begins at the network's weights in either case.
+        where: which of several processes this is (:func:`imm.distributed.processes`), each with the whole data and a trainer
+            of the same settings. They share a batch, times and noise of which are those of one process; so is the result, to
+            rounding, but for a network's dropout. The first process writes.
 
     A state file in ``outdir`` is continued, by the same settings only. The folder is locked against other processes until
     :meth:`close`, the end of the trainer, or of its process. Each step seeds torch's default generators from
@@ -122,8 +127,10 @@ class Trainer:
         config: TrainConfig,
         *,
         init: str | None = None,
+        where: Processes | None = None,
     ) -> None:
         flow_map = objective.flow_map
+        self._where = where = Processes() if where is None else where
         if len(data) == 0:
             raise ValueError(f"data: expected images, got none in {data.source}")
         parameter = next(flow_map.network.parameters(), None)
@@ -132,9 +139,11 @@ class Trainer:
         wanted = [getattr(flow_map.network, name, size) for name, size in zip(_SHAPE, data.shape, strict=False)]
         if wanted != list(data.shape[:2]):
             raise ValueError(f"data: expected images of {wanted} ({', '.join(_SHAPE)}), got {list(data.shape)} ({data.source})")
-        for name, images in (("batch", config.batch), ("batch_gpu", config.batch_gpu or 0)):
-            if images % objective.particles:
-                raise ValueError(f"{name}: expected a multiple of particles = {objective.particles}, got {images}")
+        if config.batch % (objective.particles * where.world):
+            many = f" x {where.world} processes" if where.world > 1 else ""
+            raise ValueError(f"batch: expected a multiple of particles = {objective.particles}{many}, got {config.batch}")
+        if (config.batch_gpu or 0) % objective.particles:
+            raise ValueError(f"batch_gpu: expected a multiple of particles = {objective.particles}, got {config.batch_gpu}")
         for values in (data.pixels, data.deviations):
             if (
                 values is not None
@@ -155,7 +164,12 @@ class Trainer:
         self.step = 0
         self.resumed_from: int | None = None
         self._saved_step: int | None = None
-        self.stop = False  # set it to end the run after the step under way
+        self.stop = False  # set it to end the run after the step under way; of several processes, in one of them
+        self._parallel: DistributedDataParallel | None = None
+        if where.world > 1:
+            # A layer for augmentations that are off has no gradient.
+            idle = bool(getattr(flow_map.network, "augment_dim", 0)) and not config.augment
+            self._parallel = where.parallel(objective, find_unused_parameters=idle)
         self.ema = EMA(flow_map.network, config.ema)
         self._parameters = list(flow_map.network.parameters())
         self._optimizer = OPTIMIZERS[config.optimizer](
@@ -163,11 +177,7 @@ class Trainer:
         )
         self._scaler = torch.amp.GradScaler(self.device.type, enabled=config.precision == "fp16")
         self._permutation: tuple[int, Tensor] | None = None
-        try:  # not before: what is refused above leaves no folder behind
-            self.outdir.mkdir(parents=True, exist_ok=True)
-            self._lock = lock_folder(self.outdir)
-        except OSError as error:
-            raise ValueError(f"outdir: expected a folder that can be written to, got {outdir}: {error}") from error
+        self._lock = self._lock_outdir()
         self._pixels = data.pixels.to(self.device)
         self._deviations = None if data.deviations is None else data.deviations.to(self.device)
         labels = data.labels if flow_map.num_classes else None
@@ -177,7 +187,25 @@ class Trainer:
             self._settings["init"] = {"sha256": init}
         if (self.outdir / STATE_FILE).exists():
             self._load()
-        self._trim_stats()
+        if where.total(self.step) != self.step * where.world:
+            raise ValueError(f"outdir: expected a folder that all processes share, got {outdir}, whose state some do not find")
+        if where.first:
+            self._trim_stats()
+
+    def _lock_outdir(self) -> FolderLock | None:
+        """Make and lock the folder, in the first process; after all checks of settings, so that a refusal leaves no folder."""
+        lock, refusal = None, None
+        if self._where.first:
+            try:
+                self.outdir.mkdir(parents=True, exist_ok=True)
+                lock = lock_folder(self.outdir)
+            except OSError as error:
+                refusal = ValueError(f"outdir: expected a folder that can be written to, got {self.outdir}: {error}")
+            except ValueError as error:
+                refusal = error
+        if self._where.any(refusal is not None):
+            raise refusal or ValueError(f"outdir: expected a folder that the first process can write to, got {self.outdir}")
+        return lock
 
     def close(self) -> None:
         """Let other processes write to the folder; this trainer no longer may."""
@@ -199,6 +227,8 @@ class Trainer:
     ) -> None:
         """Train until ``steps`` steps have been made in all, ``max_seconds`` are over, or :attr:`stop` is set; save the state.
 
+        Of several processes, ``max_seconds`` and :attr:`stop` of one end the run of all.
+
         Raises:
             TrainingError: a loss that is not finite. The last state saved is a good one.
         """
@@ -218,8 +248,8 @@ class Trainer:
         on_log: Callable[[dict[str, Any]], None] | None,
     ) -> None:
         window = _Window()
-        while self.step < steps and not self.stop:
-            if max_seconds is not None and time.perf_counter() - start > max_seconds:
+        while self.step < steps:
+            if self._where.any(self.stop or (max_seconds is not None and time.perf_counter() - start > max_seconds)):
                 break
             window.add(*self._step())
             self.step += 1
@@ -250,6 +280,12 @@ class Trainer:
         """Write the state to resume from and the averaged flow map as a snapshot, each atomically; those before go."""
         if self.step == self._saved_step:
             return
+        if self._where.first:
+            self._write_state()
+        self._saved_step = self.step
+        self._where.wait()
+
+    def _write_state(self) -> None:
         replaced = None if self._saved_step is None or self._stays(self._saved_step) else self._saved_step
         tensors: dict[str, Tensor] = {}
         for prefix, module in (("network", self.objective.flow_map.network), ("ema", self.ema.network)):
@@ -267,7 +303,6 @@ class Trainer:
         checkpoints.write_file(self.outdir / STATE_FILE, tensors, settings)
         # A run that is killed from here on does the rest when it is resumed: the state says which snapshots are whose.
         self._write_snapshot()
-        self._saved_step = self.step
         self._drop_snapshot(replaced)
 
     def _write_snapshot(self) -> None:
@@ -278,47 +313,65 @@ class Trainer:
             self._snapshot_path(step).unlink(missing_ok=True)
 
     def _step(self) -> tuple[dict[str, Tensor], Tensor]:
-        config = self.config
+        """A step on this process's images. What is random is drawn for the whole batch, whatever the processes."""
+        config, where = self.config, self._where
         torch.manual_seed(_mix(config.seed, self.step))
         index = self._indices()
         for group in self._optimizer.param_groups:
             group["lr"] = config.lr * min(1.0, (self.step + 1) / config.warmup) if config.warmup else config.lr
-        index, mirrored = index % len(self._pixels), index >= len(self._pixels)
+        mirrored, index = index >= len(self._pixels), index % len(self._pixels)
+        mine = where.share(len(index))
+        images = to_float(self._pixels[index[mine]])
+        batch = images.new_zeros(()).expand(len(index), *images.shape[1:])  # its shape
         labels = None if self._labels is None else self._labels[index]
-        images = to_float(self._pixels[index])
         if config.xflip:
-            images = torch.where(mirrored[:, None, None, None], images.flip(3), images)
+            images = torch.where(mirrored[mine, None, None, None], images.flip(3), images)
         if self._deviations is not None:  # a new sample of the posterior at every step, as in the paper (section I.1)
-            images = torch.addcmul(images, to_float(self._deviations[index]), torch.randn_like(images))
+            noise = torch.randn(batch.shape, dtype=batch.dtype, device=batch.device)
+            images = torch.addcmul(images, to_float(self._deviations[index[mine]]), noise[mine])
         told = None
         if config.augment:
-            images, told = augment(images, config.augment)
-        return self.update(images, labels, told)
+            transforms = augmentation.draw(len(index), config.augment, images.device)[mine]
+            images, told = augmentation.transform(images, transforms), augmentation.labels(transforms)
+        if where.world == 1:
+            return self.update(images, labels, told)
+        groups = where.share(len(index) // self.objective.particles)
+        draws = self.objective.draw(batch, labels).part(groups.start, groups.stop)
+        if not where.first:
+            torch.manual_seed(_mix(_mix(config.seed, self.step), where.rank))  # else dropout would be alike in all processes
+        return self.update(images, None if labels is None else labels[mine], told, draws)
 
-    def update(self, images: Tensor, labels: Tensor | None, augment: Tensor | None = None) -> tuple[dict[str, Tensor], Tensor]:
+    def update(
+        self, images: Tensor, labels: Tensor | None, told: Tensor | None = None, draws: Draws | None = None
+    ) -> tuple[dict[str, Tensor], Tensor]:
         """One optimizer step on a batch: loss, gradient, weights, average; random numbers are torch's default generators'.
 
         Args:
-            images: ``[B, C, H, W]``, as the network takes them. labels: ``[B]`` int64, or None. augment: ``[B, 9]``, how the
-                images were augmented, or None.
+            images: ``[B, C, H, W]``, as the network takes them; of several processes, this one's. labels: ``[B]`` int64, or
+                None. told: ``[B, 9]``, how the images were augmented, or None. draws: the objective's for them, or None.
 
         Returns:
-            The objective's statistics, and the norm of the gradient, which stays in the parameters until the next call.
+            The objective's statistics of the images, and the norm of the gradient, which stays in the parameters until the
+            next call.
         """
         self._optimizer.zero_grad(set_to_none=True)  # before the forward, whose memory grows towards its end
         size = self.config.batch_gpu
         if size is None or size >= len(images):
-            stats = self._accumulate(images, labels, augment, None, 1.0)
+            stats = self._accumulate(images, labels, told, draws, 1.0)
         else:
             particles = self.objective.particles
-            draws = self.objective.draw(images, labels)
+            draws = self.objective.draw(images, labels) if draws is None else draws
             parts = []
             for start in range(0, len(images), size):
                 part = slice(start, start + size)
                 share = len(images[part]) / len(images)
                 some = draws.part(start // particles, (start + size) // particles)
-                of_labels, told = (None if given is None else given[part] for given in (labels, augment))
-                parts.append((share, self._accumulate(images[part], of_labels, told, some, share)))
+                of_labels, of_told = (None if given is None else given[part] for given in (labels, told))
+                alone: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
+                if self._parallel is not None and start + size < len(images):
+                    alone = self._parallel.no_sync()  # the last part exchanges the sum
+                with alone:
+                    parts.append((share, self._accumulate(images[part], of_labels, of_told, some, share)))
             stats = _combined(parts)
         self._scaler.unscale_(self._optimizer)
         norm = torch.nn.utils.get_total_norm([p.grad for p in self._parameters if p.grad is not None])
@@ -328,7 +381,7 @@ class Trainer:
         return stats, norm
 
     def _accumulate(
-        self, images: Tensor, labels: Tensor | None, augment: Tensor | None, draws: Draws | None, share: float
+        self, images: Tensor, labels: Tensor | None, told: Tensor | None, draws: Draws | None, share: float
     ) -> dict[str, Tensor]:
         """Add ``share`` times the gradient of the images' loss; the objective's statistics."""
         dtype = PRECISIONS[self.config.precision]
@@ -337,7 +390,8 @@ class Trainer:
             grad_scale = None
             if self._scaler.is_enabled() or share != 1.0:
                 grad_scale = self._scaler.scale(torch.full((), share, device=self.device))
-            loss, stats = self.objective(images, labels, augment=augment, grad_scale=grad_scale, draws=draws)
+            objective = self.objective if self._parallel is None else self._parallel
+            loss, stats = objective(images, labels, augment=told, grad_scale=grad_scale, draws=draws)
         self._scaler.scale(loss if share == 1.0 else loss * share).backward()
         return stats
 
@@ -363,7 +417,7 @@ class Trainer:
             "step": self.step,
             "images": self.step * self.config.batch,
             "lr": self._optimizer.param_groups[0]["lr"],
-            **window.row(self.config.batch),
+            **window.row(self.config.batch, self._where),
         }
         broken = row["nonfinite"] > 0 or row["grad_norm"] is None
         if self._scaler.is_enabled():
@@ -376,8 +430,9 @@ class Trainer:
                 f"loss or gradient not finite before step {self.step} ({row['nonfinite']} groups); {state}; "
                 "a new run in another folder may want a smaller lr"
             )
-        with open(self.outdir / STATS_FILE, "a") as file:
-            file.write(json.dumps(row) + "\n")
+        if self._where.first:
+            with open(self.outdir / STATS_FILE, "a") as file:
+                file.write(json.dumps(row) + "\n")
         if on_log is not None:
             on_log(row)
 
@@ -431,9 +486,10 @@ class Trainer:
                     values[key] = torch.empty_like(parameter).copy_(value)
         self._scaler.load_state_dict(settings["scaler"])
         self.step = self.resumed_from = self._saved_step = settings["step"]
-        if not self.snapshot_path.exists():
-            self._write_snapshot()
-        self._drop_snapshot(settings.get("replaced_step"))  # no such entry in states of earlier versions
+        if self._where.first:
+            if not self.snapshot_path.exists():
+                self._write_snapshot()
+            self._drop_snapshot(settings.get("replaced_step"))  # no such entry in states of earlier versions
 
     def _trim_stats(self) -> None:
         """Drop the rows after the state's step: a killed run may have written some, the last one in part."""
@@ -490,11 +546,12 @@ class _Window:
         self._sums = {n: self._sums[n] + v if self.count else v for n, v in values.items()}
         self.count += 1
 
-    def row(self, batch: int) -> dict[str, Any]:
-        sums = {name: value.double().cpu() for name, value in self._sums.items()}
+    def row(self, batch: int, where: Processes) -> dict[str, Any]:
+        """The row of all processes' statistics. Collective."""
+        sums = {name: where.sums(value.double().cpu()) for name, value in self._sums.items()}
         seconds = time.perf_counter() - self.start
         bins = sums["t_bin_loss"] / sums["t_bin_count"]
-        means = {name: float(sums[name]) / self.count for name in ("loss", "grad_norm", "gap", "at_s")}
+        means = {name: float(sums[name]) / (self.count * where.world) for name in ("loss", "grad_norm", "gap", "at_s")}
         return {
             **{name: value if value == value and abs(value) != float("inf") else None for name, value in means.items()},
             "t_bin_loss": [float(v) if torch.isfinite(v) else None for v in bins],
@@ -518,12 +575,13 @@ def _combined(parts: list[tuple[float, dict[str, Tensor]]]) -> dict[str, Tensor]
 def _check_augmentation(network: nn.Module, data: ImageData) -> None:
     if data.pixels.is_floating_point():
         raise ValueError(f"augment: expected images, a turned latent is no turned image's, got {data.source}")
-    if min(data.shape[1:]) < SMALLEST:
-        raise ValueError(f"augment: expected images of at least {SMALLEST}x{SMALLEST}, got {list(data.shape)} ({data.source})")
+    side = augmentation.SMALLEST
+    if min(data.shape[1:]) < side:
+        raise ValueError(f"augment: expected images of at least {side}x{side}, got {list(data.shape)} ({data.source})")
     told = getattr(network, "augment_dim", 0)
-    if told != LABELS:
+    if told != augmentation.LABELS:
         raise ValueError(
-            f"augment: expected a network that is told of it (DDPMpp with augment_dim = {LABELS}), "
+            f"augment: expected a network that is told of it (DDPMpp with augment_dim = {augmentation.LABELS}), "
             f"got {type(network).__name__} with {told}"
         )
 
