@@ -58,6 +58,8 @@ class Processes:
     def parallel(self, module: nn.Module, **options: Any) -> DistributedDataParallel:
         """``module`` with gradients that are the mean of the processes'; weights become those of process 0. Collective."""
         device = next(module.parameters()).device
+        if device.type == "cuda":
+            torch.cuda.set_device(device)  # where NCCL puts what is its own
         group = distributed.new_group(backend="nccl" if device.type == "cuda" else "gloo")
         return DistributedDataParallel(module, process_group=group, gradient_as_bucket_view=True, **options)
 

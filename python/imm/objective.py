@@ -217,8 +217,7 @@ class IMMObjective(nn.Module):
 
         Raises:
             ValueError: a batch that ``particles`` does not divide, labels out of range, augment for a network that is not told
-                or of another shape, NaN or infinite data (checked on the
-                CPU only; on a GPU look at ``nonfinite``).
+                or of another shape, NaN or infinite data (checked on the CPU only; on a GPU look at ``nonfinite``).
         """
         flow_map, particles = self.flow_map, self.particles
         if draws is None:
