@@ -1,4 +1,4 @@
-"""Training on several processes: the run of one, to rounding; a resumed one bit for bit; what is refused."""
+"""Training on several processes: the run of one, to rounding; a resumed one, to the bit; what is refused."""
 
 from __future__ import annotations
 
@@ -6,11 +6,12 @@ import dataclasses
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import numpy as np
@@ -20,14 +21,13 @@ from torch import nn
 
 from imm import FlowMap, IMMObjective, checkpoints
 from imm.data import ImageData
-from imm.distributed import Processes
+from imm.distributed import Exchange, Processes
 from imm.networks import DDPMpp, UNet
 from imm.objective import Draws
 from imm.training import TrainConfig, Trainer
 from imm.training.trainer import STATE_FILE, STATS_FILE
 
 IMM = ["-m", "imm", "train"]
-TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
 OPTIONS = ["--batch", "16", "--particles", "2", "--width", "8", "--tick", "1", "--snap", "100", "--device", "cpu"]
 CONFIG = TrainConfig(batch=8, lr=1e-3, log_every=1, snapshot_every=100)
 
@@ -41,14 +41,35 @@ def data(tmp_path):
 
 
 def command(data, outdir, *options: str, processes: int) -> list[str]:
-    launch = TORCHRUN if processes == 2 else []
+    launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"] if processes > 1 else []
     return [sys.executable, *launch, *IMM, "--data", str(data), "--outdir", str(outdir), *OPTIONS, *options]
 
 
+def workers(launcher: subprocess.Popen) -> list[int]:
+    """The processes that torchrun started, each in a session of its own."""
+    try:
+        return [int(n) for n in Path(f"/proc/{launcher.pid}/task/{launcher.pid}/children").read_text().split()]
+    except FileNotFoundError:
+        return []
+
+
+@contextmanager
+def started(line: list[str], **options) -> Iterator[subprocess.Popen]:
+    """A command that is there no longer at the end, nor what it started, whatever happens."""
+    with subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, **options) as launcher:
+        try:
+            yield launcher
+        finally:
+            for number in (*workers(launcher), launcher.pid):
+                with suppress(ProcessLookupError):
+                    os.kill(number, signal.SIGKILL)
+
+
 def run(*arguments, ok: bool = True, **options) -> str:
-    done = subprocess.run(command(*arguments, **options), capture_output=True, text=True, timeout=240, check=False)
-    assert (done.returncode == 0) is ok, done.stdout + done.stderr
-    return done.stdout + done.stderr
+    with started(command(*arguments, **options)) as launcher:
+        output, _ = launcher.communicate(timeout=240)
+    assert (launcher.returncode == 0) is ok, output
+    return output
 
 
 def wait_for(happened: Callable[[], bool]) -> None:
@@ -62,6 +83,18 @@ def rows(folder) -> list[dict]:
     return [json.loads(line) for line in (folder / STATS_FILE).read_text().splitlines()]
 
 
+def assert_alike(one, many, rel: float = 1e-4) -> None:
+    """The rows of two runs, to rounding."""
+    ours, theirs = rows(one), rows(many)
+    assert [row["step"] for row in theirs] == [row["step"] for row in ours] == list(range(1, len(ours) + 1))
+    for a, b in zip(ours, theirs, strict=True):
+        for name in ("loss", "grad_norm", "gap", "at_s"):
+            assert b[name] == pytest.approx(a[name], rel=rel), name
+        of_bins = ([float("nan") if v is None else v for v in row["t_bin_loss"]] for row in (b, a))
+        np.testing.assert_allclose(*of_bins, rtol=rel)
+        assert b["nonfinite"] == 0
+
+
 def test_two_processes_are_one_to_rounding(data, tmp_path) -> None:
     """Also in parts, mirrored, with labels dropped; every row speaks of the whole batch."""
     output = run(data, tmp_path / "one", "--steps", "6", "--xflip", processes=1)
@@ -69,31 +102,37 @@ def test_two_processes_are_one_to_rounding(data, tmp_path) -> None:
     output = run(data, tmp_path / "two", "--steps", "6", "--xflip", "--batch-gpu", "6", processes=2)
     assert output.count(", 2 processes; data: ") == 1  # the first process speaks
     assert output.count("wrote ") == 1
-    one, two = rows(tmp_path / "one"), rows(tmp_path / "two")
-    assert [row["step"] for row in two] == [row["step"] for row in one] == [1, 2, 3, 4, 5, 6]
-    for a, b in zip(one, two, strict=True):
-        for name in ("loss", "grad_norm", "gap", "at_s"):
-            assert b[name] == pytest.approx(a[name], rel=1e-4), name
-        of_bins = ([float("nan") if v is None else v for v in row["t_bin_loss"]] for row in (b, a))
-        np.testing.assert_allclose(*of_bins, rtol=1e-4)
-        assert b["nonfinite"] == 0
+    assert_alike(tmp_path / "one", tmp_path / "two")
     files = {p.name for p in (tmp_path / "two").iterdir()}
     assert files == {".lock", STATE_FILE, STATS_FILE, "snapshot-0000006.safetensors"}
 
 
-def test_a_run_of_two_that_is_resumed_or_killed_repeats_an_unbroken_one(data, tmp_path) -> None:
-    """With dropout, of which every process has its own."""
-    run(data, tmp_path / "whole", "--steps", "8", "--dropout", "0.3", processes=2)
-    run(data, tmp_path / "parts", "--steps", "3", "--dropout", "0.3", processes=2)
-    long = command(data, tmp_path / "parts", "--steps", "100000", "--snap", "100000", "--dropout", "0.3", processes=2)
-    with subprocess.Popen(long, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as killed:
+def test_in_half_precision_with_a_layer_that_is_not_used(data, tmp_path) -> None:
+    """A loss scale, which all processes agree on, and a network that could be told of augmentations but is not."""
+    network = DDPMpp(3, 8, width=8, multipliers=(1, 2), blocks=1, attention=(), num_classes=3, augment_dim=9)
+    torch.nn.init.normal_(network.map_augment.weight)
+    checkpoints.save(tmp_path / "net.safetensors", FlowMap(network))
+    tune = [*OPTIONS[:4], *OPTIONS[6:], "--steps", "4", "--precision", "fp16", "--init", str(tmp_path / "net.safetensors")]
+    for processes, name in ((1, "one"), (2, "two")):
+        line = command(data, tmp_path / name, processes=processes)
+        line = line[: line.index("--batch")] + tune
+        with started(line) as launcher:
+            output, _ = launcher.communicate(timeout=240)
+        assert launcher.returncode == 0, output
+    assert_alike(tmp_path / "one", tmp_path / "two", rel=1e-2)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="finds torchrun's processes in /proc")
+def test_a_run_of_three_that_is_resumed_or_killed_repeats_an_unbroken_one(data, tmp_path) -> None:
+    """With dropout, of which every process has its own; three, whose gradients have more than one order to be added in."""
+    options = ("--batch", "24", "--dropout", "0.3")
+    run(data, tmp_path / "whole", "--steps", "8", *options, processes=3)
+    run(data, tmp_path / "parts", "--steps", "3", *options, processes=3)
+    with started(command(data, tmp_path / "parts", "--steps", "100000", "--snap", "100000", *options, processes=3)) as killed:
         wait_for(lambda: len(rows(tmp_path / "parts")) >= 5)
-        assert "where process" in run(data, tmp_path / "parts", "--steps", "8", processes=2, ok=False)  # holds the lock
-        workers = Path(f"/proc/{killed.pid}/task/{killed.pid}/children").read_text().split()
-        assert len(workers) == 2
-        for number in (killed.pid, *map(int, workers)):
-            os.kill(number, signal.SIGKILL)
-    output = run(data, tmp_path / "parts", "--steps", "8", "--dropout", "0.3", processes=2)
+        assert "where process" in run(data, tmp_path / "parts", "--steps", "8", *options, processes=1, ok=False)  # locked
+        assert len(workers(killed)) == 3
+    output = run(data, tmp_path / "parts", "--steps", "8", *options, processes=3)
     assert "resuming at step 3" in output
     (a, settings), (b, others) = (checkpoints.read_file(tmp_path / n / STATE_FILE, "training") for n in ("whole", "parts"))
     settings["replaced_step"] = others["replaced_step"] = None
@@ -102,15 +141,33 @@ def test_a_run_of_two_that_is_resumed_or_killed_repeats_an_unbroken_one(data, tm
     assert [row["loss"] for row in rows(tmp_path / "whole")] == [row["loss"] for row in rows(tmp_path / "parts")]
 
 
-def test_a_signal_ends_all(data, tmp_path) -> None:
-    long = command(data, tmp_path / "run", "--steps", "100000", "--snap", "2", processes=2)
-    with subprocess.Popen(long, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as stopped:
+@pytest.mark.skipif(sys.platform != "linux", reason="finds torchrun's processes in /proc")
+def test_a_signal_to_one_ends_all(data, tmp_path) -> None:
+    with started(command(data, tmp_path / "run", "--steps", "100000", "--snap", "2", processes=2)) as stopped:
         wait_for((tmp_path / "run" / STATE_FILE).exists)
-        stopped.send_signal(signal.SIGTERM)  # which torchrun passes on
+        os.kill(workers(stopped)[1], signal.SIGTERM)
         output, _ = stopped.communicate(timeout=60)
-    assert "stopped by signal 15 at step" in output
     step = checkpoints.read_file(tmp_path / "run" / STATE_FILE, "training")[1]["step"]
-    assert f"at step {step}; the same command goes on" in output
+    assert f"stopped by signal 15 at step {step}; the same command goes on" in output
+
+
+@pytest.mark.parametrize("option", ["--lr", "--steps"])
+def test_processes_of_different_commands_are_refused(option, data, tmp_path) -> None:
+    """As on two machines where somebody typed."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    where = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
+    lines = [command(data, tmp_path / "run", "--steps", "3", option, value, processes=1) for value in ("4", "5")]
+    with (
+        started(lines[0], env={**os.environ, **where, "RANK": "0"}) as one,
+        started(lines[1], env={**os.environ, **where, "RANK": "1"}) as other,
+    ):
+        outputs = [process.communicate(timeout=120)[0] for process in (one, other)]
+    what = "steps: expected the same number" if option == "--steps" else "settings: expected the same settings and data"
+    assert all(what in output for output in outputs), outputs
+    assert one.returncode == other.returncode == 1
+    assert not (tmp_path / "run" / STATE_FILE).exists()
 
 
 def test_a_batch_that_does_not_fit_is_refused(data, tmp_path) -> None:
@@ -119,16 +176,14 @@ def test_a_batch_that_does_not_fit_is_refused(data, tmp_path) -> None:
     assert not (tmp_path / "run").exists()
 
 
-class _Together(nn.Module):
-    """Stands for the module that exchanges gradients."""
+class _Nobody(Exchange):
+    """Exchanges nothing."""
 
-    def __init__(self, module: nn.Module) -> None:
-        super().__init__()
-        self.module = module
-        self.no_sync = nullcontext
+    def __init__(self) -> None:
+        pass
 
-    def forward(self, *arguments, **options):
-        return self.module(*arguments, **options)
+    def take_first(self, tensors) -> None:
+        pass
 
 
 class _Alone(Processes):
@@ -137,21 +192,21 @@ class _Alone(Processes):
     def wait(self) -> None:
         pass
 
-    def total(self, number: int) -> int:
-        return number * self.world
+    def largest(self, number: int) -> int:
+        return number
 
     def sums(self, numbers):
         return numbers
 
-    def parallel(self, module, **options):
-        return _Together(module)
+    def exchange(self, device):
+        return _Nobody()
 
 
 class _Elsewhere(_Alone):
     """One of two processes, whose other sees another folder, without a state."""
 
-    def total(self, number: int) -> int:
-        return number
+    def alike(self, text: str) -> bool:
+        return text != "1"
 
 
 def test_a_folder_that_is_not_shared_is_refused(tmp_path) -> None:

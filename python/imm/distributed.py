@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import datetime
+import hashlib
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
 
 import torch
-from torch import Tensor, distributed, nn
-from torch.nn.parallel import DistributedDataParallel
+from torch import Tensor, distributed
+
+#: A process may wait for the others as long as these have images to make.
+_PATIENCE = datetime.timedelta(days=7)
+_BUNDLE_BYTES = 64 * 2**20
 
 
 @dataclass(frozen=True)
@@ -39,9 +42,21 @@ class Processes:
             distributed.all_reduce(count)
         return int(count)
 
+    def largest(self, number: int) -> int:
+        """The largest of the processes' numbers, when every process is here."""
+        found = torch.tensor(number)
+        if self.world > 1:
+            distributed.all_reduce(found, distributed.ReduceOp.MAX)
+        return int(found)
+
     def any(self, flag: bool) -> bool:
         """Whether the flag is set in one of the processes, when every process is here."""
-        return self.total(int(flag)) > 0
+        return self.largest(int(flag)) > 0
+
+    def alike(self, text: str) -> bool:
+        """Whether all processes have this text, when every process is here."""
+        number = int.from_bytes(hashlib.sha256(text.encode()).digest()[:7], "big")
+        return self.largest(number) == -self.largest(-number)
 
     def sums(self, numbers: Tensor) -> Tensor:
         """Elementwise sums of the processes' tensors of one shape, on the CPU, when every process is here."""
@@ -55,13 +70,52 @@ class Processes:
         each = count // self.world
         return slice(self.rank * each, (self.rank + 1) * each)
 
-    def parallel(self, module: nn.Module, **options: Any) -> DistributedDataParallel:
-        """``module`` with gradients that are the mean of the processes'; weights become those of process 0. Collective."""
-        device = next(module.parameters()).device
+    def exchange(self, device: torch.device) -> Exchange:
+        """For tensors on a device, which is this process's own if it is a GPU; when every process is here."""
         if device.type == "cuda":
             torch.cuda.set_device(device)  # where NCCL puts what is its own
-        group = distributed.new_group(backend="nccl" if device.type == "cuda" else "gloo")
-        return DistributedDataParallel(module, process_group=group, gradient_as_bucket_view=True, **options)
+            return Exchange(self, distributed.new_group(backend="nccl"))
+        return Exchange(self, distributed.new_group(backend="gloo", timeout=_PATIENCE))
+
+
+class Exchange:
+    """Tensors that the processes of a run make alike, all in one order.
+
+    Not torch's DistributedDataParallel, which bundles gradients anew after the first step of every start and then adds those of
+    three processes or more in another order: a resumed run would not repeat an unbroken one. It hides the exchange behind the
+    backward; here it comes after it.
+    """
+
+    def __init__(self, where: Processes, group: distributed.ProcessGroup) -> None:
+        self._where, self._group = where, group
+
+    def take_first(self, tensors: Iterable[Tensor]) -> None:
+        """Each process's tensors become those of the first. When every process is here."""
+        for tensor in tensors:
+            dense = tensor.contiguous()
+            distributed.broadcast(dense, 0, group=self._group)
+            tensor.copy_(dense)
+
+    def average(self, tensors: Iterable[Tensor]) -> None:
+        """Each process's tensors become the means of all processes'. When every process is here."""
+        for bundle in _bundles(tensors):
+            flat = torch.cat([tensor.reshape(-1) for tensor in bundle])
+            distributed.all_reduce(flat, group=self._group)
+            flat /= self._where.world
+            for tensor, mean in zip(bundle, flat.split([tensor.numel() for tensor in bundle]), strict=True):
+                tensor.copy_(mean.view(tensor.shape))
+
+
+def _bundles(tensors: Iterable[Tensor]) -> Iterator[list[Tensor]]:
+    """Neighbours of one dtype, some megabytes together, which cost one message."""
+    bundle: list[Tensor] = []
+    for tensor in tensors:
+        if bundle and (tensor.dtype != bundle[0].dtype or sum(t.nbytes for t in bundle) + tensor.nbytes > _BUNDLE_BYTES):
+            yield bundle
+            bundle = []
+        bundle.append(tensor)
+    if bundle:
+        yield bundle
 
 
 @contextmanager
@@ -72,12 +126,10 @@ def processes() -> Iterator[Processes]:
     if world == 1:
         yield Processes()
         return
-    # A process may wait for the others as long as these have images to make.
-    distributed.init_process_group("gloo", timeout=datetime.timedelta(days=7))
-    try:
-        yield Processes(distributed.get_rank(), world, int(os.environ.get("LOCAL_RANK", "0")))
-    finally:
-        distributed.destroy_process_group()
+    distributed.init_process_group("gloo", timeout=_PATIENCE)
+    yield Processes(distributed.get_rank(), world, int(os.environ.get("LOCAL_RANK", "0")))
+    # Not after an error: NCCL would wait for the others, which wait for this one; its end is what ends them.
+    distributed.destroy_process_group()
 
 
 def device_of(local_rank: int) -> torch.device:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import inspect
+import os
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
@@ -119,6 +120,7 @@ def command(
     """
     given = {name for name in context.params if context.get_parameter_source(name) is not ParameterSource.DEFAULT}
     with processes() as where:
+        _check_device(device, where)
         _run(data, outdir, process_device(device, where), where, given, **options)
 
 
@@ -193,12 +195,25 @@ def _run(
     if trainer.resumed_from is not None:
         say(f"resuming at step {trainer.resumed_from}")
     signal_number = progress.run(trainer, steps, None if minutes is None else 60.0 * minutes, quiet=not where.first)
+    signal_number = where.largest(signal_number or 0) or None
     if signal_number is not None:
         say(f"stopped by signal {signal_number} at step {trainer.step}; the same command goes on from there")
         raise SystemExit(128 + signal_number)
     if minutes is not None and trainer.step < steps:
         say(f"stopped after {minutes:g} minutes at step {trainer.step} of {steps}; the same command goes on from there")
     say(f"wrote {trainer.snapshot_path}")
+
+
+def _check_device(device: str, where: Processes) -> None:
+    """Refuse two processes on one GPU, whose gradients NCCL does not exchange."""
+    local = int(os.environ.get("LOCAL_WORLD_SIZE", where.world))
+    if where.world == 1 or device == "cpu" or not torch.cuda.is_available():
+        return
+    if device not in ("auto", "cuda") or local > torch.cuda.device_count():
+        raise ValueError(
+            f"device: expected cpu, or cuda with a GPU for each of a machine's processes, got {device} with "
+            f"{torch.cuda.device_count()} GPUs for {local}"
+        )
 
 
 def _from_options(options: Mapping[str, Any], given: Mapping[str, Any], images: ImageData) -> Preset:

@@ -16,12 +16,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 
 from imm import checkpoints
 from imm.checkpoints.format import build, describe, load_state
 from imm.data import ImageData, augmentation, digest, to_float
-from imm.distributed import Processes
+from imm.distributed import Exchange, Processes
 from imm.flow_map import FlowMap
 from imm.objective import T_BINS, Draws, IMMObjective
 from imm.training.ema import EMA
@@ -108,7 +107,7 @@ class Trainer:
             settings; None for fresh weights. The average begins at the network's weights in either case.
         where: which of several processes this is (:func:`imm.distributed.processes`), each with the whole data and a trainer
             of the same settings. They share a batch, times and noise of which are those of one process; so is the result, to
-            rounding, but for a network's dropout. The first process writes.
+            rounding, but for a network's dropout. The first process writes. All make a trainer, run and save together.
 
     A state file in ``outdir`` is continued, by the same settings only. The folder is locked against other processes until
     :meth:`close`, the end of the trainer, or of its process. Each step seeds torch's default generators from
@@ -165,11 +164,10 @@ class Trainer:
         self.resumed_from: int | None = None
         self._saved_step: int | None = None
         self.stop = False  # set it to end the run after the step under way; of several processes, in one of them
-        self._parallel: DistributedDataParallel | None = None
+        self._exchange: Exchange | None = None
         if where.world > 1:
-            # A layer for augmentations that are off has no gradient.
-            idle = bool(getattr(flow_map.network, "augment_dim", 0)) and not config.augment
-            self._parallel = where.parallel(objective, find_unused_parameters=idle)
+            self._exchange = where.exchange(self.device)
+            self._exchange.take_first(flow_map.network.state_dict().values())
         self.ema = EMA(flow_map.network, config.ema)
         self._parameters = list(flow_map.network.parameters())
         self._optimizer = OPTIMIZERS[config.optimizer](
@@ -187,8 +185,12 @@ class Trainer:
             self._settings["init"] = {"sha256": init}
         if (self.outdir / STATE_FILE).exists():
             self._load()
-        if where.total(self.step) != self.step * where.world:
+        if not where.alike(str(self.step)):
             raise ValueError(f"outdir: expected a folder that all processes share, got {outdir}, whose state some do not find")
+        intervals = config.log_every, config.snapshot_every, config.keep_every
+        found: dict[str, Any] = {**self._settings, "data": self._settings["data"]["sha256"]}
+        if not where.alike(f"{found} {intervals}"):
+            raise ValueError("settings: expected the same settings and data in all processes, got others in some")
         if where.first:
             self._trim_stats()
 
@@ -234,6 +236,8 @@ class Trainer:
         """
         start = time.perf_counter()
         self.objective.train()
+        if not self._where.alike(str(steps)):
+            raise ValueError(f"steps: expected the same number in all processes, got {steps} here and others elsewhere")
         if self.step > steps:
             raise ValueError(f"steps: expected at least the {self.step} steps already made, got {steps}")
         with _backends(tf32=self.config.precision == "tf32"):
@@ -367,12 +371,10 @@ class Trainer:
                 share = len(images[part]) / len(images)
                 some = draws.part(start // particles, (start + size) // particles)
                 of_labels, of_told = (None if given is None else given[part] for given in (labels, told))
-                alone: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
-                if self._parallel is not None and start + size < len(images):
-                    alone = self._parallel.no_sync()  # the last part exchanges the sum
-                with alone:
-                    parts.append((share, self._accumulate(images[part], of_labels, of_told, some, share)))
+                parts.append((share, self._accumulate(images[part], of_labels, of_told, some, share)))
             stats = _combined(parts)
+        if self._exchange is not None:
+            self._exchange.average(p.grad for p in self._parameters if p.grad is not None)
         self._scaler.unscale_(self._optimizer)
         norm = torch.nn.utils.get_total_norm([p.grad for p in self._parameters if p.grad is not None])
         self._scaler.step(self._optimizer)
@@ -390,8 +392,7 @@ class Trainer:
             grad_scale = None
             if self._scaler.is_enabled() or share != 1.0:
                 grad_scale = self._scaler.scale(torch.full((), share, device=self.device))
-            objective = self.objective if self._parallel is None else self._parallel
-            loss, stats = objective(images, labels, augment=told, grad_scale=grad_scale, draws=draws)
+            loss, stats = self.objective(images, labels, augment=told, grad_scale=grad_scale, draws=draws)
         self._scaler.scale(loss if share == 1.0 else loss * share).backward()
         return stats
 
