@@ -20,6 +20,7 @@ import torch
 from torch import nn
 
 from imm import FlowMap, IMMObjective, checkpoints
+from imm.cli.train import _check_device
 from imm.data import ImageData
 from imm.distributed import Exchange, Processes
 from imm.networks import DDPMpp, UNet
@@ -174,6 +175,51 @@ def test_a_batch_that_does_not_fit_is_refused(data, tmp_path) -> None:
     output = run(data, tmp_path / "run", "--steps", "2", "--batch", "18", processes=2, ok=False)
     assert "batch: expected a multiple of particles = 2 x 2 processes, got 18" in output
     assert not (tmp_path / "run").exists()
+
+
+EXCHANGE = """
+import torch
+from imm import distributed
+distributed._BUNDLE_BYTES = 100
+with distributed.processes() as where:
+    exchange, rank = where.exchange(torch.device("cpu")), where.rank
+    shapes = [(5,), (40,), (2, 3, 4, 4), (), (0,), (3, 2), (4,)]
+    dtypes = [torch.float32] * 5 + [torch.float64, torch.bfloat16]
+    tensors = [torch.full(s, float(i + rank), dtype=d) for i, (s, d) in enumerate(zip(shapes, dtypes))]
+    tensors[2] = tensors[2].to(memory_format=torch.channels_last)
+    strides = [t.stride() for t in tensors]
+    exchange.average(tensors)
+    for i, tensor in enumerate(tensors):
+        assert bool((tensor == i + 1).all()) and tensor.stride() == strides[i], (i, tensor)
+    numbers = torch.arange(6.0).reshape(2, 3).t() * (rank + 1)
+    exchange.take_first([numbers, counter := torch.tensor(rank)])
+    assert numbers.flatten().tolist() == [0, 3, 1, 4, 2, 5] and counter == 0
+    assert where.alike("one") and not where.alike(str(rank)) and where.any(rank == 1) and where.largest(-rank) == 0
+"""
+
+
+def test_an_exchange_of_all_sorts_of_tensors(tmp_path) -> None:
+    """In several bundles, of several dtypes, of any layout, empty."""
+    script = tmp_path / "exchange.py"
+    script.write_text(EXCHANGE)
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=3"]
+    with started([sys.executable, *launch, str(script)]) as launcher:
+        output, _ = launcher.communicate(timeout=120)
+    assert launcher.returncode == 0, output
+
+
+@pytest.mark.parametrize(("device", "local"), [("cuda", "2"), ("auto", "2"), ("cuda:0", "1")])
+def test_two_processes_on_one_gpu_are_refused(device, local, data, tmp_path, monkeypatch) -> None:
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", local)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    where = Processes(0, 2, 0)
+    with pytest.raises(ValueError, match=f"a GPU for each of a machine's processes, got {device} with 1 GPUs for {local}"):
+        _check_device(device, where)
+    _check_device("cpu", where)
+    _check_device(device, Processes())
+    if local == "1":
+        _check_device("cuda", where)  # each on a machine of its own
 
 
 class _Nobody(Exchange):
