@@ -9,6 +9,7 @@ IMM_TORCH_DIR              another torch package folder to compile and link agai
 import importlib.util
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -67,7 +68,11 @@ def cuda() -> tuple[bool, str]:
     elif tool("nvcc") is None:
         reason = "nvcc not found"
     else:
-        return True, f"torch is built for CUDA {version['cuda']} and nvcc is {tool('nvcc')}"
+        said = re.search(r"release (\d+)\.", subprocess.getoutput(f"'{tool('nvcc')}' --version"))
+        if said is None or said[1] == str(version["cuda"]).partition(".")[0]:  # an nvcc that does not say fails in the build
+            return True, f"torch is built for CUDA {version['cuda']} and nvcc is {tool('nvcc')}"
+        # Both CUDA runtimes would be loaded.
+        reason = f"torch is built for CUDA {version['cuda']} and nvcc is of CUDA {said[1]}"
     if choice == "1":
         raise SystemExit(f"IMM_BUILD_CUDA=1, but {reason}")
     return False, reason

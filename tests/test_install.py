@@ -155,3 +155,16 @@ def test_a_broken_nvcc(tree) -> None:
     assert "IMM_BUILD_CUDA=1, but configuring the native library with CUDA failed" in demanded.stderr
     if torch.version.cuda is None:
         assert "IMM_BUILD_CUDA=1, but torch" in build(tree, IMM_BUILD_CUDA="1").stderr
+
+
+def test_an_nvcc_of_another_cuda_is_not_used(tree) -> None:
+    """Two CUDA runtimes in one process: auto goes on without CUDA, 1 is an error, and nothing was compiled with nvcc."""
+    (tree.parent / "bin" / "nvcc").write_text("#!/bin/sh\necho 'Cuda compilation tools, release 13.0, V13.0.88'\n")
+    torch_folder = str(tree.parent / "torch")
+    reason = "torch is built for CUDA 1.0 and nvcc is of CUDA 13"
+    auto = build(tree, IMM_BUILD_NATIVE="auto", IMM_TORCH_DIR=torch_folder)
+    lines = [line for line in auto.stderr.splitlines() if line.startswith("imm: native build")]
+    assert [line.rpartition(", ")[2] for line in lines] == [f"without CUDA ({reason})"]
+    demanded = build(tree, IMM_BUILD_CUDA="1", IMM_TORCH_DIR=torch_folder)
+    assert demanded.returncode != 0
+    assert f"IMM_BUILD_CUDA=1, but {reason}" in demanded.stderr

@@ -4,21 +4,31 @@
 #include <ATen/core/CachingHostAllocator.h>
 #include <ATen/cuda/CUDAGraph.h>
 #include <ATen/ops/zeros.h>
+#include <c10/core/Allocator.h>
 #include <c10/cuda/CUDACachingAllocator.h>
 #include <c10/cuda/CUDAException.h>
 #include <c10/cuda/CUDAFunctions.h>
 #include <c10/cuda/CUDAGuard.h>
 #include <c10/cuda/CUDAStream.h>
 
+#include <iterator>
+#include <map>
 #include <memory>
 #include <mutex>
+#include <shared_mutex>
+#include <tuple>
 #include <utility>
 
-// As in ATen/cuda/CUDAContextLight.h, which includes parts of the toolkit that need not be here.
+// As in ATen/cuda/CUDAContextLight.h, which includes parts of the toolkit that need not be here. Weak: the first is
+// null before torch 2.12, the others may be null after torch 2.11, and are not called there.
 namespace at::cuda {
-TORCH_CUDA_CPP_API void clearCublasWorkspaces();
-// Null before torch 2.12.
+struct WorkspaceMapWithMutex {
+  std::map<std::tuple<void*, void*>, at::DataPtr> map;  // by cuBLAS handle and stream
+  std::shared_mutex mutex;
+};
 TORCH_CUDA_CPP_API __attribute__((weak)) void clearCublasWorkspacesForStream(cudaStream_t stream);
+TORCH_CUDA_CPP_API __attribute__((weak)) WorkspaceMapWithMutex& cublas_handle_stream_to_workspace();
+TORCH_CUDA_CPP_API __attribute__((weak)) WorkspaceMapWithMutex& cublaslt_handle_stream_to_workspace();
 }  // namespace at::cuda
 
 namespace imm::cuda {
@@ -34,14 +44,30 @@ std::mutex& capturing() {
   return mutex;
 }
 
-// torch keeps the workspaces of cuBLAS and cuBLASLt by stream, in whatever memory was current when one was first
-// needed, until anyone clears them: a graph captured on a stream that has them would be left with freed memory. Without
-// them a capture takes its own from the graph's pool, where they stay when they are cleared after it.
+// The stream of a device on which graphs are captured, and nothing else runs: the workspaces that are cleared for it
+// are nobody else's. Captures take turns, so one is enough. It is never destroyed: the allocator may hold memory of it.
+c10::cuda::CUDAStream capture_stream(c10::DeviceIndex device) {
+  static std::map<c10::DeviceIndex, cudaStream_t> streams;  // guarded by capturing()
+  cudaStream_t& stream = streams[device];
+  if (!stream) C10_CUDA_CHECK(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking));
+  return c10::cuda::getStreamFromExternal(stream, device);
+}
+
+// torch keeps one workspace of cuBLAS and of cuBLASLt for each handle and stream, in whatever memory was current when
+// it was first needed. Before a capture the stream must have none, so that the graph takes its own from its pool; after
+// it torch must forget that one, which stays in the pool, lest a later graph of another pool uses it.
 void clear_workspaces(cudaStream_t stream) {
   if (at::cuda::clearCublasWorkspacesForStream != nullptr) {
     at::cuda::clearCublasWorkspacesForStream(stream);
-  } else {
-    at::cuda::clearCublasWorkspaces();
+    return;
+  }
+  for (const auto workspaces :
+       {at::cuda::cublas_handle_stream_to_workspace, at::cuda::cublaslt_handle_stream_to_workspace}) {
+    at::cuda::WorkspaceMapWithMutex& kept = workspaces();
+    const std::unique_lock lock(kept.mutex);
+    for (auto entry = kept.map.begin(); entry != kept.map.end();) {
+      entry = std::get<1>(entry->first) == stream ? kept.map.erase(entry) : std::next(entry);
+    }
   }
 }
 
@@ -54,6 +80,12 @@ bool succeeds(const Something& something) {
   } catch (...) {
     return false;
   }
+}
+
+// Whether a stream is being captured, by a capture that is still valid or is not.
+bool capturing_now(cudaStream_t stream) {
+  auto status = cudaStreamCaptureStatusNone;
+  return cudaStreamIsCapturing(stream, &status) == cudaSuccess && status != cudaStreamCaptureStatusNone;
 }
 
 // Captures body on the current stream, which does not capture any more where this throws. begun: whether the allocators
@@ -69,8 +101,7 @@ void record(at::cuda::CUDAGraph& graph, PoolId pool, const std::function<void()>
     graph.capture_end();
   } catch (...) {
     const c10::cuda::CUDAStreamGuard again(stream);  // the body may have left another
-    auto status = cudaStreamCaptureStatusNone;
-    if (cudaStreamIsCapturing(stream, &status) == cudaSuccess && status != cudaStreamCaptureStatusNone) {
+    if (capturing_now(stream)) {
       begun = true;
       succeeds([&] { graph.capture_end(); });  // the first error is the one to report
     }
@@ -82,6 +113,12 @@ void record(at::cuda::CUDAGraph& graph, PoolId pool, const std::function<void()>
 class CudaGraph final : public Graph {
  public:
   explicit CudaGraph(c10::Device device) : device_(device) {}
+
+  // A graph may be collected while this thread captures another one, which must not end that capture.
+  ~CudaGraph() override {
+    const c10::cuda::CUDAStreamCaptureModeGuard relaxed(cudaStreamCaptureModeRelaxed);
+    succeeds([this] { graph.reset(); });
+  }
 
   void replay() override {
     const c10::cuda::CUDAGuard guard(device_);
@@ -125,7 +162,10 @@ class CudaGraphPool final : public GraphPool {
     const std::lock_guard lock(capturing());
     const c10::cuda::CUDAGuard guard(device_);
     const auto caller = c10::cuda::getCurrentCUDAStream();
-    const auto side = c10::cuda::getStreamFromPool(/*isHighPriority=*/false, device_.index());
+    TORCH_CHECK(!capturing_now(caller),
+                "capture: expected a stream that is not being captured itself, since a first run waits for the device; "
+                "run once before your own capture");
+    const auto side = capture_stream(device_.index());
     Event before;
     before.record(caller);
     C10_CUDA_CHECK(cudaStreamWaitEvent(side, before.get(), 0));

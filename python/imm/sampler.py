@@ -262,9 +262,15 @@ class Sampler:
             ``[B, *shape]`` of ``state_dtype``, on the network's device.
 
         Raises:
-            ValueError, TypeError: arguments other than these, a network in training mode.
+            ValueError, TypeError: arguments other than these, a network in training mode. RuntimeError: within the capture of a
+                CUDA graph.
         """
         with self._lock:
+            if self._device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+                raise RuntimeError(
+                    "sample: expected a stream that is not being captured: a call copies from the host, and a first one waits for "
+                    "the device; capture imm.sampling.pushforward instead"
+                )
             if self._stale or self._seen() != self._known:
                 self._start()
             seeds = functional.as_seeds(seeds)
