@@ -11,7 +11,7 @@ MLXTEND := "mlxtend==0.25.0; python_version >= '3.11'" "mlxtend==0.24.0; python_
 # The pinned cmake and ninja before the machine's.
 export PATH := $(abspath $(BIN)):$(PATH)
 
-.PHONY: demo test test-full test-sanitize test-oldest ci-builds lint format bench clean
+.PHONY: demo test test-full test-sanitize test-oldest ci-builds lint format bench gpu-bundle clean
 
 # Two workers, because many tests keep one core only; waiting threads sleep, so that neither slows the other.
 PYTEST := OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest --numprocesses=2 --dist=worksteal
@@ -67,6 +67,10 @@ format: $(STAMP)
 bench: $(NATIVE)
 	$(BIN)/python -m pytest bench --benchmark-only
 	$(BIN)/imm bench all --quick
+
+# The native library for bench/gpu_suite.py on a machine with a GPU, to carry there: build/gpu-bundle.
+gpu-bundle: $(STAMP)
+	$(BIN)/python bench/gpu_bundle.py
 
 $(STAMP): pyproject.toml setup.py constraints.txt
 	@echo "setting up $(VENV) (downloads torch on a new machine)"

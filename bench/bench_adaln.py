@@ -84,6 +84,7 @@ def case(B: int, T: int, C: int, device: torch.device, dtype: torch.dtype = torc
         truth=lambda *given: run(plain)(*(v.double() for v in given))(),
         tolerances=(tolerance,) * (5 if backward else 2),
         peers=peers,
+        late=(COMPILED,),
         # In 16 bits these round the sums over tokens, or what they add.
         rough={EAGER: 16 * rounding, COMPILED: 16 * rounding} if dtype.itemsize == 2 else {},
     )

@@ -97,6 +97,7 @@ def case(G: int, M: int, D: int, device: torch.device, dtype: torch.dtype = torc
             COMPILED: compiled,
             EAGER: trained(eager_form),
         },
+        late=(COMPILED,),
     )
 
 

@@ -17,6 +17,7 @@ CUDA_TESTS = {"test_triton_flow_step.py": ""}
 
 #: Images of CIFAR-10 and latents of ImageNet.
 SHAPES = ((256, 3, 32, 32), (256, 4, 32, 32))
+COMPILED = "torch.compile of the expression"
 
 
 def expression(x: Tensor, g: Tensor, g_uncond: Tensor, c_skip: Tensor, c_out: Tensor, guidance: Tensor) -> Tensor:
@@ -81,7 +82,7 @@ def case(B: int, C: int, H: int, W: int, device: torch.device) -> Case:
         "imm out=": preallocated,
         "imm": fresh,
         "imm as a user calls it": user,
-        "torch.compile of the expression": compiled,
+        COMPILED: compiled,
         "eager expression": eager,
         "reference": reference,
     }
@@ -100,6 +101,7 @@ def case(B: int, C: int, H: int, W: int, device: torch.device) -> Case:
         truth=lambda *given: (expression(*(v.double() for v in given)),),
         tolerances=(1e-6,),
         peers=peers,
+        late=(COMPILED,),
     )
 
 

@@ -134,6 +134,7 @@ def case(G: int, M: int, D: int, device: torch.device, dtype: torch.dtype = torc
         # The loss is a small difference of means of size 1.
         tolerances=(1e-3, 1e-4 if dtype == torch.float32 else 1e-2),
         peers=peers,
+        late=(COMPILED, COMPILED_GRAM),
         # Products lose the digits of the matched pairs, which are close.
         rough=dict.fromkeys((GRAM, COMPILED_GRAM, GEOMLOSS), 0.1),
         products=products,

@@ -113,19 +113,23 @@ def native(folder: Path) -> str:
 
 
 def cuda_torch() -> Path:
-    """The package folder of a CUDA build of this torch, kept from one run to the next."""
-    if torch.version.cuda is not None:
-        return TORCH
-    version = torch.__version__.partition("+")[0]
+    """The package folder of a CUDA build of this torch."""
+    return TORCH if torch.version.cuda is not None else fetched_torch(torch.__version__.partition("+")[0])
+
+
+def fetched_torch(version: str, python: str = "") -> Path:
+    """The package folder of the CUDA build of a torch, kept from one run to the next. python: of another version, "3.12"."""
     caches = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "imm-ci"
-    kept = caches / f"torch-{version}-cuda"
+    kept = caches / f"torch-{version}-cuda{python and f'-python{python}'}"
     if not kept.is_dir():
         caches.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=caches) as text:
             folder = Path(text)
             print(f"  fetching the CUDA build of torch {version}, once", flush=True)
             # === takes no local version, such as +cpu.
-            download = ("download", "--quiet", "--no-cache-dir", "--no-deps", f"torch==={version}", "--dest", folder)
+            download = ["download", "--quiet", "--no-cache-dir", "--no-deps", f"torch==={version}", "--dest", folder]
+            if python:
+                download += ["--only-binary=:all:", "--python-version", python, "--platform", "manylinux_2_28_x86_64"]
             run(sys.executable, "-m", "pip", *download)
             (wheel,) = folder.glob("torch-*.whl")
             with zipfile.ZipFile(wheel) as archive:

@@ -3,12 +3,12 @@ what is refused; and the checks that it runs, bench/check_kernels.py, on the CPU
 
 from __future__ import annotations
 
-import csv
 import importlib
 import importlib.util
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -18,11 +18,10 @@ from typing import Any
 import pytest
 import torch
 
+from imm.benchmark import rows
 from imm.ops import dispatch
 
 SUITE = Path(__file__).parent.parent / "bench" / "gpu_suite.py"
-NO_GPU = ("build", "kernels", "triton tests", "memcheck", "racecheck")
-RUNS = ("op tests", "calibrations", "bench mmd", "bench flow_map_mmd", "bench flow_step", "bench noise")
 FILES = {"summary.json", "environment.json", "build.txt", "tests.txt", "sanitizer.txt", "calibration.json"}
 FILES |= {"bench.txt", "rows.csv"}
 
@@ -38,101 +37,237 @@ def suite() -> ModuleType:
     return module
 
 
-def run(out: Path, *options: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, str(SUITE), "--out", str(out), "--dry-run", *options]
-    return subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
+def run(out: Path, *options: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, str(SUITE), "--out", str(out), *options]
+    variables = {**os.environ, **environment}
+    return subprocess.run(command, env=variables, capture_output=True, text=True, check=False, timeout=500)
 
 
-def stages(out: Path) -> dict[str, dict[str, str]]:
+def stages(out: Path) -> dict[str, dict[str, Any]]:
     return json.loads((out / "summary.json").read_text())["stages"]
 
 
-def test_every_stage_is_recorded_within_its_limit(tmp_path: Path) -> None:
-    result = run(tmp_path, "--limit", "0.5")
-    assert result.returncode == 1
-    assert not result.stderr
-    found = stages(tmp_path)
-    assert list(found) == [
-        "build",
-        "kernels",
-        "triton tests",
-        "op tests",
-        "memcheck",
-        "racecheck",
-        "calibrations",
-        "bench mmd",
-        "bench flow_map_mmd",
-        "bench flow_step",
-        "bench noise",
-    ]
-    assert {found[name]["status"] for name in NO_GPU} == {"skipped"}
-    for name in RUNS:  # importing torch and measuring takes longer
-        assert found[name]["status"] == "timed out"
-        assert float(found[name]["seconds"]) < 4.0
-    assert {path.name for path in tmp_path.iterdir()} <= FILES
-    assert "== op tests: timed out" in (tmp_path / "tests.txt").read_text()
-    assert '"pytest": true' in result.stdout
+def planned(suite: ModuleType, cpu: bool = False, tools: bool = True) -> list[Any]:
+    return suite.plan(Path("results"), {"tools": dict.fromkeys(suite.TOOLS, tools)}, cpu)[0]
 
 
-def test_it_goes_on_where_it_stopped_and_writes_rows(tmp_path: Path) -> None:
-    done = {name: {"status": "ok"} for name in RUNS[:-1] if name != "calibrations"}
-    (tmp_path / "summary.json").write_text(json.dumps({"commit": "abc", "stages": done}))
-    result = run(tmp_path, "--limit", "60", "--commit", "abc")
-    assert result.returncode == 0, result.stdout + result.stderr
-    assert result.stdout.count("done before") == 4
-    assert {entry["status"] for entry in stages(tmp_path).values()} == {"ok", "skipped"}
-    with (tmp_path / "rows.csv").open(newline="") as file:
-        rows = list(csv.DictReader(file))
-    assert {row["op"] for row in rows} == {"noise"}
-    assert {row["status"] for row in rows} == {"ok"}
-    names = {path.name for path in tmp_path.iterdir()}
-    assert {"summary.json", "environment.json", "rows.csv", "bench.txt", "calibration.json"} <= names <= FILES
-    measured = json.loads((tmp_path / "calibration.json").read_text())["calibrations"]
-    assert {entry["status"] for entry in measured.values()} == {"ok"}
-    assert sum(path.stat().st_size for path in tmp_path.iterdir()) < 16e6
-    assert "noise normal" in (tmp_path / "bench.txt").read_text()
+def test_a_dry_run_prints_order_and_seconds_and_writes_nothing(suite: ModuleType, tmp_path: Path, monkeypatch, capsys) -> None:
+    out, lines = tmp_path / "out", {}
+    monkeypatch.setattr(suite, "probe", lambda: {"gpu": "none", "tools": dict.fromkeys(suite.TOOLS, False)})
+    for budget in (540, 240):
+        options = ["--dry-run", f"--budget={budget}", f"--bundle={tmp_path}", "--out", str(out)]
+        monkeypatch.setattr(sys, "argv", ["gpu_suite.py", *options])
+        assert suite.main() == 0
+        first, *rest = capsys.readouterr().out.splitlines()
+        assert first == f"budget {budget} s; the library takes 10 s of it"
+        found = [re.match(r"  ([\w' ]+?) +(\d+) s, from +(\d+)(.*)$", line) for line in rest]
+        lines[budget] = [(m[1], float(m[2]), float(m[3]), m[4].strip()) for m in found if m]
+    assert not out.exists()
+    names = [line[0] for line in lines[540]]
+    assert names[:5] == ["kernels", "calibrations", "bench attention", "bench dit", "bench sampler"]
+    assert names.index("bench noise") < names.index("triton tests") < names.index("baselines dit") < names.index("racecheck")
+    begin = 10.0
+    for _, seconds, at, _ in lines[540]:
+        assert at == begin
+        begin += seconds
+    for budget, of_budget in lines.items():
+        for _, seconds, at, fits in of_budget:
+            assert fits == ("" if at + seconds <= budget else "cut short" if at + 8 <= budget else "next command")
+    assert {line[0] for line in lines[540] if not line[3]} >= {f"bench {op}" for op in ("attention", "dit", "sampler", "mmd")}
 
 
-def test_another_commit_begins_anew(suite: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "summary.json").write_text(json.dumps({"commit": "abc", "stages": {"op tests": {"status": "ok"}}}))
-    (tmp_path / "rows.csv").write_text("")
-    monkeypatch.setattr(suite, "TOTAL", 5.0)
-    monkeypatch.setattr(sys, "argv", ["gpu_suite.py", "--out", str(tmp_path), "--dry-run", "--commit", "def"])
-    assert suite.main(lambda *words, **options: None) == 0
-    assert stages(tmp_path)["op tests"]["status"] == "skipped"
-    assert not (tmp_path / "rows.csv").exists()
+def test_a_finished_run_replaces_the_expected_seconds(suite: ModuleType) -> None:
+    done = {"kernels": {"status": "ok", "seconds": 12.5}, "calibrations": {"status": "cut short", "seconds": 99.0}}
+    before = {stage.name: stage.expected for stage in planned(suite)}
+    after = {stage.name: stage.expected for stage in suite.with_measured(planned(suite), done)}
+    assert {name for name in before if before[name] != after[name]} == {"kernels"}
+    assert after["kernels"] == 12.5
 
 
-def test_it_stops_in_time(suite: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(suite, "TOTAL", 5.0)
-    monkeypatch.setattr(sys, "argv", ["gpu_suite.py", "--out", str(tmp_path), "--dry-run"])
-    assert suite.main(lambda *words, **options: None) == 0
-    found = stages(tmp_path)
-    assert {found[name]["reason"] for name in RUNS} == {"no time left; run again with the same folder"}
+def test_what_was_not_tried_comes_before_what_is_repeated(suite: ModuleType) -> None:
+    done = {"kernels": "ok", "calibrations": "failed", "bench attention": "cut short", "bench dit": "skipped"}
+    done |= {"bench sampler": suite.REFUSED}
+    left = suite.ordered(planned(suite), {name: {"status": status} for name, status in done.items()})
+    names = [stage.name for stage in left]
+    assert names[:3] == ["bench dit", "bench sampler", "bench mmd"]
+    assert names[-2:] == ["bench attention", "calibrations"]
+    assert "kernels" not in names
+    assert len(names) == len(planned(suite)) - 1
 
 
-def test_the_plan_has_every_benchmark(suite: ModuleType) -> None:
-    options = suite.argparse.Namespace(dry_run=False, out=Path("results"))
-    found = {"gpu": "a GPU", "tools": dict.fromkeys(suite.TOOLS, True)}
-    planned, _ = suite.plan(options, found)
-    assert all(stage.limit < suite.TOTAL < 540 for stage in planned)
-    assert all(isinstance(stage.command, list) for stage in planned)
-    assert planned[0].command[-1] == "--cuda"
-    benches = [stage for stage in planned if stage.name.startswith("bench ")]
-    assert {stage.name for stage in benches} == {f"bench {path.stem[6:]}" for path in SUITE.parent.glob("bench_*.py")}
-    assert all(stage.command[4:] == ["cuda", str(Path("results").resolve()), "full"] for stage in benches)
-    bare, _ = suite.plan(options, {"gpu": "a GPU", "tools": dict.fromkeys(suite.TOOLS, False)})
-    assert bare[0].command[-1] != "--cuda"
-    commands = {stage.name: stage.command for stage in bare}
-    assert commands["memcheck"] == commands["racecheck"] == "compute-sanitizer not found"
-    racecheck = next(stage for stage in planned if stage.name == "racecheck")
-    assert racecheck.command[:3] == ["compute-sanitizer", "--error-exitcode", "9"]
-    assert racecheck.command[-1] == "--small"
-    order = [stage.name for stage in planned]
-    assert order[:7] == ["build", "kernels", "triton tests", "op tests", "memcheck", "racecheck", "calibrations"]
-    assert set(suite.ABOUT) >= set(suite.GPU_BENCHES) | set(suite.CALIBRATED)
+def test_the_plan_has_every_benchmark_and_every_file_is_known(suite: ModuleType) -> None:
+    of_gpu = planned(suite)
+    commands = {stage.name: stage.command for stage in of_gpu}
+    assert all(isinstance(command, list) for command in commands.values())
+    ops = {path.stem[6:] for path in SUITE.parent.glob("bench_*.py")}
+    assert {name for name in commands if " " in name and name.split()[0] in ("bench", "baselines")} == {
+        f"{kind} {op}" for op in ops for kind in ("bench", "baselines")
+    }
+    results = str(Path("results").resolve())
+    assert commands["bench dit"][3:] == ["dit", "cuda", results, "full", "first"]
+    assert commands["baselines dit"][3:] == ["dit", "cuda", results, "full", "late"]
+    assert commands["racecheck"][:3] == ["compute-sanitizer", "--error-exitcode", "9"]
+    assert commands["racecheck"][-1] == "--small"
+    assert max(1, os.cpu_count() - 1) == suite.WORKERS
+    assert str(suite.WORKERS) in commands["triton tests"]
+    bare = {stage.name: stage.command for stage in planned(suite, tools=False)}
+    assert bare["memcheck"] == bare["racecheck"] == "compute-sanitizer not found"
+    assert bare["toolkit's ptxas"] == "nvcc not found"
+    assert set(suite.ABOUT) == set(suite.BENCHES) == ops
     assert len(FILES) == 8
-    assert {stage.file for stage in planned} <= FILES
+    assert {stage.file for stage in of_gpu} <= FILES
+    assert all(
+        suite.OP_TESTS.count(name) == 1 and (SUITE.parents[1] / "tests" / f"{name}.py").exists() for name in suite.OP_TESTS
+    )
+
+
+@pytest.mark.full
+def test_a_rehearsal_runs_every_command(tmp_path: Path) -> None:
+    """On the CPU, the sanitizer's in a stand-in's hands."""
+    tools = tmp_path / "tools"
+    tools.mkdir()
+    (tools / "compute-sanitizer").write_text(
+        '#!/bin/sh\nwhile [ "${1%.py}" = "$1" ]; do last=$1; shift; done; exec "$last" "$@"\n'
+    )
+    (tools / "compute-sanitizer").chmod(0o755)
+    out, path = tmp_path / "out", f"{tools}{os.pathsep}{os.environ['PATH']}"
+    done = run(out, "--cpu", "--budget=450", PATH=path)
+    assert done.returncode == 0, done.stdout + done.stderr
+    found = stages(out)
+    assert {name for name, outcome in found.items() if outcome["status"] != "ok"} == {
+        *(f"{kind} {op}" for kind in ("bench", "baselines") for op in ("attention", "dit", "sampler", "adaln", "objective")),
+        *(() if shutil.which("nvcc") else ("toolkit's ptxas",)),
+    }
+    measured_rows = rows.read(out / "rows.csv")
+    assert {row.op for row in measured_rows} == {"mmd", "flow_map_mmd", "flow_step", "noise"}
+    assert {row.status for row in measured_rows} == {"ok"}
+    measured = json.loads((out / "calibration.json").read_text())["calibrations"]
+    assert {entry["status"] for entry in measured.values()} == {"ok"}
+    assert {path.name for path in out.iterdir()} <= FILES
+    assert sum(path.stat().st_size for path in out.iterdir()) < 16e6
+    again = run(out, "--cpu", "--budget=60", PATH=path)
+    assert again.returncode == 0
+    assert set(re.findall(r"^([\w ]+): ok", again.stdout, re.MULTILINE)) == set()  # nothing is repeated
+
+
+def command(suite: ModuleType, monkeypatch: pytest.MonkeyPatch, out: Path, programs: dict[str, str], *options: str) -> int:
+    """One command of the suite with stages that run these programs of Python in the place of its own."""
+    files = {"kernels": "tests.txt", "op tests": "tests.txt", "racecheck": "sanitizer.txt"}
+
+    def plan(*given: Any) -> tuple[list[Any], list[str]]:
+        run_by_python = lambda text: [sys.executable, "-c", text]
+        made = [suite.Stage(name, 1.0, files.get(name, "bench.txt"), run_by_python(text)) for name, text in programs.items()]
+        return made, []
+
+    monkeypatch.setattr(suite, "plan", plan)
+    monkeypatch.setattr(suite, "probe", lambda: {"gpu": "a GPU", "tools": {}})
+    monkeypatch.setattr(suite, "LIBRARY", "print('loaded')")
+    monkeypatch.setattr(suite.Stage, "limit", 2.0)
+    monkeypatch.setattr(sys, "argv", ["gpu_suite.py", "--out", str(out), "--commit=abc", *options])
+    return suite.main()
+
+
+def test_a_stage_that_sleeps_or_crashes_leaves_the_others_results(suite: ModuleType, tmp_path: Path, monkeypatch) -> None:
+    programs = {
+        "bench mmd": "import time; print('begun', flush=True); time.sleep(60)",
+        "bench dit": "import os; print('begun', flush=True); os.abort()",
+        "bench noise": "print('measured')",
+    }
+    assert command(suite, monkeypatch, tmp_path, programs) == 1
+    found = stages(tmp_path)
+    assert [found[name]["status"] for name in programs] == ["cut short", "failed", "ok"]
+    assert (found["bench mmd"]["reason"], found["bench dit"]["returncode"]) == ("begun", -6)
+    assert "measured" in (tmp_path / "bench.txt").read_text()
+    # Again: what was cut short, what failed, and not what was done.
+    assert command(suite, monkeypatch, tmp_path, {**programs, "bench mmd": "print('in time')"}) == 1
+    assert [stages(tmp_path)[name]["status"] for name in programs] == ["ok", "failed", "ok"]
+    assert (tmp_path / "bench.txt").read_text().count("measured") == 1
+    # A commit or --fresh begins anew.
+    assert command(suite, monkeypatch, tmp_path, {"bench adaln": "print('other')"}, "--fresh") == 0
+    assert set(stages(tmp_path)) == {"bench adaln"}
+
+
+def test_the_last_seconds_are_not_overrun(suite: ModuleType, tmp_path: Path, monkeypatch) -> None:
+    """What was begun is recorded as cut short, what was not is left for the next command, which begins with it."""
+    monkeypatch.setattr(suite, "LEAST", 20.0)
+    programs = {"bench mmd": "import time; time.sleep(60)", "bench dit": "print('measured')"}
+    assert command(suite, monkeypatch, tmp_path, programs, "--budget=21") == 0
+    found = stages(tmp_path)
+    assert found["bench mmd"]["status"] == "cut short"
+    assert found["bench dit"] == {"status": "skipped", "reason": "no time left; run again with the same folder"}
+    assert command(suite, monkeypatch, tmp_path, programs, "--budget=21") == 0
+    assert list(stages(tmp_path)) == list(programs)
+    assert [outcome["status"] for outcome in stages(tmp_path).values()] == ["cut short", "ok"]
+
+
+def test_the_library_is_asked_for_and_without_one_the_suite_stops(
+    suite: ModuleType, tmp_path: Path, monkeypatch, capsys
+) -> None:
+    ran: list[str] = []
+    works: list[str] = []
+
+    def execute(given: list[str], limit: float, environment: dict[str, str]) -> tuple[dict[str, Any], str]:
+        folder = Path(environment.get("IMM_NATIVE_DIR", "tree")).name
+        ran.append("build" if "build_in_place.py" in given[-2] else folder if given[2] == suite.LIBRARY else "stage")
+        good = folder in works or ran[-1] in ("build", "stage")
+        return {"status": "ok" if good else "failed", "seconds": 1.0}, "built for another torch\n" * (not good)
+
+    programs = {"bench mmd": "print()"}
+    monkeypatch.setattr(suite, "execute", execute)
+    (tmp_path / "bundle").mkdir()
+    options = f"--bundle={tmp_path / 'bundle'}"
+    for loads, expected, status in (
+        ({"bundle"}, ["bundle", "stage"], 0),
+        ({"tree"}, ["bundle", "tree", "stage"], 0),
+        (set(), ["bundle", "tree", "build", "tree"], 1),
+    ):
+        works[:] = loads
+        ran.clear()
+        assert command(suite, monkeypatch, tmp_path / "out", programs, options, "--fresh") == status
+        assert ran == expected
+    output = capsys.readouterr().out
+    assert "the bundle's: built for another torch" in output
+    assert "stopped: without the native library" in output
+    assert set(stages(tmp_path / "out")) == {"build"}
+
+
+ROWS = """op,mode,shape,dtype,device,peer,status,median_us,samples_us
+mmd,m,s,float32,cuda,imm out=,ok,1.0,1.0 1.0
+mmd,m,s,float32,cuda,eager broadcast,ok,2.0,2.0 2.0
+noise,m,s,float32,cuda,imm,ok,1.0,1.0 1.0
+noise,m,s,float32,cuda,reference,refused: RuntimeError,,
+"""
+
+
+def test_a_failed_test_marks_the_rows_of_its_ops_and_refuses_nothing(suite: ModuleType, tmp_path: Path, monkeypatch) -> None:
+    (tmp_path / "given.csv").write_text(ROWS)
+    rows.write(tmp_path, rows.read(tmp_path / "given.csv"))
+    statuses = lambda: [row.status for row in rows.read(tmp_path / "rows.csv")]
+    programs = {
+        "op tests": "print('tests/test_mmd.py::test_a FAILED [ 10%]'); raise SystemExit(1)",
+        "bench mmd": "print('measured')",
+    }
+    assert command(suite, monkeypatch, tmp_path, programs) == 1
+    assert stages(tmp_path)["op tests"]["failed"] == ["tests/test_mmd.py::test_a"]
+    assert stages(tmp_path)["bench mmd"]["status"] == "ok"
+    marked = "unverified: tests/test_mmd.py::test_a (op tests)"
+    assert statuses() == [marked, "ok", "ok", "refused: RuntimeError"]
+    assert marked in rows.table(rows.read(tmp_path / "rows.csv")[:2])
+    # Once they pass, the rows are good.
+    assert command(suite, monkeypatch, tmp_path, {**programs, "op tests": "print('1 passed')"}) == 0
+    assert statuses() == ["ok", "ok", "ok", "refused: RuntimeError"]
+
+
+def test_a_wrong_kernel_refuses_the_figures_of_its_ops(suite: ModuleType, tmp_path: Path, monkeypatch) -> None:
+    kernels = (
+        "print('imm::mmd_loss M=4: WRONG, largest error 1.0\\nimm::noise (1, 1): FAILED: RuntimeError'); raise SystemExit(1)"
+    )
+    programs = {"kernels": kernels, "bench mmd": "print()", "bench flow_map_mmd": "print()", "bench noise": "print()"}
+    assert command(suite, monkeypatch, tmp_path, programs) == 1
+    found = stages(tmp_path)
+    assert found["kernels"]["wrong"] == ["imm::mmd_loss M=4"]
+    assert [found[f"bench {op}"]["status"] for op in ("mmd", "flow_map_mmd", "noise")] == [suite.REFUSED, suite.REFUSED, "ok"]
+    assert suite.unverified(found)["noise"] == "imm::noise (1, 1) (kernels)"
 
 
 PYTEST = """
@@ -181,69 +316,51 @@ def test_what_failed_is_read_from_the_output(suite: ModuleType) -> None:
 @pytest.mark.parametrize(
     ("name", "benches"),
     [
-        ("tests/test_triton_mmd.py::test_a", {"mmd", "flow_map_mmd"}),
-        ("tests/test_ops.py::test_opcheck[mmd_loss_grad-empty]", {"mmd", "flow_map_mmd"}),
-        ("tests/test_attention.py::test_a", {"attention", "dit", "sampler"}),
-        ("imm::gated_residual_adaln_bwd (2, 5, 37)", {"adaln", "dit", "sampler"}),
+        ("tests/test_triton_mmd.py::test_a", {"mmd", "flow_map_mmd", "objective"}),
+        ("tests/test_ops.py::test_opcheck[mmd_loss_grad-empty]", {"mmd", "flow_map_mmd", "objective"}),
+        ("tests/test_attention.py::test_a", {"attention", "dit", "sampler", "objective"}),
+        ("imm::gated_residual_adaln_bwd (2, 5, 37)", {"adaln", "dit", "sampler", "objective"}),
         ("triton noise (1, 1)", {"noise", "sampler"}),
         ("tests/test_sampler.py::test_a", {"sampler"}),
-        ("tests/test_dit.py::test_a", {"dit", "sampler"}),
-        ("tests/test_flow_step.py::test_a", {"flow_step", "flow_map_mmd", "sampler"}),
+        ("tests/test_package.py::test_a", {"sampler"}),
+        ("tests/test_dit.py::test_a", {"dit", "sampler", "objective"}),
+        ("tests/test_flow_step.py::test_a", {"flow_step", "flow_map_mmd", "sampler", "objective"}),
         ("tests/test_seeds.py::test_conditional", set()),
     ],
 )
-def test_a_failure_stops_the_benchmarks_that_rest_on_it(suite: ModuleType, name: str, benches: set[str]) -> None:
-    done = {"op tests": {"status": "failed", "failed": [name]}, "kernels": {"status": "ok"}}
-    assert {op for op in suite.GPU_BENCHES if suite.refusing(op, done)} == benches | suite_new(suite, name)
-
-
-def suite_new(suite: ModuleType, name: str) -> set[str]:
-    """Benchmarks that later files have added: what they rest on is theirs to say."""
-    known = {"mmd", "attention", "dit", "sampler", "adaln", "flow_map_mmd", "flow_step", "noise"}
-    return {op for op in set(suite.GPU_BENCHES) - known if suite.refusing(op, {"": {"failed": [name]}})}
-
-
-def test_figures_of_an_op_whose_tests_failed_are_refused(
-    suite: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Even those that were measured before; the calibrations run without the op."""
-    (tmp_path / "summary.json").write_text(json.dumps({"stages": {"bench mmd": {"status": "ok"}}}))
-    ran: list[str] = []
-
-    def execute(stage: Any, limit: float, environment: dict[str, str]) -> tuple[dict[str, Any], str]:
-        ran.append(stage.name)
-        if stage.name == "calibrations":
-            assert stage.command[-2:] == ["--refused", "mmd"]
-        bad = stage.name == "op tests"
-        return {"status": "failed" if bad else "ok"}, "tests/test_mmd.py::test_a FAILED [ 10%]\n" if bad else "fine\n"
-
-    monkeypatch.setattr(suite, "execute", execute)
-    monkeypatch.setattr(sys, "argv", ["gpu_suite.py", "--out", str(tmp_path), "--dry-run"])
-    assert suite.main(lambda *words, **options: None) == 1
-    found = stages(tmp_path)
-    assert found["op tests"]["failed"] == ["tests/test_mmd.py::test_a"]
-    for name in ("bench mmd", "bench flow_map_mmd"):
-        assert found[name] == {"status": "refused: tests failed", "reason": "tests/test_mmd.py::test_a"}
-    assert found["bench noise"]["status"] == found["bench flow_step"]["status"] == "ok"
-    assert not {"bench mmd", "bench flow_map_mmd"} & set(ran)
-    # Mended, they are measured.
-    monkeypatch.setattr(suite, "execute", lambda stage, *rest: (ran.append(stage.name) or {"status": "ok"}, "fine\n"))
-    assert suite.main(lambda *words, **options: None) == 0
-    assert {stages(tmp_path)[name]["status"] for name in ("bench mmd", "bench flow_map_mmd")} == {"ok"}
+def test_a_failure_concerns_the_benchmarks_that_rest_on_it(suite: ModuleType, name: str, benches: set[str]) -> None:
+    assert {op for op in suite.BENCHES if suite.concerning(op, [name])} == benches
 
 
 def test_a_device_that_died_ends_the_process_and_no_other_test_fails(suite: ModuleType, tmp_path: Path) -> None:
     (tmp_path / "test_dead.py").write_text(DEAD)
-    own = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_XDIST")}
-    environment = {**own, "PYTHONPATH": str(SUITE.parent)}
-    options = ["-c", os.devnull, "-p", "no:cacheprovider", "-p", "dead_device", "-vv", str(tmp_path)]
-    command = [sys.executable, "-m", "pytest", "--rootdir", str(tmp_path), *options]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, cwd=tmp_path)
+    done = plugged(tmp_path, "test_dead.py")
     assert done.returncode == 3, done.stdout + done.stderr
     assert "test_fine PASSED" in done.stdout
     assert "test_dead.py::test_illegal: FAILED: the device does not answer: an illegal access" in done.stdout
     assert "test_after" not in done.stdout
     assert suite.failed(done.stdout) == ["test_dead.py::test_illegal"]
+
+
+def test_what_passed_before_is_left_out(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.syspath_prepend(str(SUITE.parent))
+    from suite_plugin import passed
+
+    assert passed(PYTEST) == {"tests/test_mmd.py::test_a[3-4]", "tests/test_flow_step.py::test_b"}
+    (tmp_path / "tests").mkdir()
+    (tmp_path / "tests" / "test_two.py").write_text("def test_a():\n    pass\n\ndef test_b():\n    assert False\n")
+    (tmp_path / "tests.txt").write_text("tests/test_two.py::test_a PASSED           [ 50%]\n")
+    done = plugged(tmp_path, "tests/test_two.py", IMM_SUITE_TESTS=str(tmp_path / "tests.txt"))
+    assert "1 failed, 1 deselected" in done.stdout, done.stdout + done.stderr
+
+
+def plugged(folder: Path, tests: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """pytest with the suite's plugin, in a folder."""
+    own = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_XDIST")}
+    options = ["-c", os.devnull, "--rootdir", str(folder), "-p", "no:cacheprovider", "-p", "suite_plugin", "-vv", tests]
+    variables = {**own, "PYTHONPATH": str(SUITE.parent), **environment}
+    command = [sys.executable, "-m", "pytest", *options]
+    return subprocess.run(command, env=variables, capture_output=True, text=True, check=False, cwd=folder)
 
 
 DEAD = """
@@ -336,12 +453,12 @@ def test_files_that_lack_a_package_are_skipped_by_name(suite: ModuleType, monkey
     there = suite.importlib.util.find_spec
     without = lambda *absent: lambda name: None if name in absent else there(name)
     monkeypatch.setattr(suite.importlib.util, "find_spec", without("hypothesis"))
-    command, notes = suite.pytest_command(("test_noise", "test_parametrizations", "test_mmd"))
+    command, notes = suite.pytest_command(("test_noise", "test_parametrizations", "test_mmd"), "not full")
     lacking = [n for n in ("test_noise", "test_parametrizations", "test_mmd") if "hypothesis" in _source(n)]
     assert notes == [f"{name}.py skipped: hypothesis not installed" for name in lacking]
     assert not any(name in " ".join(command) for name in lacking)
     monkeypatch.setattr(suite.importlib.util, "find_spec", without("pytest"))
-    assert suite.pytest_command(("test_noise",))[0].startswith("pytest is not installed")
+    assert suite.pytest_command(("test_noise",), "not full")[0].startswith("pytest is not installed")
 
 
 def _source(name: str) -> str:

@@ -268,8 +268,8 @@ class Sampler:
         with self._lock:
             if self._device.type == "cuda" and torch.cuda.is_current_stream_capturing():
                 raise RuntimeError(
-                    "sample: expected a stream that is not being captured: a call copies from the host, and a first one waits for "
-                    "the device; capture imm.sampling.pushforward instead"
+                    "sample: expected a stream that is not being captured: a call copies from the host, and a first one waits "
+                    "for the device; capture imm.sampling.pushforward instead"
                 )
             if self._stale or self._seen() != self._known:
                 self._start()

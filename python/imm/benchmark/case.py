@@ -45,8 +45,8 @@ class Case:
     truth: the inputs -> the right outputs in float64.
     tolerances: per output, the largest error accepted of a peer, relative to the output's largest number.
     bytes: what the algorithm must read and write once, whatever a peer does. flops: its arithmetic.
-    late: peers that compile for a minute. Where a case is visited once (on CUDA), the others are measured and kept before:
-        a time limit may end the run meanwhile.
+    late: peers that compile for seconds or minutes, the slowest last. On CUDA every case is measured without them first, then
+        with one more of them at a time: a time limit may end the run meanwhile.
     rough: peers that are known to be less accurate, with the error accepted of all their outputs.
     ceilings: what is timed beside the peers and not checked, since it does a part of the work only.
     products: whether its arithmetic is matrix products, whose rate is then measured in the same run.

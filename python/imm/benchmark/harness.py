@@ -44,7 +44,7 @@ class Effort:
 
 QUICK = Effort(0.5, 2, 35, visits=3)
 FULL = Effort(1.0, 3, 150, visits=2)
-CUDA = Effort(1.5, 6, 100)
+CUDA = Effort(0.6, 6, 100)
 #: More numbers are copied in several calls: beyond all caches, a larger buffer shows nothing more.
 _COPIED = 1 << 27
 
@@ -206,8 +206,10 @@ def _done(rows: Sequence[Row], visits: int) -> bool:
     return bool(rows) and all(row.median_us is None or len(row.visits) >= visits for row in rows)
 
 
-def _without_late(case: Case) -> Case:
-    return replace(case, peers={name: peer for name, peer in case.peers.items() if name not in case.late})
+def _with_late(case: Case, count: int) -> Case:
+    """The case with the first ``count`` of its late peers."""
+    left_out = case.late[count:]
+    return replace(case, peers={name: peer for name, peer in case.peers.items() if name not in left_out})
 
 
 def run(
@@ -218,15 +220,20 @@ def run(
     quick: bool,
     resume: bool = False,
     tests: bool = True,
+    late: bool | None = None,
     say: Callable[[str], None] = print,
 ) -> list[Row]:
     """Measure an op ("all": every one), visit by visit, and print a table per case at its last one. What a folder ``out`` has
     of the rows and the environment is up to date after each case.
 
+    On CUDA all cases are measured without their late peers (:class:`Case`) first, then with one more of these at a time: a run
+    that is cut short has figures of every case.
+
     Args:
         quick: the first case of each op, for a few seconds.
         resume: go on with what ``out`` has from this commit: the visits that its cases lack.
-        tests: run each op's own tests first and refuse its figures while one fails; False where they have just run.
+        tests: run each op's own tests first and refuse its figures while one fails; False where they run elsewhere.
+        late: on CUDA, the passes without late peers (False), those with them (True) or all (None).
 
     Returns:
         The rows; of an op whose tests fail one of mode TESTS, which is in no file.
@@ -265,28 +272,33 @@ def run(
     resumed = [row for row in earlier if resume and (row.commit, row.machine, row.threads) == same]
     found = {of_case[0].key[:5]: of_case for of_case in grouped(resumed, "op", "mode", "shape", "dtype", "device")}
 
-    def look_at(module: ModuleType, visit: int) -> None:
-        for case in module.cases(device, quick):
+    def look_at(module: ModuleType, visit: int, late_peers: int | None) -> None:
+        for declared in module.cases(device, quick):
+            if late_peers is not None and late_peers > len(declared.late):
+                continue
+            case = declared if late_peers is None else _with_late(declared, late_peers)
             key = Row.of(case, device).key[:5]
             before = found.get(key, [])
             if not {row.peer for row in before}.issuperset(case.peers):
-                before = []  # of a visit that ended before its late peers
+                before = []  # of a pass with fewer peers
             if _done(before, visit):
                 continue
-            if effort.visits == 1 and not set(case.late).isdisjoint(case.peers):
-                keep(measure(_without_late(case), device, effort), module, complete=False)
             if visit < effort.visits:  # at the last one come the tables
                 say(f"visit {visit} of {effort.visits}: {case.op} {case.mode}, {case.size}, {key[3]}")
             measured = measure(case, device, effort, before)
             found[key] = joined(before, measured) if before else measured
             keep(found[key], module, _done(found[key], effort.visits))
 
-    for visit in range(1, effort.visits + 1):
+    passes: list[tuple[int, int | None]] = [(visit, None) for visit in range(1, effort.visits + 1)]
+    if effort.visits == 1:
+        most = max((len(case.late) for module in modules.values() for case in module.cases(device, quick)), default=0)
+        passes = [(1, count) for count in range(most + 1) if late is None or late == (count > 0)]
+    for visit, late_peers in passes:
         for module in modules.values():
-            look_at(
-                module, visit
-            )  # a function of its own: the last case, with what it keeps, is gone before memory is looked at
-            if visit == effort.visits and not quick:
-                for measured in getattr(module, "limits", lambda device: [])(device):
-                    keep(measured, module, complete=True)
-    return rows
+            # A function of its own: the last case, with what it keeps, is gone before the next one's memory is looked at.
+            look_at(module, visit, late_peers)
+    for module in modules.values():
+        if not quick and not late:
+            for measured in getattr(module, "limits", lambda device: [])(device):
+                keep(measured, module, complete=True)
+    return list({row.key: row for row in rows}.values())

@@ -18,6 +18,7 @@ from imm.benchmark.environment import read as read_environment
 from imm.benchmark.rows import (
     HEADINGS,
     OK,
+    UNVERIFIED,
     Row,
     cases,
     cells,
@@ -106,7 +107,7 @@ def _load(folder: Path) -> tuple[list[Row], dict[str, Any]]:
 
 
 def _page(rows: Sequence[Row], environment: dict[str, Any], figures: Sequence[plots.Figure]) -> str:
-    refused = [row for row in rows if not row.status.startswith(OK)]
+    refused = [row for row in rows if not row.status.startswith((OK, UNVERIFIED))]
     asked = _claims(rows) if environment["device"] == "cpu" else []
     sections = [
         ("summary", "Summary", [_paragraph(_SUMMARY), _summary(rows)]),

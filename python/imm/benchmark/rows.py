@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,8 @@ import torch
 from imm.benchmark.case import COPY, MATMUL, Case, Claim
 
 OK = "ok"
+#: What the status of one of our rows begins with while tests of its op fail; its figures stand, marked.
+UNVERIFIED = "unverified"
 #: The mode of the row of an op that was not timed since its tests fail.
 TESTS = "tests"
 #: Visit by visit the times of its rounds.
@@ -183,6 +185,15 @@ def write(folder: Path, rows: Iterable[Row]) -> None:
     os.replace(part, folder / "rows.csv")
 
 
+def mark(folder: Path, reasons: Mapping[str, str]) -> None:
+    """Mark our timed rows in the folder's ``rows.csv`` as unverified, with the reason of their op, or as OK without one."""
+    rows = written(folder)
+    for row in rows:
+        if ours(row.peer) and row.median_us is not None:
+            row.status = f"{UNVERIFIED}: {reasons[row.op]}" if row.op in reasons else OK
+    write(folder, rows)
+
+
 def _last(rows: Iterable[Row]) -> list[Row]:
     """Of rows with the same key and commit the last, in the place of the first."""
     return list({(*row.key, row.commit): row for row in rows}.values())
@@ -285,7 +296,8 @@ def line(row: Row, case: Sequence[Row]) -> list[str]:
     do_bench = "" if row.do_bench_us is None else duration(row.do_bench_us)
     share, best = share_of_floor(row, case), fastest(r for r in case if r.error is not None and ours(r.peer))
     low, high = interval(row.visits)
-    texts = [row.peer, duration(row.median_us), f"{duration(low)} to {duration(high)}"]
+    marked = f" ({row.status})" if row.status.startswith(UNVERIFIED) else ""
+    texts = [row.peer + marked, duration(row.median_us), f"{duration(low)} to {duration(high)}"]
     texts.append("" if best is None else f"{paired(row.visits, best.visits):.2f}")
     # Of what does a part of the work these would be figures of nothing.
     texts.append(f"{row.gb_per_s:.1f}" if row.gb_per_s is not None and (row.whole or row.peer == COPY) else "")
