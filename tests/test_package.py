@@ -177,3 +177,21 @@ def test_a_dit_without_classes_and_in_16_bits(dtype, tmp_path) -> None:
     bound = 1e-5 if dtype == torch.float32 else 0.05
     want = imm.Sampler(exact, steps=3).sample(range(3))
     assert float((out - want).abs().max() / want.abs().max()) < bound
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+def test_on_a_gpu_as_one_graph_and_without_python(tmp_path) -> None:
+    path, out = tmp_path / "net.pt2", tmp_path / "images.npy"
+    on_gpu = flow_map().to("cuda")
+    package.export(on_gpu, path, rows=4, steps=2, method="restart", guided=True)
+    right = Sampler(on_gpu, steps=2, method="restart").sample(range(6), LABELS, 2.0)
+    captured, by_step = (package.Package(path, graph=graph) for graph in (True, False))
+    assert (captured._loop.captured, by_step._loop.captured) == (True, False)
+    for packed in (captured, by_step, captured):
+        torch.testing.assert_close(packed.sample(range(6), LABELS, 2.0), right, rtol=1e-4, atol=1e-4)
+    for more in ((), ("--no-graph",)):
+        done = generate(f"--package={path}", "--seeds=0-3,4,5", "--labels=0-3,0,1", "--cfg=2", f"--out={out}", *more)
+        assert (done.returncode, done.stderr) == (0, "")
+        # A process of its own has torch's defaults: convolutions in TF32.
+        torch.testing.assert_close(torch.from_numpy(np.load(out)), right.cpu(), rtol=1e-2, atol=1e-2)

@@ -644,6 +644,37 @@ def test_streams_wait_for_each_other(graph, small_flow_map) -> None:
     assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
 
 
+@pytest.mark.cuda
+@cuda
+@pytest.mark.filterwarnings("ignore:The CUDA Graph is empty")
+def test_within_a_capture_a_call_is_refused(small_flow_map) -> None:
+    made = Sampler(small_flow_map.to("cuda").eval(), steps=2)
+    expected = made.sample([0])
+    with pytest.raises(RuntimeError, match="a stream that is not being captured"), torch.cuda.graph(torch.cuda.CUDAGraph()):
+        made.sample([0])
+    assert torch.equal(made.sample([0]), expected)
+
+
+@pytest.mark.cuda
+@cuda
+def test_a_users_own_graph_survives_a_capture(small_flow_map) -> None:
+    """Its cuBLAS workspace is the stream's, and a capture of ours clears none but that of its own stream."""
+    x, side = torch.randn(64, 1 << 16, device="cuda", dtype=torch.bfloat16), torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        expected = x @ x.T  # a sum that long is split, and its parts are in the workspace
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=side):
+        y = x @ x.T
+    Sampler(small_flow_map.to("cuda").eval(), steps=2, graph=True).sample([0])
+    torch.cuda.empty_cache()
+    others = [torch.full((1 << 20,), float("nan"), device="cuda") for _ in range(64)]  # whatever was freed
+    y.zero_()
+    graph.replay()
+    torch.testing.assert_close(y, expected)
+    assert all(bool(other.isnan().all()) for other in others)
+
+
 DIGEST = """
 import hashlib, torch, imm
 torch.manual_seed(3)
