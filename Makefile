@@ -68,9 +68,11 @@ bench: $(NATIVE)
 	$(BIN)/python -m pytest bench --benchmark-only
 	$(BIN)/imm bench all --quick
 
-# The native library for bench/gpu_suite.py on a machine with a GPU, to carry there: build/gpu-bundle.
+# The native library for bench/gpu_suite.py on a machine with a GPU, to carry there: build/gpu-bundle. Needs nvcc, and that
+# machine's version of Python with its headers.
+GPU_PYTHON ?= python3.12
 gpu-bundle: $(STAMP)
-	$(BIN)/python bench/gpu_bundle.py
+	$(BIN)/python bench/gpu_bundle.py --python=$(GPU_PYTHON)
 
 $(STAMP): pyproject.toml setup.py constraints.txt
 	@echo "setting up $(VENV) (downloads torch on a new machine)"

@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from imm.benchmark.case import Case, Claim, Peer, Step
+from imm.benchmark.machines import L2
 
 TESTS = {"test_attention.py": ""}
 CUDA_TESTS = {"test_triton_attention.py": ""}
@@ -118,6 +119,8 @@ def case(
         tolerances=(2e-5 if dtype == torch.float32 else 4e-2,),
         peers=peers,
         late=(COMPILED, FLEX),
+        # Each program of 64 queries reads all keys and values of its head.
+        kernel={} if backward else {L2: (1 + 2 * -(-T // 64)) * elements * dtype.itemsize},
         products=True,
     )
 

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from imm.benchmark.case import COPY, MATMUL, Case, Claim, Step
 from imm.benchmark.losses import EPS, loss_of, plain_mmd, trained_with
+from imm.benchmark.machines import ISSUE
 from imm.functional import mmd_loss
 from imm.ops import mmd
 
@@ -102,6 +103,16 @@ def truth(*inputs: Tensor) -> tuple[Tensor, ...]:
     return torch.cat([loss for loss, _ in parts]), torch.cat([grad for _, grad in parts])
 
 
+def issued(G: int, M: int, D: int, dtype: torch.dtype) -> dict[str, float]:
+    """Warp instructions of the resident kernel at M = 4, counted in its machine code: those of 4096 features, and those that do
+    not depend on them (sums over threads, and the M x M part)."""
+    counted = {torch.float32: (19_100, 14_200), torch.bfloat16: (19_800, 7_100)}
+    if M != 4 or dtype not in counted:
+        return {}
+    features, fixed = counted[dtype]
+    return {ISSUE: G * (features * D / 4096 + fixed)}
+
+
 def case(G: int, M: int, D: int, device: torch.device, dtype: torch.dtype = torch.float32) -> Case:
     def inputs() -> tuple[Any, ...]:
         y_r = torch.randn(G, M, D, device=device)
@@ -138,6 +149,7 @@ def case(G: int, M: int, D: int, device: torch.device, dtype: torch.dtype = torc
         # Products lose the digits of the matched pairs, which are close.
         rough=dict.fromkeys((GRAM, COMPILED_GRAM, GEOMLOSS), 0.1),
         products=products,
+        kernel=issued(G, M, D, dtype),
     )
 
 

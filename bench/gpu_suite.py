@@ -130,9 +130,9 @@ def probe() -> dict[str, Any]:
     found["packages"] = {name: importlib.util.find_spec(name) is not None for name in PACKAGES}
     found["tools"] = {name: shutil.which(name) is not None for name in TOOLS}
     code = "import torch; there = torch.cuda.is_available(); name = torch.cuda.get_device_name() if there else 'none'; "
-    code += "print(torch.__version__, name, sep='|')"
+    code += "print(torch.__version__, torch.__path__[0], name, sep='|')"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-    found["torch"], _, found["gpu"] = done.stdout.strip().partition("|")
+    found["torch"], found["torch_folder"], found["gpu"] = (*done.stdout.strip().split("|"), "", "", "")[:3]
     return found
 
 
@@ -348,7 +348,13 @@ class Suite:
         built now."""
         device = "CPU" if self.options.cpu else "CUDA"
         ask = [sys.executable, "-c", LIBRARY, device]
-        bundle = {"IMM_NATIVE_DIR": str(self.options.bundle.resolve())} if self.options.bundle.is_dir() else {}
+        bundle: dict[str, str] = {}
+        if self.options.bundle.is_dir():
+            # Its program was linked where torch was elsewhere.
+            torch_folder = Path(self.found.get("torch_folder", ""))
+            libraries = [torch_folder / "lib", *torch_folder.parent.glob("nvidia/*/lib")]
+            bundle["IMM_NATIVE_DIR"] = str(self.options.bundle.resolve())
+            bundle["LD_LIBRARY_PATH"] = os.pathsep.join([*map(str, libraries), os.environ.get("LD_LIBRARY_PATH", "")])
         said = []
         for name, more in {"the bundle's": bundle, "the tree's": {}}.items():
             if name == "the bundle's" and not more:

@@ -52,6 +52,8 @@ class Case:
     products: whether its arithmetic is matrix products, whose rate is then measured in the same run.
     arithmetic: the dtype that it computes in, where that is not the case's or, of 16 bits besides products, float32.
     caches: "cold", "warm" or both: whether the buffers rotate or stay (:mod:`imm.benchmark.timing`).
+    kernel: what our CUDA kernel of the case needs of other units than those, counted in its machine code for sm_90: "L2", bytes
+        from L2 to the multiprocessors, and "issue slots", warp instructions.
     rounds: of a step that takes so long that caches and launches do not matter, how many calls are timed, shared out to the
         visits (rounded up), each alone and as the peer launches it; 0: as many as the effort says, on CUDA within a graph.
     """
@@ -72,6 +74,7 @@ class Case:
     products: bool = False
     arithmetic: torch.dtype | None = None
     caches: tuple[str, ...] = ("cold", "warm")
+    kernel: Mapping[str, float] = field(default_factory=dict)
     rounds: int = 0
 
     @property

@@ -15,16 +15,19 @@ from imm.benchmark.rows import OK, Row, read
 #: A copy of fewer bytes also measures how long threads or a kernel take to start: the cold copies of 3 to 30 MB in
 #: a run on two cores of an AMD EPYC move 18 to 32 GB/s, the larger ones 25 to 34.
 LARGE = 32e6
-MEMORY = "memory"
+MEMORY, L2, ISSUE = "memory", "L2", "issue slots"
+_WORDS = {MEMORY: "B/s", L2: "B/s", ISSUE: "instructions/s"}
 
 
 @dataclass(frozen=True)
 class Machine:
     """Rates per unit: "memory" in bytes a second, read and written together, and "products DTYPE" and "vector DTYPE" in dense
-    flop a second. On a GPU, products are those of the tensor cores, and "products float32" are in TF32.
+    flop a second. On a GPU, products are those of the tensor cores, and "products float32" are in TF32; "L2" is in bytes a
+    second from L2 to the multiprocessors, "issue slots" in warp instructions a second.
 
     devices: what :mod:`imm.benchmark.environment` calls such a machine. peak: stated by the vendor (``source``). reached: what
-    was measured on one (``measured``); it takes the place of the peak. l2, memory: bytes; None where not recorded.
+    was measured on one (``measured``); it takes the place of the peak. assumed: neither, until it is measured. l2, memory:
+    bytes; None where not recorded.
     """
 
     name: str
@@ -33,6 +36,7 @@ class Machine:
     source: str
     reached: Mapping[str, float] = field(default_factory=dict)
     measured: str = ""
+    assumed: Mapping[str, float] = field(default_factory=dict)
     l2: int | None = None
     memory: int | None = None
     multiprocessors: int | None = None
@@ -41,7 +45,7 @@ class Machine:
 
     def rate(self, unit: str) -> float | None:
         """The rate to count with; None where nobody states or measured it."""
-        return self.reached.get(unit, self.peak.get(unit))
+        return self.reached.get(unit, self.peak.get(unit, self.assumed.get(unit)))
 
     def matches(self, environment: Mapping[str, Any]) -> bool:
         """Whether an ``environment.json`` is of such a machine, with as many threads where those are known."""
@@ -53,15 +57,18 @@ class Machine:
         sizes = [] if self.multiprocessors is None else [f"{self.multiprocessors} multiprocessors"]
         sizes += [] if self.memory is None else [f"memory {self.memory / 1e9:.0f} GB"]
         sizes += ["L2 not recorded"] if self.l2 is None else [f"L2 {self.l2 / 2**20:.0f} MiB"]
-        rates = []
-        for unit in {**self.peak, **self.reached}:
-            known = [rate for rate in (self.reached.get(unit), self.peak.get(unit)) if rate is not None]
+
+        def words(unit: str, *known: float) -> str:
             scale, prefix = (1e12, "T") if known[0] >= 1e12 else (1e9, "G")
-            figures = " of ".join(f"{rate / scale:.4g}" for rate in known)
-            rates.append(f"{unit} {figures} {prefix}{'B/s' if unit == MEMORY else 'FLOP/s'}")
+            return f"{unit} {' of '.join(f'{rate / scale:.4g}' for rate in known)} {prefix}{_WORDS.get(unit, 'FLOP/s')}"
+
+        known = {unit: [of[unit] for of in (self.reached, self.peak) if unit in of] for unit in {**self.peak, **self.reached}}
+        rates = [words(unit, *found) for unit, found in known.items()]
         lines = [f"{self.name}: {', '.join(sizes)}", f"  rates: {', '.join(rates)}"]
+        assumed = [words(unit, rate) for unit, rate in self.assumed.items()]
         lines += [f"  stated: {self.source}"] if self.source else []
         lines += [f"  measured: {self.measured}"] if self.measured else []
+        lines += [f"  assumed, neither stated nor measured: {', '.join(assumed)}"] if assumed else []
         return "\n".join(lines)
 
 
@@ -117,7 +124,8 @@ MACHINES = {
         source=f"NVIDIA H200 datasheet, table of specifications, which are those of the H100 SXM but for the memory: {_HOPPER}",
         reached={MEMORY: 4.3e12, "products bfloat16": 790e12},
         measured="memory: a copy on the device; products bfloat16: 8192 x 8192 x 8192 of random numbers (769 to 798 TFLOP/s); "
-        "L2: as the device reports it",
+        "size of L2: as the device reports it",
+        assumed={L2: 5.5e12, ISSUE: 132 * 4 * 1.98e9},
         l2=60 * 2**20,
         memory=141 * 10**9,
         multiprocessors=132,

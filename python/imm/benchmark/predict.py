@@ -55,6 +55,12 @@ def case_floor(machine: Machine, case: Case) -> Floor | None:
     return floor(machine, case.bytes, case.flops, unit(_words(case.arithmetic or case.dtype), case.products))
 
 
+def kernel_bound(machine: Machine, case: Case) -> tuple[float, str] | None:
+    """Seconds that our kernel of the case needs at least of L2 or of issue slots, and which; None where neither is known."""
+    times = {unit: amount / rate for unit, amount in case.kernel.items() if (rate := machine.rate(unit))}
+    return max((seconds, unit) for unit, seconds in times.items()) if times else None
+
+
 def _words(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
@@ -69,17 +75,22 @@ def _aligned(lines: Sequence[Sequence[str]], words: int) -> str:
 
 
 def table(machine: Machine, cases: Iterable[Case]) -> str:
-    """A line per case: op, mode, shape, dtype, bytes, flops, times and floor, and what is the bound."""
-    lines = [["op", "mode", "shape", "dtype", "bytes", "flops", "memory", "arithmetic", "floor", "bound"]]
+    """A line per case: op, mode, shape, dtype, what is the bound, bytes, flops, times, the floor, and that of our kernel."""
+    lines = [["op", "mode", "shape", "dtype", "bytes", "flops", "memory", "arithmetic", "floor", "our kernel", "bound"]]
     for case in cases:
         line = [case.op, case.mode, case.size, _words(case.dtype)]
         line += [f"{case.bytes / 1e6:.2f} MB", f"{case.flops / 1e9:.2f} GF" if case.flops else "-"]
         found = case_floor(machine, case)
-        times = ("-", "-", "-", "a rate is not known")
+        own = kernel_bound(machine, case)
+        times = ("-", "-", "-", "-", "a rate is not known")
         if found is not None:
             inside = " (in L2)" if machine.l2 is not None and case.bytes <= machine.l2 else ""
             counted = duration(1e6 * found.arithmetic) if case.flops else "-"
-            times = (duration(1e6 * found.memory), counted, duration(1e6 * found.seconds), found.bound + inside)
+            ours, bound = "-", f"{found.bound}{inside}"
+            if own is not None:
+                ours = duration(1e6 * max(own[0], found.seconds))
+                bound += f"; our kernel: {own[1] if own[0] > found.seconds else found.bound}"
+            times = (duration(1e6 * found.memory), counted, duration(1e6 * found.seconds), ours, bound)
         lines.append([*line, *times])
     return _aligned([[*line[:4], line[-1], *line[4:-1]] for line in lines], 5)
 
@@ -195,7 +206,9 @@ def report(op: str, name: str, *, quick: bool, say: Callable[[str], None] = prin
     ops = operations() if op == "all" else [op]
     modules = [load(one) for one in ops]
     say(machine.description)
-    say("  floor: the larger of bytes / memory and flops / the rate of the unit that does them")
+    say("  floor: the larger of bytes / memory and flops / the rate of the unit that does them: no kernel is faster")
+    say("  our kernel: the larger of that and of what its machine code needs of L2 and issue slots, where it was counted; a")
+    say("  lower bound too, since loads, arithmetic and stores overlap in part only")
     if machine.l2 is not None:
         say("  in L2: all that the case moves fits there, so that warm buffers can be faster than the memory's time")
     say(table(machine, (case for module in modules for case in module.cases(torch.device(machine.device), quick))))
