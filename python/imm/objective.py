@@ -239,7 +239,8 @@ class IMMObjective(nn.Module):
 
         with _replayed_rng(x.device, self.share_dropout and self.training) as replay:
             x_t, g_t = branch(t, dropped)
-            with torch.no_grad(), replay(), torch.autocast(x.device.type, enabled=False):
+            # In the precision of the other branch: the rounding that both share cancels in y_t - y_r, and of unlike ones stays.
+            with torch.no_grad(), replay():
                 x_r, g_r = branch(r, dropped if self.target_labels == "dropped" else labels)
         one = torch.ones(1, dtype=torch.float64, device=x.device)
         upstream = (one if grad_scale is None else one * grad_scale) / groups

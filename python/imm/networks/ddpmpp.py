@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from imm.networks.embeddings import check_image
+from imm.networks.embeddings import check_image, full_precision
 from imm.ops.timestep_embedding import MAX_PERIOD, sinusoids
 
 #: Of every GroupNorm.
@@ -94,9 +94,12 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor, condition: Tensor) -> Tensor:
         """x ``[B, in_channels, H, W]``, condition ``[B, condition]`` -> ``[B, out_channels, H', W']``."""
-        h = self.conv0(F.silu(self.norm0(x))) + self.affine(condition)[:, :, None, None]
+        # Under autocast the convolutions of the branches alone compute in 16 bits: norms and sums are in the dtype of x.
+        weight = self.conv0.weight
+        h = self.conv0(F.silu(self.norm0(x))).to(x.dtype)
+        h = h + full_precision(weight, self.affine, condition)[:, :, None, None]
         h = self.conv1(self.dropout(F.silu(self.norm1(h))))
-        x = (h + self.skip(x)) * SKIP_SCALE
+        x = (h + full_precision(weight, self.skip, x)) * SKIP_SCALE
         return (self._attend(self.norm2(x)) + x) * SKIP_SCALE if self.attention else x
 
     def _attend(self, x: Tensor) -> Tensor:
@@ -233,17 +236,19 @@ class DDPMpp(nn.Module):
             ValueError: x or augment of another shape; labels missing, or given to an unconditional network.
         """
         check_image(x, self.channels, self.resolution)
-        condition = self._condition(t, s, labels, augment)
+        weight = self.map_layer0.weight
+        condition = full_precision(weight, self._condition, t, s, labels, augment)
         h, skips = x, []
         for module in self.enc.values():
-            h = self._run(module, h, condition) if isinstance(module, Block) else module(h)
+            h = self._run(module, h, condition) if isinstance(module, Block) else full_precision(weight, module, h)
             skips.append(h)
         for name, module in self.dec.items():
             if isinstance(module, Block):
                 h = torch.cat([h, skips.pop()], dim=1) if "_block" in name else h
                 h = self._run(module, h, condition)
             else:
-                h = F.silu(module(h)) if isinstance(module, nn.GroupNorm) else module(h)
+                end = (lambda h, norm=module: F.silu(norm(h))) if isinstance(module, nn.GroupNorm) else module
+                h = full_precision(weight, end, h)
         return h
 
     def _run(self, block: Block, x: Tensor, condition: Tensor) -> Tensor:

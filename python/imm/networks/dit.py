@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from imm.networks.conditioning import Modulations, ModulationTable
-from imm.networks.embeddings import LabelEmbedder, TimestepEmbedder, check_image
+from imm.networks.embeddings import LabelEmbedder, TimestepEmbedder, check_image, full_precision
 from imm.networks.linear import linear
 from imm.ops.attention import TOKENS
 from imm.ops.timestep_embedding import MAX_PERIOD
@@ -110,7 +110,10 @@ class Block(nn.Module):
             return x + gate2[:, None] * self.mlp(modulate(self.norm2(x), shift2, scale2))
         x, h = torch.ops.imm.gated_residual_adaln(x, self.attn(h, fused=True), gate1, shift2, scale2, EPS)
         shift, scale = following[:, : 2 * x.shape[2]].chunk(2, dim=1)
-        return torch.ops.imm.gated_residual_adaln(x, self.mlp(h, fused=True), gate2, shift, scale, EPS)
+        y = self.mlp(h, fused=True)
+        if following.shape[1] == 2 * x.shape[2]:  # the last layer's h is in y's dtype: under autocast in full precision
+            y = y.to(x.dtype)
+        return torch.ops.imm.gated_residual_adaln(x, y, gate2, shift, scale, EPS)
 
 
 class FinalLayer(nn.Module):
@@ -215,11 +218,13 @@ class DiT(nn.Module):
             ValueError: x or modulation of another shape, or neither or both of times and modulation.
         """
         check_image(x, self.channels, self.resolution)
+        weight = self.x_embedder.proj.weight
         if modulation is None:
             if t is None or s is None:
                 raise ValueError("t and s: expected the two times, or a modulation in their place, got neither")
-            condition = self._condition(t, s, labels)
-            modulations = [layer.adaLN_modulation(condition) for layer in (*self.blocks, self.final_layer)]
+            condition = full_precision(weight, self._condition, t, s, labels)
+            layers = (*self.blocks, self.final_layer)
+            modulations = [full_precision(weight, layer.adaLN_modulation, condition) for layer in layers]
         else:
             if t is not None or s is not None or labels is not None:
                 raise ValueError("modulation: expected no times or labels beside it, which it stands for")
@@ -229,7 +234,7 @@ class DiT(nn.Module):
                 )
             features = 6 * self.final_layer.linear.in_features
             modulations = list(modulation.split(features, dim=1))  # the last one is shorter
-        tokens = self.x_embedder(x) + self.pos_embed.to(x.dtype)
+        tokens = full_precision(weight, self.x_embedder, x) + self.pos_embed.to(x.dtype)
         return self._unpatchify((self._fused if self.fused else self._plain)(tokens, modulations))
 
     def _embeddings(self, t: Tensor, s: Tensor) -> Tensor:
@@ -252,14 +257,14 @@ class DiT(nn.Module):
     def _plain(self, tokens: Tensor, modulations: list[Tensor]) -> Tensor:
         for block, modulation in zip(self.blocks, modulations, strict=False):
             tokens = self._run(block, tokens, modulation)
-        return self.final_layer(tokens, modulations[-1])
+        return full_precision(self.final_layer.linear.weight, self.final_layer, tokens, modulations[-1])
 
     def _fused(self, tokens: Tensor, modulations: list[Tensor]) -> Tensor:
         shift, scale = modulations[0][:, : 2 * tokens.shape[2]].chunk(2, dim=1)
         h = torch.ops.imm.adaln_modulate(tokens, shift, scale, EPS)
         for block, modulation, following in zip(self.blocks, modulations, modulations[1:], strict=False):
             tokens, h = self._run(block, tokens, modulation, h, following)
-        return self.final_layer(h, None)
+        return full_precision(self.final_layer.linear.weight, self.final_layer, h, None)
 
     def condition(
         self, times: Tensor, labels: Tensor | None, batch: int | None = None, *, distinct: bool = True

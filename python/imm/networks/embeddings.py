@@ -2,9 +2,28 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
+import torch
 from torch import Tensor, nn
 
 from imm.ops.timestep_embedding import sinusoids
+
+
+def full_precision(weight: Tensor, function: Callable[..., Tensor], *inputs: Tensor | None) -> Tensor:
+    """``function(*inputs)`` outside autocast, with inputs of 16 bits in the dtype of ``weight``, a weight that it uses; where
+    autocast is off, the call itself.
+
+    For what must not be rounded in a network that trains in half precision: its first and last layer, what its times go
+    through (embeddings, scales and shifts), and what lies beside the residual branches. The loss sees the difference of two
+    outputs at nearby times, in which the same rounding cancels and unlike rounding stays (docs/training.md).
+    """
+    device = weight.device.type
+    if not torch.is_autocast_enabled(device):
+        return function(*inputs)
+    half = (torch.bfloat16, torch.float16)
+    with torch.autocast(device, enabled=False):
+        return function(*(v.to(weight.dtype) if v is not None and v.dtype in half else v for v in inputs))
 
 
 def check_image(x: Tensor, channels: int, resolution: int) -> None:

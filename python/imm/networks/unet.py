@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from imm.networks.embeddings import LabelEmbedder, TimestepEmbedder, check_image
+from imm.networks.embeddings import LabelEmbedder, TimestepEmbedder, check_image, full_precision
 
 
 def _norm(channels: int) -> nn.GroupNorm:
@@ -32,10 +32,11 @@ class ResidualBlock(nn.Module):
         nn.init.zeros_(self.conv2.weight)
 
     def forward(self, x: Tensor, condition: Tensor) -> Tensor:
-        h = self.conv1(F.silu(self.norm1(x)))
-        scale, shift = self.affine(condition)[:, :, None, None].chunk(2, dim=1)
+        # Under autocast conv1 and conv2 alone compute in 16 bits: norms and sums are in the dtype of x.
+        h = self.conv1(F.silu(self.norm1(x))).to(x.dtype)
+        scale, shift = full_precision(self.conv1.weight, self.affine, condition)[:, :, None, None].chunk(2, dim=1)
         h = F.silu(torch.addcmul(shift, self.norm2(h), scale + 1.0))
-        return self.conv2(self.dropout(h)) + self.skip(x)
+        return self.conv2(self.dropout(h)) + full_precision(self.conv1.weight, self.skip, x)
 
 
 class UNet(nn.Module):
@@ -114,11 +115,9 @@ class UNet(nn.Module):
     def forward(self, x: Tensor, t: Tensor, s: Tensor, labels: Tensor | None) -> Tensor:
         """x ``[B, channels, resolution, resolution]``, scaled times ``[B]``, labels ``[B]`` int64 or None -> x's shape."""
         check_image(x, self.channels, self.resolution)
-        condition = self.t_embedder(t) + self.s_embedder(s)
-        if self.y_embedder is not None:
-            condition = condition + self.y_embedder(labels)
-        condition = F.silu(condition)
-        h, skips = self.conv_in(x), []
+        weight = self.conv_in.weight
+        condition = full_precision(weight, self._condition, t, s, labels)
+        h, skips = full_precision(weight, self.conv_in, x), []
         for module in self.down:
             if isinstance(module, ResidualBlock):
                 h = module(h, condition)
@@ -128,4 +127,13 @@ class UNet(nn.Module):
         h = self.middle(h, condition)
         for module in self.up:
             h = module(torch.cat([h, skips.pop()], dim=1), condition) if isinstance(module, ResidualBlock) else module(h)
+        return full_precision(weight, self._end, h)
+
+    def _condition(self, t: Tensor, s: Tensor, labels: Tensor | None) -> Tensor:
+        condition = self.t_embedder(t) + self.s_embedder(s)
+        if self.y_embedder is not None:
+            condition = condition + self.y_embedder(labels)
+        return F.silu(condition)
+
+    def _end(self, h: Tensor) -> Tensor:
         return self.conv_out(F.silu(self.norm_out(h)))
