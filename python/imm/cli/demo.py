@@ -26,7 +26,7 @@ from imm.networks import UNet
 from imm.objective import IMMObjective
 from imm.sampler import Sampler
 from imm.training import TrainConfig, Trainer
-from imm.training.trainer import STATE_FILE, STATS_FILE
+from imm.training.trainer import PRECISIONS, STATE_FILE, STATS_FILE
 from imm.version import __version__
 
 RESOLUTION = 16
@@ -45,9 +45,10 @@ def make_objective(seed: int, device: torch.device) -> IMMObjective:
     return IMMObjective(flow_map.to(device), particles=4, kernel="laplace", k=12, a=1)
 
 
-def make_config(seed: int, snapshot_every: int = 500) -> TrainConfig:
+def make_config(seed: int, snapshot_every: int = 500, precision: str = "fp32") -> TrainConfig:
     """The demo's training settings."""
-    return TrainConfig(batch=64, lr=2e-3, warmup=100, ema=0.998, seed=seed, log_every=25, snapshot_every=snapshot_every)
+    saves = {"log_every": 25, "snapshot_every": snapshot_every}
+    return TrainConfig(batch=64, lr=2e-3, warmup=100, ema=0.998, seed=seed, precision=precision, **saves)
 
 
 def _remove_run(folder: Path) -> None:
@@ -57,13 +58,14 @@ def _remove_run(folder: Path) -> None:
             path.unlink()
 
 
-def resume_is_exact(data: ImageData, seed: int, device: torch.device, steps: int = 12) -> bool:
+def resume_is_exact(data: ImageData, seed: int, device: torch.device, precision: str = "fp32", steps: int = 12) -> bool:
     """Whether ``steps`` steps equal a third of them, a stop, and the rest from the saved state, bit for bit."""
     states = []
     with tempfile.TemporaryDirectory() as folder:
         for name, parts in (("whole", [steps]), ("parts", [steps // 3, steps])):
             for until in parts:
-                trainer = Trainer(make_objective(seed, device), data, Path(folder) / name, make_config(seed))
+                config = make_config(seed, precision=precision)
+                trainer = Trainer(make_objective(seed, device), data, Path(folder) / name, config)
                 trainer.run(until)
             states.append(checkpoints.read_file(trainer.outdir / STATE_FILE, "training"))
     (tensors, settings), (other_tensors, other_settings) = states
@@ -108,9 +110,10 @@ def table(rows: dict[str, PixelScores]) -> list[str]:
 @click.option("--steps", default=3000, show_default=True, type=click.IntRange(min=1), help="Training steps.")
 @click.option("--minutes", type=click.FloatRange(min=0), help="Stop training after this long, whatever --steps says.")
 @click.option("--seed", default=0, show_default=True, type=click.IntRange(0, 2**63 - 1))
+@click.option("--precision", default="fp32", show_default=True, type=click.Choice(list(PRECISIONS)), help="Of training.")
 @click.option("--resume", is_flag=True, help="Go on with the run found in --outdir instead of starting afresh.")
 @click.option("--device", default="auto", show_default=True)
-def command(outdir: str, steps: int, minutes: float | None, seed: int, resume: bool, device: str) -> None:
+def command(outdir: str, steps: int, minutes: float | None, seed: int, precision: str, resume: bool, device: str) -> None:
     """Train on real digits from scratch, sample in 1-8 steps from the saved checkpoint, score, report.
 
     Exits with 1 where the one-step samples are not good: a label match below 80 %, a spread below 60 % of real, or an MMD
@@ -130,14 +133,15 @@ def command(outdir: str, steps: int, minutes: float | None, seed: int, resume: b
         *(f"op {line}" for line in op_lines(target)),
         f"data: {data.source}, {RESOLUTION}x{RESOLUTION}, {data.num_classes} classes",
         f"network: UNet, {count:,} parameters; objective: IMM, M = 4, Laplace kernel, k = 12; schedule fm, euler_fm",
-        f"plan: {steps} steps of 64 images, then {SAMPLES} samples in each of {', '.join(map(str, STEP_COUNTS))} steps",
+        f"plan: {steps} steps of 64 images{'' if precision == 'fp32' else f' in {precision}'}, then {SAMPLES} samples in each of "
+        f"{', '.join(map(str, STEP_COUNTS))} steps",
     ]
     click.echo("\n".join(header))
     training = folder / TRAINING_FOLDER
     if not resume:
         _remove_run(training)
     start = time.perf_counter()
-    trainer = Trainer(objective, data, training, make_config(seed))
+    trainer = Trainer(objective, data, training, make_config(seed, precision=precision))
     if trainer.resumed_from is not None:
         click.echo(f"resuming at step {trainer.resumed_from}")
     signal_number = progress.run(trainer, steps, None if minutes is None else 60.0 * minutes)
@@ -168,7 +172,7 @@ def command(outdir: str, steps: int, minutes: float | None, seed: int, resume: b
     lines = table(rows)
     click.echo("\n".join(lines))
 
-    exact = resume_is_exact(data, seed, target)
+    exact = resume_is_exact(data, seed, target, precision)
     click.echo(f"resume: 12 steps and 4 + stop + 8 steps are {'equal bit for bit' if exact else 'NOT equal'}")
     wrong = verdict(rows["1 step"], rows["class means"]) + ([] if exact else ["a resumed run differs from an unbroken one"])
     if trainer.step < steps:

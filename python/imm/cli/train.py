@@ -63,7 +63,13 @@ OBJECTIVE_OPTIONS = {
 @click.option("--warmup", default=0, show_default=True, type=click.IntRange(min=0), help="Steps of linear growth of it.")
 @click.option("--optimizer", default="adamw", show_default=True, type=click.Choice(list(OPTIMIZERS)))
 @click.option("--ema", default=0.9999, show_default=True, type=float, help="Beta of the moving average.")
-@click.option("--precision", default="fp32", show_default=True, type=click.Choice(list(PRECISIONS)))
+@click.option(
+    "--precision",
+    default="fp32",
+    show_default=True,
+    type=click.Choice(list(PRECISIONS)),
+    help="Of both branches of the loss; bf16 and fp16 by autocast. docs/training.md has the error of the gradient.",
+)
 @click.option("--xflip/--no-xflip", default=False, show_default=True, help="Also train on mirrored images (not latents).")
 @click.option(
     "--augment",

@@ -51,7 +51,7 @@ class TrainConfig:
         optimizer: "adamw" or "radam", with lr (after ``warmup`` steps of linear growth), betas and weight_decay.
         ema: beta of the exponential moving average.
         precision: of both branches of the loss: "fp32"; "tf32", in which CUDA devices multiply with 10 bits of mantissa; or
-            "bf16" or "fp16" (autocast; fp16 with a loss scale), in which our networks keep their ends, times and sums in float32.
+            "bf16" or "fp16" (autocast; fp16 with a loss scale), where our networks keep ends, times and sums in float32.
         seed: of data order, times, noise and dropout.
         log_every, snapshot_every: how often a row of statistics, and the state with a snapshot, are written.
         keep_every: snapshots of steps that it divides are written too and stay; the others go when the next is there.
