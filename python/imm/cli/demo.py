@@ -47,8 +47,16 @@ def make_objective(seed: int, device: torch.device) -> IMMObjective:
 
 def make_config(seed: int, snapshot_every: int = 500, precision: str = "fp32") -> TrainConfig:
     """The demo's training settings."""
-    saves = {"log_every": 25, "snapshot_every": snapshot_every}
-    return TrainConfig(batch=64, lr=2e-3, warmup=100, ema=0.998, seed=seed, precision=precision, **saves)
+    return TrainConfig(
+        batch=64,
+        lr=2e-3,
+        warmup=100,
+        ema=0.998,
+        precision=precision,
+        seed=seed,
+        log_every=25,
+        snapshot_every=snapshot_every,
+    )
 
 
 def _remove_run(folder: Path) -> None:
@@ -133,8 +141,8 @@ def command(outdir: str, steps: int, minutes: float | None, seed: int, precision
         *(f"op {line}" for line in op_lines(target)),
         f"data: {data.source}, {RESOLUTION}x{RESOLUTION}, {data.num_classes} classes",
         f"network: UNet, {count:,} parameters; objective: IMM, M = 4, Laplace kernel, k = 12; schedule fm, euler_fm",
-        f"plan: {steps} steps of 64 images{'' if precision == 'fp32' else f' in {precision}'}, then {SAMPLES} samples in each of "
-        f"{', '.join(map(str, STEP_COUNTS))} steps",
+        f"plan: {steps} steps of 64 images in {precision}, then "
+        f"{SAMPLES} samples in each of {', '.join(map(str, STEP_COUNTS))} steps",
     ]
     click.echo("\n".join(header))
     training = folder / TRAINING_FOLDER
