@@ -214,8 +214,8 @@ def attention(part: Part) -> str:
 
 @contextmanager
 def mmd_launch(warps: int, programs: int, group_bytes: int) -> Iterator[None]:
-    """Within it the resident MMD kernel is launched with so many warps a program and programs a multiprocessor, for groups of so
-    many bytes. With 128 registers 16 warps fit there at once."""
+    """Within it the resident MMD kernel is launched with so many warps a program and programs a multiprocessor, for groups of
+    so many bytes. With 128 registers 16 warps fit there at once."""
     from imm_kernels import mmd
 
     shipped = mmd.direct_sizes, mmd._NEAR_BYTES
