@@ -1,14 +1,17 @@
 """What every shipped Triton kernel uses, compiled without a GPU: registers, spills, shared memory, occupancy, access widths.
 
-    python bench/aot_report.py [--arch 90] [--only resident]
+    python bench/aot_report.py [--arch 90] [--only resident] [--quick]
 
-Fails where a configuration spills registers on sm_90 or moves fewer bytes an access than it should. A new kernel adds its
-configurations to CONFIGURATIONS.
+Fails where a configuration on sm_90 spills registers, moves fewer bytes an access than it should, or overwrites a register
+that a running wgmma reads. A new kernel adds its configurations to CONFIGURATIONS. ``--quick`` takes the last of each kernel
+for 16, 32 and 64 bits. TRITON_PTXAS_PATH chooses another assembler.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import io
 import itertools
 import multiprocessing
 import os
@@ -23,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 import triton
+from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
@@ -31,7 +35,7 @@ from imm_kernels import adaln, attention, flow_step, mmd, mmd_direct, mmd_dot, m
 #: Shared memory of a multiprocessor in bytes, by architecture.
 ARCHITECTURES = {80: 164 * 1024, 90: 228 * 1024, 100: 228 * 1024}
 SHIPPED = 90
-_TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+_NVDISASM = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "nvdisasm"
 
 
 @dataclass(frozen=True)
@@ -67,6 +71,7 @@ class Usage:
     loads: Mapping[int, int]
     stores: Mapping[int, int]
     tensor_cores: int = 0  # instructions
+    overwrites: int = 0  # by overwritten
 
     def occupancy(self, num_warps: int, arch: int) -> int:
         """Programs of a multiprocessor at once, by registers (64 Ki, in units of 256 a warp), threads and shared memory."""
@@ -151,8 +156,8 @@ def _mmd(
     return Configuration(f"{name} {of}", kernel, signature, fixed, num_warps, tuple(aligned), num_stages, maxnreg, wide)
 
 
-_SETS = (("fp32", None), ("bf16", None), ("fp16", None), ("fp32", "fp32"), ("bf16", "fp32"))
-_BITS = {"fp32": 32, "bf16": 16, "fp16": 16}
+_SETS = (("fp32", "fp32"), ("bf16", "fp32"), ("fp16", None), ("fp32", None), ("bf16", None))
+_BITS = {"fp16": 16, "fp32": 32, "bf16": 16}
 
 
 def _direct() -> Iterator[Configuration]:
@@ -263,10 +268,10 @@ def _attention(
 def _attentions() -> Iterator[Configuration]:
     delta = attention.Sizes(attention.DELTA_TOKENS, attention.DELTA_TOKENS, attention.DELTA_WARPS, 3)
     for element, d, T, norm in (
-        *(("bf16", d, T, norm) for d in (64, 72, 80, 128) for T in (256, 1024) for norm in (False, True)),
-        *(("bf16", 8, 16, False), *(("bf16", d, 300, norm) for d in (64, 72, 128) for norm in (False, True))),
         *(("bf16", d, T, False) for d, T in ((64, 250), (40, 256), (96, 256), (120, 256))),
+        *(("bf16", 8, 16, False), *(("bf16", d, 300, norm) for d in (64, 72, 128) for norm in (False, True))),
         *(("fp16", 72, 256, False), ("fp32", 72, 256, False), ("fp32", 128, 1024, True)),
+        *(("bf16", d, T, norm) for d in (64, 80, 128, 72) for T in (1024, 256) for norm in (True, False)),
     ):
         bits = _BITS[element]
         for name, kernel, sizes, wide in (
@@ -298,11 +303,6 @@ CONFIGURATIONS: tuple[Configuration, ...] = (
 )
 
 
-def _run(*command: str | Path) -> str:
-    done = subprocess.run([str(c) for c in command], capture_output=True, text=True, check=True)
-    return done.stdout + done.stderr
-
-
 def _widths(sass: str, access: str) -> dict[int, int]:
     """How many global accesses ("LDG|LDGSTS" or "STG") of each width in bits."""
     counts: dict[int, int] = {}
@@ -311,6 +311,51 @@ def _widths(sass: str, access: str) -> dict[int, int]:
         bits = int(width[1]) if width else 32
         counts[bits] = counts.get(bits, 0) + 1
     return dict(sorted(counts.items()))
+
+
+#: Instructions whose first register is read: of those that come first elsewhere, the second operand tells.
+_READS_ONLY = re.compile(r"BAR|BRX|CALL|FCHK|JMX|NANOSLEEP|RET|R2P|WARPSYNC|\w*SETP")
+_TWO, _FOUR = re.compile(r"\.(?:[FSU]?64|WIDE|MT?88\.2)\b|^(?:CS2R|D[A-Z]+)"), re.compile(r"\.(?:128|MT?88\.4)\b|^HMMA")
+
+
+def _written(instruction: str) -> range:
+    """The registers that a machine instruction other than wgmma's writes."""
+    opcode, _, operands = instruction.partition(" ")
+    first = re.match(r"(?:U?PT?\d*, )*R(\d+)(?=,|$| )", operands)
+    if not first or _READS_ONLY.match(opcode):
+        return range(0)
+    count = 4 if _FOUR.search(opcode) else 2 if _TWO.search(opcode) else 1
+    return range(int(first[1]), int(first[1]) + count)
+
+
+def overwritten(sass: str) -> list[str]:
+    """The instructions that may write to an A register of a wgmma before the wait for it, on any way through the code.
+
+    A wgmma reads its registers while what follows runs; ptxas before 13.3 has reused them too early.
+    """
+    code = re.findall(r"^(\.L_\w+):|/\*[0-9a-f]{4,}\*/ +(?:@!?U?P\w+ +)?(.+?) *;", sass, re.MULTILINE)
+    labels = {label: place for place, (label, _) in enumerate(code) if label}
+    found = {}
+    for start, (_, text) in enumerate(code):
+        running = re.match(r"HGMMA\S* R\d+, R(\d+)", text)
+        if not running:
+            continue
+        read = range(int(running[1]), int(running[1]) + 4)  # of k = 16 in 16 bits or 8 in 32
+        ahead, seen = [start + 1], set()
+        while ahead:
+            place = ahead.pop()
+            if place in seen or place >= len(code):
+                continue
+            seen.add(place)
+            text = code[place][1]
+            if re.match(r"WARPGROUP.DEPBAR\S* gsb0, 0x0$", text):
+                continue
+            if not text.startswith("HGMMA") and set(read) & set(_written(text)):
+                found[place] = text
+            if jump := re.match(r"BRA\S*.*`\((\.L_\w+)\)", text):
+                ahead.append(labels[jump[1]])
+            ahead.append(place + 1)
+    return [found[place] for place in sorted(found)]
 
 
 def usage(configuration: Configuration, arch: int = SHIPPED) -> Usage:
@@ -322,34 +367,31 @@ def usage(configuration: Configuration, arch: int = SHIPPED) -> Usage:
         constexprs={(names.index(name),): value for name, value in c.constexprs.items()},
         attrs={(names.index(name),): [["tt.divisibility", 16]] for name in c.aligned},
     )
-    compiled = triton.compile(
-        source,
-        target=GPUTarget("cuda", arch, 32),
-        options={"num_warps": c.num_warps, "num_stages": c.num_stages, "maxnreg": c.maxnreg},
-    )
-    ptx = compiled.asm["ptx"]
-    target = re.search(r"^\.target (sm_\w+)", ptx, re.MULTILINE)
-    assert target is not None
-    with tempfile.TemporaryDirectory() as folder:
-        ptx_file, cubin = Path(folder, "kernel.ptx"), Path(folder, "kernel.cubin")
-        ptx_file.write_text(ptx)
-        # Assembled once more for the report: the stack of a math function's slow path is not a spill, and only this tells.
-        ptxas = _TOOLS / ("ptxas-blackwell" if arch >= 100 else "ptxas")
-        text = _run(ptxas, "-v", "-lineinfo", f"--gpu-name={target[1]}", ptx_file, "-o", cubin)
-        sass = _run(_TOOLS / "nvdisasm", "-c", cubin)
+    # The stack of a math function's slow path is not a spill, and only what the assembler says tells.
+    knobs.compilation.always_compile = knobs.nvidia.dump_ptxas_log = True
+    with contextlib.redirect_stdout(io.StringIO()) as said:
+        compiled = triton.compile(
+            source,
+            target=GPUTarget("cuda", arch, 32),
+            options={"num_warps": c.num_warps, "num_stages": c.num_stages, "maxnreg": c.maxnreg},
+        )
+    text = said.getvalue()
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
+        cubin.write(compiled.asm["cubin"])
+        cubin.flush()
+        sass = subprocess.run([_NVDISASM, "-c", cubin.name], capture_output=True, text=True, check=True).stdout
     registers = re.search(r"Used (\d+) registers", text)
     assert registers is not None
     stack = re.search(r"(\d+) bytes cumulative stack", text)
-    spills = sum(int(n) for n in re.findall(r"(\d+) bytes spill", text))
-    shared = compiled.metadata.shared
     return Usage(
         registers=int(registers[1]),
         stack=int(stack[1]) if stack else 0,
-        spills=spills,
-        shared=shared,
+        spills=sum(int(n) for n in re.findall(r"(\d+) bytes spill", text)),
+        shared=compiled.metadata.shared,
         loads=_widths(sass, "LDG|LDGSTS"),
         stores=_widths(sass, "STG"),
         tensor_cores=len(re.findall(r"\b(?:HGMMA|HMMA|UTCHMMA)\.", sass)),
+        overwrites=len(overwritten(sass)),
     )
 
 
@@ -363,10 +405,20 @@ def problems(configuration: Configuration, found: Usage) -> list[str]:
             wrong.append(f"expected {least} or more {kind} of 16 bytes, got {dict(counts)}")
     if configuration.tensor_cores and not found.tensor_cores:
         wrong.append("expected products by tensor cores, got none")
+    if found.overwrites:
+        wrong.append(f"expected no write to a register that a running wgmma reads, got {found.overwrites}")
     # Coefficients, seeds and the tables of log, sin and cos have 8 bytes.
     if configuration.only_wide and not (set(found.loads) <= {64, 128} and set(found.stores) == {128}):
         wrong.append(f"expected no narrow access, got loads {dict(found.loads)} and stores {dict(found.stores)}")
     return wrong
+
+
+def quick() -> list[int]:
+    """The places of the last configuration of each kernel for each size of its narrowest numbers."""
+    last = {}
+    for place, c in enumerate(CONFIGURATIONS):
+        last[c.kernel, min(int(kind[-2:]) for kind in c.signature.values() if kind.startswith("*"))] = place
+    return sorted(last.values())
 
 
 def _row(index: int, arch: int) -> tuple[str, list[str]]:
@@ -374,7 +426,9 @@ def _row(index: int, arch: int) -> tuple[str, list[str]]:
     c = CONFIGURATIONS[index]
     u = usage(c, arch)
     accesses = "; ".join(", ".join(f"{bits}: {n}" for bits, n in kind.items()) for kind in (u.loads, u.stores))
-    numbers = f"{u.registers:5d} {u.spills:7d} {u.shared:7d} {u.stack:6d} {u.occupancy(c.num_warps, arch):9d}"
+    numbers = (
+        f"{u.registers:5d} {u.spills:7d} {u.shared:7d} {u.stack:6d} {u.overwrites:10d} {u.occupancy(c.num_warps, arch):9d}"
+    )
     return f"{c.name:42s} {c.num_warps:5d} {arch:5d} {numbers}  {accesses}", [f"{c.name}: {p}" for p in problems(c, u)]
 
 
@@ -382,11 +436,12 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--arch", type=int, action="append", choices=list(ARCHITECTURES), help="default: all three")
     parser.add_argument("--only", default="", help="configurations whose name contains this")
+    parser.add_argument("--quick", action="store_true", help="the last of each kernel for 16, 32 and 64 bits")
     options = parser.parse_args()
-    named = [i for i, c in enumerate(CONFIGURATIONS) if options.only in c.name]
+    named = [i for i in (quick() if options.quick else range(len(CONFIGURATIONS))) if options.only in CONFIGURATIONS[i].name]
     jobs = [(i, arch) for i in named for arch in options.arch or ARCHITECTURES]
     failed = []
-    print(f"{'configuration':42s} warps  arch  regs  spills  shared  stack occupancy  loads; stores (bits: count)")
+    print(f"{'configuration':42s} warps  arch  regs  spills  shared  stack overwrites occupancy  loads; stores (bits: count)")
     with ProcessPoolExecutor(os.cpu_count(), multiprocessing.get_context("spawn")) as pool:
         for (_, arch), (line, wrong) in zip(jobs, pool.map(_row, *zip(*jobs, strict=True)), strict=True):
             print(line, flush=True)

@@ -44,7 +44,8 @@ BLOCKS, TOKENS, HEADS, HEAD_SIZE = 28, 256, 16, 72
 WEIGHT_BYTES = 128e6
 #: (G, M, D) of the MMD: the sizes of ImageNet's latents and of CIFAR-10, and one with few large groups.
 MMD_SIZES = ((1024, 4, 4096), (1024, 4, 3072), (32, 16, 16384))
-PROGRAMS = (1, 2, 3, 6)
+#: Warps of a program of the resident MMD kernel, and programs of a multiprocessor.
+MMD_LAUNCHES = ((16, 1), (8, 2), (8, 1), (4, 4))
 READ_MEGABYTES = (16, 32, 48, 512)
 SUSTAINED = 10.0  # seconds
 #: What nvidia-smi says -> the name of the value.
@@ -132,19 +133,19 @@ def read_bandwidth(part: Part) -> str:
     return ", ".join(f"{name.split('_')[2]} MB: {value:.0f} GB/s" for name, value in part.values.items())
 
 
-def product_steps(part: Part, tokens: int, K: int, N: int) -> dict[str, list[Step]]:
-    """One product [tokens, K] x [K, N] in bfloat16, each step with weights of its own, in the forms that torch has."""
+def product_steps(part: Part, tokens: int, K: int, N: int, *, gelu: bool) -> dict[str, list[Step]]:
+    """A product [tokens, K] x [K, N] with bias in bfloat16, each step with weights of its own; with GELU in it and after it."""
     random = partial(torch.randn, device=part.device)
     count = max(2, math.ceil(WEIGHT_BYTES / (2 * K * N))) if part.cuda else 2
     weights = [(random(N, K) * K**-0.5).bfloat16().t() for _ in range(count)]
     x, bias = random(tokens, K).bfloat16(), random(N).bfloat16()
     out, other = (torch.empty(tokens, N, dtype=x.dtype, device=part.device) for _ in range(2))
-    gelu, after = partial(torch._addmm_activation, use_gelu=True), partial(torch.ops.aten.gelu.out, approximate="tanh")
+    if not gelu:
+        return {"with_bias": [lambda w=w: (torch.addmm(bias, x, w, out=out),) for w in weights]}
+    # On the CPU torch's is the erf form.
+    within, after = partial(torch._addmm_activation, use_gelu=True), partial(torch.ops.aten.gelu.out, approximate="tanh")
     return {
-        "product": [lambda w=w: (torch.mm(x, w, out=out),) for w in weights],
-        "with_bias": [lambda w=w: (torch.addmm(bias, x, w, out=out),) for w in weights],
-        # On the CPU torch's is the erf form.
-        "with_bias_and_gelu": [lambda w=w: (gelu(bias, x, w, out=out),) for w in weights],
+        "with_bias_and_gelu": [lambda w=w: (within(bias, x, w, out=out),) for w in weights],
         "with_bias_then_gelu": [lambda w=w: (after(torch.addmm(bias, x, w, out=out), out=other),) for w in weights],
     }
 
@@ -157,18 +158,17 @@ def matrix_rates(part: Part) -> str:
     found = timed(part, {"square": of_steps(part, [lambda: (torch.mm(a, b, out=target),)])})
     part.put(**{f"square_of_{side}_tflop_per_s": 2e-12 * side**3 / found["square"]})
     readings = []
-    for rows in (2, 128, 16, 1, 8, 64) if part.cuda else (1,):
+    for rows in (2, 128, 16) if part.cuda else (1,):
         tokens, total = rows * (TOKENS if part.cuda else 16), 0.0
         for name, (K, N) in PRODUCTS.items():
             if part.over:
                 return "; ".join([*readings, "the rest not measured"])
-            seconds = timed(part, {form: of_steps(part, steps) for form, steps in product_steps(part, tokens, K, N).items()})
-            rates = {f"{name}_{rows}_rows_{form}_tflop_per_s": 2e-12 * tokens * K * N / t for form, t in seconds.items()}
-            part.put(**rates)
-            form = "with_bias_and_gelu" if name == "fc1" else "with_bias"
-            total += BLOCKS * seconds.get(form, math.nan)
+            steps = product_steps(part, tokens, K, N, gelu=name == "fc1")
+            seconds = timed(part, {form: of_steps(part, each) for form, each in steps.items()})
+            part.put(**{f"{name}_{rows}_rows_{form}_tflop_per_s": 2e-12 * tokens * K * N / t for form, t in seconds.items()})
+            total += BLOCKS * seconds.get(next(iter(steps)), math.nan)
             if name == "fc1":
-                gained = seconds.get("with_bias_then_gelu", math.nan) - seconds.get(form, math.nan)
+                gained = seconds.get("with_bias_then_gelu", math.nan) - seconds.get("with_bias_and_gelu", math.nan)
                 part.put(**{f"gelu_in_fc1_{rows}_rows_saves_us": 1e6 * gained})
         part.put(**{f"products_of_{BLOCKS}_blocks_{rows}_rows_ms": 1e3 * total})
         readings.append(f"{rows} rows: products {1e3 * total:.3g} ms a step")
@@ -213,20 +213,26 @@ def attention(part: Part) -> str:
 
 
 @contextmanager
-def programs_per_multiprocessor(count: int, group_bytes: int) -> Iterator[None]:
-    """Within it the resident MMD kernel is launched with so many programs a multiprocessor, for groups of this size."""
+def mmd_launch(warps: int, programs: int, group_bytes: int) -> Iterator[None]:
+    """Within it the resident MMD kernel is launched with so many warps a program and programs a multiprocessor, for groups of
+    so many bytes. With 128 registers 16 warps fit there at once."""
     from imm_kernels import mmd
 
-    shipped = mmd._NEAR_BYTES
-    mmd._NEAR_BYTES = count * group_bytes
+    shipped = mmd.direct_sizes, mmd._NEAR_BYTES
+
+    def sizes(*shape: Any, **options: Any) -> mmd.DirectSizes:
+        each = shipped[0](*shape, **options).EACH
+        return mmd.DirectSizes(32 * warps * each, each, warps, 128)
+
+    mmd.direct_sizes, mmd._NEAR_BYTES = sizes, programs * group_bytes
     try:
         yield
     finally:
-        mmd._NEAR_BYTES = shipped
+        mmd.direct_sizes, mmd._NEAR_BYTES = shipped
 
 
-def mmd_programs(part: Part) -> str:
-    """Microseconds of the MMD loss and gradient by programs a multiprocessor, beside a copy of the same bytes."""
+def mmd_launches(part: Part) -> str:
+    """Microseconds of the MMD loss and gradient by warps and programs of the launch, beside a copy of the same bytes."""
     if "mmd" in part.refused:
         return "not timed: tests of mmd failed"
     declared, readings = load("mmd"), []
@@ -240,13 +246,13 @@ def mmd_programs(part: Part) -> str:
             halves = [torch.empty(2, case.bytes // 8, device=part.device).normal_() for _ in sets]
             copies: list[Step] = [lambda h=half: (h[0].copy_(h[1]),) for half in halves]
 
-            def within(count: int, steps: list[Step] = steps, group: int = 2 * M * D * dtype.itemsize) -> Clock:
-                with programs_per_multiprocessor(count, group):
+            def within(warps: int, programs: int, steps: list[Step] = steps, group: int = 2 * M * D * dtype.itemsize) -> Clock:
+                with mmd_launch(warps, programs, group):
                     return of_steps(part, steps)()
 
             variants = {"copy": of_steps(part, copies), "shipped": of_steps(part, steps)}
-            if M <= 8:  # larger sets take other kernels, which have no such number
-                variants |= {f"{count}_programs": partial(within, count) for count in PROGRAMS}
+            if M <= 8:  # larger sets take other kernels
+                variants |= {f"{w}_warps_{p}_programs": partial(within, w, p) for w, p in MMD_LAUNCHES}
             found = timed(part, variants)
             name = f"{G}_{M}_{D}_{str(dtype).removeprefix('torch.')}"
             part.put(**{f"mmd_{name}_{variant}_us": 1e6 * t for variant, t in found.items()})
@@ -376,7 +382,7 @@ CUDA_PARTS: dict[str, tuple[float, Callable[[Part], str]]] = {
     "read_bandwidth": (5, read_bandwidth),
     "matrix_rates": (13, matrix_rates),
     "attention": (9, attention),
-    "mmd_programs": (10, mmd_programs),
+    "mmd_launches": (10, mmd_launches),
     "graph_gaps": (4, graph_gaps),
     "do_bench_bias": (5, do_bench_bias),
     "sustained_clocks": (14, sustained_clocks),

@@ -1,19 +1,26 @@
 """Every CUDA and Triton kernel once on small, odd shapes, beside the CPU; alone or under compute-sanitizer.
 
-    python bench/check_kernels.py [--jobs 8]
+    python bench/check_kernels.py [--jobs 8] [--repeat 100] [--ptxas toolkit]
     compute-sanitizer --tool memcheck python bench/check_kernels.py
     compute-sanitizer --tool racecheck python bench/check_kernels.py --small
 
 With jobs, so many processes share the checks: most of the time goes to compiling Triton's kernels, which are then kept.
+``--repeat 100`` launches each op that often and expects the same bits. ``--ptxas toolkit`` assembles Triton's kernels with the
+assembler of nvcc's toolkit instead of Triton's own: right with one and wrong with the other is a fault of the assembler. Some
+sizes of the attention are picked at random; ``--seed`` picks them again.
 """
 
 from __future__ import annotations
 
 import argparse
+import os
+import random
+import re
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -40,18 +47,61 @@ def on(device: str, values: tuple[Any, ...]) -> tuple[Any, ...]:
     return tuple(v.to(device) if isinstance(v, Tensor) else v for v in values)
 
 
-def check(name: str, run: Callable[..., Any], given: tuple[Any, ...], right: Any, eps: float) -> bool:
-    """Run on CUDA and compare; prints a line."""
+def tensors(results: Any) -> list[Tensor]:
+    return [results] if isinstance(results, Tensor) else list(results)
+
+
+def same_bits(a: Any, b: Any) -> bool:
+    """Whether two results of an op are equal to the bit, a NaN like any other number."""
+    pairs = zip(tensors(a), tensors(b), strict=True)
+    return all(
+        x.shape == y.shape and torch.equal(x.reshape(-1).view(torch.uint8), y.reshape(-1).view(torch.uint8)) for x, y in pairs
+    )
+
+
+def check(name: str, run: Callable[..., Any], given: tuple[Any, ...], right: Any, eps: float, repeat: int = 1) -> bool:
+    """Run on CUDA, ``repeat`` times, and compare; prints a line."""
     try:
-        results = run(*on("cuda", given))
-        pairs = [(results, right)] if isinstance(right, Tensor) else list(zip(results, right, strict=True))
+        given = on("cuda", given)
+        results = run(*given)
+        pairs = list(zip(tensors(results), tensors(right), strict=True))
         errors = [float((a.cpu().double() - b.double()).abs().max()) for a, b in pairs if b.numel()]
+        other = sum(not same_bits(results, run(*given)) for _ in range(repeat - 1))
     except Exception as error:
         print(f"{name}: FAILED: {type(error).__name__}: {error}")
         return False
-    good = all(error <= 16 * eps for error in errors)
-    print(f"{name}: {'ok' if good else 'WRONG'}, largest error {max(errors):.1e}")
+    good = all(error <= 16 * eps for error in errors) and not other
+    launches = f", other bits in {other} of {repeat} launches" if other else ""
+    print(f"{name}: {'ok' if good else 'WRONG'}, largest error {max(errors):.1e}{launches}")
     return good
+
+
+def random_attention(seed: int, count: int = 4) -> tuple[tuple[int, int, int, int], ...]:
+    """Sizes (rows, tokens, heads, head size) of a seed, every other of whole blocks of tokens."""
+    pick = random.Random(seed)
+    tokens = [16 * pick.randint(1, 32) if i % 2 else pick.randint(1, 400) for i in range(count)]
+    return tuple((pick.randint(1, 3), T, pick.randint(1, 4), 8 * pick.randint(1, 16)) for T in tokens)
+
+
+def toolkit_ptxas() -> Path:
+    """The assembler of nvcc's toolkit, which may be elsewhere than the nvcc on the path. Raises OSError where there is none."""
+    said = subprocess.run(["nvcc", "--dryrun", "x.cu"], capture_output=True, text=True, check=False).stderr
+    root = re.search(r"^#\$ TOP=(.+)$", said, re.MULTILINE)
+    path = Path(root[1].strip() if root else "", "bin", "ptxas").resolve()
+    if not root or not path.is_file():
+        raise FileNotFoundError(f"expected ptxas in nvcc's toolkit, got {path if root else said[:200]!r}")
+    return path
+
+
+def use_ptxas(which: str) -> str:
+    """Make Triton assemble with a ptxas, "toolkit" or a path; its version. Triton's cache tells them apart by that."""
+    path = toolkit_ptxas() if which == "toolkit" else Path(which)
+    said = subprocess.run([path, "--version"], capture_output=True, text=True, check=True).stdout
+    version = re.search(r"release .*", said)
+    if not version:  # Triton would take its own without a word
+        raise FileNotFoundError(f"--ptxas: expected an assembler that names its release, got {path}")
+    os.environ["TRITON_PTXAS_PATH"] = str(path)
+    return version[0]
 
 
 def flow_step_in_place(x: Tensor, *rest: Any) -> Tensor:
@@ -179,22 +229,22 @@ def answers() -> bool:
     return True
 
 
-def run_part(index: int, parts: int, sizes: dict[str, Any]) -> int:
+def run_part(index: int, parts: int, sizes: dict[str, Any], repeat: int = 1) -> int:
     """Every ``parts``-th group from ``index``; 1 where a check fails."""
     good = True
     for make in list(groups(sizes))[index::parts]:
         torch.manual_seed(0)
         for one in make():
-            good &= check(*one)
+            good &= check(*one, repeat)
             if not good and not answers():
                 print("the device does not answer any more; what follows in this process is not checked")
                 return 1
     return 0 if good else 1
 
 
-def share(jobs: int, small: bool) -> int:
+def share(jobs: int, small: bool, *options: str) -> int:
     """The checks in so many processes, whose output comes in their order."""
-    command = [sys.executable, __file__, *(["--small"] if small else [])]
+    command = [sys.executable, __file__, *(["--small"] if small else []), *options]
     parts = [[*command, "--part", str(i), "--jobs", str(jobs)] for i in range(jobs)]
     running = [subprocess.Popen(part, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) for part in parts]
     status = 0
@@ -210,16 +260,25 @@ def share(jobs: int, small: bool) -> int:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--small", action="store_true", help="the smallest sizes that take every kernel")
+    parser.add_argument("--small", action="store_true", help="the smallest sizes that take every kernel, none at random")
+    parser.add_argument("--repeat", type=int, default=1, help="launches of each op, whose bits have to be the same")
+    parser.add_argument("--ptxas", help='the assembler of Triton\'s kernels: "toolkit" or a path')
+    parser.add_argument("--seed", type=int, default=random.randrange(2**31), help="of the sizes that are picked at random")
     parser.add_argument("--jobs", type=int, default=1, help="processes")
     parser.add_argument("--part", type=int, help="of the jobs, the one that this process does")
     options = parser.parse_args()
     if not torch.cuda.is_available():
         print("no CUDA device: nothing to check")
         return 0
-    if options.jobs > 1 and options.part is None:
-        return share(options.jobs, options.small)
-    return run_part(options.part or 0, options.jobs, SMALL if options.small else LARGE)
+    if options.part is None:
+        if options.ptxas:
+            print(f"ptxas of --ptxas={options.ptxas}: {use_ptxas(options.ptxas)}")
+        if not options.small:
+            print(f"attention of --seed={options.seed}: {random_attention(options.seed)}")
+        if options.jobs > 1:
+            return share(options.jobs, options.small, f"--seed={options.seed}", f"--repeat={options.repeat}")
+    sizes = SMALL if options.small else {**LARGE, "ATTENTION": (*ATTENTION, *random_attention(options.seed))}
+    return run_part(options.part or 0, options.jobs, sizes, options.repeat)
 
 
 if __name__ == "__main__":

@@ -105,7 +105,7 @@ def _gram_gradient_kernel(
     x = (x_ptr + g * x_group_stride, tl.cast(x_stride, tl.int64), x_ptr, tl.cast(x_stride, tl.int64), 0.0, 1.0)
     x_tile = tile(x, rows, M_x, offs, D, False).to(tl.float32)
     y_ptr += g * y_group_stride
-    coefficient_ptr += g * M_x * M_y + rows * row_step
+    coefficient_ptr += g * M_x * M_y + rows.to(tl.int64) * row_step
     grad = tl.zeros((ROWS, BLOCK_D), tl.float32)
     for _ in range(M_y):
         coefficient = tl.load(coefficient_ptr, mask=rows < M_x, other=0.0)

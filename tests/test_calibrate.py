@@ -227,46 +227,71 @@ def test_bias_of_do_bench(calibrate: ModuleType, fake: FakeCuda, monkeypatch: py
     assert part.values["float32_dirty_l2_bias_us"] == 0.0
 
 
-def test_programs_of_the_mmd(calibrate: ModuleType) -> None:
+def test_launches_of_the_mmd(calibrate: ModuleType) -> None:
     pytest.importorskip("triton")
     part = calibrate.Part(CPU)
-    reading = calibrate.mmd_programs(part)
+    reading = calibrate.mmd_launches(part)
     check_values(part.values)
     names = {name.removeprefix("mmd_4_4_256_float32_").removesuffix("_us") for name in part.values if "float32" in name}
-    assert names == {"copy", "shipped", *(f"{count}_programs" for count in calibrate.PROGRAMS)}
+    assert names == {"copy", "shipped", *(f"{warps}_warps_{programs}_programs" for warps, programs in calibrate.MMD_LAUNCHES)}
+    assert len(part.values) == 2 * len(names)
     assert reading.count("x copy") == 2
     assert part.notes == []
     refused = calibrate.Part(CPU, refused=frozenset({"mmd"}))
-    assert "tests of mmd failed" in calibrate.mmd_programs(refused) == calibrate.do_bench_bias(refused)
+    assert "tests of mmd failed" in calibrate.mmd_launches(refused) == calibrate.do_bench_bias(refused)
     assert refused.values == {}
 
 
-@pytest.mark.parametrize("count", [1, 2, 3, 6])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_the_launch_has_so_many_programs(
-    calibrate: ModuleType, count: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
-) -> None:
+LAUNCHED = """
+import fake_driver, torch
+launches = fake_driver.install()
+import calibrate
+from imm_kernels import mmd
+
+what, shipped = mmd.Kernel("laplace", (1.0,), 1e-8, False), (mmd.direct_sizes, mmd._NEAR_BYTES)
+for G, M, D in calibrate.MMD_SIZES[:2]:
+    for dtype in (torch.float32, torch.bfloat16):
+        y = torch.zeros(1, M, D, dtype=dtype).expand(G, M, D)
+        for warps, programs in calibrate.MMD_LAUNCHES:
+            with calibrate.mmd_launch(warps, programs, 2 * M * D * dtype.itemsize):
+                mmd.loss_and_gradient(y, y, torch.ones(G), None, None, what)
+            (launch,) = launches
+            assert launch.kernel == "mmd_direct._resident_kernel", launch
+            assert (launch.grid, launch.warps) == ((132 * programs, 1, 1), warps), launch
+            assert launch.given["BLOCK"] == 32 * warps * launch.given["EACH"] == 32 * warps * 16 // dtype.itemsize, launch
+            # So many fit a multiprocessor.
+            assert programs * 32 * warps * launch.maxnreg <= 65536, launch
+            assert programs * (launch.shared + 1024) <= 228 * 1024, launch
+            launches.clear()
+assert (mmd.direct_sizes, mmd._NEAR_BYTES) == shipped
+"""
+
+
+def test_the_mmd_is_launched_with_the_warps_and_programs_that_are_named(tmp_path: Path) -> None:
     pytest.importorskip("triton")
-    from imm_kernels import mmd
+    environment = {**os.environ, "PYTHONPATH": f"{BENCH}:{Path(__file__).parent}", "TRITON_CACHE_DIR": str(tmp_path)}
+    environment.pop("TRITON_INTERPRET", None)
+    done = subprocess.run([sys.executable, "-c", LAUNCHED], env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
 
-    grids = []
 
-    class Recorder:
-        def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
-            grids.append(grid)
-            return lambda *args, **options: None
-
-    monkeypatch.setattr(mmd.mmd_direct, "_resident_kernel", Recorder())
-    monkeypatch.setattr(torch.cuda, "device_of", lambda tensor: contextlib.nullcontext())
-    y = torch.zeros(1, 4, 3072, dtype=dtype).expand(1024, 4, 3072)
-    what = mmd.Kernel("laplace", (1.0,), 1e-8, False)
-    shipped = mmd._NEAR_BYTES
-    with calibrate.programs_per_multiprocessor(count, 2 * 4 * 3072 * dtype.itemsize):
-        mmd.loss(y, y, torch.ones(1024), None, what)
-    assert grids == [(132 * count,)]
-    with pytest.raises(ZeroDivisionError), calibrate.programs_per_multiprocessor(9, 9):
-        _ = 1 / 0
-    assert shipped == mmd._NEAR_BYTES
+def test_the_products_that_are_asked_for_and_no_others(calibrate: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A few captures for each of 2, 128 and 16 rows."""
+    timed: list[str] = []
+    monkeypatch.setattr(calibrate, "timed", lambda part, variants: timed.extend(variants) or dict.fromkeys(variants, 1e-3))
+    monkeypatch.setattr(calibrate, "TOKENS", 1)
+    monkeypatch.setattr(calibrate.Part, "cuda", True)
+    randn, empty = torch.randn, torch.empty
+    monkeypatch.setattr(torch, "randn", lambda *shape, **options: randn(1, 1, **options))
+    monkeypatch.setattr(torch, "empty", lambda *shape, **options: empty(1, 1, **options))
+    part = calibrate.Part(CPU)
+    calibrate.matrix_rates(part)
+    block = ["with_bias", "with_bias", "with_bias_and_gelu", "with_bias_then_gelu", "with_bias"]
+    assert timed == ["square", *3 * block]
+    rows = [name.split("_")[4] for name in part.values if name.startswith("products_of")]
+    assert rows == ["2", "128", "16"]
+    assert {"square_of_8192_tflop_per_s", "gelu_in_fc1_128_rows_saves_us"} <= set(part.values)
+    assert part.values["products_of_28_blocks_2_rows_ms"] == 4 * 28
 
 
 def test_sustained_clocks(calibrate: ModuleType, fake: FakeCuda, monkeypatch: pytest.MonkeyPatch) -> None:

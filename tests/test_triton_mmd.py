@@ -221,6 +221,24 @@ def test_gram_matches_float64(kernel: str, dtype: torch.dtype, kernels: Any) -> 
             assert_close(value, right, max(M_x, M_y) * D)
 
 
+@kernel_test
+def test_pairs_of_a_gram_beyond_32_bits(kernels: Any) -> None:
+    """The last row of the coefficients 2^31 numbers after the first: of 16 bits, since more would be too much to reserve."""
+    from imm_kernels import mmd_gram
+
+    M_x, M_y, D, row_step = 3, 2, 20, 2**30
+    x, y = torch.randn(1, M_x, D, device=DEVICE), torch.randn(1, M_y, D, device=DEVICE)
+    coefficients = torch.empty((M_x - 1) * row_step + M_y, dtype=torch.float16, device=DEVICE).as_strided(
+        (M_x, M_y), (row_step, 1)
+    )
+    coefficients.copy_(torch.randn(M_x, M_y))
+    grad = torch.empty_like(x)
+    strides = (M_x * D, D, M_y * D, D, row_step, 1)
+    block = {"ROWS": mmd_gram.GRADIENT_ROWS, "BLOCK_D": mmd_gram.GRADIENT_FEATURES}
+    mmd_gram._gram_gradient_kernel[(1,)](x, y, coefficients, grad, *strides, M_x, M_y, D, **block)
+    assert_close(grad[0], (coefficients.double()[..., None] * (x[0].double()[:, None] - y.double())).sum(1), M_y * D)
+
+
 def test_predicates_refuse_with_reasons() -> None:
     for op in ("mmd_loss", "mmd_loss_grad", "flow_map_mmd.out"):
         rows = dict(dispatch.explain(op, dispatch.Request(torch.device("cuda"), torch.float64, (2, 4, 8))))

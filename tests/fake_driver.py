@@ -1,0 +1,88 @@
+"""A driver of Triton without a GPU, for a child process: what the launchers ask for is compiled for sm_90, and recorded.
+
+Everything up to PTX is the real thing, from JITFunction.run with its specialisation to the choice of shared memory. PTX is not
+assembled (tests/test_aot.py does that), and the launch itself, whose arguments need a device, does nothing.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+
+#: Set in the child process that has the driver.
+VARIABLE = "IMM_FAKE_DRIVER"
+ACTIVE = VARIABLE in os.environ
+MULTIPROCESSORS = 132
+SHARED = 227 * 1024  # bytes that a program may have
+
+
+@dataclass(frozen=True)
+class Launch:
+    """kernel: "module.function". types: of the arguments by name, "constexpr" for None, 1 and what is given as such. aligned:
+    those that the compiler knows to be divisible by 16. given: the arguments themselves."""
+
+    kernel: str
+    grid: tuple[int, int, int]
+    warps: int
+    shared: int
+    maxnreg: int | None
+    types: dict[str, str]
+    aligned: frozenset[str]
+    given: dict[str, Any]
+
+
+def install() -> list[Launch]:
+    """Make it this process's driver; the list gets every launch from here on."""
+    from triton.backends.compiler import GPUTarget
+    from triton.backends.nvidia.compiler import CUDABackend
+    from triton.runtime import driver
+
+    launches: list[Launch] = []
+
+    def launcher(source: Any, metadata: Any) -> Callable[..., None]:
+        names = source.fn.arg_names
+        function = source.fn.fn
+        aligned = frozenset(
+            names[place] for (place,), attributes in source.attrs.items() if ["tt.divisibility", 16] in attributes
+        )
+
+        def launch(
+            x: int, y: int, z: int, stream: int, function_: int, packed: Any, extra: Any, enter: Any, leave: Any, *given: Any
+        ) -> None:
+            launches.append(
+                Launch(
+                    f"{function.__module__.removeprefix('imm_kernels.')}.{function.__name__}",
+                    (x, y, z),
+                    metadata.num_warps,
+                    metadata.shared,
+                    metadata.maxnreg,
+                    dict(source.signature),
+                    aligned,
+                    dict(zip(names, given, strict=True)),
+                )
+            )
+
+        return launch
+
+    properties = {"max_shared_mem": SHARED, "multiprocessor_count": MULTIPROCESSORS, "max_num_regs": 65536, "warpSize": 32}
+    fake = SimpleNamespace(
+        launcher_cls=launcher,
+        utils=SimpleNamespace(
+            get_device_properties=lambda device: properties,
+            load_binary=lambda name, kernel, shared, device: (1, 1, 0, 0, 1024),  # module, function, registers, spills, threads
+            unload_module=lambda module: None,
+        ),
+        get_current_target=lambda: GPUTarget("cuda", 90, 32),
+        get_current_device=lambda: 0,
+        get_current_stream=lambda device: 0,
+    )
+    CUDABackend.make_cubin = lambda self, source, metadata, options, capability: b"not assembled"
+    driver.set_active(fake)
+    torch.cuda.device_of = lambda tensor: contextlib.nullcontext()
+    return launches

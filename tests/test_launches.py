@@ -1,0 +1,260 @@
+"""Every launcher of imm_kernels through Triton's real JIT, on a machine without a GPU: what is compiled, and what is launched.
+
+The driver of tests/fake_driver.py belongs to a process, so that a child runs the tests of this file.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import pkgutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import fake_driver
+import pytest
+import torch
+from fake_driver import Launch
+from op_samples import SAMPLES
+from torch import Tensor
+
+from imm.ops import dispatch
+
+pytest.importorskip("triton")
+
+OPS = [op for op in dispatch.names() if "triton" in [i.name for i in dispatch._TABLE[op]]]
+#: Launches of a small call; one where not named.
+COUNTS = {"timestep_attention_bwd": 3, "mmd_gram_bwd": 3}
+TYPES = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float64: "*fp64"}
+SEEN: set[str] = set()
+RECORDED = fake_driver.install() if fake_driver.ACTIVE else []
+
+
+def launch_test(function: Any) -> Any:
+    """Collected in the child that has the driver."""
+    return function if fake_driver.ACTIVE else None
+
+
+@pytest.mark.skipif(fake_driver.ACTIVE, reason="this is the child")
+@pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="nothing is compiled in the interpreter")
+def test_every_launch_on_a_driver_that_records(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "pytest", "-o", "addopts=", "-p", "no:cacheprovider", __file__]
+    environment = {**os.environ, fake_driver.VARIABLE: "1", "TRITON_CACHE_DIR": str(tmp_path)}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert " passed" in done.stdout, done.stdout
+
+
+@pytest.fixture
+def launches() -> Iterator[list[Launch]]:
+    """Those of this test, which a device has to be able to run."""
+    RECORDED.clear()
+    yield RECORDED
+    for launch in RECORDED:
+        assert 1 <= launch.grid[0] < 2**31, launch
+        assert all(1 <= n < 2**16 for n in launch.grid[1:]), launch
+        assert launch.shared <= fake_driver.SHARED, launch
+        assert (launch.maxnreg or 1) * 32 * launch.warps <= 65536, launch
+        for name, kind in launch.types.items():
+            given = launch.given[name]
+            assert kind == "constexpr" or kind == (TYPES.get(given.dtype, "*i64") if isinstance(given, Tensor) else kind), (
+                launch
+            )
+            assert given is not None or kind == "constexpr", launch
+        SEEN.add(launch.kernel)
+
+
+def run(op: str, *given: Any, **out: Tensor) -> Any:
+    """The Triton row of an op, on tensors that it takes for those of a GPU."""
+    row = next(i for i in dispatch._TABLE[op] if i.name == "triton")
+    first = dispatch.Request(torch.device("cuda"), given[0].dtype, tuple(given[0].shape))
+    if reason := row.refuses(first):
+        pytest.skip(reason)
+    return row.run(*given, **out)
+
+
+def summary(launches: list[Launch]) -> list[tuple[str, int, int]]:
+    return [(launch.kernel, launch.grid[0], launch.warps) for launch in launches]
+
+
+@launch_test
+@pytest.mark.parametrize("layout", ["contiguous", "sliced", "empty"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize("op", OPS)
+def test_every_op_in_every_dtype(op: str, dtype: torch.dtype, layout: str, launches: list[Launch]) -> None:
+    """Small odd sizes: the launches an op has, none for nothing, and results like those of the op's fake."""
+    given = [a.detach() if isinstance(a, Tensor) else a for a in SAMPLES[op](layout, dtype, "cpu")]
+    out = given.pop() if op.endswith(".out") else {}
+    results = run(op, *given, **out)
+    assert len(launches) == (0 if layout == "empty" else COUNTS.get(op, 1))
+    if not out:
+        fake = getattr(torch.ops.imm, op)(*(a.to("meta") if isinstance(a, Tensor) else a for a in given))
+        pairs = [(results, fake)] if isinstance(fake, Tensor) else zip(results, fake, strict=True)
+        assert all((a.shape, a.dtype, a.is_contiguous()) == (b.shape, b.dtype, True) for a, b in pairs)
+
+
+@launch_test
+def test_float32_is_taken_by_every_op() -> None:
+    for op in OPS:
+        row = next(i for i in dispatch._TABLE[op] if i.name == "triton")
+        assert row.refuses(dispatch.Request(torch.device("cuda"), torch.float32, (2, 4, 8))) is None, op
+
+
+@launch_test
+@pytest.mark.parametrize(
+    ("B", "T", "d", "norm", "dtype"),
+    [
+        (2, 256, 72, False, torch.bfloat16),  # DiT-XL/2
+        (1, 300, 64, True, torch.bfloat16),  # keys in turns
+        (1, 1, 16, False, torch.float16),
+        (1, 1, 8, True, torch.float32),
+    ],
+)
+def test_attention(B: int, T: int, d: int, norm: bool, dtype: torch.dtype, launches: list[Launch]) -> None:
+    from imm_kernels import attention as kernels
+
+    H = 2
+    qkv, up, lse = torch.randn(B, T, 3 * H * d).to(dtype), torch.randn(B, T, H * d).to(dtype), torch.randn(B, H, T)
+    norms = [torch.rand(d) if norm else None for _ in range(2)]
+    run("timestep_attention", qkv, H, *norms, 1e-6)
+    run("timestep_attention_bwd", up, qkv, up, lse, H, *norms, 1e-6)
+    bits = 8 * qkv.element_size()
+    sizes = kernels.forward_sizes(d, T, bits, norm), kernels.key_sizes(d, bits, norm), kernels.query_sizes(d, bits)
+    blocks = (sizes[0].queries, kernels.DELTA_TOKENS, sizes[1].keys, sizes[2].queries)
+    names = ("fwd", "delta", "bwd_keys", "bwd_queries")
+    warps = (sizes[0].warps, kernels.DELTA_WARPS, sizes[1].warps, sizes[2].warps)
+    assert summary(launches) == [
+        (f"attention._attention_{name}_kernel", B * H * -(-T // block), w)
+        for name, block, w in zip(names, blocks, warps, strict=True)
+    ]
+    forward = launches[0]
+    assert (forward.types["qkv_ptr"], forward.types["T"]) == (TYPES[dtype], "i32")  # whatever T is, one compilation
+    assert (forward.types["q_norm_ptr"] == "constexpr") != norm
+    assert "qkv_ptr" in forward.aligned
+
+
+@launch_test
+@pytest.mark.parametrize(
+    ("B", "T", "C", "dtype"), [(2, 64, 1152, torch.bfloat16), (1, 1, 1, torch.float32), (1, 3, 8192, torch.float32)]
+)
+def test_adaln(B: int, T: int, C: int, dtype: torch.dtype, launches: list[Launch]) -> None:
+    """One modulation for all images has no stride between them."""
+    from imm_kernels import adaln as kernels
+
+    x, y, (gate, shift, scale) = torch.randn(B, T, C).to(dtype), torch.randn(B, T, C).to(dtype), torch.randn(3, 1, C)
+    run("gated_residual_adaln", x, y, gate, shift, scale, 1e-6)
+    run("gated_residual_adaln_bwd", x, x, x, y, gate, scale, 1e-6)
+    run("adaln_modulate", x, shift, scale, 1e-6)
+    forward = ("adaln._adaln_fwd_kernel", B * T, kernels.block_and_warps(C, 1)[1])
+    back = ("adaln._adaln_bwd_kernel", B * -(-T // kernels.ROWS), kernels.block_and_warps(C, kernels.ROWS)[1])
+    assert summary(launches) == [forward, back, forward]
+    assert [launch.given["scale_stride"] for launch in launches] == [0, 0, 0]
+    assert [launch.types["y_ptr"] for launch in launches] == [TYPES[dtype], TYPES[dtype], "constexpr"]
+
+
+@launch_test
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    ("G", "M", "D", "expected"),
+    [
+        (300, 4, 4096, ["resident"]),
+        (1, 1, 1, ["resident"]),
+        (2, 4, 40000, ["partial", "combine", "gradient"]),
+        (3, 12, 70, ["products", "pairs", "gradient"]),
+        (2, 70, 128, ["products", "pairs", "gradient"]),
+    ],
+)
+def test_mmd(G: int, M: int, D: int, expected: list[str], dtype: torch.dtype, launches: list[Launch]) -> None:
+    """The kernels of each size, with the warps and registers chosen for it and alignment where it is."""
+    from imm_kernels import mmd as kernels
+
+    y_t, y_r = (torch.randn(1, M, D).to(dtype).expand(G, M, D) for _ in range(2))
+    scale, weight, upstream = torch.rand(G), torch.rand(G, dtype=torch.float64), torch.ones(1)
+    run("mmd_loss_grad", y_t, y_r, scale, weight, upstream, "rbf", [0.5, 1.0], 1e-8, M > 1)
+    family = "mmd_direct" if M <= 8 else "mmd_dot"
+    assert [launch.kernel for launch in launches] == [f"{family}._{name}_kernel" for name in expected]
+    first = launches[0]
+    assert ("t_ptr" in first.aligned, "D" in first.aligned) == (True, D % 16 == 0)
+    assert {"scale_ptr", "weight_ptr", "loss_ptr", "slopes_ptr"}.isdisjoint(first.aligned)  # one compilation for any of these
+    if M <= 8:
+        sizes = kernels.direct_sizes(M, D, 8 * y_t.element_size(), mix=False)
+        assert (first.warps, first.maxnreg) == (sizes.num_warps, sizes.maxnreg)
+        # As many groups at once as stay in the cache, or slices of few.
+        near = fake_driver.MULTIPROCESSORS * (kernels._NEAR_BYTES // (2 * M * D * y_t.element_size()))
+        assert first.grid[0] == (min(G, near) if expected == ["resident"] else G * -(-D // sizes.BLOCK))
+    else:
+        assert first.warps == kernels.dot_sizes(M, exact_bf16=dtype == torch.bfloat16, mix=False).warps
+
+
+@launch_test
+@pytest.mark.parametrize("M", [4, 20])
+def test_flow_map_mmd_without_optional_numbers(M: int, launches: list[Launch]) -> None:
+    """States of one dtype and outputs of another; no weight and no upstream."""
+    x, g = torch.randn(3, M, 48), torch.randn(3, M, 48).bfloat16()
+    numbers = [torch.rand(3, dtype=torch.float64) for _ in range(4)]
+    _, grad = run("flow_map_mmd", x, x, g, g, *numbers, torch.rand(3), None, None, "laplace", [1.0], 1e-8, False)
+    assert grad.dtype == g.dtype
+    assert [launches[0].types[name] for name in ("t_ptr", "x_t_ptr", "c_skip_t_ptr")] == ["*bf16", "*fp32", "*fp64"]
+    assert all(launch.types.get("weight_ptr", "constexpr") == "constexpr" for launch in launches)
+
+
+@launch_test
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_gram(dtype: torch.dtype, launches: list[Launch]) -> None:
+    x, y, scale = torch.randn(2, 17, 64).to(dtype), torch.randn(2, 33, 64).to(dtype), torch.rand(2)
+    run("mmd_gram", x, y, scale, "imq", [1.0], 1e-8)
+    run("mmd_gram_bwd", torch.randn(2, 17, 33), x, y, scale, "imq", [1.0], 1e-8)
+    names = [f"mmd_gram._{name}_kernel" for name in ("gram", "gram", "gram_gradient", "gram_gradient")]
+    assert summary(launches) == [
+        (name, grid, warps) for name, grid, warps in zip(names, (12, 12, 6, 10), (1, 1, 4, 4), strict=True)
+    ]
+    assert [launch.given["row_step"] for launch in launches[2:]] == [33, 1]
+
+
+@launch_test
+@pytest.mark.parametrize("D", [1, 1024, 3000])
+@pytest.mark.parametrize("noisy", [False, True], ids=["plain", "noisy"])
+@pytest.mark.parametrize("guided", [False, True], ids=["alone", "guided"])
+def test_flow_step(guided: bool, noisy: bool, D: int, launches: list[Launch]) -> None:
+    """A program for each block of a row; absent tensors are None, and coefficients of all images have no stride."""
+    x, one, many = torch.randn(3, D), torch.rand(1, dtype=torch.float64), torch.rand(3, dtype=torch.float64)
+    seeds = torch.arange(3) + 2**40
+    run("flow_step", x, x, one, many, *((x, one) if guided else (None, None)), *((many, seeds) if noisy else (None, None)), 2)
+    (launch,) = launches
+    assert launch.grid == (3 * -(-D // 1024), 1, 1)
+    assert (launch.types["g_uncond_ptr"] == "constexpr", launch.types["seeds_ptr"] == "constexpr") == (not guided, not noisy)
+    assert (launch.given["c_skip_stride"], launch.given["c_out_stride"]) == (0, 1)
+    assert ("D" in launch.aligned, launch.types["D"] == "constexpr") == (D == 1024, D == 1)
+
+
+@launch_test
+def test_a_step_of_any_size(launches: list[Launch]) -> None:
+    """It is not specialised but for its width."""
+    for step in (0, 1, 16, 2**40):
+        run("noise", torch.arange(2), 37, step)
+    assert [launch.types["step"] for launch in launches] == ["i32", "i32", "i32", "i64"]
+    assert all("step" not in launch.aligned for launch in launches)
+
+
+@launch_test
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_timestep_embedding(dtype: torch.dtype, launches: list[Launch]) -> None:
+    run("timestep_embedding", torch.rand(3, dtype=torch.float64), torch.rand(1).expand(3), 256, 1e4, dtype)
+    assert (launches[0].grid[0], launches[0].given["s_stride"], launches[0].types["out_ptr"]) == (6, 0, TYPES[dtype])
+
+
+@launch_test
+def test_every_kernel_was_launched() -> None:
+    import imm_kernels
+
+    kernels = set()
+    for module in pkgutil.iter_modules(imm_kernels.__path__):
+        names = vars(importlib.import_module(f"imm_kernels.{module.name}"))
+        kernels |= {
+            f"{module.name}.{name}" for name, value in names.items() if name.endswith("_kernel") and hasattr(value, "run")
+        }
+    assert kernels <= SEEN
+    assert len(kernels) > 12
