@@ -11,7 +11,7 @@ from torch import Tensor
 from imm.networks import DiT
 from imm.networks.conditioning import Modulations
 from imm.networks.dit import Attention
-from imm.networks.linear import linear
+from imm.networks.layers import linear
 
 Inputs = tuple[Tensor, Tensor, Tensor, Tensor]
 

@@ -16,6 +16,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from imm.networks.embeddings import check_image, full_precision
+from imm.networks.layers import GroupNorm, attention
 from imm.ops.timestep_embedding import MAX_PERIOD, sinusoids
 
 #: Of every GroupNorm.
@@ -26,11 +27,11 @@ SKIP_SCALE = math.sqrt(0.5)
 SMALL = 1e-5
 
 
-def _norm(channels: int) -> nn.GroupNorm:
+def _norm(channels: int) -> GroupNorm:
     groups = min(32, channels // 4)
     if channels % groups:
         raise ValueError(f"width and multipliers: expected channels that {groups} groups divide, got {channels} in one layer")
-    return nn.GroupNorm(groups, channels, EPS)
+    return GroupNorm(groups, channels, EPS)
 
 
 class ResampledConv2d(nn.Conv2d):
@@ -106,7 +107,7 @@ class Block(nn.Module):
         _, channels, height, width = x.shape
         packed = self.qkv(x).flatten(2).unflatten(1, (channels, 3))  # q, k and v alternate: [B, C, 3, H W]
         q, k, v = packed.permute(2, 0, 3, 1).contiguous()[:, :, None]  # [B, one head, H W, C]
-        out = F.scaled_dot_product_attention(q, k, v)
+        out = attention(q, k, v)
         return self.proj(out.squeeze(1).transpose(1, 2).unflatten(2, (height, width)))
 
 

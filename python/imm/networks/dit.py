@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 from imm.networks.conditioning import Modulations, ModulationTable
 from imm.networks.embeddings import LabelEmbedder, TimestepEmbedder, check_image, full_precision
-from imm.networks.linear import linear
+from imm.networks.layers import attention, linear
 from imm.ops.attention import TOKENS
 from imm.ops.timestep_embedding import MAX_PERIOD
 
@@ -67,7 +67,7 @@ class Attention(nn.Module):
             return linear(self.proj, torch.ops.imm.timestep_attention(qkv, self.heads, None, None, EPS)[0])
         batch, tokens, features = x.shape
         q, k, v = self.qkv(x).reshape(batch, tokens, 3, self.heads, -1).permute(2, 0, 3, 1, 4)  # [B, heads, T, d]
-        out = F.scaled_dot_product_attention(q, k, v)
+        out = attention(q, k, v)
         return self.proj(out.transpose(1, 2).reshape(batch, tokens, features))
 
 

@@ -11,10 +11,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from imm.networks.embeddings import LabelEmbedder, TimestepEmbedder, check_image, full_precision
+from imm.networks.layers import GroupNorm
 
 
-def _norm(channels: int) -> nn.GroupNorm:
-    return nn.GroupNorm(math.gcd(min(8, channels // 4), channels), channels)
+def _norm(channels: int) -> GroupNorm:
+    return GroupNorm(math.gcd(min(8, channels // 4), channels), channels)
 
 
 class ResidualBlock(nn.Module):

@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from imm.ops import triton_kernels
 from imm.ops.dispatch import Request
 from imm.ops.dtypes import DTYPES, accumulate_dtype
-from imm.ops.registry import no_second_derivative, register
+from imm.ops.registry import no_second_derivative, register, register_autograd
 
 
 def _check(x: Tensor, y: Tensor | None, modulations: dict[str, Tensor], eps: float) -> None:
@@ -219,7 +219,7 @@ for _op, _reference, _fake_of, _launch in (
         native=("cpu",),
         triton=triton_kernels.implementation(_launch, *DTYPES, also=_too_wide),
     )
-torch.library.register_autograd("imm::adaln_modulate", _backward, setup_context=_setup)
-torch.library.register_autograd("imm::gated_residual_adaln", _backward_gated, setup_context=_setup_gated)
+register_autograd("adaln_modulate", _backward, _setup)
+register_autograd("gated_residual_adaln", _backward_gated, _setup_gated)
 no_second_derivative("adaln_modulate_bwd")
 no_second_derivative("gated_residual_adaln_bwd")

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from imm.ops import dispatch, triton_kernels
 from imm.ops.dtypes import DTYPES, accumulate_dtype
-from imm.ops.registry import no_second_derivative, register
+from imm.ops.registry import no_second_derivative, register, register_autograd
 
 #: Largest number of tokens and of features of a head.
 TOKENS, FEATURES = 1024, 128
@@ -243,5 +243,5 @@ _LIBRARY_BWD = dispatch.Implementation("library", _library_bwd, _library_refuses
 
 register("timestep_attention", reference=timestep_attention, fake=_fake, triton=_TRITON, library=_LIBRARY)
 register("timestep_attention_bwd", reference=timestep_attention_bwd, fake=_fake_bwd, triton=_TRITON_BWD, library=_LIBRARY_BWD)
-torch.library.register_autograd("imm::timestep_attention", _backward, setup_context=_setup)
+register_autograd("timestep_attention", _backward, _setup)
 no_second_derivative("timestep_attention_bwd")

@@ -15,7 +15,7 @@ from torch import Tensor
 from imm.ops import dispatch, triton_kernels
 from imm.ops.dtypes import DTYPES, accumulate_dtype
 from imm.ops.mmd import TRITON_DTYPES, check_groups, check_loss, mmd_loss_grad, too_many_particles
-from imm.ops.registry import check_out, no_second_derivative, refuse_gradients, register
+from imm.ops.registry import check_out, no_second_derivative, refuse_gradients, register, register_autograd
 
 
 def _check(
@@ -163,5 +163,5 @@ def _row(run: Any) -> dispatch.Implementation:
 register("flow_map_mmd", reference=flow_map_mmd, fake=_fake, native=("cpu",), triton=_row(_triton))
 register("flow_map_mmd.out", reference=flow_map_mmd_out, fake=_fake_out, native=("cpu",), triton=_row(_triton_out))
 register("flow_map_mmd_bwd", reference=flow_map_mmd_bwd, fake=_fake_bwd)
-torch.library.register_autograd("imm::flow_map_mmd", _backward, setup_context=_setup)
+register_autograd("flow_map_mmd", _backward, _setup)
 no_second_derivative("flow_map_mmd_bwd")

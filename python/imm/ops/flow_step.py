@@ -16,7 +16,7 @@ from torch import Tensor
 from imm.ops import triton_kernels
 from imm.ops.dtypes import DTYPES, accumulate_dtype
 from imm.ops.noise import check as check_noise
-from imm.ops.registry import check_out, no_second_derivative, refuse_gradients, register
+from imm.ops.registry import check_out, no_second_derivative, refuse_gradients, register, register_autograd
 
 
 def _check(
@@ -232,6 +232,6 @@ register("flow_step.out", reference=flow_step_out, fake=_fake_out, native=("cpu"
 register("sampling_step", reference=sampling_step, fake=_fake_sampling, native=("cpu", "cuda"))
 register("sampling_step.out", reference=sampling_step_out, fake=_check_sampling_out, native=("cpu", "cuda"))
 register("flow_step_bwd", reference=flow_step_bwd, fake=_fake_bwd, native=("cpu", "cuda"))
-torch.library.register_autograd("imm::flow_step", _backward, setup_context=_setup)
+register_autograd("flow_step", _backward, _setup)
 no_second_derivative("flow_step_bwd")
 no_second_derivative("sampling_step")

@@ -28,7 +28,7 @@ from torch import Tensor
 
 from imm.ops import dispatch, triton_kernels
 from imm.ops.dtypes import DTYPES, accumulate_dtype
-from imm.ops.registry import check_out, no_second_derivative, refuse_gradients, register
+from imm.ops.registry import check_out, no_second_derivative, refuse_gradients, register, register_autograd
 
 KERNELS = ("laplace", "rbf", "imq", "energy")
 
@@ -435,8 +435,8 @@ register(
     native=("cpu",),
     triton=triton_kernels.implementation(_triton_gram_bwd, torch.float32),
 )
-torch.library.register_autograd("imm::mmd_loss", _backward_loss, setup_context=_setup_loss)
-torch.library.register_autograd("imm::mmd_gram", _backward_gram, setup_context=_setup_gram)
+register_autograd("mmd_loss", _backward_loss, _setup_loss)
+register_autograd("mmd_gram", _backward_gram, _setup_gram)
 for _op in ("mmd_loss_bwd", "mmd_loss_grad", "mmd_gram_bwd"):
     no_second_derivative(_op)
 for _op in ("imm::mmd_loss", "imm::mmd_gram"):

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import functools
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
+from torch._library.autograd import Info, make_autograd_impl
+from torch.autograd import forward_ad
 
 from imm.ops import dispatch, native  # loading the native library defines its ops, so it comes first
 from imm.ops.schemas import SCHEMAS
@@ -66,6 +68,8 @@ def register(
     dispatch.add(op, dispatch.Implementation("reference", reference))
     torch.library.register_kernel(f"imm::{op}", None, functools.partial(dispatch.call, op))
     torch.library.register_fake(f"imm::{op}", fake)
+    if op.endswith(".out") and globals()["native"].status() is not None:  # else csrc/ops.cpp does it
+        _LIBRARY.impl(op, functools.partial(_out_form, op), "Autograd", with_keyset=True)
 
 
 def apply_forced() -> None:
@@ -82,13 +86,45 @@ def apply_forced() -> None:
                 _LIBRARY.impl(op, functools.partial(dispatch.call, op), key, allow_override=True)
 
 
+def register_autograd(op: str, backward: Callable[..., Any], setup_context: Callable[..., None] | None = None) -> None:
+    """``torch.library.register_autograd`` for ``imm::op``, but a forward-mode tangent raises: torch would drop it.
+
+    The kernel is at the op's Autograd key, which ``torch.func.jvp``, dual numbers and ``vmap`` of them all reach with the
+    tangent still attached.
+    """
+    generated = make_autograd_impl(_overload(op), Info(backward, setup_context))
+
+    def kernel(keyset: Any, *args: Any) -> Any:
+        refuse_tangents(op, args)
+        return generated(keyset, *args)
+
+    _LIBRARY.impl(op, kernel, "Autograd", with_keyset=True)
+
+
+def refuse_tangents(op: str, values: Iterable[Any]) -> None:
+    """Raise NotImplementedError where a value carries a forward-mode tangent."""
+    if forward_ad._current_level < 0:
+        return
+    if any(isinstance(v, torch.Tensor) and forward_ad.unpack_dual(v).tangent is not None for v in values):
+        raise NotImplementedError(
+            f"imm::{op} has no forward-mode derivative (torch.func.jvp, dual numbers): use torch's own operations, a network "
+            "with fused=False, or a finite difference"
+        )
+
+
+def _out_form(op: str, keyset: Any, *args: Any, **out: Any) -> None:
+    refuse_tangents(op, (*args, *out.values()))
+    with torch._C._AutoDispatchBelowAutograd():
+        _overload(op).redispatch(keyset & torch._C._after_autograd_keyset, *args, **out)
+
+
 def no_second_derivative(op: str) -> None:
     """Make a second derivative through ``imm::op`` an error; without a formula torch would only warn."""
 
     def backward(ctx: Any, *grads: Any) -> None:
         raise RuntimeError(f"imm::{op} has no derivative: second derivatives are not supported")
 
-    torch.library.register_autograd(f"imm::{op}", backward)
+    register_autograd(op, backward)
 
 
 def refuse_gradients(op: str, *tensors: torch.Tensor | None) -> None:

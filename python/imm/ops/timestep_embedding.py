@@ -14,7 +14,7 @@ from torch import Tensor
 
 from imm.ops import triton_kernels
 from imm.ops.dtypes import DTYPES
-from imm.ops.registry import no_second_derivative, register
+from imm.ops.registry import no_second_derivative, register, register_autograd
 
 
 def _check(t: Tensor, s: Tensor, dim: int, max_period: float, dtype: torch.dtype) -> None:
@@ -108,5 +108,5 @@ register(
 )
 # Times have no gradient in training: no kernel on CUDA.
 register("timestep_embedding_bwd", reference=timestep_embedding_bwd, fake=_fake_bwd, native=("cpu",))
-torch.library.register_autograd("imm::timestep_embedding", _backward, setup_context=_setup)
+register_autograd("timestep_embedding", _backward, _setup)
 no_second_derivative("timestep_embedding_bwd")

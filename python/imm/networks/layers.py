@@ -1,10 +1,12 @@
-"""A linear layer of inference, with tanh-GELU in the product's epilogue where the library has it."""
+"""What torch's kernels leave to their caller: GELU in a matmul's epilogue, and operations that have forward-mode tangents."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 
 def linear(layer: nn.Module, x: Tensor, *, gelu: bool = False) -> Tensor:
@@ -19,14 +21,35 @@ def linear(layer: nn.Module, x: Tensor, *, gelu: bool = False) -> Tensor:
     hidden = layer(x)
     if not gelu:
         return hidden
-    if hidden.requires_grad or torch.compiler.is_compiling():
+    if hidden.requires_grad or torch.compiler.is_compiling() or _forward_mode():
         return F.gelu(hidden, approximate="tanh")
     return torch.ops.aten.gelu_(hidden, approximate="tanh")  # the widest tensor of the network is not allocated twice
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """softmax(q k^T / sqrt(d)) v for ``[B, heads, T, d]`` by torch's kernels; in forward mode by the one that has tangents."""
+    if _forward_mode():
+        with sdpa_kernel(SDPBackend.MATH):
+            return F.scaled_dot_product_attention(q, k, v)
+    return F.scaled_dot_product_attention(q, k, v)
+
+
+class GroupNorm(nn.GroupNorm):
+    """torch's; in forward mode of contiguous memory, which the tangent of torch's asks for."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.contiguous() if _forward_mode() else x)
+
+
+def _forward_mode() -> bool:
+    """Whether there may be tangents (torch.func.jvp, dual numbers), which oneDNN and most attention kernels lose or refuse."""
+    return forward_ad._current_level >= 0
 
 
 def _one_dnn(layer: nn.Module, x: Tensor) -> bool:
     return bool(
         not torch.compiler.is_compiling()
+        and not _forward_mode()
         and type(layer) is nn.Linear
         and x.device.type == "cpu"
         and x.dtype in (torch.float32, torch.bfloat16)
