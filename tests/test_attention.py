@@ -122,7 +122,8 @@ def test_images_do_not_know_of_each_other(device: str) -> None:
         together, _ = torch.ops.imm.timestep_attention(qkv, *rest)
         qkv[1:] = float("nan")
         assert torch.equal(torch.ops.imm.timestep_attention(qkv, *rest)[0][:1], together[:1])
-        assert torch.equal(torch.ops.imm.timestep_attention(qkv[:1], *rest)[0], together[:1])
+        alone = torch.ops.imm.timestep_attention(qkv[:1], *rest)[0]
+    torch.testing.assert_close(alone, together[:1])  # a library may take another kernel for another batch
 
 
 def test_large_scores_do_not_overflow(device: str) -> None:
