@@ -288,8 +288,11 @@ def test_a_step_that_does_not_fit_is_let_go(monkeypatch: pytest.MonkeyPatch) -> 
     assert emptied == ["emptied", "emptied"]
 
 
-def test_rows_about_memory_are_of_the_full_form(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("measured", [False, pytest.param(True, marks=pytest.mark.full)])
+def test_rows_about_memory_are_of_the_full_form(measured: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     module = load("objective")
+    if not measured:
+        monkeypatch.setattr(module, "_peak", lambda name, device, peer, particles, batch: 10**6 * particles * batch)
     monkeypatch.setattr(module, "cases", lambda device, quick: [])
     monkeypatch.setattr(module, "CPU_MEMORY", (("UNet", 16),))
     monkeypatch.setattr(harness, "load", lambda op: module)

@@ -311,7 +311,8 @@ def test_other_errors_of_torch_stay_what_they_are(digits, tmp_path, monkeypatch)
         CliRunner().invoke(main, arguments, catch_exceptions=False)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+# SIGTERM is in tests/test_training_processes.py too.
+@pytest.mark.parametrize("number", [pytest.param(signal.SIGTERM, marks=pytest.mark.full), signal.SIGUSR1])
 def test_a_signal_stops_training_and_the_same_command_goes_on(number, digits, tmp_path) -> None:
     arguments = ["train", "--data", str(digits), "--outdir", str(tmp_path / "run"), *TRAIN]
     process = subprocess.Popen(
