@@ -292,7 +292,7 @@ def test_a_step_that_does_not_fit_is_let_go(monkeypatch: pytest.MonkeyPatch) -> 
 def test_rows_about_memory_are_of_the_full_form(measured: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     module = load("objective")
     if not measured:
-        monkeypatch.setattr(module, "_peak", lambda name, device, peer, particles, batch: 10**6 * particles * batch)
+        monkeypatch.setattr(module, "peak_bytes", lambda *arguments: 123_000_000)
     monkeypatch.setattr(module, "cases", lambda device, quick: [])
     monkeypatch.setattr(module, "CPU_MEMORY", (("UNet", 16),))
     monkeypatch.setattr(harness, "load", lambda op: module)
