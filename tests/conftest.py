@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections import Counter
 from collections.abc import Iterator
 
@@ -17,7 +18,10 @@ DEVICES = ["cpu", *([pytest.param("cuda", marks=pytest.mark.cuda)] if torch.cuda
 @pytest.hookimpl(tryfirst=True)  # before those that are marked are left out
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Of a test marked ``every(n)`` the parametrizations but the first of every n are "full". Choose n without a factor in
-    common with the numbers of values, so that each value of each parameter stays."""
+    common with the numbers of values, so that each value of each parameter stays. On a GPU, which is fast, and before figures
+    of a benchmark all of them run."""
+    if torch.cuda.is_available() or "IMM_GATE_TESTS" in os.environ:
+        return
     seen: Counter[str] = Counter()
     for item in items:
         mark = item.get_closest_marker("every")

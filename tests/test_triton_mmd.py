@@ -91,14 +91,16 @@ def test_every_kernel_and_dtype_matches_float64(M: int, kernel: str, unbiased: b
 
 
 @kernel_test
-@pytest.mark.parametrize("M", [2, 4, pytest.param(8, marks=pytest.mark.full)])
+@pytest.mark.every(2)
+@pytest.mark.parametrize("M", [2, 8, 4])
 def test_split_features(M: int, kernels: Any) -> None:
     """Few groups of many features: slices of a group, added in order."""
     check(kernels, inputs(1, M, 8201, torch.float32))
 
 
 @kernel_test
-@pytest.mark.parametrize("M", [16, pytest.param(33, marks=pytest.mark.full)])
+@pytest.mark.every(2)
+@pytest.mark.parametrize("M", [16, 33])
 def test_sliced_products(M: int, kernels: Any) -> None:
     check(kernels, inputs(1, M, 3000, torch.float32))
 
@@ -112,7 +114,8 @@ def test_close_pairs_keep_their_digits(M: int, apart: float, kernels: Any) -> No
 
 
 @kernel_test
-@pytest.mark.parametrize("M", [5, pytest.param(20, marks=pytest.mark.full)])
+@pytest.mark.every(2)
+@pytest.mark.parametrize("M", [5, 20])
 def test_close_pairs_within_a_set(M: int, kernels: Any) -> None:
     """Pairs that are not matched are close too, and some coincide."""
     args = inputs(2, M, 256, torch.float32)
@@ -124,7 +127,8 @@ def test_close_pairs_within_a_set(M: int, kernels: Any) -> None:
 
 
 @kernel_test
-@pytest.mark.parametrize("M", [4, pytest.param(16, marks=pytest.mark.full)])
+@pytest.mark.every(2)
+@pytest.mark.parametrize("M", [4, 16])
 def test_any_strides(M: int, kernels: Any) -> None:
     y_t, y_r, scale, weight, _ = inputs(6, M, 48, torch.float32)
     one = torch.full((1,), 0.25, device=DEVICE)
