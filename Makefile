@@ -38,7 +38,7 @@ test-sanitize: $(STAMP)
 	cmake --install $(SANITIZE) --prefix $(SANITIZE)/native
 	IMM_NATIVE_DIR=$(abspath $(SANITIZE))/native ASAN_OPTIONS=detect_leaks=0:allocator_may_return_null=1 UBSAN_OPTIONS=print_stacktrace=1 \
 	    LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libubsan.so)" \
-	    $(BIN)/python -m pytest tests/test_native.py -k "not other_instruction"
+	    $(BIN)/python -m pytest tests/test_native.py -k "not other_instruction" -m "full or not full"
 
 # The suite of HEAD with the oldest torch that is tried and its triton, in an environment of its own; several GB. The interpreter of
 # that triton does not work with numpy 2.4.

@@ -288,13 +288,16 @@ def test_a_step_that_does_not_fit_is_let_go(monkeypatch: pytest.MonkeyPatch) -> 
     assert emptied == ["emptied", "emptied"]
 
 
-def test_rows_about_memory_are_of_the_full_form(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("measured", [False, pytest.param(True, marks=pytest.mark.full)])
+def test_rows_about_memory_are_of_the_full_form(measured: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     module = load("objective")
+    if not measured:
+        monkeypatch.setattr(module, "peak_bytes", lambda *arguments: 123_000_000)
     monkeypatch.setattr(module, "cases", lambda device, quick: [])
     monkeypatch.setattr(module, "CPU_MEMORY", (("UNet", 16),))
     monkeypatch.setattr(harness, "load", lambda op: module)
     said: list[str] = []
-    found = harness.run("objective", CPU, None, quick=False, say=said.append)
+    found = harness.run("objective", CPU, None, quick=False, say=said.append, tests=measured)
     assert [(row.mode, row.shape, row.peer) for row in found] == [
         ("UNet, memory of a step", "batch=16", f"{peer}, M={m}") for peer in (module.OURS, module.PLAIN) for m in (4, 16)
     ]
@@ -307,7 +310,7 @@ def test_rows_about_memory_are_of_the_full_form(monkeypatch: pytest.MonkeyPatch)
     assert columns.split() == ["peer", "memory", "peak"]
     assert first.endswith(f"{found[0].peak_bytes / 1e6:.1f} MB")
     assert " MB an image " in first
-    assert harness.run("objective", CPU, None, quick=True, say=said.append) == []
+    assert harness.run("objective", CPU, None, quick=True, say=said.append, tests=False) == []
 
 
 def test_the_largest_batch_and_particles_have_rows(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -154,7 +154,7 @@ def test_torch_export_with_any_batch(network, guided, small_unet) -> None:
         for size in (1, 4, 7):
             given = arguments(size)
             out = program(*given)
-            assert torch.equal(out, flow_map(*given))
+            torch.testing.assert_close(out, flow_map(*given))  # a graph's products may be another library's
             assert float((out - given[0]).abs().max()) > 1e-3
 
 

@@ -109,6 +109,7 @@ def check_gram(x: Tensor, y: Tensor, scale: Tensor, kernel: tuple[Any, ...]) -> 
     assert_sum(got[1], exact[1], c.transpose(1, 2), wide[1], wide[0])
 
 
+@pytest.mark.every(5)
 @kernels
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("M", [1, 2, 3, 4, 5, 7, 8, 9, 16, 33, 64])
@@ -119,6 +120,7 @@ def test_mmd_against_float64(M: int, dtype: torch.dtype, kernel: tuple[Any, ...]
         check_mmd(y_t, y_r, scale, weight if D != 37 else None, kernel, unbiased)
 
 
+@pytest.mark.every(5)
 @kernels
 @pytest.mark.parametrize("apart", [1.0, 1e-2, 1e-4])
 @pytest.mark.parametrize("M", [4, 16, 40])
@@ -168,6 +170,7 @@ def test_mmd_special_values(M: int, kernel: tuple[Any, ...]) -> None:
         assert torch.equal(grad, torch.zeros_like(grad))
 
 
+@pytest.mark.every(3)
 @kernels
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("M", [1, 4, 8, 9, 33])
@@ -615,14 +618,16 @@ def test_imm_impl_switches_the_kernel() -> None:
     assert none[1:] == forced[1:]
 
 
+@pytest.mark.parametrize("marks", ["not full", pytest.param("full", marks=pytest.mark.full)])
 @pytest.mark.parametrize("capability", ["default", "avx2"])
-def test_other_instruction_sets(capability: str) -> None:
+def test_other_instruction_sets(capability: str, marks: str) -> None:
     """The choice at run time follows torch's, and every instruction set passes the same checks."""
     env = {**os.environ, "ATEN_CPU_CAPABILITY": capability}
     selection = (
         "special or empty or flow_step or noise or threads or adaln or timestep or against_float64[4- or against_float64[9-"
     )
     command = [sys.executable, "-m", "pytest", __file__, "-p", "no:cacheprovider", "-k", f"({selection}) and not other"]
+    command += ["-o", "addopts=-q", "-m", marks]
     result = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stdout
 

@@ -76,6 +76,7 @@ def test_an_exact_flow_map_arrives_from_any_number_of_steps(steps, exact) -> Non
         torch.testing.assert_close(out, torch.full_like(x, Dirac.point), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.every(5)
 @pytest.mark.parametrize("fused", [False, True])
 @pytest.mark.parametrize("name", CASES)
 def test_parity_with_recorded_samples(name, fused) -> None:

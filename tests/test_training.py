@@ -17,7 +17,7 @@ import torch
 from imm import FlowMap, IMMObjective, checkpoints
 from imm.data import ImageData
 from imm.networks import NETWORKS, DDPMpp, UNet
-from imm.training import EMA, TrainConfig, Trainer, TrainingError
+from imm.training import EMA, TrainConfig, Trainer, TrainingError, lock
 from imm.training.lock import LOCK_FILE
 from imm.training.trainer import STATE_FILE, STATS_FILE
 
@@ -498,19 +498,18 @@ def test_killed_at_any_moment_it_resumes_exactly(tmp_path) -> None:
     assert_same_state(tmp_path / "whole", tmp_path / "killed")
 
 
-HOLD = """
-import sys, time
-from pathlib import Path
-from imm.training.lock import lock_folder
-lock = lock_folder(Path(sys.argv[1]))
-print("locked", flush=True)
-time.sleep(60)
+# The module alone: torch takes seconds to import.
+LOCKED = """
+import pathlib, runpy, sys, time
+lock = runpy.run_path(sys.argv[1])["lock_folder"](pathlib.Path(sys.argv[2]))
 """
+HOLD = LOCKED + "print('locked', flush=True); time.sleep(60)"
 
 
 @pytest.mark.skipif(os.name != "posix", reason="folders are locked on POSIX systems")
 def test_one_process_writes_to_a_folder(tmp_path) -> None:
-    with subprocess.Popen([sys.executable, "-c", HOLD, str(tmp_path)], stdout=subprocess.PIPE, text=True) as other:
+    where = [lock.__file__, str(tmp_path)]
+    with subprocess.Popen([sys.executable, "-c", HOLD, *where], stdout=subprocess.PIPE, text=True) as other:
         try:
             assert other.stdout.readline() == "locked\n"
             with pytest.raises(
@@ -522,10 +521,11 @@ def test_one_process_writes_to_a_folder(tmp_path) -> None:
             other.kill()  # which leaves no lock behind
     first = trainer(tmp_path)
     second = trainer(tmp_path)  # of the same process
-    locked = "from imm.training.lock import lock_folder; import pathlib, sys; lock_folder(pathlib.Path(sys.argv[1]))"
 
     def free() -> bool:
-        return not subprocess.run([sys.executable, "-c", locked, str(tmp_path)], stderr=subprocess.DEVNULL).returncode
+        taken = subprocess.run([sys.executable, "-c", LOCKED, *where], capture_output=True, text=True)
+        assert (taken.returncode == 0) is ("that no other run writes to" not in taken.stderr), taken.stderr
+        return taken.returncode == 0
 
     del first
     assert not free()

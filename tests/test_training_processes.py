@@ -17,9 +17,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from click.testing import CliRunner
 from torch import nn
 
 from imm import FlowMap, IMMObjective, checkpoints
+from imm.cli import main
 from imm.cli.train import _check_device
 from imm.data import ImageData
 from imm.distributed import Exchange, Processes
@@ -73,6 +75,13 @@ def run(*arguments, ok: bool = True, **options) -> str:
     return output
 
 
+def in_this(data, outdir, *options: str, ok: bool = True) -> str:
+    """The command of one process, in this one."""
+    result = CliRunner().invoke(main, command(data, outdir, *options, processes=1)[3:])
+    assert (result.exit_code == 0) is ok, result.output
+    return result.output
+
+
 def wait_for(happened: Callable[[], bool]) -> None:
     deadline = time.monotonic() + 120
     while not happened():
@@ -98,7 +107,7 @@ def assert_alike(one, many, rel: float = 1e-4) -> None:
 
 def test_two_processes_are_one_to_rounding(data, tmp_path) -> None:
     """Also in parts, mirrored, with labels dropped; every row speaks of the whole batch."""
-    output = run(data, tmp_path / "one", "--steps", "6", "--xflip", processes=1)
+    output = in_this(data, tmp_path / "one", "--steps", "6", "--xflip")
     assert ", 2 processes;" not in output
     output = run(data, tmp_path / "two", "--steps", "6", "--xflip", "--batch-gpu", "6", processes=2)
     assert output.count(", 2 processes; data: ") == 1  # the first process speaks
@@ -127,15 +136,18 @@ def test_in_half_precision_with_a_layer_that_is_not_used(data, tmp_path) -> None
 def test_a_run_of_three_that_is_resumed_or_killed_repeats_an_unbroken_one(data, tmp_path) -> None:
     """With dropout, of which every process has its own; three, whose gradients have more than one order to be added in."""
     options = ("--batch", "24", "--dropout", "0.3")
-    run(data, tmp_path / "whole", "--steps", "8", *options, processes=3)
-    run(data, tmp_path / "parts", "--steps", "3", *options, processes=3)
-    with started(command(data, tmp_path / "parts", "--steps", "100000", "--snap", "100000", *options, processes=3)) as killed:
-        wait_for(lambda: len(rows(tmp_path / "parts")) >= 5)
-        assert "where process" in run(data, tmp_path / "parts", "--steps", "8", *options, processes=1, ok=False)  # locked
+    state = lambda name: checkpoints.read_file(tmp_path / name / STATE_FILE, "training")
+    with started(command(data, tmp_path / "parts", "--steps", "100000", "--snap", "3", *options, processes=3)) as killed:
+        wait_for(lambda: (tmp_path / "parts" / STATE_FILE).exists() and rows(tmp_path / "parts")[-1]["step"] >= 5)
+        assert "where process" in in_this(data, tmp_path / "parts", "--steps", "8", *options, ok=False)  # locked
         assert len(workers(killed)) == 3
-    output = run(data, tmp_path / "parts", "--steps", "8", *options, processes=3)
-    assert "resuming at step 3" in output
-    (a, settings), (b, others) = (checkpoints.read_file(tmp_path / n / STATE_FILE, "training") for n in ("whole", "parts"))
+    step = state("parts")[1]["step"]
+    assert step % 3 == 0
+    last = str(step + 5)
+    output = run(data, tmp_path / "parts", "--steps", last, *options, processes=3)
+    assert f"resuming at step {step}" in output
+    run(data, tmp_path / "whole", "--steps", last, *options, processes=3)
+    (a, settings), (b, others) = state("whole"), state("parts")
     settings["replaced_step"] = others["replaced_step"] = None
     assert settings == others
     assert all(torch.equal(a[name], b[name]) for name in a)

@@ -53,6 +53,7 @@ def double(values: tuple[Any, ...]) -> tuple[Any, ...]:
 
 
 @kernel_test
+@pytest.mark.every(5)
 @pytest.mark.parametrize(("layout", "dtype", "shape"), CASES, ids=str)
 def test_adaln(layout: str, dtype: torch.dtype, shape: tuple[int, int, int]) -> None:
     from imm_kernels import adaln as kernels

@@ -17,8 +17,8 @@ pytest.importorskip("triton")
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 #: M at the edges of the regimes and of their blocks; D one, ragged, a multiple of sixteen.
-SIZES = [*itertools.product([1, 2, 3, 4, 5, 6, 7, 8], [1, 37, 272])]
-SIZES += [(9, 1), (9, 272), (16, 37), (17, 272), (32, 64), (33, 37), (64, 64), (65, 37)]
+SIZES = [(M, D) for D, M in itertools.product([1, 37, 272], [1, 2, 3, 4, 5, 6, 7, 8])]
+SIZES += [(9, 1), (9, 272), (16, 37), (33, 37), (17, 272), (32, 64), (65, 37), (64, 64)]  # each third is in make test
 KERNEL = ("laplace", [1.0], 1e-8)
 
 
@@ -73,12 +73,14 @@ def check(kernels: Any, args: list[Any], kernel: tuple[Any, ...] = KERNEL, unbia
 
 
 @kernel_test
+@pytest.mark.every(3)
 @pytest.mark.parametrize(("M", "D"), SIZES)
 def test_every_size_matches_float64(M: int, D: int, kernels: Any) -> None:
     check(kernels, inputs(2, M, D, torch.float32))
 
 
 @kernel_test
+@pytest.mark.every(5)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("unbiased", [False, True], ids=["v", "u"])
 @pytest.mark.parametrize("kernel", mmd.KERNELS)
@@ -89,19 +91,22 @@ def test_every_kernel_and_dtype_matches_float64(M: int, kernel: str, unbiased: b
 
 
 @kernel_test
-@pytest.mark.parametrize("M", [2, 4, 8])
+@pytest.mark.every(2)
+@pytest.mark.parametrize("M", [2, 8, 4])
 def test_split_features(M: int, kernels: Any) -> None:
     """Few groups of many features: slices of a group, added in order."""
     check(kernels, inputs(1, M, 8201, torch.float32))
 
 
 @kernel_test
+@pytest.mark.every(2)
 @pytest.mark.parametrize("M", [16, 33])
 def test_sliced_products(M: int, kernels: Any) -> None:
     check(kernels, inputs(1, M, 3000, torch.float32))
 
 
 @kernel_test
+@pytest.mark.every(3)
 @pytest.mark.parametrize("apart", [1e-1, 1e-2, 1e-3, 1e-4])
 @pytest.mark.parametrize("M", [4, 16])
 def test_close_pairs_keep_their_digits(M: int, apart: float, kernels: Any) -> None:
@@ -109,6 +114,7 @@ def test_close_pairs_keep_their_digits(M: int, apart: float, kernels: Any) -> No
 
 
 @kernel_test
+@pytest.mark.every(2)
 @pytest.mark.parametrize("M", [5, 20])
 def test_close_pairs_within_a_set(M: int, kernels: Any) -> None:
     """Pairs that are not matched are close too, and some coincide."""
@@ -121,6 +127,7 @@ def test_close_pairs_within_a_set(M: int, kernels: Any) -> None:
 
 
 @kernel_test
+@pytest.mark.every(2)
 @pytest.mark.parametrize("M", [4, 16])
 def test_any_strides(M: int, kernels: Any) -> None:
     y_t, y_r, scale, weight, _ = inputs(6, M, 48, torch.float32)
@@ -202,6 +209,7 @@ def test_flow_map_loss_matches_float64(
 
 
 @kernel_test
+@pytest.mark.every(5)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("kernel", mmd.KERNELS)
 def test_gram_matches_float64(kernel: str, dtype: torch.dtype, kernels: Any) -> None:

@@ -21,6 +21,7 @@ from imm.networks import NETWORKS
 from imm.sampler import Sampler, as_labels
 from imm.sampling import StepTable, step_table, time_grid
 from imm.schedules import Time, as_time
+from imm.weights import is_aligned, own_memory
 
 try:
     from diffusers import AutoencoderKL, ConfigMixin, DiffusionPipeline, ImagePipelineOutput, ModelMixin, SchedulerMixin
@@ -72,6 +73,8 @@ class IMMNetwork(ModelMixin, ConfigMixin):
             raise ValueError(f"{source}: names do not fit the network: missing {missing[:4]}, unknown {unknown[:4]}")
         if options.get("device_map") is None:
             model.net = _laid_out(model.net, model.config)
+        else:  # its modules may hang on hooks, which a new network would not have
+            own_memory(model.net)
         return (model, info) if want_info else model
 
     def forward(self, sample: Tensor, timestep: Time, second_timestep: Time, class_labels: Tensor | None = None) -> Tensor:
@@ -274,6 +277,8 @@ class IMMPipeline(DiffusionPipeline):
         if vae is not None and vae.config.latent_channels != network.net.channels:
             got = vae.config.latent_channels
             raise ValueError(f"vae: expected {network.net.channels} latent channels, as the network has, got {got}")
+        if vae is not None and not is_aligned(vae):  # as diffusers loads it; another's memory may be known to a graph
+            own_memory(vae)
         self.register_modules(network=network, scheduler=scheduler, vae=vae)
         self._sampler: Sampler | None = None
         self._sampler_of: tuple[Any, ...] = ()
@@ -303,7 +308,10 @@ class IMMPipeline(DiffusionPipeline):
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike[str], **options: Any) -> Any:
         """As in diffusers, but of safetensors only unless ``use_safetensors`` says otherwise."""
-        return super().from_pretrained(pretrained_model_name_or_path, **{"use_safetensors": True, **options})
+        pipeline = super().from_pretrained(pretrained_model_name_or_path, **{"use_safetensors": True, **options})
+        if pipeline.vae is not None and options.get("vae") is None:
+            own_memory(pipeline.vae)  # aligned by chance or not: saving to the same folder would write into a mapped file
+        return pipeline
 
     @property
     def flow_map(self) -> FlowMap:

@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from imm.weights import frozen, own_memory
+
 #: Of the latents of the sd-vae-ft autoencoders on ImageNet, a channel each: what the published IMM networks were trained on is
 #: (z - mean) * STD / std (paper section I.1).
 SD_VAE_MEAN = (0.86488, -0.27787343, 0.21616915, 0.3738409)
@@ -31,7 +33,7 @@ def load_vae(source: str | os.PathLike[str]) -> Any:
             writes it; or the name of one on the hub, "owner/name", which diffusers then downloads. Only safetensors are read.
 
     Returns:
-        A ``diffusers.AutoencoderKL``.
+        A ``diffusers.AutoencoderKL`` with weights in memory of its own: it gives the bits of the one that was saved.
 
     Raises:
         ImportError: diffusers is not installed. FileNotFoundError: neither a folder nor such a name.
@@ -51,6 +53,7 @@ def load_vae(source: str | os.PathLike[str]) -> Any:
     except OSError as error:
         place = f"the folder {source}" if folder.is_dir() else f"{source}, which is no folder here, on the hub"
         raise OSError(f"vae: expected config.json and safetensors weights in {place}, got: {error}") from error
+    own_memory(vae)
     return vae.eval().requires_grad_(False)
 
 
@@ -83,9 +86,10 @@ def decode(latents: Tensor, vae: Any, batch: int = 8) -> Tensor:
         return torch.empty(0, vae.config.out_channels, side * latents.shape[2], side * latents.shape[3], device=vae.device)
     scale, shift = (torch.tensor(v, device=vae.device).reshape(1, -1, 1, 1) for v in _scale_and_shift(vae.config))
     images = []
-    for part in latents.split(batch):
-        own = part.to(vae.device, torch.float32) * scale + shift
-        images.append(vae.decode(own.to(vae.dtype)).sample.float().clamp(-1.0, 1.0))
+    with frozen(vae):
+        for part in latents.split(batch):
+            own = part.to(vae.device, torch.float32) * scale + shift
+            images.append(vae.decode(own.to(vae.dtype)).sample.float().clamp(-1.0, 1.0))
     return torch.cat(images)
 
 
@@ -141,8 +145,9 @@ def encode(images: Tensor, vae: Any, batch: int = 8) -> tuple[Tensor, Tensor]:
         raise ValueError(f"batch: expected a count >= 1, got {batch}")
     scale, shift = (torch.tensor(v, device=vae.device).reshape(1, -1, 1, 1) for v in _scale_and_shift(vae.config))
     means, deviations = [], []
-    for part in images.split(batch):
-        posterior = vae.encode(part.to(vae.device, vae.dtype)).latent_dist
-        means.append((posterior.mean.float() - shift) / scale)
-        deviations.append(posterior.std.float() / scale)
+    with frozen(vae):
+        for part in images.split(batch):
+            posterior = vae.encode(part.to(vae.device, vae.dtype)).latent_dist
+            means.append((posterior.mean.float() - shift) / scale)
+            deviations.append(posterior.std.float() / scale)
     return torch.cat(means), torch.cat(deviations)

@@ -17,6 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from imm.weights import own_memory
+
 #: The Inception of the published FID (2015-12-05) as torch-fidelity and pytorch-fid distribute it.
 INCEPTION_FILE = "weights-inception-2015-12-05-6726825d.pth"
 INCEPTION_SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"
@@ -172,6 +174,7 @@ def _without_its_imports(name: str) -> Iterator[None]:
 
 
 def _freeze(network: nn.Module, device: torch.device | str) -> None:
+    own_memory(network)
     network.requires_grad_(False).eval().to(device)
 
 

@@ -174,7 +174,8 @@ def load_statistics(path: str | os.PathLike[str]) -> tuple[dict[str, FeatureStat
                 raise ValueError(f"a format newer than {FORMAT_VERSION}")
             statistics = {}
             for name in [key.removesuffix("/n") for key in archive.files if key.endswith("/n")]:
-                mean, m2 = (torch.from_numpy(archive[f"{name}/{part}"]) for part in ("mean", "m2"))
+                # Cloned: numpy's memory is aligned now so and now so, and with it the last bits of products.
+                mean, m2 = (torch.from_numpy(archive[f"{name}/{part}"]).clone() for part in ("mean", "m2"))
                 value = statistics[name] = FeatureStatistics(len(mean))
                 if m2.shape != value.m2.shape or mean.dtype != torch.float64 or m2.dtype != torch.float64:
                     raise ValueError(

@@ -10,6 +10,7 @@ float64.
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -183,8 +184,17 @@ def _library_bwd(
     return _norms_bwd(_pack(*grads), qkv, heads, q_norm, k_norm, eps)
 
 
+@functools.cache
+def _packs_without_kernels() -> bool:
+    """Whether torch would pack 16-bit products for AMX, which the processor has, with kernels for a lesser one, which cannot:
+    where ATEN_CPU_CAPABILITY lowers them."""
+    return bool(torch.cpu._is_amx_tile_supported()) and not torch.backends.cpu.get_cpu_capability().startswith("AVX512")
+
+
 def _library_refuses(request: dispatch.Request) -> str | None:
     if request.device.type == "cpu":
+        if request.dtype in (torch.bfloat16, torch.float16) and _packs_without_kernels():
+            return f"16 bits on a processor with AMX need AVX-512, got {torch.backends.cpu.get_cpu_capability()}"
         return None
     if reason := dispatch.elsewhere("cuda", request):
         return reason

@@ -28,7 +28,7 @@ for _schema in SCHEMAS:
         _LIBRARY.define(_schema)
 
 
-def _overload(op: str) -> Callable[..., Any]:
+def _overload(op: str) -> Any:
     name, _, overload = op.partition(".")
     return getattr(getattr(torch.ops.imm, name), overload or "default")
 

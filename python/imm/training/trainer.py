@@ -482,9 +482,9 @@ class Trainer:
         for parameter in self._parameters:
             values = self._optimizer.state[parameter]
             for key, value in values.items():
-                # Fused optimizers pair numbers by their place in memory, which a file does not keep.
-                if value.shape == parameter.shape:
-                    values[key] = torch.empty_like(parameter).copy_(value)
+                # In memory of its own, the file is mapped; and fused optimizers pair numbers by their place in memory.
+                same = value.shape == parameter.shape
+                values[key] = torch.empty_like(parameter).copy_(value) if same else value.clone()
         self._scaler.load_state_dict(settings["scaler"])
         self.step = self.resumed_from = self._saved_step = settings["step"]
         if self._where.first:
