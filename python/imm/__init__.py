@@ -3,6 +3,7 @@
 ``import imm`` never compiles, prints, needs triton or touches CUDA.
 """
 
+from imm import threads  # isort: skip  (before torch, which starts OpenMP)
 from imm import checkpoints, functional, latents, networks, package, parametrizations, presets, sampling, schedules
 from imm.checkpoints import load
 from imm.flow_map import FlowMap
@@ -28,3 +29,5 @@ __all__ = [
     "sampling",
     "schedules",
 ]
+
+del threads
