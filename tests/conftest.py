@@ -40,10 +40,11 @@ def _seeded() -> None:
 @pytest.fixture(autouse=True)
 def _whole_float32() -> Iterator[None]:
     """Convolutions on CUDA without TF32, which torch has on for them alone: 1e-3, and another error with each algorithm."""
-    before = torch.backends.cudnn.allow_tf32
-    torch.backends.cudnn.allow_tf32 = False
+    convolutions = torch.backends.cudnn.conv
+    before = convolutions.fp32_precision
+    convolutions.fp32_precision = "ieee"
     yield
-    torch.backends.cudnn.allow_tf32 = before
+    convolutions.fp32_precision = before
 
 
 @pytest.fixture(params=DEVICES)

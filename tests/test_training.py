@@ -115,8 +115,8 @@ def test_the_backends_settings_hold_within_a_run_only(precision, tmp_path) -> No
             torch.are_deterministic_algorithms_enabled(),
             torch.is_deterministic_algorithms_warn_only_enabled(),
             torch.utils.deterministic.fill_uninitialized_memory,
-            cudnn.allow_tf32,
-            torch.backends.cuda.matmul.allow_tf32,
+            cudnn.conv.fp32_precision == "tf32",
+            torch.backends.cuda.matmul.fp32_precision == "tf32",
         )
 
     def broken(step: int) -> None:

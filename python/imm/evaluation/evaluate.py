@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from imm.backends import repeatable
 from imm.evaluation import metrics, networks
 from imm.evaluation.networks import EFFICIENTNET, INCEPTION, FeatureNetwork
 from imm.evaluation.pixels import PixelReference
@@ -110,8 +111,7 @@ def extract(
     mine = split_of(len(pictures), rank, world)
     statistics = FeatureStatistics(network.dimensions)
     features, logits = torch.empty(len(mine), network.dimensions), torch.empty(len(mine), network.logits)
-    # Published numbers are float32 throughout; TF32 would be cuDNN's default.
-    with torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False):
+    with repeatable(tf32=False):  # published numbers are float32 throughout; TF32 would be cuDNN's default
         for start in range(0, len(mine), batch):
             rows = range(start, min(start + batch, len(mine)))
             got, scores = network(pictures.pixels[mine.start + rows.start : mine.start + rows.stop].to(device))

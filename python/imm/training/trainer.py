@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from imm import checkpoints
+from imm.backends import repeatable
 from imm.checkpoints.format import build, describe, load_state
 from imm.data import ImageData, augmentation, digest, to_float
 from imm.distributed import Exchange, Processes
@@ -518,19 +519,18 @@ class Trainer:
 @contextlib.contextmanager
 def _backends(tf32: bool) -> Iterator[None]:
     """Within: algorithms that give the same result every time, where there are such, and TF32 or not."""
-    cudnn, matmul = torch.backends.cudnn, torch.backends.cuda.matmul
     utils: Any = torch.utils.deterministic  # its attributes are made by its class
-    before = cudnn.deterministic, cudnn.benchmark, cudnn.allow_tf32, matmul.allow_tf32, utils.fill_uninitialized_memory
+    fills = utils.fill_uninitialized_memory
     mode = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # else cuBLAS may choose anew; read at its first product
-    cudnn.deterministic, cudnn.benchmark, cudnn.allow_tf32, matmul.allow_tf32 = True, False, tf32, tf32
     utils.fill_uninitialized_memory = False  # costs a pass over memory, and only hides reads of what was not written
     torch.use_deterministic_algorithms(True, warn_only=True)
     try:
-        yield
+        with repeatable(tf32=tf32):
+            yield
     finally:
         torch.use_deterministic_algorithms(mode[0], warn_only=mode[1])
-        cudnn.deterministic, cudnn.benchmark, cudnn.allow_tf32, matmul.allow_tf32, utils.fill_uninitialized_memory = before
+        utils.fill_uninitialized_memory = fills
 
 
 class _Window:
