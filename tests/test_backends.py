@@ -1,4 +1,4 @@
-"""torch's settings of precision, by their present names and the earlier ones: used before a Trainer or an evaluation, and kept."""
+"""torch's settings of precision, by present and earlier names: used before a Trainer or an evaluation, and kept."""
 
 from __future__ import annotations
 
