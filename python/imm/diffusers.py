@@ -434,7 +434,7 @@ class IMMPipeline(DiffusionPipeline):
         if self.vae is not None:
             images = latents.decode(images, self.vae, batch=1)  # as imm sample: the others do not matter
         if output_type == "pil":
-            return [to_picture(image) for image in images]
+            return [to_picture(image, decoded=self.vae is not None) for image in images]
         images = (images.float() / 2 + 0.5).clamp(0.0, 1.0)
         return images if output_type == "pt" else images.permute(0, 2, 3, 1).cpu().numpy()
 

@@ -28,7 +28,6 @@ from imm.version import __version__
 FORMAT_VERSION = 1
 #: Most images a side that the MMD by Laplace kernel takes.
 MMD_COUNT = 2000
-QUANTISATION = "uint8: as stored, or floor(127.5 x + 128) clipped to 0..255"
 
 
 @dataclass(frozen=True)
@@ -279,7 +278,7 @@ def evaluate(
         "images": {**_about(pictures), "seeds": seeds},
         "generation": pictures.generation,
         **about,
-        "quantisation": QUANTISATION,
+        "quantisation": pictures.quantisation,
         "settings": settings,
         "versions": _versions(),
         "device": torch.cuda.get_device_name(device) if torch.device(device).type == "cuda" else "cpu",

@@ -21,6 +21,9 @@ from imm.seeds import parse_integers
 #: What the sampler writes beside its images; the fields that are read are in docs/evaluation.md.
 GENERATION_FILE = "generation.json"
 GRID_FILE = "grid.png"
+#: How a set's values became eight bits, for the protocol.
+STORED = "uint8: as stored, or floor(127.5 x + 128) clipped to 0..255"
+DECODED = "uint8: of decoded latents, floor(127.5 x + 127.5) clipped to 0..255"
 
 
 @dataclass(frozen=True)
@@ -30,6 +33,7 @@ class PictureSet:
     Attributes:
         pixels: ``[N, 1 or 3, H, W]`` uint8. labels: ``[N]`` int64 or None. num_classes: 0 without labels.
         source: where they come from, in words. digest: :func:`imm.data.digest` of pixels and labels.
+        quantisation: how floats became eight bits, in words.
         resize: how they were resized, in words, or None.
         seeds: of generated images in the order of ``pixels``, or None. generation: what the sampler wrote of them, or None.
     """
@@ -42,6 +46,7 @@ class PictureSet:
     resize: str | None = None
     seeds: tuple[int, ...] | None = None
     generation: dict[str, Any] | None = None
+    quantisation: str = STORED
 
     def __len__(self) -> int:
         return len(self.pixels)
@@ -52,12 +57,12 @@ class PictureSet:
         return tuple(self.pixels.shape[1:])  # type: ignore[return-value]
 
 
-def picture_set(images: Tensor, labels: Tensor | None = None, source: str = "a tensor") -> PictureSet:
+def picture_set(images: Tensor, labels: Tensor | None = None, source: str = "a tensor", *, decoded: bool = False) -> PictureSet:
     """A set from images in memory.
 
     Args:
         images: ``[N, 1 or 3, H, W]``, uint8, or floating in [-1, 1], which is quantised as :func:`to_uint8` does.
-        labels: ``[N]`` integers >= 0, or None. source: in words.
+        labels: ``[N]`` integers >= 0, or None. source: in words. decoded: floats come from latents (:func:`to_uint8`).
 
     Raises:
         ValueError: shapes, no images, values that are not finite.
@@ -70,10 +75,11 @@ def picture_set(images: Tensor, labels: Tensor | None = None, source: str = "a t
         raise ValueError(f"images: expected uint8 or floating values in [-1, 1], got {images.dtype}")
     if labels is not None and labels.shape != images.shape[:1]:
         raise ValueError(f"labels: expected [{len(images)}], got {list(labels.shape)}")
-    pixels = (to_uint8(images) if images.is_floating_point() else images).cpu().contiguous()
+    pixels = (to_uint8(images, decoded=decoded) if images.is_floating_point() else images).cpu().contiguous()
     labels = None if labels is None else labels.cpu().long()
     classes = 0 if labels is None else int(labels.max()) + 1
-    return PictureSet(pixels, labels, classes, source, digest(pixels, labels))
+    rule = DECODED if decoded and images.is_floating_point() else STORED
+    return PictureSet(pixels, labels, classes, source, digest(pixels, labels), quantisation=rule)
 
 
 def load_set(source: str, resolution: int | None = None, split: str | None = None) -> PictureSet:
