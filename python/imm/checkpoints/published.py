@@ -18,6 +18,7 @@ from imm.checkpoints.pickles import map_file, read_pickle
 from imm.checkpoints.values import OMEGACONF, Budget, Object, Table, TensorView
 from imm.flow_map import SECOND_TIMES, FlowMap
 from imm.networks import DDPMpp, DiT
+from imm.weights import plain_names
 
 _PREFIX = "model."
 #: Of the modules' dicts that are walked; a dict that several modules share counts each time.
@@ -215,6 +216,7 @@ def from_published(state_dict: Mapping[str, Tensor], settings: Mapping[str, Any]
         number = settings[name]
         if type(number) not in (int, float) or not math.isfinite(number):
             raise CheckpointError(f"{name}: expected a finite number, got {number!r}")
+    state_dict = plain_names(state_dict)
     foreign = sorted(name for name in state_dict if not name.startswith(_PREFIX))
     if foreign:
         raise CheckpointError(f"state_dict: expected names with the prefix {_PREFIX!r}, got {foreign[:4]}")

@@ -243,19 +243,20 @@ class DDPMpp(nn.Module):
         weight = self.map_layer0.weight
         condition = full_precision(weight, self._condition, t, s, labels, augment)
         h, skips = x, []
-        for module in self.enc.values():
-            h = self._run(module, h, condition) if isinstance(module, Block) else full_precision(weight, module, h)
+        # By name: a block that torch.compile wrapped is no Block.
+        for name, module in self.enc.items():
+            h = full_precision(weight, module, h) if name.endswith("_conv") else self._run(module, h, condition)
             skips.append(h)
         for name, module in self.dec.items():
-            if isinstance(module, Block):
+            if "_aux_" in name:
+                end = (lambda h, norm=module: F.silu(norm(h))) if name.endswith("_norm") else module
+                h = full_precision(weight, end, h)
+            else:
                 h = torch.cat([h, skips.pop()], dim=1) if "_block" in name else h
                 h = self._run(module, h, condition)
-            else:
-                end = (lambda h, norm=module: F.silu(norm(h))) if isinstance(module, nn.GroupNorm) else module
-                h = full_precision(weight, end, h)
         return h
 
-    def _run(self, block: Block, x: Tensor, condition: Tensor) -> Tensor:
+    def _run(self, block: nn.Module, x: Tensor, condition: Tensor) -> Tensor:
         if self.checkpointing and torch.is_grad_enabled():
             return checkpoint(block, x, condition, use_reentrant=False)
         return block(x, condition)
