@@ -16,6 +16,7 @@ from imm.data import digest, load
 from imm.data.pictures import decode
 from imm.data.sources import NoSplitsError
 from imm.evaluation.pictures import to_uint8
+from imm.evaluation.statistics import FeatureStatistics, read_moments
 from imm.seeds import parse_integers
 
 #: What the sampler writes beside its images; the fields that are read are in docs/evaluation.md.
@@ -33,6 +34,7 @@ class PictureSet:
     Attributes:
         pixels: ``[N, 1 or 3, H, W]`` uint8. labels: ``[N]`` int64 or None. num_classes: 0 without labels.
         source: where they come from, in words. digest: :func:`imm.data.digest` of pixels and labels.
+        moments: Inception statistics that the file has beside its images (``mu``, ``sigma``), which are the FID's, or None.
         quantisation: how floats became eight bits, in words.
         resize: how they were resized, in words, or None.
         seeds: of generated images in the order of ``pixels``, or None. generation: what the sampler wrote of them, or None.
@@ -47,6 +49,7 @@ class PictureSet:
     seeds: tuple[int, ...] | None = None
     generation: dict[str, Any] | None = None
     quantisation: str = STORED
+    moments: FeatureStatistics | None = None
 
     def __len__(self) -> int:
         return len(self.pixels)
@@ -104,7 +107,8 @@ def load_set(source: str, resolution: int | None = None, split: str | None = Non
         data = load(source, resolution)
     out = picture_set(data.pixels, data.labels, data.source)
     resize = None if resolution is None else f"bilinear, antialiased, to {resolution}x{resolution} where of another size"
-    return PictureSet(out.pixels, out.labels, data.num_classes, out.source, out.digest, resize)
+    moments = read_moments(folder) if folder.is_file() and folder.suffix == ".npz" else None
+    return PictureSet(out.pixels, out.labels, data.num_classes, out.source, out.digest, resize, moments=moments)
 
 
 def seed_files(folder: Path) -> dict[int, Path]:
