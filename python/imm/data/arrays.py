@@ -20,7 +20,7 @@ from imm.data.files import MAX_ARRAY, MAX_CLASSES, MAX_FILE, Files, gunzip
 
 _IDX = re.compile(r"(?P<folder>.*/)?(?P<split>train|t10k|test)-images[.-]idx3-ubyte(\.gz)?")
 #: The arrays of images and labels: this library's names, and those of the ADM reference batches.
-NPZ_NAMES = (("images", "labels"), ("arr_0", "arr_1"))
+_NPZ_NAMES = (("images", "labels"), ("arr_0", "arr_1"))
 #: The arrays of latents: values, or the mean and the standard deviation of each.
 _LATENTS, _MEAN, _STD = "latents", "latents_mean", "latents_std"
 #: What zipfile and numpy raise for a broken file; numpy reads an array's header as Python source.
@@ -38,14 +38,14 @@ def read_npz(path: Path) -> tuple[NDArray[np.uint8], NDArray[np.int64] | None]:
         ValueError: a broken file, other arrays, labels that are no classes, or an array that would unpack to more than
             ``MAX_ARRAY`` bytes.
     """
-    known = names_in(path)
-    names = next((pair for pair in NPZ_NAMES if pair[0] in known), None)
+    known = _names(path)
+    names = next((pair for pair in _NPZ_NAMES if pair[0] in known), None)
     if names is None:
         raise ValueError(
             f"data: expected an .npz file with an array called images or arr_0 (for training: or {_LATENTS}, or {_MEAN} and "
             f"{_STD}), got {sorted(known)[:4]} in {path}"
         )
-    found = read_arrays(path, names)
+    found = _read(path, names)
     images = found[names[0]]
     if images.ndim == 3:
         images = images[..., None]
@@ -59,7 +59,7 @@ def read_npz(path: Path) -> tuple[NDArray[np.uint8], NDArray[np.int64] | None]:
 
 def has_latents(path: Path) -> bool:
     """Whether the npz file has an array of latents. Raises ValueError for a broken file."""
-    return bool(names_in(path) & {_LATENTS, _MEAN, _STD})
+    return bool(_names(path) & {_LATENTS, _MEAN, _STD})
 
 
 def read_latents(path: Path) -> tuple[NDArray[np.floating], NDArray[np.floating] | None, NDArray[np.int64] | None]:
@@ -71,12 +71,12 @@ def read_latents(path: Path) -> tuple[NDArray[np.floating], NDArray[np.floating]
         ValueError: a broken file, other arrays, images beside the latents, values that are not finite, negative deviations,
             labels that are no classes, or an array that would unpack to more than ``MAX_ARRAY`` bytes.
     """
-    arrays = sorted(names_in(path) & {_LATENTS, _MEAN, _STD, *(images for images, _ in NPZ_NAMES)})
+    arrays = sorted(_names(path) & {_LATENTS, _MEAN, _STD, *(images for images, _ in _NPZ_NAMES)})
     if arrays not in ([_LATENTS], [_MEAN, _STD]):
         raise ValueError(
             f"data: expected an .npz file with {_LATENTS}, or {_MEAN} and {_STD}, got {' and '.join(arrays)} in {path}"
         )
-    found = read_arrays(path, (*arrays, "labels"))
+    found = _read(path, (*arrays, "labels"))
     latents, deviations = found[arrays[0]], found.get(_STD)
     for name in arrays:
         array = found[name]
@@ -103,7 +103,7 @@ def read_latents(path: Path) -> tuple[NDArray[np.floating], NDArray[np.floating]
     return latents, deviations, _checked_labels(found.get("labels"), len(latents), path)
 
 
-def names_in(path: Path) -> set[str]:
+def _names(path: Path) -> set[str]:
     """The names of an npz file's arrays. Raises ValueError for another file, and for a name twice."""
     try:
         with zipfile.ZipFile(path) as archive:
@@ -116,7 +116,7 @@ def names_in(path: Path) -> set[str]:
     return set(names)
 
 
-def read_arrays(path: Path, names: tuple[str, ...]) -> dict[str, np.ndarray]:
+def _read(path: Path, names: tuple[str, ...]) -> dict[str, np.ndarray]:
     """Those of the arrays that are there. Raises ValueError for a broken file or a large one; no pickle is run."""
     try:
         with zipfile.ZipFile(path) as archive:
@@ -195,3 +195,7 @@ def _check_header(path: Path, name: str) -> None:
         size = archive.getinfo(f"{name}.npy").file_size - file.tell()
     if not dtype.hasobject and math.prod(shape) * dtype.itemsize != size:
         raise ValueError(f"{name} has {size} bytes for {list(shape)} of {dtype}")
+
+
+#: For npz files of other things than data.
+names_in, read_arrays = _names, _read

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from imm.data import arrays
+from imm.data import arrays, mean_std
 from imm.data.sources import MNIST_5K, NoSplitsError, open_source
 
 
@@ -60,7 +60,7 @@ def load(source: str, resolution: int | None = None, split: str | None = None, *
             docs/data.md has the layouts.
         resolution: side to resize to (antialiased); needed unless all images are square and of one size.
         split: "train", "test" or "all"; None is "train" for a source that has splits, "all" for one that has none.
-        latents: take an .npz file of latents too, which is refused otherwise.
+        latents: take latents too, in an .npz file or in EDM2's layout, which are refused otherwise.
 
     Raises:
         ValueError, FileNotFoundError: with what was expected and what came.
@@ -68,6 +68,8 @@ def load(source: str, resolution: int | None = None, split: str | None = None, *
     path = Path(source)
     if latents and path.is_file() and path.suffix == ".npz" and arrays.has_latents(path):
         return _load_latents(path, resolution, split)
+    if latents and (found := mean_std.read(path)) is not None:
+        return _of_posteriors(found, path, resolution, split)
     with open_source(source, split) as opened:
         pixels = np.empty(0, np.uint8)
         for number, picture in enumerate(opened.pictures(resolution)):
@@ -94,6 +96,18 @@ def _load_latents(path: Path, resolution: int | None, split: str | None) -> Imag
         f"{len(values)} {'latents' if deviations is None else 'posteriors of latents'} in {path}",
         None if deviations is None else torch.from_numpy(deviations),
     )
+
+
+def _of_posteriors(found: mean_std.Posteriors, path: Path, resolution: int | None, split: str | None) -> ImageData:
+    if split not in (None, "all"):
+        raise NoSplitsError(f"split: expected all for {path}, which has no splits, got {split}")
+    if resolution not in (None, found.means.shape[2]):
+        side = found.means.shape[2]
+        raise ValueError(f"resolution: expected {side} or none, latents cannot be resized, got {resolution} ({path})")
+    labels = None if found.labels is None else torch.from_numpy(found.labels)
+    classes = 0 if labels is None else int(labels.max()) + 1
+    source = f"{len(found.means)} posteriors of latents in {path}"
+    return ImageData(torch.from_numpy(found.means), labels, classes, source, torch.from_numpy(found.deviations))
 
 
 def mnist_5k(resolution: int = 16) -> ImageData:

@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from imm.data.arrays import NPZ_NAMES, names_in, read_arrays
+from imm.data.arrays import names_in, read_arrays
 
 FORMAT_VERSION = 1
 _KEY = "imm_statistics"
@@ -178,7 +178,7 @@ def is_statistics(path: str | os.PathLike[str]) -> bool:
         names = names_in(Path(path))
     except ValueError:
         return False
-    return _KEY in names or (names >= set(_MOMENTS) and not names & {images for images, _ in NPZ_NAMES})
+    return _KEY in names or (names >= set(_MOMENTS) and not names & {"images", "arr_0"})
 
 
 def read_moments(path: str | os.PathLike[str]) -> FeatureStatistics | None:
