@@ -122,6 +122,7 @@ def _run(
         **generation.note(device),
     }
     folder = ImageFolder(writable_folder(outdir), pictures=pictures, subdirs=subdirs)
+    click.get_current_context().call_on_close(folder.close)
     folder.begin(manifest, seed_list, where)
     missing = generation.absent(seed_list, rows, folder, where)
     sampler = Sampler(
