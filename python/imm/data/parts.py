@@ -93,14 +93,15 @@ class Parts:
         self._journal.write(head)
         self._journal.truncate(journal_end)
         self._journal.seek(journal_end)
-        end = _end(self._members[-1]) if self._members else 0
-        self._file.truncate(end)
-        self._file.seek(end)
+        self._file.truncate(self._end())
+
+    def _end(self) -> int:
+        return _end_of(self._members[-1]) if self._members else 0
 
     def append(self, number: int, content: bytes, ending: str) -> None:
         """Keep a picture's bytes as the next member."""
         info = member(_stem(len(self._members)) + ending)
-        info.header_offset = self._file.tell()
+        info.header_offset = self._file.seek(self._end())
         info.CRC, info.compress_size, info.file_size = zlib.crc32(content), len(content), len(content)
         self._file.write(info.FileHeader(zip64=False) + content)
         self._file.flush()
@@ -124,12 +125,12 @@ class Parts:
     def read(self, index: int) -> bytes:
         """The bytes of a member."""
         info = self._members[index]
-        self._file.seek(_end(info) - info.file_size)
+        self._file.seek(_end_of(info) - info.file_size)
         return self._file.read(info.file_size)
 
     def finish(self, name: str, content: bytes) -> None:
         """Write another member and the zip's end, which makes the file whole."""
-        self._file.seek(_end(self._members[-1]))
+        self._file.seek(self._end())
         with zipfile.ZipFile(self._file, "w") as archive:
             archive.filelist.extend(self._members)
             archive.NameToInfo.update({info.filename: info for info in self._members})
@@ -202,7 +203,7 @@ def _stem(number: int) -> str:
     return f"{number // 1000:05d}/img{number:08d}"
 
 
-def _end(info: zipfile.ZipInfo) -> int:
+def _end_of(info: zipfile.ZipInfo) -> int:
     return info.header_offset + _HEADER.size + len(info.filename) + info.file_size
 
 
