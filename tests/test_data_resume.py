@@ -82,7 +82,7 @@ def test_a_broken_picture(dest, source, read, tmp_path) -> None:
     line = call(*convert, ok=False)
     assert line.startswith("Error: data: expected an image, got ")
     assert line.endswith(
-        "b/07.png: no BMP, JPEG, PNG or WebP file; 9 of 12 images are done, and the same command goes on from there"
+        "b/07.png: no BMP, JPEG, PNG or WebP file; 9 of 12 images are done and kept; the same command goes on from there"
     )
     assert not path.exists()
     assert hidden(path) == [f".{dest}.part", f".{dest}.part.jsonl"]
@@ -133,7 +133,7 @@ def test_a_full_disk_and_ctrl_c(dest, source, tmp_path) -> None:
         stopped_after(4, patch, OSError(errno.ENOSPC, "No space left on device"))
         line = call(*convert, ok=False)
         assert "dest: cannot write" in line
-        assert "No space left on device; 4 of 12 images are done, and the same command goes on from there" in line
+        assert "No space left on device; 4 of 12 images are done and kept; the same command goes on from there" in line
     with pytest.MonkeyPatch.context() as patch:
         stopped_after(6, patch, KeyboardInterrupt())
         from click.testing import CliRunner
@@ -197,6 +197,26 @@ def test_another_request_or_source_begins_anew(source, read, tmp_path) -> None:
     assert content(path) == whole(source, "out.zip", "--resolution", "4")
 
 
+def test_a_mixture_goes_on_with_channels(source, read, tmp_path) -> None:
+    """Where what was done has as many; and not the other way, for what was made grey or coloured would be taken unasked."""
+    path = tmp_path / "out.zip"
+    convert = ("data", "convert", "--source", source, "--dest", path)
+    (source / "b" / "07.png").write_bytes(saved(Image.new("L", (8, 8), 90), "PNG"))
+    assert "--channels=3 or --channels=1 to make them so, got a mixture at b/07.png; 9 of 12" in call(*convert, ok=False)
+    read.clear()
+    assert "going on after 9 of 12" in call(*convert, "--channels", 3)
+    assert read == ["07.png", "09.png", "11.png"]
+    assert content(path) == whole(source, "out.zip", "--channels", "3")
+    call(*convert, ok=False)
+    assert "going on" not in call(*convert, "--channels", 1)
+    assert content(path) == whole(source, "out.zip", "--channels", "1")
+    with open_source(str(source)) as opened, pytest.MonkeyPatch.context() as patch:
+        stopped_after(11, patch, ValueError("enough"))
+        with pytest.raises(ValueError, match="enough; 11 of 12"):
+            write(opened, str(path), channels=3)
+    assert "got a mixture at b/07.png; 9 of 12" in call(*convert, ok=False)
+
+
 def test_what_an_earlier_version_left_is_replaced(source, tmp_path) -> None:
     (tmp_path / ".out.part").mkdir()
     (tmp_path / ".out.part" / "junk.png").write_bytes(b"")
@@ -242,7 +262,7 @@ def test_a_real_kill(number, source, tmp_path) -> None:
     _, errors = process.communicate(timeout=60)
     assert process.returncode != 0
     if number == signal.SIGTERM:
-        assert "of 12 images are done, and the same command goes on from there" in errors
+        assert "of 12 images are done and kept; the same command goes on from there" in errors
     assert not path.exists()
     assert "going on after " in call(*options)
     assert content(path) == expected

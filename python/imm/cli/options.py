@@ -37,9 +37,9 @@ skip_broken_option = click.option("--skip-broken", is_flag=True, help="Leave out
 
 
 def say_notes(notes: Iterable[str]) -> None:
-    """Print what was found in a data set, each once."""
+    """Print what was found in a data set, each once, on stderr: it is no result."""
     for line in dict.fromkeys(notes):
-        click.echo(f"note: {line}")
+        click.echo(f"note: {line}", err=True)
 
 
 def say_left_out(lines: Sequence[str], beside: Path | None = None) -> None:

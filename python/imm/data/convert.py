@@ -21,7 +21,7 @@ import torch
 
 from imm.data.images import check_channels, check_kept, to_float
 from imm.data.parts import Parts, member, open_parts
-from imm.data.pictures import TRANSFORMS, decode, encode
+from imm.data.pictures import TRANSFORMS, Picture, decode, encode
 from imm.data.sources import LABELS_FILE, Source
 from imm.latents import encode as encode_latents
 from imm.latents import fingerprint
@@ -97,11 +97,16 @@ def write(
     ending = ".npy" if path.suffix == ".npz" else ".png"
     request = {"ending": ending, "resolution": resolution, "transform": transform, "channels": channels, "imm": __version__}
     tell = on_image or (lambda count: None)
-    with open_parts(path, request, source, chosen, skip_broken=skip_broken, say=say) as parts:
+
+    def picture_of(content: bytes) -> Picture:
+        return decode(content, dest) if ending == ".png" else _from_npy(content)
+
+    def fits(content: bytes) -> bool:
+        return channels in (None, picture_of(content).shape[2])
+
+    with open_parts(path, request, source, chosen, skip_broken=skip_broken, fits=fits, say=say) as parts:
         tell(len(chosen) - len(parts.todo))
-        like = None
-        if parts.kept:
-            like = decode(parts.read(0), dest) if ending == ".png" else _from_npy(parts.read(0))
+        like = picture_of(parts.read(0)) if parts.kept else None
 
         def leave_out(number: int, text: str) -> None:
             parts.leave_out(number, text)
@@ -127,7 +132,7 @@ def write(
         else:
             with _replacing(path) as whole:
                 if ending == ".npy":
-                    _write_npz(whole, ("images",), parts, lambda index: [_from_npy(parts.read(index))], labels, class_names)
+                    _write_npz(whole, ("images",), parts, lambda index: [picture_of(parts.read(index))], labels, class_names)
                 else:
                     for index, name in enumerate(parts.names()):
                         _write_file(whole / name, parts.read(index))

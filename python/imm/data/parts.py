@@ -37,7 +37,14 @@ class Parts:
     """
 
     def __init__(
-        self, dest: Path, request: Mapping[str, Any], source: Source, numbers: Sequence[int], skip_broken: bool, multiple: int
+        self,
+        dest: Path,
+        request: Mapping[str, Any],
+        source: Source,
+        numbers: Sequence[int],
+        skip_broken: bool,
+        multiple: int,
+        fits: Callable[[bytes], bool],
     ) -> None:
         self.path, self.journal_path = dest.with_name(f".{dest.name}.part"), dest.with_name(f".{dest.name}.part.jsonl")
         self._source, self._total = source, len(numbers)
@@ -57,6 +64,12 @@ class Parts:
         self._file = open(os.open(self.path, os.O_RDWR | os.O_CREAT, 0o666), "r+b")  # noqa: SIM115
         self._members: list[zipfile.ZipInfo] = []
         self._take_up(request, numbers, skip_broken, multiple)
+        if self._members and not fits(self.read(0)):
+            self._file.truncate(0)
+            self._journal.truncate(0)
+            self._journal.seek(0)
+            self.kept, self._members = [], []
+            self._take_up(request, numbers, skip_broken, multiple)
         self.todo = numbers[len(self.kept) + len(self.left_out) :]
 
     def _row(self, number: int) -> list[Any]:
@@ -66,9 +79,11 @@ class Parts:
 
     def _take_up(self, request: Mapping[str, Any], numbers: Sequence[int], skip_broken: bool, multiple: int) -> None:
         """Find how far an earlier run came, to a ``multiple`` of pictures done, and cut the files there."""
-        head = json.dumps(request).encode() + b"\n"
+        head = _head(request)
         journal_end, left_out = len(head), 0
-        whole = _whole_members(self._file) if self._journal.readline() == head else iter(())
+        # What was done before --channels was given stays, if it has as many: see fits.
+        known = head, _head({**request, "channels": None})
+        whole = _whole_members(self._file) if self._journal.readline() in known else iter(())
         for number in numbers:
             try:
                 line = json.loads(self._journal.readline())
@@ -141,7 +156,7 @@ class Parts:
     def how_far(self) -> str:
         """In words; empty where nothing is done."""
         done = len(self.kept) + len(self.left_out)
-        return f"{done} of {self._total} images are done, and the same command goes on from there" if self.kept else ""
+        return f"{done} of {self._total} images are done and kept; the same command goes on from there" if self.kept else ""
 
     def close(self, keep: bool) -> None:
         """Let go of the files, and remove them unless there is something to ``keep``."""
@@ -161,19 +176,21 @@ def open_parts(
     *,
     skip_broken: bool,
     multiple: int = 1,
+    fits: Callable[[bytes], bool] = lambda content: True,
     say: Callable[[str], object] | None = None,
 ) -> Iterator[Parts]:
     """What was done of a conversion to ``dest`` by the same ``request``; kept where this one fails, and gone after it.
 
     Args:
         numbers: of the source's pictures, in the order of writing. skip_broken: whether pictures may be left out.
-        multiple: go on after so many pictures. say: gets a line where there was something.
+        multiple: go on after so many pictures. fits: whether this run would write the first picture that is done.
+        say: gets a line where there was something.
 
     Raises:
         ValueError: what fails within, with how far it came; another process writes to ``dest``.
     """
     try:
-        parts = Parts(dest, request, source, numbers, skip_broken, multiple)
+        parts = Parts(dest, request, source, numbers, skip_broken, multiple, fits)
     except OSError as error:
         raise ValueError(f"dest: cannot write {dest}: {error}") from error
     failed = True
@@ -196,6 +213,11 @@ def member(name: str) -> zipfile.ZipInfo:
     info = zipfile.ZipInfo(name, date_time=(1980, 1, 1, 0, 0, 0))
     info.create_system, info.external_attr = 3, 0o644 << 16
     return info
+
+
+def _head(request: Mapping[str, Any]) -> bytes:
+    """The journal's first line; of one length, so that it can be replaced."""
+    return json.dumps(request).encode().ljust(1000) + b"\n"
 
 
 def _stem(number: int) -> str:
