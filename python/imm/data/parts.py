@@ -52,7 +52,8 @@ class Parts:
         self.left_out: dict[int, str] = {}
         if self.path.is_dir():
             shutil.rmtree(self.path)
-        self._journal = open(os.open(self.journal_path, os.O_RDWR | os.O_CREAT, 0o666), "r+b")  # noqa: SIM115
+        self.journal_path.touch()
+        self._journal = self.journal_path.open("r+b")
         try:
             if fcntl is not None:
                 fcntl.flock(self._journal, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -61,7 +62,8 @@ class Parts:
             raise ValueError(f"dest: expected a place that no other run writes to, got {dest}") from error
         except OSError:
             pass  # a file system without locks
-        self._file = open(os.open(self.path, os.O_RDWR | os.O_CREAT, 0o666), "r+b")  # noqa: SIM115
+        self.path.touch()
+        self._file = self.path.open("r+b")
         self._members: list[zipfile.ZipInfo] = []
         self._take_up(request, numbers, skip_broken, multiple)
         if self._members and not fits(self.read(0)):

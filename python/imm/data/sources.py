@@ -5,9 +5,10 @@ from __future__ import annotations
 import gzip
 import importlib.util
 import json
+import os
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -167,11 +168,12 @@ def open_source(source: str, split: str | None = None) -> Iterator[Source]:
     if split is not None and split not in SPLITS:
         raise ValueError(f"split: expected one of {', '.join(SPLITS)}, got {split!r}")
     path = Path(source)
-    with suppress(FileNotFoundError, NotADirectoryError):
-        try:
-            path.stat()
-        except PermissionError as error:  # which some versions of pathlib take for "not there"
-            raise ValueError(f"data: expected a source that can be read, got {source}: {error.strerror}") from error
+    try:
+        closed = os.stat(path) and not os.access(path, os.R_OK)
+    except OSError as error:  # some versions of pathlib take a missing permission for "not there"
+        closed = isinstance(error, PermissionError)
+    if closed:
+        raise ValueError(f"data: expected a source that can be read, got {source}: Permission denied")
     with ExitStack() as stack:
         splits: dict[str, Callable[[], tuple[NDArray[np.uint8], Labels]]] | None = None
         opened = None
