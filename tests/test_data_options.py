@@ -104,7 +104,7 @@ def test_alpha_frames_and_squeezing_are_said(tmp_path) -> None:
     path = folder(
         tmp_path / "set",
         a_png=png(wide.convert("RGBA")),
-        b_png=png(wide, save_all=True, append_images=[wide, wide]),
+        b_png=png(wide, save_all=True, append_images=[colour((16, 8)), colour((16, 8))]),
         c_png=png(colour()),
     )
     output = call("data", "stats", "--source", path, "--resolution", 8)

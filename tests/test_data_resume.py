@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import errno
 import os
+import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,10 +15,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from click.testing import CliRunner
 from fuzz_pictures import saved
 from PIL import Image
 from test_data_listing import call
 
+from imm.cli import main
 from imm.data import load, parts, pictures
 from imm.data.convert import write, write_latents
 from imm.data.sources import open_source
@@ -113,20 +117,22 @@ def test_a_broken_picture_is_left_out_or_taken_away(dest, source, read, tmp_path
     assert load(str(tmp_path / "left" / dest)).labels.tolist() == [0] * 5 + [1] * 5
 
 
-def stopped_after(count: int, monkeypatch, error: BaseException) -> None:
-    """Make the conversion fail before the picture of that number is kept."""
+def stopped_after(count: int, monkeypatch, error: Exception | signal.Signals) -> None:
+    """Make the conversion fail, or get a signal, before the picture of that number is kept."""
     append = parts.Parts.append
 
     def fail(self, number, *rest) -> None:
         if len(self.kept) == count:
-            raise error
+            if isinstance(error, Exception):
+                raise error
+            os.kill(os.getpid(), error)
         append(self, number, *rest)
 
     monkeypatch.setattr(parts.Parts, "append", fail)
 
 
 @pytest.mark.parametrize("dest", KINDS)
-def test_a_full_disk_and_ctrl_c(dest, source, tmp_path) -> None:
+def test_a_full_disk_and_signals(dest, source, tmp_path) -> None:
     expected = whole(source, dest)
     convert = ("data", "convert", "--source", source, "--dest", tmp_path / dest)
     with pytest.MonkeyPatch.context() as patch:
@@ -134,17 +140,36 @@ def test_a_full_disk_and_ctrl_c(dest, source, tmp_path) -> None:
         line = call(*convert, ok=False)
         assert "dest: cannot write" in line
         assert "No space left on device; 4 of 12 images are done and kept; the same command goes on from there" in line
-    with pytest.MonkeyPatch.context() as patch:
-        stopped_after(6, patch, KeyboardInterrupt())
-        from click.testing import CliRunner
-
-        from imm.cli import main
-
-        result = CliRunner().invoke(main, [str(a) for a in convert])
-        assert "stopped; 6 of 12 images are done" in result.output
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        before = signal.getsignal(number)
+        with pytest.MonkeyPatch.context() as patch:
+            stopped_after(6, patch, number)
+            result = CliRunner().invoke(main, [str(a) for a in convert])
+        assert "stopped; 6 of 12 images are done and kept" in result.output
         assert result.exit_code == 1
+        assert signal.getsignal(number) is before
     assert "going on after 6 of 12" in call(*convert)
     assert content(tmp_path / dest) == expected
+
+
+@pytest.mark.parametrize("dest", KINDS)
+def test_a_file_that_cannot_grow(dest, source, tmp_path) -> None:
+    """As on a full disk, from the system itself."""
+    expected = whole(source, dest)
+    convert = ("data", "convert", "--source", source, "--dest", tmp_path / dest)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    for limit, kept in ((900, False), (1400, True), (2500, True)):
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limits[1]))
+        try:
+            line = call(*convert, ok=False)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        assert "dest: cannot write" in line
+        assert "File too large" in line
+        assert ("of 12 images are done and kept" in line) is kept
+    call(*convert)
+    assert content(tmp_path / dest) == expected
+    assert hidden(tmp_path / dest) == []
 
 
 @pytest.mark.parametrize("dest", KINDS)
@@ -176,8 +201,7 @@ def test_any_part_of_what_was_kept_is_gone_on_from(dest, source, tmp_path, monke
             assert content(path) == expected
             assert hidden(path) == []
             if path.is_dir():
-                os.rename(path, tmp_path / "other")
-                __import__("shutil").rmtree(tmp_path / "other")
+                shutil.rmtree(path)
 
 
 def test_another_request_or_source_begins_anew(source, read, tmp_path) -> None:
@@ -241,7 +265,8 @@ def test_two_at_once_are_refused(source, tmp_path) -> None:
     assert "expected a place that no other run writes to" in line
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGKILL, marks=pytest.mark.full)])
+@pytest.mark.full
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
 def test_a_real_kill(number, source, tmp_path) -> None:
     expected = whole(source, "out.zip")
     path = tmp_path / "out.zip"

@@ -14,7 +14,7 @@ import struct
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -54,25 +54,31 @@ class Parts:
             shutil.rmtree(self.path)
         self.journal_path.touch()
         self._journal = self.journal_path.open("r+b")
+        self._members: list[zipfile.ZipInfo] = []
+        try:
+            self._lock(dest)
+            self.path.touch()
+            self._file = self.path.open("r+b")
+            self._take_up(request, numbers, skip_broken, multiple)
+            if self._members and not fits(self.read(0)):
+                self._journal.seek(0)
+                self._journal.truncate()
+                self.kept, self._members = [], []
+                self._take_up(request, numbers, skip_broken, multiple)
+        except BaseException:
+            with suppress(OSError):
+                self._journal.close()
+            raise
+        self.todo = numbers[len(self.kept) + len(self.left_out) :]
+
+    def _lock(self, dest: Path) -> None:
         try:
             if fcntl is not None:
                 fcntl.flock(self._journal, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
-            self._journal.close()
             raise ValueError(f"dest: expected a place that no other run writes to, got {dest}") from error
         except OSError:
             pass  # a file system without locks
-        self.path.touch()
-        self._file = self.path.open("r+b")
-        self._members: list[zipfile.ZipInfo] = []
-        self._take_up(request, numbers, skip_broken, multiple)
-        if self._members and not fits(self.read(0)):
-            self._file.truncate(0)
-            self._journal.truncate(0)
-            self._journal.seek(0)
-            self.kept, self._members = [], []
-            self._take_up(request, numbers, skip_broken, multiple)
-        self.todo = numbers[len(self.kept) + len(self.left_out) :]
 
     def _row(self, number: int) -> list[Any]:
         labels = self._source.labels
@@ -83,6 +89,7 @@ class Parts:
         """Find how far an earlier run came, to a ``multiple`` of pictures done, and cut the files there."""
         head = _head(request)
         journal_end, left_out = len(head), 0
+        self._journal.seek(0)
         # What was done before --channels was given stays, if it has as many: see fits.
         known = head, _head({**request, "channels": None})
         whole = _whole_members(self._file) if self._journal.readline() in known else iter(())
@@ -162,11 +169,13 @@ class Parts:
 
     def close(self, keep: bool) -> None:
         """Let go of the files, and remove them unless there is something to ``keep``."""
-        self._file.close()
+        with suppress(OSError):  # a full disk fails here once more
+            self._file.close()
         if not (keep and self.kept):
             self.path.unlink(missing_ok=True)
             self.journal_path.unlink(missing_ok=True)
-        self._journal.close()
+        with suppress(OSError):
+            self._journal.close()
 
 
 @contextmanager
