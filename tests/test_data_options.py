@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import numpy as np
@@ -192,6 +193,24 @@ def test_class_names_reach_the_checkpoint_and_imm_sample(tmp_path) -> None:
     assert "called fox" in call(
         "sample", "--net", run / "snapshot-0000002.safetensors", "--seeds", 0, "--outdir", tmp_path / "f", "--class", "fox"
     )
+
+
+def test_names_that_are_no_utf8_are_kept_and_escaped(tmp_path) -> None:
+    odd = os.fsdecode(b"\xff\xfe")
+    path = folder(tmp_path / "set", a__1_png=png(colour()), **{f"{odd}__1_png": png(colour()), f"{odd}__{odd}_png": b""})
+    escaped = r"\udcff\udcfe"
+    output = call("data", "stats", "--source", path, "--skip-broken", "--out", tmp_path / "a.json")
+    assert f"class names: 0 a, 1 {escaped}\n" in output
+    assert f"{escaped}/{escaped}.png: an empty file" in output
+    assert f"{escaped}/{escaped}.png: an empty file" in (tmp_path / "a.json.left-out.txt").read_text()
+    for dest in ("a.npz", "a.zip"):
+        call("data", "convert", "--source", path, "--skip-broken", "--dest", tmp_path / dest)
+        assert load(str(tmp_path / dest)).class_names == ("a", odd)
+    assert f"2 classes (0 a, 1 {escaped})" in call(
+        "train", "--data", path, "--skip-broken", "--outdir", tmp_path / "run", *TRAIN
+    )
+    net = tmp_path / "run" / "snapshot-0000001.safetensors"
+    assert f"called {escaped}" in call("sample", "--net", net, "--class", 1, "--seeds", 0, "--outdir", tmp_path / "out")
 
 
 def test_names_that_no_checkpoint_has_are_refused(tmp_path) -> None:

@@ -49,16 +49,25 @@ def say_left_out(lines: Sequence[str], beside: Path | None = None) -> None:
     target = None if beside is None else beside.with_name(f"{beside.name}.left-out.txt")
     if target is not None:
         part = target.with_name(f".{target.name}.part")
-        part.write_text("".join(f"{line}\n" for line in lines), errors="backslashreplace")
+        part.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8", errors="backslashreplace")
         os.replace(part, target)
-    click.echo(f"left out: {len(lines)} pictures that cannot be read" + (f", listed in {target}" if target else ""))
+    click.echo(
+        f"left out: {len(lines)} pictures that cannot be read" + (f", listed in {printable(str(target))}" if target else "")
+    )
     for line in lines[:3]:
-        click.echo(f"  {line}")
+        click.echo(f"  {printable(line)}")
+
+
+def printable(text: str) -> str:
+    """The text with the bytes of names that are no UTF-8 escaped, which a terminal would refuse."""
+    return text.encode(errors="backslashreplace").decode()
 
 
 def name_list(names: Sequence[str], at_most: int = 20) -> str:
     """Class names with their numbers: "0 cat, 1 dog, ..." """
-    return ", ".join([*(f"{i} {name}" for i, name in enumerate(names[:at_most])), *(["..."] if len(names) > at_most else [])])
+    return ", ".join(
+        [*(f"{i} {printable(name)}" for i, name in enumerate(names[:at_most])), *(["..."] if len(names) > at_most else [])]
+    )
 
 
 def parse_floats(text: str, name: str) -> list[float]:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from imm import checkpoints, generation, latents
 from imm.checkpoints.format import read_settings
-from imm.cli.options import device_line, device_option, parse_floats, parse_grid, process_device, writable_folder
+from imm.cli.options import device_line, device_option, parse_floats, parse_grid, printable, process_device, writable_folder
 from imm.cli.progress import bar
 from imm.distributed import Processes, processes
 from imm.evaluation.pictures import grid, save_picture
@@ -146,7 +146,7 @@ def _run(
         many = f", {where.world} processes" if where.world > 1 else ""
         click.echo(f"{net} on {device_line(device)}{many}: {len(seed_list)} images of {shape}, {steps} steps, {method}")
         if one_class is not None and one_class < len(class_names):
-            click.echo(f"class: {one_class}, called {class_names[one_class]}")
+            click.echo(f"class: {one_class}, called {printable(class_names[one_class])}")
     name = f"process 0 of {where.world}" if where.world > 1 else None
     with bar(missing, "image", desc=name, disable=not where.first or not missing) as made:
         generation.generate(

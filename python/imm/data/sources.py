@@ -203,6 +203,7 @@ def open_source(source: str, split: str | None = None) -> Iterator[Source]:
         if splits is not None:
             place = f"{source} ({split or 'train'})"
             opened = _of_arrays(*_chosen(splits, split or "train", source), place, class_names, _stamp(path))
+            opened.notes.extend(files.notes)
         elif split not in (None, "all"):
             raise NoSplitsError(f"split: expected all for {source}, which has no splits, got {split}")
         assert opened is not None
