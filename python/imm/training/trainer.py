@@ -458,7 +458,12 @@ class Trainer:
             **describe(self.objective.flow_map),
             "objective": {**objective, "bandwidths": list(self.objective.bandwidths)},
             "config": config,
-            "data": {"source": data.source, "count": len(data), "sha256": digest(data)},
+            "data": {
+                "source": data.source,
+                "count": len(data),
+                "sha256": digest(data),
+                **({} if data.class_names is None else {"class_names": list(data.class_names)}),
+            },
         }
 
     def _load(self) -> None:
@@ -468,7 +473,8 @@ class Trainer:
         if isinstance(kept, dict) and isinstance(kept.get("config"), dict):
             for name, value in (("xflip", False), ("augment", 0.0)):  # of runs from before there were these settings
                 kept["config"].setdefault(name, value)
-        differing = [d for d in _differences(kept, self._settings) if not d.startswith("data.source ")]
+        named = ("data.source ", "data.class_names ")  # what the data are called does not change the result
+        differing = [d for d in _differences(kept, self._settings) if not d.startswith(named)]
         if differing:
             raise checkpoints.CheckpointError(
                 f"{path}: expected the settings of the run to resume, got others: {'; '.join(differing[:4])}"
