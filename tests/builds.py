@@ -5,7 +5,8 @@
 pure      IMM_BUILD_NATIVE=0: the tests of the ops pass on the reference
 native    IMM_BUILD_NATIVE=1: the library is loaded, the tests of its kernels pass
 cuda      with IMM_BUILD_CUDA=1 against a CUDA build of torch, fetched once where this torch has none: everything compiles and
-          links, no kernel spills; where this torch cannot load the result, doctor says so and the reference runs
+          links, no kernel spills, the CUDA runtime is found; where this torch cannot load the result, doctor says so and the
+          reference runs
 fallback  nvcc fails in auto: the CPU library comes out
 broken    the C++ compiler fails: the pure install in auto, an error in 1
 
@@ -152,6 +153,12 @@ def cuda(folder: Path) -> str:
     built = json.loads((install.site / "imm" / "_native" / "build.json").read_text())
     if not built["cuda"]:
         raise RuntimeError(f"expected a library with CUDA, got {built}")
+    # The program and the library find the CUDA runtime of the package that torch comes with.
+    runtime = f"nvidia-cuda-runtime=={built['cuda'].partition('.')[0]}.*"
+    run(install.bin / "python", "-m", "pip", "install", "--quiet", "--no-deps", runtime)
+    for name in ("imm_generate", "libimm_native.so"):
+        found = [line for line in run("ldd", install.site / "imm" / "_native" / name).splitlines() if "libcudart" in line]
+        expect("/nvidia/", found[0])
     loads = built["torch"] == torch.__version__
     expect("loaded; " if loads else f"built for torch {built['torch']}, this is torch {torch.__version__}", install.doctor())
     result = install.test("test_noise.py", "test_flow_step.py")

@@ -90,6 +90,25 @@ def test_equals_torch_in_float64(name: str, norm: bool, device: str) -> None:
     torch.testing.assert_close(lse, sums, rtol=1e-12, atol=1e-13)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", NAMES)
+def test_autocast_does_not_reach_into_it(name: str, dtype: torch.dtype, device: str) -> None:
+    args = arguments(16, 20, dtype, norm=True, device=device)
+    up = torch.randn(2, 20, HEADS * 16, device=device).to(dtype)
+
+    def results() -> tuple[Tensor, ...]:
+        out, lse = run("timestep_attention", name, *args)
+        return out, lse, *run("timestep_attention_bwd", name, up, args[0], out, lse, *args[1:])
+
+    with torch.no_grad():
+        expected = results()
+        with torch.autocast(torch.device(device).type, torch.bfloat16):
+            found = results()
+    for value, right in zip(found, expected, strict=True):
+        assert value.dtype == right.dtype
+        torch.testing.assert_close(value, right)
+
+
 @pytest.mark.parametrize("norm", [False, True], ids=["plain", "norm"])
 def test_autograd_is_that_of_the_plain_form(norm: bool, device: str) -> None:
     args = arguments(40, 7, torch.float64, norm=norm, device=device)

@@ -313,7 +313,9 @@ def test_other_errors_of_torch_stay_what_they_are(digits, tmp_path, monkeypatch)
 
 
 # SIGTERM is in tests/test_training_processes.py too.
-@pytest.mark.parametrize("number", [pytest.param(signal.SIGTERM, marks=pytest.mark.full), signal.SIGUSR1])
+@pytest.mark.parametrize(
+    "number", [*(pytest.param(n, marks=pytest.mark.full) for n in (signal.SIGTERM, signal.SIGUSR1)), signal.SIGHUP]
+)
 def test_a_signal_stops_training_and_the_same_command_goes_on(number, digits, tmp_path) -> None:
     arguments = ["train", "--data", str(digits), "--outdir", str(tmp_path / "run"), *TRAIN]
     process = subprocess.Popen(
@@ -330,6 +332,32 @@ def test_a_signal_stops_training_and_the_same_command_goes_on(number, digits, tm
     assert (tmp_path / "run" / f"snapshot-{step:07d}.safetensors").exists()
     resumed = subprocess.run([*IMM, *arguments, "--steps", str(step + 1)], capture_output=True, text=True, check=True)
     assert f"resuming at step {step}" in resumed.stdout
+
+
+def test_what_nohup_ignores_stays_ignored() -> None:
+    class Once:
+        step, stop = 0, False
+
+        def run(self, steps: int, **rest) -> None:
+            signal.raise_signal(signal.SIGHUP)
+
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        trainer = Once()
+        assert progress.run(trainer, 1) is None
+        assert not trainer.stop
+        assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+def test_a_reader_that_has_seen_enough_ends_a_command_quietly() -> None:
+    process = subprocess.Popen([*IMM, "doctor"], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert process.stdout is not None
+    process.stdout.close()
+    assert process.stderr is not None
+    assert process.stderr.read() == b""
+    process.wait()
 
 
 def test_a_second_ctrl_c_does_not_wait() -> None:

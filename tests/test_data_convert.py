@@ -201,23 +201,6 @@ def test_pictures_of_many_sizes_are_cropped_to_one(tmp_path) -> None:
         assert data.pixels[:, 0].flatten(1).unique(dim=1).flatten().tolist() == [0, 1, 2]
 
 
-def test_a_failure_leaves_what_was_there(npz, tmp_path) -> None:
-    target = tmp_path / "out.zip"
-    target.write_bytes(b"something older")
-    bad = tmp_path / "bad"
-    bad.mkdir()
-    Image.new("L", (4, 4)).save(bad / "a.png")
-    (bad / "b.png").write_bytes(b"broken")
-    assert "expected an image" in refused("convert", "--source", bad, "--dest", target)
-    assert target.read_bytes() == b"something older"
-    assert "expected an image" in refused("convert", "--source", bad, "--dest", tmp_path / "new")
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["bad", "data.npz", "out.zip"]
-    (tmp_path / ".new.part").mkdir()  # left by a run that was killed
-    (tmp_path / ".new.part" / "junk.png").write_bytes(b"")
-    call("convert", "--source", npz, "--dest", tmp_path / "new")
-    assert sorted(p.name for p in (tmp_path / "new").iterdir()) == ["00000", "dataset.json"]
-
-
 def test_refusals(npz, tmp_path) -> None:
     convert = ("convert", "--source", npz, "--dest")
     assert "another place than the source" in refused(*convert, npz)

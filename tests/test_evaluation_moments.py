@@ -75,6 +75,7 @@ def test_fid_is_to_mu_and_sigma_and_all_else_to_the_images(files, stand_in) -> N
     assert "reference" not in settings["fd-efficientnet-lite0"]
     assert "reference" not in plain["protocol"]["settings"]["fid"]
     assert adm["protocol"]["reference"]["count"] == 40
+    assert load_set(str(files / "adm.npz")).notes == ("arrays that are not read: mu_s, sigma_s",)
     stand_in.clear()
     measure("adm.npz", ["fid"])
     assert sum(stand_in) == 64  # nothing is asked of the reference's images

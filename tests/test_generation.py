@@ -278,3 +278,31 @@ def test_a_seed_twice_is_refused(net, tmp_path) -> None:
 def test_seeds_as_text(values) -> None:
     assert parse_integers(format_integers(values), "seeds") == values
     assert format_integers(range(50000)) == "0-49999"
+
+
+def test_a_second_run_in_a_folder_is_refused_and_breaks_nothing(net, tmp_path, monkeypatch) -> None:
+    out, options = tmp_path / "out", ("sample", "--net", net, "--seeds", "0-3", "--steps", "1", "--outdir", tmp_path / "out")
+    write, said = generation.ImageFolder.write, []
+
+    def write_beside_another(self, seed: int, image: torch.Tensor) -> None:
+        if not said:
+            said.append("")
+            said[0] = refused(*options)
+        write(self, seed, image)
+
+    monkeypatch.setattr(generation.ImageFolder, "write", write_beside_another)
+    call(*options)
+    assert said == [f"Error: outdir: expected a folder that no other run writes to, got {out}, where another process does"]
+    assert sorted(files(out)) == ["000000.png", "000001.png", "000002.png", "000003.png", GENERATION_FILE]
+    (out / "000001.png").unlink()
+    assert "3 were there" in call(*options).output  # the lock went with the command
+
+
+def test_a_folder_with_a_manifest_and_no_image_is_free(net, tmp_path) -> None:
+    options = ("sample", "--net", net, "--seeds", "0-1", "--steps", "1", "--outdir", tmp_path / "out")
+    call(*options, "--cfg", "3")
+    for path in (tmp_path / "out").glob("*.png"):
+        path.unlink()
+    call(*options, "--cfg", "1.5")
+    assert json.loads((tmp_path / "out" / GENERATION_FILE).read_text())["cfg"] == 1.5
+    assert "holds images of another run (cfg 1.5 there, 3.0 here)" in refused(*options, "--cfg", "3")

@@ -237,6 +237,7 @@ def test_snapshots_are_replaced_but_those_to_keep(tmp_path) -> None:
         return [f"snapshot-{step:07d}.safetensors" for step in steps]
 
     other = tmp_path / "snapshot-0000001.safetensors"  # not of this run
+    trainer(tmp_path).run(3)
     other.write_bytes(b"mine")
     trainer(tmp_path).run(9)
     assert names() == expected(1, 9)
@@ -395,6 +396,34 @@ def test_a_foreign_stats_file_is_not_touched(tmp_path) -> None:
     with pytest.raises(ValueError, match="expected rows of a training run"):
         trainer(tmp_path)
     assert (tmp_path / STATS_FILE).read_text() == text
+
+
+def test_a_folder_whose_state_is_lost_is_refused_or_its_rows_are_kept(tmp_path) -> None:
+    trainer(tmp_path).run(5)
+    (tmp_path / STATE_FILE).unlink()
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()}
+    with pytest.raises(ValueError, match=rf"outdir: expected {STATE_FILE} beside snapshot-0000005.safetensors, .*--init="):
+        trainer(tmp_path)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()} == before
+    (tmp_path / "snapshot-0000005.safetensors").unlink()  # killed before its first save: rows alone
+    for count in (1, 2):
+        trainer(tmp_path)
+        assert (tmp_path / "stats-1.jsonl").read_bytes() == before[STATS_FILE]
+        assert (tmp_path / STATS_FILE).read_text() == ""
+        assert len(list(tmp_path.glob("stats-*.jsonl"))) == 1, count  # an empty file is nobody's
+
+
+def test_an_empty_or_broken_row_takes_none_away(tmp_path) -> None:
+    trainer(tmp_path).run(6)
+    rows = (tmp_path / STATS_FILE).read_text().splitlines()
+    (tmp_path / STATS_FILE).write_text("\n".join([rows[0], "", *rows[1:]]) + '\n{"step": 8, "lo')
+    trainer(tmp_path)
+    assert (tmp_path / STATS_FILE).read_text().splitlines() == rows
+    broken = "\n".join([rows[0], '{"st', *rows[1:]])
+    (tmp_path / STATS_FILE).write_text(broken)
+    with pytest.raises(ValueError, match="expected rows of a training run"):
+        trainer(tmp_path)
+    assert (tmp_path / STATS_FILE).read_text() == broken
 
 
 def test_half_written_rows_are_dropped(tmp_path) -> None:

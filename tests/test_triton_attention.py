@@ -70,6 +70,7 @@ def check(args: tuple[Any, ...], grad_layout: str = "contiguous") -> None:
 
 
 @kernel_test
+@pytest.mark.every(3)
 @pytest.mark.parametrize("norm", [False, True], ids=["plain", "norm"])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -75,6 +75,7 @@ def check(args: tuple[Any, ...]) -> None:
 
 
 @kernel_test
+@pytest.mark.every(5)
 @pytest.mark.parametrize("guided", [False, True], ids=["plain", "guided"])
 @pytest.mark.parametrize("noisy", [False, True], ids=["quiet", "noisy"])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)

@@ -24,6 +24,7 @@ from imm.distributed import Processes
 from imm.evaluation.pictures import save_picture, to_picture
 from imm.evaluation.sets import GENERATION_FILE
 from imm.sampler import Sampler
+from imm.training.lock import FolderLock, lock_folder
 
 #: What made a folder's images, on which machines: a list, which may grow. It moves the last bits of an image at most.
 _NOTES = "made_with"
@@ -53,6 +54,7 @@ class ImageFolder:
 
     def __init__(self, root: Path, *, pictures: bool, subdirs: bool = False, decoded: bool = False) -> None:
         self.root, self.pictures, self.subdirs, self.decoded = root, pictures, subdirs, decoded
+        self._lock: FolderLock | None = None
 
     def path(self, seed: int) -> Path:
         """The file of a seed."""
@@ -86,10 +88,20 @@ class ImageFolder:
         """Make the folder, or find it as a run with the same manifest left it, or as one that left its latents undecoded.
 
         Raises:
-            ValueError: the folder holds images that were made in another way, or not by this function.
+            ValueError: the folder holds images made in another way or not by this function, or another run writes to it.
         """
         path = self.root / GENERATION_FILE
         expected = json.loads(json.dumps(manifest))
+        refusal = None
+        if where.first:
+            try:
+                self._lock = lock_folder(self.root, file=None)  # a second run would remove what this one is writing
+            except ValueError as error:
+                refusal = error
+        if where.any(refusal is not None):
+            raise refusal or ValueError(f"outdir: expected a folder that no other run writes to, got {self.root}")
+        if where.first and path.is_file() and not any(self.root.rglob("*.png")) and not any(self.root.rglob("*.npy")):
+            path.unlink()  # of a run that made no image
         if where.first and not path.is_file():
             own = (file for seed in seeds for file in (self.path(seed), self._latents_path(seed)))
             present = next((file for file in own if file.exists()), None)
@@ -117,6 +129,11 @@ class ImageFolder:
             for folder in {self.path(seed).parent for seed in seeds}:
                 folder.mkdir(exist_ok=True)
         where.wait()
+
+    def close(self) -> None:
+        """Let other runs write to the folder."""
+        if self._lock is not None:
+            self._lock.release()
 
     def write(self, seed: int, image: Tensor) -> None:
         """Write one image ``[C, H, W]``, atomically."""

@@ -13,6 +13,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from imm.files import replacing
 from imm.flow_map import FlowMap
 from imm.networks import NETWORKS
 from imm.ops.dtypes import DTYPES
@@ -38,15 +39,13 @@ def write_file(path: str | os.PathLike[str], tensors: Mapping[str, Tensor], sett
     target = Path(path)
     metadata = {_KEY: json.dumps({"format_version": FORMAT_VERSION, **settings}, allow_nan=False)}
     plain = _apart(tensors)
-    part = target.with_name(f".{target.name}.part")  # one name: what a killed run left is overwritten by the next write
     try:
-        save_file(plain, part, metadata=metadata)
-        with open(part, "rb") as file:
-            os.fsync(file.fileno())
-        os.replace(part, target)
-    except (OSError, SafetensorError) as error:
-        part.unlink(missing_ok=True)
+        with replacing(target) as part:
+            save_file(plain, part, metadata=metadata)
+    except SafetensorError as error:
         raise CheckpointError(f"cannot write {target}: {error}") from error
+    except OSError as error:
+        raise CheckpointError(f"cannot write {target}: {error.strerror or error}") from error
 
 
 def _apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -89,6 +88,8 @@ def read_settings(path: str | os.PathLike[str], kind: str) -> dict[str, Any]:
     source = Path(path)
     if not source.is_file():
         raise CheckpointError(f"{source}: expected a checkpoint file, found none")
+    if not os.access(source, os.R_OK):
+        raise CheckpointError(f"{source}: expected a file that can be read, got one without permission")
     try:
         with safe_open(source, framework="pt") as file:
             metadata = file.metadata() or {}

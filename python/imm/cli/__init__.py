@@ -51,6 +51,8 @@ class _Group(click.Group):
     def invoke(self, ctx: click.Context) -> Any:
         try:
             return super().invoke(ctx)
+        except BrokenPipeError:  # whoever read the output has seen enough
+            raise
         except (ValueError, TypeError, OSError, ImportError) as error:
             raise click.ClickException(str(error)) from error
         except (RuntimeError, MemoryError) as error:

@@ -13,7 +13,16 @@ from typing import Any
 import click
 from tqdm import tqdm
 
-from imm.cli.options import device_line, device_option, process_device
+from imm.cli.options import (
+    channels_option,
+    device_line,
+    device_option,
+    process_device,
+    say_left_out,
+    say_notes,
+    skip_broken_option,
+    transform_option,
+)
 from imm.cli.progress import bar
 from imm.distributed import Processes, processes
 from imm.evaluation import compare as comparison
@@ -85,6 +94,9 @@ def _of_features(command: Callable[..., Any]) -> Callable[..., Any]:
             click.option(
                 "--split", metavar="NAME", help="Split of the reference, such as train; if it has none, for the record."
             ),
+            transform_option,
+            channels_option,
+            skip_broken_option,
             click.option("--batch", default=64, show_default=True, type=click.IntRange(min=1), help="Images at a time."),
             device_option,
         )
@@ -111,6 +123,7 @@ def command(
     split: str | None,
     batch: int,
     device: str,
+    **pictures_as: Any,
 ) -> None:
     """Measure how good images are, and write every number with the protocol it was measured by.
 
@@ -134,12 +147,15 @@ def command(
     with processes() as where:
         own = process_device(device, where)
         used = load_networks(names, weights, own)
-        pictures = load_set(images, resolution)
-        reference = ReferenceStatistics.load(ref) if is_statistics(ref) else load_set(ref, resolution, split)
+        pictures = load_set(images, resolution, **pictures_as)
+        reference = ReferenceStatistics.load(ref) if is_statistics(ref) else load_set(ref, resolution, split, **pictures_as)
         if isinstance(reference, ReferenceStatistics) and split is not None:
             raise ValueError("split: expected none beside reference statistics, which have their own")
         if where.first:
             click.echo(f"{pictures.source} against {_words(reference)}, on {device_line(own)}")
+            read = [pictures, *([] if isinstance(reference, ReferenceStatistics) else [reference])]
+            say_notes(line for one in read for line in one.notes)
+            say_left_out([line for one in read for line in one.left_out], target)
         total = len(pictures) + (0 if isinstance(reference, ReferenceStatistics) else len(reference))
         with _bars(total, where) as tell:
             result = evaluate(names, pictures, reference, used, device=own, batch=batch, split=split, progress=tell)
@@ -200,6 +216,7 @@ def stats(
     split: str | None,
     batch: int,
     device: str,
+    **pictures_as: Any,
 ) -> None:
     """Mean and covariance of a reference's features, for --ref of Frechet distances."""
     names = list(dict.fromkeys(features.split(",")))
@@ -210,13 +227,15 @@ def stats(
         own = process_device(device, where)
         used = [networks.load(name, weights, own) for name in names]
         _check_weights(weights, names)
-        pictures = load_set(data, resolution, split)
+        pictures = load_set(data, resolution, split, **pictures_as)
         if pictures.moments is not None and INCEPTION in names:
             raise ValueError(f"features: expected none of {INCEPTION}, {data} has its own, mu and sigma; give it to --ref")
         if len(pictures) < 2:
             raise ValueError(f"data: expected at least 2 images, got {len(pictures)}")
         if where.first:
             click.echo(f"{pictures.source}, on {device_line(own)}")
+            say_notes(pictures.notes)
+            say_left_out(pictures.left_out, target)
         with _bars(len(pictures), where) as tell:
             found = {
                 network.name: extract(network, pictures, own, batch, False, partial(tell, network.name)).statistics

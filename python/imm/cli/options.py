@@ -2,19 +2,72 @@
 
 from __future__ import annotations
 
+import os
 import re
 import tempfile
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import click
 import torch
 
+from imm.data.pictures import TRANSFORMS
 from imm.distributed import Processes, device_of
 
 #: ``--device`` of the commands that torchrun starts as well; :func:`process_device` reads it.
 device_option = click.option(
     "--device", default="auto", show_default=True, help="cpu, cuda or cuda:N; under torchrun cuda is each process's own GPU."
 )
+
+#: Of the commands that read pictures.
+transform_option = click.option(
+    "--transform",
+    default="none",
+    show_default=True,
+    type=click.Choice(TRANSFORMS),
+    help="What is cut out of a picture first; none squeezes what is not square.",
+)
+channels_option = click.option(
+    "--channels",
+    type=click.Choice(["1", "3"]),
+    callback=lambda context, parameter, value: None if value is None else int(value),
+    help="Bring all pictures to one channel (luma) or three. [default: as they are, all grey or all in colour]",
+)
+skip_broken_option = click.option("--skip-broken", is_flag=True, help="Leave out pictures that cannot be read, and list them.")
+
+
+def say_notes(notes: Iterable[str]) -> None:
+    """Print what was found in a data set, each once, on stderr: it is no result."""
+    for line in dict.fromkeys(notes):
+        click.echo(f"note: {line}", err=True)
+
+
+def say_left_out(lines: Sequence[str], beside: Path | None = None) -> None:
+    """Print how many pictures were left out and the first of them; write all of them to a file ``beside`` the output."""
+    if not lines:
+        return
+    target = None if beside is None else beside.with_name(f"{beside.name}.left-out.txt")
+    if target is not None:
+        part = target.with_name(f".{target.name}.part")
+        part.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8", errors="backslashreplace")
+        os.replace(part, target)
+    click.echo(
+        f"left out: {len(lines)} pictures that cannot be read" + (f", listed in {printable(str(target))}" if target else "")
+    )
+    for line in lines[:3]:
+        click.echo(f"  {printable(line)}")
+
+
+def printable(text: str) -> str:
+    """The text with the bytes of names that are no UTF-8 escaped, which a terminal would refuse."""
+    return text.encode(errors="backslashreplace").decode()
+
+
+def name_list(names: Sequence[str], at_most: int = 20) -> str:
+    """Class names with their numbers: "0 cat, 1 dog, ..." """
+    return ", ".join(
+        [*(f"{i} {printable(name)}" for i, name in enumerate(names[:at_most])), *(["..."] if len(names) > at_most else [])]
+    )
 
 
 def parse_floats(text: str, name: str) -> list[float]:

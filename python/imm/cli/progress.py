@@ -10,8 +10,8 @@ from tqdm import tqdm
 
 from imm.training import Trainer
 
-#: Ctrl-C; what ends a job; and what SLURM sends before it does (sbatch --signal=USR1@120).
-STOPS = (signal.SIGINT, signal.SIGTERM, *([signal.SIGUSR1] if hasattr(signal, "SIGUSR1") else []))
+#: Ctrl-C; what ends a job; what SLURM sends before it does (sbatch --signal=USR1@120); a terminal that was closed.
+STOPS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1", "SIGHUP") if hasattr(signal, name))
 
 
 def bar(total: int, unit: str, initial: int = 0, **more: Any) -> tqdm[Any]:
@@ -34,7 +34,9 @@ def run(trainer: Trainer, steps: int, max_seconds: float | None = None, *, quiet
         if number == signal.SIGINT:
             signal.signal(number, signal.default_int_handler)
 
-    old = {number: signal.signal(number, on_signal) for number in STOPS}
+    # What nohup has the process ignore stays ignored.
+    heeded = [number for number in STOPS if signal.getsignal(number) is not signal.SIG_IGN]
+    old = {number: signal.signal(number, on_signal) for number in heeded}
     steps_bar = bar(steps, "step", trainer.step, disable=quiet)
 
     def on_log(row: dict[str, Any]) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import difflib
 import math
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,7 +16,7 @@ from torch import Tensor
 
 from imm import checkpoints, generation, latents
 from imm.checkpoints.format import read_settings
-from imm.cli.options import device_line, device_option, parse_floats, parse_grid, process_device, writable_folder
+from imm.cli.options import device_line, device_option, parse_floats, parse_grid, printable, process_device, writable_folder
 from imm.cli.progress import bar
 from imm.distributed import Processes, processes
 from imm.evaluation.pictures import QUANTISATION, QUANTISATION_DECODED, grid, save_picture
@@ -27,13 +29,22 @@ from imm.seeds import format_integers, parse_integers
 PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
+class _Class(click.ParamType):
+    """A class's number, or its name."""
+
+    name = "class"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int | str:
+        return click.IntRange(min=0).convert(value, param, ctx) if re.fullmatch(r"[+-]?\d+", str(value)) else str(value)
+
+
 @click.command()
 @click.option("--net", required=True, metavar="FILE", help="Checkpoint (.safetensors).")
 @click.option("--outdir", required=True, metavar="DIR", help="Where to write the images; a run that was stopped goes on there.")
 @click.option("--seeds", default="0-63", show_default=True, metavar="LIST", help="Image seeds, such as 0-49999 or 0-63,70.")
 @click.option("--steps", default=2, show_default=True, type=click.IntRange(min=1), help="Sampling steps.")
 @click.option("--labels", metavar="LIST", help="Classes, repeated over the seeds. [default: all classes in turn]")
-@click.option("--class", "one_class", type=click.IntRange(min=0), metavar="N", help="One class for all images.")
+@click.option("--class", "one_class", type=_Class(), metavar="NAME|N", help="One class for all images, by name or number.")
 @click.option("--cfg", type=float, metavar="W", help="Guidance scale. [default: no guidance]")
 @click.option("--kind", default="uniform", show_default=True, type=click.Choice(KINDS), help="Time grid.")
 @click.option("--mid-eta", default="", metavar="LIST", help="Noise levels in between, for --kind=eta, such as 1.4.")
@@ -73,7 +84,7 @@ def _run(
     *,
     steps: int,
     labels: str | None,
-    one_class: int | None,
+    one_class: int | str | None,
     cfg: float | None,
     kind: str,
     mid_eta: str,
@@ -90,6 +101,10 @@ def _run(
     time_grid(flow_map, steps, kind, between)  # refuses before a folder is made
     if labels is not None and one_class is not None:
         raise ValueError("class: expected either --class or --labels, got both")
+    extra = read_settings(net, "flow_map").get("extra", {})
+    class_names = _class_names(extra)
+    if isinstance(one_class, str):
+        one_class = find_class(one_class, class_names, net)
     label_text = labels if one_class is None else str(one_class)
     all_labels = pick_labels(flow_map, label_text, len(seed_list))
     if cfg is not None and flow_map.num_classes == 0:
@@ -104,7 +119,7 @@ def _run(
         raise ValueError(f"grid: expected pictures, got latents of {shape[0]} channels without --vae ({latents.INSTALL})")
     manifest = {
         "net": {"name": net.name, "sha256": generation.sha256_of(net)},
-        "checkpoint": read_settings(net, "flow_map").get("extra", {}),
+        "checkpoint": extra,
         "seeds": format_integers(seed_list),
         "labels": label_text if label_text is not None or all_labels is None else "all in turn",
         "classes": flow_map.num_classes,
@@ -122,6 +137,7 @@ def _run(
         **generation.note(device),
     }
     folder = ImageFolder(writable_folder(outdir), pictures=pictures, subdirs=subdirs, decoded=decode is not None)
+    click.get_current_context().call_on_close(folder.close)
     folder.begin(manifest, seed_list, where)
     missing = generation.absent(seed_list, rows, folder, where)
     sampler = Sampler(
@@ -130,6 +146,8 @@ def _run(
     if where.first:
         many = f", {where.world} processes" if where.world > 1 else ""
         click.echo(f"{net} on {device_line(device)}{many}: {len(seed_list)} images of {shape}, {steps} steps, {method}")
+        if one_class is not None and one_class < len(class_names):
+            click.echo(f"class: {one_class}, called {printable(class_names[one_class])}")
     name = f"process 0 of {where.world}" if where.world > 1 else None
     with bar(missing, "image", desc=name, disable=not where.first or not missing) as made:
         generation.generate(
@@ -177,6 +195,28 @@ def _decoder(name: str, shape: tuple[int, ...], device: torch.device) -> tuple[C
     record = {"name": name, "sha256": latents.fingerprint(model)}
     model = model.to(device)
     return lambda x: latents.decode(x, model, batch=1), record
+
+
+def _class_names(extra: Any) -> list[str]:
+    """The names that a checkpoint keeps; none for one without."""
+    data = extra.get("data") if isinstance(extra, dict) else None
+    names = data.get("class_names") if isinstance(data, dict) else None
+    return [str(name) for name in names] if isinstance(names, list) else []
+
+
+def find_class(name: str, class_names: list[str], net: Path) -> int:
+    """The number of the class of the name. Raises ValueError for an unknown one, with those that are alike."""
+    found = [number for number, known in enumerate(class_names) if known == name]
+    if len(found) == 1:
+        return found[0]
+    if found:
+        raise ValueError(f"class: expected a name that one class has, got {name!r}, the name of {found}; a number tells")
+    if not class_names:
+        raise ValueError(f"class: expected a number, for {net} keeps no class names, got {name!r}")
+    lowered = {known.lower(): known for known in class_names}
+    close = [lowered[one] for one in difflib.get_close_matches(name.lower(), lowered, n=5)] or class_names[:5]
+    more = ", ..." if len(class_names) > len(close) else ""
+    raise ValueError(f"class: expected a number or a name of {net}, such as {', '.join(close)}{more}, got {name!r}")
 
 
 def pick_labels(flow_map: FlowMap, text: str | None, count: int) -> Tensor | None:

@@ -7,6 +7,7 @@ import inspect
 import os
 from collections.abc import Mapping
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import click
@@ -16,7 +17,17 @@ from click.core import ParameterSource
 from imm import checkpoints
 from imm.checkpoints.format import describe
 from imm.cli import progress
-from imm.cli.options import device_line, device_option, process_device
+from imm.cli.options import (
+    channels_option,
+    device_line,
+    device_option,
+    name_list,
+    process_device,
+    say_left_out,
+    say_notes,
+    skip_broken_option,
+    transform_option,
+)
 from imm.data import ImageData, load, to_float
 from imm.data.augmentation import LABELS
 from imm.distributed import Processes, processes
@@ -51,6 +62,9 @@ OBJECTIVE_OPTIONS = {
 )
 @click.option("--outdir", required=True, metavar="DIR", help="Snapshots, state and stats.jsonl. A run found here is resumed.")
 @click.option("--resolution", type=click.IntRange(min=4), help="Resize to this side. [default: as they are; mnist5k: 16]")
+@transform_option
+@channels_option
+@skip_broken_option
 @click.option("--steps", default=10000, show_default=True, type=click.IntRange(min=1), help="Steps in all.")
 @click.option("--minutes", type=click.FloatRange(min=0), help="Stop after this long; run again to go on.")
 @click.option("--batch", default=64, show_default=True, type=click.IntRange(min=1), help="Images a step.")
@@ -138,6 +152,9 @@ def _run(
     given: set[str],
     *,
     resolution: int | None,
+    transform: str,
+    channels: int | None,
+    skip_broken: bool,
     steps: int,
     minutes: float | None,
     snap: int,
@@ -149,7 +166,7 @@ def _run(
     **options: Any,
 ) -> None:
     say = click.echo if where.first else lambda line: None
-    images = load(data, resolution, latents=True)
+    images = load(data, resolution, latents=True, transform=transform, channels=channels, skip_broken=skip_broken)
     training = {name: options.pop(name) for name in TRAINING_OPTIONS}
     of_model = {name: options[name] for name in given & options.keys()}
     if init is not None:
@@ -191,8 +208,13 @@ def _run(
     if images.pixels.is_floating_point():  # in another scale they would train, badly
         some = to_float(images.pixels[:: max(1, len(images) // 1000)])
         data_line += f", standard deviation {some.std(correction=0):.2f} (expected near {flow_map.sigma_data:g})"
+    if images.class_names is not None:
+        data_line += f" ({name_list(images.class_names)})"
     many = f", {where.world} processes" if where.world > 1 else ""
     say(f"device: {device_line(target)}{many}; {data_line}")
+    if where.first:
+        say_notes(images.notes)
+        say_left_out(images.left_out, Path(outdir) / "data")
     if preset is not None:
         say(f"preset: {preset}; flow map: {flow_map.settings}; objective: {chosen.objective}; training: {training}")
     say(f"network: {type(net).__name__}, {count:,} parameters; {config.precision}; steps: {steps}, batch {config.batch}")

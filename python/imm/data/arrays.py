@@ -10,6 +10,7 @@ import zipfile
 import zlib
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -19,8 +20,10 @@ from numpy.typing import NDArray
 from imm.data.files import MAX_ARRAY, MAX_CLASSES, MAX_FILE, Files, gunzip
 
 _IDX = re.compile(r"(?P<folder>.*/)?(?P<split>train|t10k|test)-images[.-]idx3-ubyte(\.gz)?")
-#: The arrays of images and labels: this library's names, and those of the ADM reference batches.
-_NPZ_NAMES = (("images", "labels"), ("arr_0", "arr_1"))
+#: The arrays of images and of labels: this library's names, others', and those of the ADM reference batches.
+_IMAGES, _LABELS, _CLASS_NAMES = ("images", "arr_0"), ("labels", "label", "arr_1"), "class_names"
+#: What ADM's reference batches have beside images: read by :mod:`imm.evaluation`.
+MOMENTS = ("mu", "sigma")
 #: The arrays of latents: values, or the mean and the standard deviation of each.
 _LATENTS, _MEAN, _STD = "latents", "latents_mean", "latents_std"
 #: What zipfile and numpy raise for a broken file; numpy reads an array's header as Python source.
@@ -31,52 +34,70 @@ _BROKEN = (
 _PART = 1000  # images at a time
 
 
-def read_npz(path: Path) -> tuple[NDArray[np.uint8], NDArray[np.int64] | None]:
-    """Images ``[N, H, W, 1 or 3]`` uint8 and labels ``[N]``, if there are any, of an npz file.
+@dataclass(frozen=True)
+class Arrays:
+    """What an npz file holds.
+
+    Attributes:
+        values: images ``[N, H, W, 1 or 3]`` uint8, or latents ``[N, C, h, h]``. deviations: like latents, or None.
+        labels: ``[N]`` or None. class_names: or None. unread: the names of other arrays.
+    """
+
+    values: np.ndarray
+    labels: NDArray[np.int64] | None
+    class_names: tuple[str, ...] | None
+    unread: list[str]
+    deviations: np.ndarray | None = None
+
+
+def read_npz(path: Path) -> Arrays:
+    """The images of an npz file, with their labels and class names, if there are any.
 
     Raises:
         ValueError: a broken file, other arrays, labels that are no classes, or an array that would unpack to more than
             ``MAX_ARRAY`` bytes.
     """
-    known = _names(path)
-    names = next((pair for pair in _NPZ_NAMES if pair[0] in known), None)
-    if names is None:
+    known = names_in(path)
+    if not known & set(_IMAGES):
         raise ValueError(
             f"data: expected an .npz file with an array called images or arr_0 (for training: or {_LATENTS}, or {_MEAN} and "
             f"{_STD}), got {sorted(known)[:4]} in {path}"
         )
-    found = _read(path, names)
-    images = found[names[0]]
-    if images.ndim == 3:
-        images = images[..., None]
-    if images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] not in (1, 3) or not images.size:
+    name = _one_of(_IMAGES, known, path)
+    assert name is not None
+    images, labels, class_names, unread = _labelled(path, known, (name,))
+    values = images[name]
+    if values.ndim == 3:
+        values = values[..., None]
+    if values.dtype != np.uint8 or values.ndim != 4 or values.shape[3] not in (1, 3) or not values.size:
         raise ValueError(
             f"data: expected images [N, H, W] or [N, H, W, 1 or 3] of uint8, "
-            f"got {list(images.shape)} of {images.dtype} ({path})"
+            f"got {list(values.shape)} of {values.dtype} ({path})"
         )
-    return images, _checked_labels(found.get(names[1]), len(images), path)
+    return Arrays(values, _checked_labels(labels, len(values), path), class_names, unread)
 
 
 def has_latents(path: Path) -> bool:
     """Whether the npz file has an array of latents. Raises ValueError for a broken file."""
-    return bool(_names(path) & {_LATENTS, _MEAN, _STD})
+    return bool(names_in(path) & {_LATENTS, _MEAN, _STD})
 
 
-def read_latents(path: Path) -> tuple[NDArray[np.floating], NDArray[np.floating] | None, NDArray[np.int64] | None]:
-    """Latents ``[N, C, h, h]``, their standard deviations or None (both float16 or float32), labels ``[N]`` or None, of an npz.
+def read_latents(path: Path) -> Arrays:
+    """The latents of an npz file, with their standard deviations (both float16 or float32), labels and class names.
 
-    The file holds ``latents``, or ``latents_mean`` and ``latents_std`` of one shape and dtype; and perhaps ``labels``.
+    The file holds ``latents``, or ``latents_mean`` and ``latents_std`` of one shape and dtype; and perhaps the others.
 
     Raises:
         ValueError: a broken file, other arrays, images beside the latents, values that are not finite, negative deviations,
             labels that are no classes, or an array that would unpack to more than ``MAX_ARRAY`` bytes.
     """
-    arrays = sorted(_names(path) & {_LATENTS, _MEAN, _STD, *(images for images, _ in _NPZ_NAMES)})
+    known = names_in(path)
+    arrays = sorted(known & {_LATENTS, _MEAN, _STD, *_IMAGES})
     if arrays not in ([_LATENTS], [_MEAN, _STD]):
         raise ValueError(
             f"data: expected an .npz file with {_LATENTS}, or {_MEAN} and {_STD}, got {' and '.join(arrays)} in {path}"
         )
-    found = _read(path, (*arrays, "labels"))
+    found, labels, class_names, unread = _labelled(path, known, tuple(arrays))
     latents, deviations = found[arrays[0]], found.get(_STD)
     for name in arrays:
         array = found[name]
@@ -100,10 +121,38 @@ def read_latents(path: Path) -> tuple[NDArray[np.floating], NDArray[np.floating]
                     f"data: expected finite values{' >= 0' if name == _STD else ''} in {name}, "
                     f"got {part[index]} in number {start + index[0]} ({path})"
                 )
-    return latents, deviations, _checked_labels(found.get("labels"), len(latents), path)
+    return Arrays(latents, _checked_labels(labels, len(latents), path), class_names, unread, deviations)
 
 
-def _names(path: Path) -> set[str]:
+def _one_of(names: tuple[str, ...], known: set[str], path: Path) -> str | None:
+    """The one of the names that a file has, if any. Raises ValueError for two: which counts is not known."""
+    found = [name for name in names if name in known]
+    if len(found) > 1:
+        raise ValueError(f"data: expected one array of {', '.join(names)} in {path}, got {' and '.join(found)}")
+    return found[0] if found else None
+
+
+def _labelled(
+    path: Path, known: set[str], names: tuple[str, ...]
+) -> tuple[dict[str, np.ndarray], np.ndarray | None, tuple[str, ...] | None, list[str]]:
+    """Those arrays, labels, class names, and the names of the arrays that are none of these."""
+    label = _one_of(_LABELS, known, path)
+    wanted = (*names, *([label] if label else []), *([_CLASS_NAMES] if _CLASS_NAMES in known else []))
+    found = read_arrays(path, wanted)
+    class_names = found.get(_CLASS_NAMES)
+    if class_names is not None and (class_names.ndim != 1 or class_names.dtype.kind != "U"):
+        raise ValueError(
+            f"data: expected {_CLASS_NAMES} as a list of text in {path}, got {list(class_names.shape)} of {class_names.dtype}"
+        )
+    return (
+        found,
+        None if label is None else found[label],
+        None if class_names is None else tuple(class_names.tolist()),
+        sorted(known - set(wanted)),
+    )
+
+
+def names_in(path: Path) -> set[str]:
     """The names of an npz file's arrays. Raises ValueError for another file, and for a name twice."""
     try:
         with zipfile.ZipFile(path) as archive:
@@ -116,7 +165,7 @@ def _names(path: Path) -> set[str]:
     return set(names)
 
 
-def _read(path: Path, names: tuple[str, ...]) -> dict[str, np.ndarray]:
+def read_arrays(path: Path, names: tuple[str, ...]) -> dict[str, np.ndarray]:
     """Those of the arrays that are there. Raises ValueError for a broken file or a large one; no pickle is run."""
     try:
         with zipfile.ZipFile(path) as archive:
@@ -195,7 +244,3 @@ def _check_header(path: Path, name: str) -> None:
         size = archive.getinfo(f"{name}.npy").file_size - file.tell()
     if not dtype.hasobject and math.prod(shape) * dtype.itemsize != size:
         raise ValueError(f"{name} has {size} bytes for {list(shape)} of {dtype}")
-
-
-#: For npz files of other things than data.
-names_in, read_arrays = _names, _read

@@ -14,6 +14,7 @@ from imm.data.pickles import read_pickle
 from imm.data.pictures import decode
 
 CLASSES = 10
+NAMES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 _SIDE = 32
 _VALUES = 3 * _SIDE * _SIDE
 _BATCHES = {"train": [f"data_batch_{n}" for n in range(1, 6)], "test": ["test_batch"]}

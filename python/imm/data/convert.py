@@ -1,15 +1,16 @@
 """Writing a data set: a zip or a folder of PNGs with ``dataset.json``, an npz file, or an npz file of latents.
 
-The same images give the same bytes.
+The same images give the same bytes, whether a run was stopped on the way or not.
 """
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import shutil
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
@@ -18,10 +19,13 @@ from typing import IO, Any
 import numpy as np
 import torch
 
-from imm.data.images import to_float
-from imm.data.pictures import TRANSFORMS, Picture, encode
+from imm.data.images import check_channels, check_kept, to_float
+from imm.data.parts import Parts, member, open_parts
+from imm.data.pictures import TRANSFORMS, Picture, decode, encode
 from imm.data.sources import LABELS_FILE, Source
 from imm.latents import encode as encode_latents
+from imm.latents import fingerprint
+from imm.version import __version__
 
 
 def check_request(dest: str, resolution: int | None, transform: str, source: str | None = None) -> None:
@@ -61,43 +65,79 @@ def write(
     *,
     resolution: int | None = None,
     transform: str = "none",
+    channels: int | None = None,
     numbers: list[int] | None = None,
+    skip_broken: bool = False,
     on_image: Callable[[int], object] | None = None,
-) -> None:
-    """Write images and labels to ``dest``, atomically: afterwards it is whole, or as it was.
+    say: Callable[[str], object] | None = None,
+) -> list[str]:
+    """Write images, labels and class names to ``dest``, atomically: afterwards it is whole, or as it was.
+
+    What is done is kept beside it until then (see :mod:`imm.data.parts`): where this fails or is killed, the same call goes on.
 
     Args:
         source: from :func:`imm.data.sources.open_source`.
-        dest: ``*.npz``: arrays ``images`` ``[N, H, W, C]`` uint8 and, with labels, ``labels`` ``[N]`` int64. ``*.zip``: PNGs
-            ``00000/img00000000.png``, ..., a thousand a folder, stored, and ``dataset.json``. Otherwise a folder of the same.
-        resolution, transform: see :func:`imm.data.pictures.fit`.
-        numbers: of the images to write; all by default. on_image: called with 1 after each.
+        dest: ``*.npz``: arrays ``images`` ``[N, H, W, C]`` uint8 and, with labels, ``labels`` ``[N]`` int64 and perhaps
+            ``class_names``. ``*.zip``: PNGs ``00000/img00000000.png``, ..., a thousand a folder, stored, and ``dataset.json``.
+            Otherwise a folder of the same.
+        resolution, transform, channels: see :meth:`imm.data.sources.Source.pictures`.
+        numbers: of the images to write; all by default. skip_broken: leave out pictures that cannot be read.
+        on_image: called with the number of images done. say: called with a line where an earlier run had begun.
+
+    Returns:
+        The pictures left out, a line each.
 
     Raises:
-        ValueError: see :func:`check_request`, and what reading raises.
+        ValueError: see :func:`check_request`, and what reading raises, with how far it came.
     """
     path = Path(dest)
     check_request(dest, resolution, transform)
+    check_channels(channels)
     chosen = list(range(source.count)) if numbers is None else numbers
-    labels = None if source.labels is None else source.labels[chosen]
+    ending = ".npy" if path.suffix == ".npz" else ".png"
+    request = {"ending": ending, "resolution": resolution, "transform": transform, "channels": channels, "imm": __version__}
+    tell = on_image or (lambda count: None)
 
-    def pictures() -> Iterator[Picture]:
-        for picture in source.pictures(resolution, transform, chosen):
-            yield picture
-            if on_image is not None:
-                on_image(1)
+    def picture_of(content: bytes) -> Picture:
+        return decode(content, dest) if ending == ".png" else _from_npy(content)
 
-    try:
-        with _replacing(path) as part:
-            if path.suffix == ".npz":
-                _write_npz(part, pictures(), len(chosen), labels)
-            elif path.suffix == ".zip":
-                with zipfile.ZipFile(part, "w") as archive:
-                    _write_files(pictures(), labels, lambda name, content: archive.writestr(_member(name), content))
-            else:
-                _write_files(pictures(), labels, lambda name, content: _write_file(part / name, content))
-    except OSError as error:
-        raise ValueError(f"dest: cannot write {dest}: {error}") from error
+    def fits(content: bytes) -> bool:
+        return channels in (None, picture_of(content).shape[2])
+
+    with open_parts(path, request, source, chosen, skip_broken=skip_broken, fits=fits, say=say) as parts:
+        tell(len(chosen) - len(parts.todo))
+        like = picture_of(parts.read(0)) if parts.kept else None
+
+        def leave_out(number: int, text: str) -> None:
+            parts.leave_out(number, text)
+            tell(1)
+
+        on_broken = leave_out if skip_broken else None
+        pictures = source.pictures(resolution, transform, parts.todo, channels=channels, like=like, on_broken=on_broken)
+        for number, picture in pictures:
+            parts.append(number, encode(picture) if ending == ".png" else _to_npy(picture), ending)
+            tell(1)
+        check_kept(parts.kept, parts.left_out)
+        labels = None if source.labels is None else source.labels[parts.kept]
+        class_names = None if labels is None else source.class_names
+        if ending == ".png":
+            rows = None if labels is None else [list(row) for row in zip(parts.names(), labels.tolist(), strict=True)]
+            table: dict[str, Any] = {"labels": rows}
+            if class_names is not None:
+                table["class_names"] = list(class_names)
+            content = json.dumps(table).encode()
+        if path.suffix == ".zip":
+            parts.finish(LABELS_FILE, content)
+            os.replace(parts.path, path)
+        else:
+            with _replacing(path) as whole:
+                if ending == ".npy":
+                    _write_npz(whole, ("images",), parts, lambda index: [picture_of(parts.read(index))], labels, class_names)
+                else:
+                    for index, name in enumerate(parts.names()):
+                        _write_file(whole / name, parts.read(index))
+                    _write_file(whole / LABELS_FILE, content)
+    return list(parts.left_out.values())
 
 
 def write_latents(
@@ -109,14 +149,17 @@ def write_latents(
     transform: str = "none",
     numbers: list[int] | None = None,
     batch: int = 8,
+    skip_broken: bool = False,
     on_image: Callable[[int], object] | None = None,
-) -> None:
-    """Write the posteriors of images' latents to ``dest``, atomically.
+    say: Callable[[str], object] | None = None,
+) -> list[str]:
+    """Write the posteriors of images' latents to ``dest``, atomically, and go on as :func:`write` does.
 
     Args:
         dest: ``*.npz``: arrays ``latents_mean`` and ``latents_std`` ``[N, C, h, h]`` float16, scaled as
-            :func:`imm.latents.encode` does, and, with labels, ``labels`` ``[N]`` int64. All of it is in memory until the end.
-        vae: from :func:`imm.latents.load_vae`. batch: images encoded at a time. The rest: as for :func:`write`.
+            :func:`imm.latents.encode` does, and, with labels, ``labels`` ``[N]`` int64 and perhaps ``class_names``.
+        vae: from :func:`imm.latents.load_vae`; it gets three channels, grey pictures' repeated. batch: images encoded at a
+            time. The rest: as for :func:`write`.
 
     Raises:
         ValueError: see :func:`check_request`, and what reading and encoding raise; latents that float16 does not hold.
@@ -126,34 +169,39 @@ def write_latents(
     if path.suffix != ".npz":
         raise ValueError(f"dest: expected an .npz file for latents, got {dest}")
     chosen = list(range(source.count)) if numbers is None else numbers
-    arrays: list[np.ndarray] = []  # means and deviations
-    done = 0
-    pictures = source.pictures(resolution, transform, chosen)
-    while part := list(islice(pictures, batch)):
-        images = to_float(torch.from_numpy(np.stack(part)).permute(0, 3, 1, 2))
-        posteriors = [values.cpu().numpy().astype(np.float16) for values in encode_latents(images, vae, batch)]
-        if not all(np.isfinite(values).all() for values in posteriors):
-            raise ValueError(
-                f"vae: expected latents that float16 holds, got others for images {done} to {done + len(part) - 1}"
-            )
-        arrays = arrays or [np.empty((len(chosen), *values.shape[1:]), np.float16) for values in posteriors]
-        for array, values in zip(arrays, posteriors, strict=True):
-            array[done : done + len(part)] = values
-        done += len(part)
-        if on_image is not None:
-            on_image(len(part))
-    named = dict(zip(("latents_mean", "latents_std"), arrays, strict=True))
-    if source.labels is not None:
-        named["labels"] = source.labels[chosen]
-    try:
-        with _replacing(path) as file, zipfile.ZipFile(file, "w") as archive:
-            for name, array in named.items():
-                with archive.open(_member(f"{name}.npy"), "w", force_zip64=True) as member:
-                    _write_header(member, array.shape, array.dtype.newbyteorder("<").str)
-                    for row in array:
-                        member.write(row.astype(row.dtype.newbyteorder("<"), copy=False).tobytes())
-    except OSError as error:
-        raise ValueError(f"dest: cannot write {dest}: {error}") from error
+    request = {"vae": fingerprint(vae), "batch": batch, "resolution": resolution, "transform": transform, "imm": __version__}
+    tell = on_image or (lambda count: None)
+    # By whole batches, so that an image is encoded beside the same others as in a run that was not stopped.
+    with open_parts(path, request, source, chosen, skip_broken=skip_broken, multiple=batch, say=say) as parts:
+        tell(len(chosen) - len(parts.todo))
+        shape = _from_npy(parts.read(0)).shape if parts.kept else None
+
+        def leave_out(number: int, text: str) -> None:
+            parts.leave_out(number, text)
+            tell(1)
+
+        on_broken = leave_out if skip_broken else None
+        pictures = source.pictures(resolution, transform, parts.todo, channels=3, on_broken=on_broken)
+        while part := list(islice(pictures, batch)):
+            images = to_float(torch.from_numpy(np.stack([picture for _, picture in part])).permute(0, 3, 1, 2))
+            posteriors = np.stack([v.cpu().numpy().astype(np.float16) for v in encode_latents(images, vae, batch)], axis=1)
+            if not np.isfinite(posteriors).all():
+                names = [source.name(number) for number, _ in (part[0], part[-1])]
+                raise ValueError(f"vae: expected latents that float16 holds, got others for {names[0]} to {names[1]}")
+            for (number, _), values in zip(part, posteriors, strict=True):
+                shape = shape or values.shape
+                if values.shape != shape:
+                    sizes = [list(one[1:]) for one in (shape, values.shape)]
+                    raise ValueError(f"data: expected latents of {sizes[0]}, got {sizes[1]} ({source.name(number)})")
+                parts.append(number, _to_npy(values), ".npy")
+            tell(len(part))
+        check_kept(parts.kept, parts.left_out)
+        labels = None if source.labels is None else source.labels[parts.kept]
+        class_names = None if labels is None else source.class_names
+        with _replacing(path) as whole:
+            names_of_arrays = ("latents_mean", "latents_std")
+            _write_npz(whole, names_of_arrays, parts, lambda index: list(_from_npy(parts.read(index))), labels, class_names)
+    return list(parts.left_out.values())
 
 
 def _is_folder(path: Path) -> bool:
@@ -163,28 +211,18 @@ def _is_folder(path: Path) -> bool:
 @contextmanager
 def _replacing(path: Path) -> Iterator[Path]:
     """A file or folder beside ``path`` that takes its place at the end, or goes away."""
-    part = path.with_name(f".{path.name}.part")  # one name: what a killed run left is overwritten by the next
-    shutil.rmtree(part, ignore_errors=True)
+    whole = path.with_name(f".{path.name}.whole.part")  # one name: what a killed run left is overwritten by the next
+    shutil.rmtree(whole, ignore_errors=True)
     try:
         if _is_folder(path):
-            part.mkdir()
-        yield part
+            whole.mkdir()
+        yield whole
         if not _is_folder(path):
-            with open(part, "rb") as file:
+            with open(whole, "rb") as file:
                 os.fsync(file.fileno())
-        os.replace(part, path)
+        os.replace(whole, path)
     finally:
-        shutil.rmtree(part, ignore_errors=True) if part.is_dir() else part.unlink(missing_ok=True)
-
-
-def _write_files(pictures: Iterator[Picture], labels: np.ndarray | None, write: Callable[[str, bytes], None]) -> None:
-    rows: list[list[str | int]] = []
-    for number, picture in enumerate(pictures):
-        name = f"{number // 1000:05d}/img{number:08d}.png"
-        write(name, encode(picture))
-        if labels is not None:
-            rows.append([name, int(labels[number])])
-    write(LABELS_FILE, json.dumps({"labels": None if labels is None else rows}).encode())
+        shutil.rmtree(whole, ignore_errors=True) if whole.is_dir() else whole.unlink(missing_ok=True)
 
 
 def _write_file(path: Path, content: bytes) -> None:
@@ -192,24 +230,40 @@ def _write_file(path: Path, content: bytes) -> None:
     path.write_bytes(content)
 
 
-def _member(name: str) -> zipfile.ZipInfo:
-    """A stored member without a trace of the time or the system that it was written on."""
-    info = zipfile.ZipInfo(name, date_time=(1980, 1, 1, 0, 0, 0))
-    info.create_system, info.external_attr = 3, 0o644 << 16
-    return info
+def _to_npy(array: np.ndarray) -> bytes:
+    out = io.BytesIO()
+    np.lib.format.write_array(out, np.ascontiguousarray(array), (1, 0), allow_pickle=False)
+    return out.getvalue()
 
 
-def _write_npz(path: Path, pictures: Iterator[Picture], count: int, labels: np.ndarray | None) -> None:
+def _from_npy(content: bytes) -> np.ndarray:
+    return np.lib.format.read_array(io.BytesIO(content), allow_pickle=False)
+
+
+def _write_npz(
+    path: Path,
+    names: Sequence[str],
+    parts: Parts,
+    rows: Callable[[int], Sequence[np.ndarray]],
+    labels: np.ndarray | None,
+    class_names: Sequence[str] | None,
+) -> None:
+    """Arrays of those names, of which ``rows`` gives the values of a picture; one after the other, nothing in memory."""
     with zipfile.ZipFile(path, "w") as archive:
-        with archive.open(_member("images.npy"), "w", force_zip64=True) as file:
-            for number, picture in enumerate(pictures):
-                if number == 0:
-                    _write_header(file, (count, *picture.shape), "|u1")
-                file.write(picture.tobytes())
-        if labels is not None:
-            with archive.open(_member("labels.npy"), "w") as file:
-                _write_header(file, labels.shape, "<i8")
-                file.write(labels.astype("<i8").tobytes())
+        for position, name in enumerate(names):
+            with archive.open(member(f"{name}.npy"), "w", force_zip64=True) as file:
+                for index in range(len(parts.kept)):
+                    row = rows(index)[position]
+                    row = row.astype(row.dtype.newbyteorder("<"), copy=False)
+                    if index == 0:
+                        _write_header(file, (len(parts.kept), *row.shape), row.dtype.str)
+                    file.write(row.tobytes())
+        for name, values in (("labels", labels), ("class_names", class_names)):
+            if values is not None:
+                array = np.array(values, "<i8" if name == "labels" else "<U")
+                with archive.open(member(f"{name}.npy"), "w") as file:
+                    _write_header(file, array.shape, array.dtype.str)
+                    file.write(array.tobytes())
 
 
 def _write_header(file: IO[bytes], shape: tuple[int, ...], dtype: str) -> None:

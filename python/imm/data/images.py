@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor
 
 from imm.data import arrays, mean_std
-from imm.data.sources import MNIST_5K, NoSplitsError, open_source
+from imm.data.sources import MNIST_5K, NoSplitsError, array_notes, class_notes, count_classes, open_source
 
 
 @dataclass(frozen=True)
@@ -23,6 +24,8 @@ class ImageData:
         source: in words.
         deviations: of latents that are an autoencoder's posteriors: ``pixels`` are then the means, these the standard
             deviations, of the same shape and dtype. None for all else.
+        class_names: of every class, or None.
+        notes: lines on what was left out or changed. left_out: the pictures that ``skip_broken`` left out, a line each.
     """
 
     pixels: Tensor
@@ -30,6 +33,9 @@ class ImageData:
     num_classes: int
     source: str
     deviations: Tensor | None = None
+    class_names: tuple[str, ...] | None = None
+    notes: tuple[str, ...] = ()
+    left_out: tuple[str, ...] = ()
 
     def __len__(self) -> int:
         return len(self.pixels)
@@ -52,7 +58,16 @@ def to_float(pixels: Tensor) -> Tensor:
     return pixels.float() / 127.5 - 1.0
 
 
-def load(source: str, resolution: int | None = None, split: str | None = None, *, latents: bool = False) -> ImageData:
+def load(
+    source: str,
+    resolution: int | None = None,
+    split: str | None = None,
+    *,
+    latents: bool = False,
+    transform: str = "none",
+    channels: int | None = None,
+    skip_broken: bool = False,
+) -> ImageData:
     """Images from a named set, a folder or a file.
 
     Args:
@@ -61,53 +76,80 @@ def load(source: str, resolution: int | None = None, split: str | None = None, *
         resolution: side to resize to (antialiased); needed unless all images are square and of one size.
         split: "train", "test" or "all"; None is "train" for a source that has splits, "all" for one that has none.
         latents: take latents too, in an .npz file or in EDM2's layout, which are refused otherwise.
+        transform: see :func:`imm.data.pictures.fit`.
+        channels: 1 or 3, which all pictures are brought to; None for the files' own, which must be alike.
+        skip_broken: leave pictures out that cannot be read; ``left_out`` then says which.
 
     Raises:
         ValueError, FileNotFoundError: with what was expected and what came.
     """
+    check_channels(channels)
     path = Path(source)
-    if latents and path.is_file() and path.suffix == ".npz" and arrays.has_latents(path):
-        return _load_latents(path, resolution, split)
-    if latents and (found := mean_std.read(path)) is not None:
-        return _of_posteriors(found, path, resolution, split)
+    found = _find_latents(path) if latents else None
+    if found is not None:
+        for name, given in (("transform", transform if transform != "none" else None), ("channels", channels)):
+            if given is not None:
+                raise ValueError(f"{name}: expected none for latents, got {given} ({path})")
+        return _load_latents(found, path, resolution, split)
     with open_source(source, split) as opened:
         pixels = np.empty(0, np.uint8)
-        for number, picture in enumerate(opened.pictures(resolution)):
+        left_out: dict[int, str] = {}
+        kept: list[int] = []
+        on_broken = left_out.__setitem__ if skip_broken else None
+        for number, picture in opened.pictures(resolution, transform, channels=channels, on_broken=on_broken):
             planes = picture.transpose(2, 0, 1)
-            if number == 0:
+            if not kept:
                 pixels = np.empty((opened.count, *planes.shape), np.uint8)
-            pixels[number] = planes
-        labels = None if opened.labels is None else torch.from_numpy(opened.labels)
-        return ImageData(torch.from_numpy(pixels), labels, opened.num_classes, opened.description)
-
-
-def _load_latents(path: Path, resolution: int | None, split: str | None) -> ImageData:
-    if split not in (None, "all"):
-        raise NoSplitsError(f"split: expected all for {path}, which has no splits, got {split}")
-    values, deviations, labels = arrays.read_latents(path)
-    if resolution not in (None, values.shape[2]):
-        raise ValueError(
-            f"resolution: expected {values.shape[2]} or none, latents cannot be resized, got {resolution} ({path})"
+            pixels[len(kept)] = planes
+            kept.append(number)
+        check_kept(kept, left_out)
+        return ImageData(
+            torch.from_numpy(pixels[: len(kept)]),
+            None if opened.labels is None else torch.from_numpy(opened.labels[kept]),
+            opened.num_classes,
+            opened.description + (f" without {len(left_out)} broken ones" if left_out else ""),
+            class_names=opened.class_names,
+            notes=tuple(opened.said()),
+            left_out=tuple(left_out.values()),
         )
-    return ImageData(
-        torch.from_numpy(values),
-        None if labels is None else torch.from_numpy(labels),
-        0 if labels is None else int(labels.max()) + 1,
-        f"{len(values)} {'latents' if deviations is None else 'posteriors of latents'} in {path}",
-        None if deviations is None else torch.from_numpy(deviations),
-    )
 
 
-def _of_posteriors(found: mean_std.Posteriors, path: Path, resolution: int | None, split: str | None) -> ImageData:
+def check_channels(channels: int | None) -> None:
+    """Raise ValueError for a number of channels that images do not have."""
+    if channels not in (None, 1, 3):
+        raise ValueError(f"channels: expected 1, 3 or none, got {channels}")
+
+
+def check_kept(kept: Sequence[int], left_out: Mapping[int, str]) -> None:
+    """Raise ValueError where every picture is broken."""
+    if not kept and left_out:
+        raise ValueError(f"data: expected images that are whole, got none in {len(left_out)}; {next(iter(left_out.values()))}")
+
+
+def _find_latents(path: Path) -> arrays.Arrays | None:
+    if path.is_file() and path.suffix == ".npz":
+        return arrays.read_latents(path) if arrays.has_latents(path) else None
+    return mean_std.read(path)
+
+
+def _load_latents(found: arrays.Arrays, path: Path, resolution: int | None, split: str | None) -> ImageData:
     if split not in (None, "all"):
         raise NoSplitsError(f"split: expected all for {path}, which has no splits, got {split}")
-    if resolution not in (None, found.means.shape[2]):
-        side = found.means.shape[2]
-        raise ValueError(f"resolution: expected {side} or none, latents cannot be resized, got {resolution} ({path})")
-    labels = None if found.labels is None else torch.from_numpy(found.labels)
-    classes = 0 if labels is None else int(labels.max()) + 1
-    source = f"{len(found.means)} posteriors of latents in {path}"
-    return ImageData(torch.from_numpy(found.means), labels, classes, source, torch.from_numpy(found.deviations))
+    if resolution not in (None, found.values.shape[2]):
+        raise ValueError(
+            f"resolution: expected {found.values.shape[2]} or none, latents cannot be resized, got {resolution} ({path})"
+        )
+    kind = "latents" if found.deviations is None else "posteriors of latents"
+    description = f"{len(found.values)} {kind} in {path}"
+    return ImageData(
+        torch.from_numpy(found.values),
+        None if found.labels is None else torch.from_numpy(found.labels),
+        count_classes(found.labels, found.class_names, description),
+        description,
+        None if found.deviations is None else torch.from_numpy(found.deviations),
+        None if found.labels is None else found.class_names,
+        tuple(array_notes(found.unread) + class_notes(found.labels, found.class_names)),
+    )
 
 
 def mnist_5k(resolution: int = 16) -> ImageData:

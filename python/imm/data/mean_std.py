@@ -7,36 +7,23 @@ from __future__ import annotations
 
 import io
 import re
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
-from imm.data.files import MAX_CLASSES, Files, open_files
+from imm.data.arrays import Arrays
+from imm.data.files import Files, open_files
 from imm.data.pictures import SUFFIXES
-from imm.data.sources import LABELS_FILE, read_json
+from imm.data.sources import LABELS_FILE, listed_labels
 from imm.latents import SD_VAE_MEAN, SD_VAE_STD, STD
 
 _NAME = re.compile(r"(.*/)?img-mean-std-\d+\.npy")
 _CHANNELS = len(SD_VAE_MEAN)
 
 
-@dataclass(frozen=True)
-class Posteriors:
-    """Of latents in the scale that networks learn.
-
-    Attributes:
-        means, deviations: ``[N, C, h, h]``, of the files' dtype, float16 or float32. labels: ``[N]`` or None.
-    """
-
-    means: NDArray[np.floating]
-    deviations: NDArray[np.floating]
-    labels: NDArray[np.int64] | None
-
-
-def read(path: Path) -> Posteriors | None:
-    """The posteriors in a zip or a folder, in the order of their names; None where there are none.
+def read(path: Path) -> Arrays | None:
+    """The posteriors in a zip or a folder in the scale that networks learn, by their names; None where there are none.
 
     Raises:
         ValueError: pictures beside them, a broken file or one of another shape or dtype than the first, values that are not
@@ -51,7 +38,11 @@ def read(path: Path) -> Posteriors | None:
         picture = next((name for name in files.names if name.lower().endswith(SUFFIXES)), None)
         if picture is not None:
             raise ValueError(f"data: expected images or latents in {path}, got {picture} beside {names[0]}")
-        labels = _labels(files, names)
+        listed = LABELS_FILE in files.names
+        deep = None if listed else next((name for name in files.names if name.endswith(f"/{LABELS_FILE}")), None)
+        if deep is not None:
+            raise ValueError(f"data: expected {LABELS_FILE} at the top of {path}, got {deep}")
+        labels, class_names = listed_labels(files, names) if listed else (None, None)
         scale = (STD / np.array(SD_VAE_STD, np.float32))[:, None, None]
         shift = np.array(SD_VAE_MEAN, np.float32)[:, None, None]
         first = _values(files, names[0])
@@ -65,7 +56,7 @@ def read(path: Path) -> Posteriors | None:
                 )
             means[number] = (values[:_CHANNELS] - shift) * scale
             deviations[number] = values[_CHANNELS:] * scale
-    return Posteriors(means, deviations, labels)
+    return Arrays(means, labels, class_names, [], deviations)
 
 
 def _values(files: Files, name: str) -> NDArray[np.floating]:
@@ -87,27 +78,3 @@ def _values(files: Files, name: str) -> NDArray[np.floating]:
     if not np.isfinite(values).all() or (values[_CHANNELS:] < 0).any():
         raise ValueError(f"data: expected finite means and deviations >= 0, got others in {name} of {files.path}")
     return values
-
-
-def _labels(files: Files, names: list[str]) -> NDArray[np.int64] | None:
-    """A label for each of the names from ``dataset.json``; None where it, or what it lists, is not there."""
-    table = read_json(files, LABELS_FILE) if LABELS_FILE in files.names else {"labels": None}
-    place = f"{LABELS_FILE} of {files.path}"
-    try:
-        rows = table["labels"]
-        found = None if rows is None else dict(rows)
-    except (TypeError, KeyError, ValueError) as error:
-        raise ValueError(f'data: expected {{"labels": [[name, class], ...]}} or {{"labels": null}} in {place}') from error
-    if found is None:
-        return None
-    wrong = found.keys() ^ set(names)
-    if wrong or len(rows) != len(found):
-        raise ValueError(
-            f"data: expected one label for each of the {len(names)} files in {place}, got {len(rows)} labels; "
-            f"{f'one of the two lacks {min(map(str, wrong))}' if wrong else 'some name is there twice'}"
-        )
-    labels = [found[name] for name in names]
-    odd = [label for label in labels if type(label) is not int or not 0 <= label < MAX_CLASSES]
-    if odd:
-        raise ValueError(f"data: expected classes from 0 to {MAX_CLASSES - 1} in {place}, got {str(odd[0])[:80]}")
-    return np.array(labels, np.int64)

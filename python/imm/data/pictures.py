@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import io
+import re
 import warnings
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -19,27 +21,112 @@ SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png", ".webp")
 TRANSFORMS = ("none", "center-crop", "center-crop-dhariwal")
 
 
+#: What the first bytes of other files say they are, for the message.
+_FOREIGN = (
+    (b"GIF8", "a GIF"),
+    (rb"II\*\0", "a TIFF"),
+    (rb"MM\0\*", "a TIFF"),
+    (b"....ftypavi", "an AVIF"),
+    (b"....ftyp(hei|hev|mif)", "a HEIF"),
+    (rb"\s*<(!doctype html|html)", "an HTML page"),
+    (rb"\s*(<\?xml|<svg)", "an SVG or XML file"),
+    (b"\0+$", "nothing but zeros"),
+)
+#: Orientation, the only EXIF tag that is looked at, and how many quarter turns (anticlockwise) and whether mirrored after.
+_ORIENTATION = 0x0112
+_TURNS = {2: (0, True), 3: (2, False), 4: (2, True), 5: (3, True), 6: (3, False), 7: (1, True), 8: (1, False)}
+
+
+@dataclass(frozen=True)
+class Decoded:
+    """A picture as its file has it.
+
+    Attributes:
+        pixels: ``[H, W, 1 or 3]`` uint8, upright.
+        grey: True for a file with one channel (and perhaps alpha), False for one in colour. None for one that fits beside both:
+            its mode has no grey (a palette, WebP), and its pixels have no colour.
+        alpha: whether it had transparency, which is left out. animated: whether more frames followed the first.
+    """
+
+    pixels: Picture
+    grey: bool | None
+    alpha: bool = False
+    animated: bool = False
+
+
 def decode(content: bytes, name: str) -> Picture:
-    """An image file's bytes as a picture, upright as the camera noted it: grey stays grey, all else becomes RGB.
+    """An image file's bytes as a picture, upright as the camera noted it: grey with one channel, colour with three.
 
     Raises:
         ValueError: not a whole BMP, JPEG, PNG or WebP file, more than 8 bits a channel, or larger than pillow takes.
     """
-    from PIL import Image, ImageOps
+    found = read_picture(content, name)
+    return found.pixels if found.grey is False else with_channels(found.pixels, 1)
+
+
+def read_picture(content: bytes, name: str) -> Decoded:
+    """:func:`decode`, with what else the file says of the picture."""
+    from PIL import Image
 
     try:
         with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of odd metadata; the pixels are whole or an error
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             with Image.open(io.BytesIO(content), formats=("BMP", "JPEG", "PNG", "WEBP")) as file:
-                if file.mode[0] in "IF":  # 16 or 32 bits; pillow would clip them
+                # Modes of 16 or 32 bits, which pillow would clip; it opens a PNG in colour of 16 bits as one of 8.
+                if file.mode[0] in "IF" or (file.format == "PNG" and content[content.find(b"IHDR") + 12] > 8):
                     raise ValueError("more than 8 bits a channel")
-                upright = ImageOps.exif_transpose(file)
-                array = np.array(upright.convert("L" if upright.mode in ("1", "L") else "RGB"))
+                single = file.mode in ("1", "L", "LA")
+                alpha = file.mode in ("LA", "PA", "RGBA") or "transparency" in file.info
+                animated = bool(getattr(file, "is_animated", False))
+                pixels = np.array(file.convert("L" if single else "RGB"))
+                colourless = file.mode in ("P", "PA") or file.format == "WEBP"
+                turns, mirrored = _TURNS.get(_orientation(file), (0, False))
+    except MemoryError:
+        raise
     except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
         raise ValueError(f"data: expected an image of at most {Image.MAX_IMAGE_PIXELS} pixels, got {name}: {error}") from error
-    except (OSError, ValueError, SyntaxError) as error:  # a SyntaxError is what pillow says to some broken PNGs
-        raise ValueError(f"data: expected an image, got {name}: {error}") from error
-    return array[:, :, None] if array.ndim == 2 else array
+    except Exception as error:  # pillow raises struct.error, TypeError, AttributeError and others for broken files
+        raise ValueError(f"data: expected an image, got {name}: {_why(error, content)}") from error
+    pixels = np.rot90(pixels, turns)
+    pixels = np.ascontiguousarray(pixels[:, ::-1] if mirrored else pixels)
+    if single:
+        return Decoded(pixels[:, :, None], True, alpha, animated)
+    # A lossy WebP rounds green apart from red and blue.
+    grey = None if colourless and int((pixels.max(2) - pixels.min(2)).max()) <= 1 else False
+    return Decoded(pixels, grey, alpha, animated)
+
+
+def _orientation(file: Image.Image) -> int:
+    """What EXIF (or XMP) says; 0 where it cannot be read, for the pixels are whole."""
+    try:
+        found = file.getexif().get(_ORIENTATION)
+    except MemoryError:
+        raise
+    except Exception:
+        return 0
+    return found if isinstance(found, int) else 0
+
+
+def _why(error: Exception, content: bytes) -> str:
+    """One line for an error of pillow's, which may be empty, of many lines, or name an object in memory."""
+    from PIL import UnidentifiedImageError
+
+    if isinstance(error, UnidentifiedImageError):
+        known = next((what for mark, what in _FOREIGN if re.match(mark, content[:1000], re.DOTALL | re.IGNORECASE)), "")
+        return f"no BMP, JPEG, PNG or WebP file{f', but {known}' if known else ''}" if content else "an empty file"
+    text = re.sub(r" ?<[\w.]+ object at 0x\w+>", "", " ".join(str(error).split()))
+    return text if isinstance(error, OSError | ValueError) and text else f"{type(error).__name__} {text}".rstrip()
+
+
+def with_channels(picture: Picture, channels: int) -> Picture:
+    """The picture with one channel or three: grey is repeated, colour becomes luma (ITU-R 601, as pillow rounds it)."""
+    if picture.shape[2] == channels:
+        return picture
+    if channels == 3:
+        return np.repeat(picture, 3, axis=2)
+    red, green, blue = np.moveaxis(picture.astype(np.uint32), 2, 0)
+    return ((red * 19595 + green * 38470 + blue * 7471 + 0x8000) >> 16).astype(np.uint8)[:, :, None]
 
 
 def encode(picture: Picture) -> bytes:

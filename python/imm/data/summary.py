@@ -75,8 +75,9 @@ def summarize(data: ImageData) -> dict[str, Any]:
     """Count, shape, classes, moments and digest of uint8 images.
 
     Returns:
-        What JSON can hold: ``source``, ``count``, ``shape`` (channels, height, width), ``classes``, ``per_class`` (number in
-        each, or None), ``mean`` and ``std`` (of each channel over all its pixels, on 0..255; the population's),
+        What JSON can hold: ``source``, ``count``, ``shape`` (channels, height, width), ``classes``, ``class_names`` (or None),
+        ``per_class`` (number in each, or None), ``mean`` and ``std`` (of each channel over all its pixels, on 0..255; the
+        population's),
         ``min``, ``max``, ``sha256`` (see :func:`digest`).
 
     Raises:
@@ -99,6 +100,7 @@ def summarize(data: ImageData) -> dict[str, Any]:
         "count": len(data),
         "shape": list(data.shape),
         "classes": data.num_classes,
+        "class_names": None if data.class_names is None else list(data.class_names),
         "per_class": None if data.labels is None else torch.bincount(data.labels, minlength=data.num_classes).tolist(),
         "mean": mean.tolist(),
         "std": std.tolist(),

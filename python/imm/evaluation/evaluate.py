@@ -197,7 +197,9 @@ def check(names: Sequence[str], pictures: PictureSet, reference: PictureSet | Re
             continue
         if metric.kind == "fd" and metric.features == INCEPTION and reference.moments is not None:
             if known["resize"] is not None:
-                raise ValueError(f"{name}: expected the reference as stored, which its mu and sigma are of, got it resized")
+                raise ValueError(
+                    f"{name}: expected the reference as stored, which its mu and sigma are of, got it {known['resize']}"
+                )
             continue
         if known["count"] is not None and known["count"] < least:
             raise ValueError(f"{name}: expected at least {least} images in the reference, got {known['count']}")

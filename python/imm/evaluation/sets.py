@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,10 @@ import torch
 from torch import Tensor
 
 from imm.data import digest, load
+from imm.data.arrays import MOMENTS
+from imm.data.files import open_files
 from imm.data.pictures import decode
-from imm.data.sources import NoSplitsError
+from imm.data.sources import NoSplitsError, array_notes
 from imm.evaluation.pictures import to_uint8
 from imm.evaluation.statistics import FeatureStatistics, read_moments
 from imm.seeds import parse_integers
@@ -38,6 +41,7 @@ class PictureSet:
         quantisation: how floats became eight bits, in words.
         resize: how they were resized, in words, or None.
         seeds: of generated images in the order of ``pixels``, or None. generation: what the sampler wrote of them, or None.
+        notes, left_out: see :class:`imm.data.ImageData`.
     """
 
     pixels: Tensor
@@ -50,6 +54,8 @@ class PictureSet:
     generation: dict[str, Any] | None = None
     quantisation: str = STORED
     moments: FeatureStatistics | None = None
+    notes: tuple[str, ...] = ()
+    left_out: tuple[str, ...] = ()
 
     def __len__(self) -> int:
         return len(self.pixels)
@@ -85,7 +91,15 @@ def picture_set(images: Tensor, labels: Tensor | None = None, source: str = "a t
     return PictureSet(pixels, labels, classes, source, digest(pixels, labels), quantisation=rule)
 
 
-def load_set(source: str, resolution: int | None = None, split: str | None = None) -> PictureSet:
+def load_set(
+    source: str,
+    resolution: int | None = None,
+    split: str | None = None,
+    *,
+    transform: str = "none",
+    channels: int | None = None,
+    skip_broken: bool = False,
+) -> PictureSet:
     """Pictures from what ``imm sample`` wrote, or from any source of :func:`imm.data.load`.
 
     A folder with the sampler's generation.json is read in the order of the seeds, with or without sub-folders of a thousand;
@@ -94,6 +108,7 @@ def load_set(source: str, resolution: int | None = None, split: str | None = Non
     Args:
         source: the folder, or a source of ``--data``. resolution: side to resize to, antialiased; never of generated images.
         split: which one of a source that has several; of another it only says what the images are.
+        transform, channels, skip_broken: see :func:`imm.data.load`; not for generated images, which are taken as they are.
 
     Raises:
         ValueError, FileNotFoundError: with what was expected and what came.
@@ -101,28 +116,61 @@ def load_set(source: str, resolution: int | None = None, split: str | None = Non
     folder = Path(source)
     if (folder / GENERATION_FILE).is_file():
         return _generated(folder, seed_files(folder), resolution)
+    load_as = partial(load, source, resolution, transform=transform, channels=channels, skip_broken=skip_broken)
     try:
-        data = load(source, resolution, split)
+        data = load_as(split=split)
     except NoSplitsError:
-        data = load(source, resolution)
+        data = load_as()
     out = picture_set(data.pixels, data.labels, data.source)
-    resize = None if resolution is None else f"bilinear, antialiased, to {resolution}x{resolution} where of another size"
     moments = read_moments(folder) if folder.is_file() and folder.suffix == ".npz" else None
-    return PictureSet(out.pixels, out.labels, data.num_classes, out.source, out.digest, resize, moments=moments)
+    return PictureSet(
+        out.pixels,
+        out.labels,
+        data.num_classes,
+        out.source,
+        out.digest,
+        _resize(resolution, transform, channels),
+        notes=data.notes if moments is None else _notes_with_moments(data.notes),
+        left_out=data.left_out,
+        moments=moments,
+    )
+
+
+def _notes_with_moments(notes: tuple[str, ...]) -> tuple[str, ...]:
+    """The notes on reading a file whose ``mu`` and ``sigma`` are read as well."""
+    head = array_notes(["x"])[0][:-1]
+    out: list[str] = []
+    for note in notes:
+        unread = note.removeprefix(head).split(", ") if note.startswith(head) else None
+        out += [note] if unread is None else array_notes([name for name in unread if name not in MOMENTS])
+    return tuple(out)
+
+
+def _resize(resolution: int | None, transform: str, channels: int | None) -> str | None:
+    """What was done to the pictures, in words, or None."""
+    what = [] if transform == "none" else [transform]
+    if resolution is not None:
+        by = "" if transform == "center-crop-dhariwal" else "bilinear, antialiased, "
+        what.append(f"{by}to {resolution}x{resolution} where of another size")
+    if channels is not None:
+        what.append(f"to {channels} channel{'s' if channels > 1 else ''}")
+    return ", ".join(what) or None
 
 
 def seed_files(folder: Path) -> dict[int, Path]:
     """PNG files by seed: SEED.png, or THOUSANDS/SEED.png, of six digits or more. Raises ValueError for others and for none."""
     out: dict[int, Path] = {}
-    for path in folder.rglob("*.png"):
-        parts = path.relative_to(folder).parts
-        if any(part.startswith(".") for part in parts) or parts == (GRID_FILE,):
+    with open_files(folder) as files:
+        names = files.names
+    for name in names:
+        path = folder / name
+        if path.suffix != ".png" or name == GRID_FILE:
             continue
         seed = int(path.stem) if re.fullmatch(r"\d{6,}", path.stem) else -1
-        if seed < 0 or parts[:-1] not in ((), (f"{seed - seed % 1000:06d}",)) or seed in out:
+        if seed < 0 or name.split("/")[:-1] not in ([], [f"{seed - seed % 1000:06d}"]) or seed in out:
             raise ValueError(f"images: expected PNG files named by their seeds beside {GENERATION_FILE}, got {path}")
         out[seed] = path
-    if not out and next(folder.rglob("*.npy"), None) is not None:
+    if not out and any(name.endswith(".npy") for name in names):
         raise ValueError(
             f"images: expected pictures in {folder}, got latents; imm sample once more with --vae=PATH decodes them"
         )
@@ -136,7 +184,11 @@ def _generated(folder: Path, files: dict[int, Path], resolution: int | None) -> 
     generation, labels = _read_generation(folder, seeds)
     pixels: np.ndarray[Any, Any] = np.empty(0, np.uint8)
     for number, file in enumerate(files.values()):
-        picture = decode(file.read_bytes(), str(file)).transpose(2, 0, 1)
+        try:
+            content = file.read_bytes()
+        except OSError as error:
+            raise ValueError(f"images: expected a file that can be read, got {file}: {error.strerror}") from error
+        picture = decode(content, str(file)).transpose(2, 0, 1)
         if number == 0:  # one array for all, and no other copy: 50,000 pictures of 256 x 256 are 10 GB
             pixels = np.empty((len(files), *picture.shape), np.uint8)
         if picture.shape != pixels.shape[1:]:

@@ -15,11 +15,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from imm.data.arrays import names_in, read_arrays
+from imm.data.arrays import MOMENTS, names_in, read_arrays
 
 FORMAT_VERSION = 1
 _KEY = "imm_statistics"
-_MOMENTS = ("mu", "sigma")
 
 
 class FeatureStatistics:
@@ -178,7 +177,7 @@ def is_statistics(path: str | os.PathLike[str]) -> bool:
         names = names_in(Path(path))
     except ValueError:
         return False
-    return _KEY in names or (names >= set(_MOMENTS) and not names & {"images", "arr_0"})
+    return _KEY in names or (names >= set(MOMENTS) and not names & {"images", "arr_0"})
 
 
 def read_moments(path: str | os.PathLike[str]) -> FeatureStatistics | None:
@@ -188,7 +187,7 @@ def read_moments(path: str | os.PathLike[str]) -> FeatureStatistics | None:
     Raises:
         ValueError: one without the other, other shapes, values that are not finite, or a sigma that is no covariance.
     """
-    found = read_arrays(Path(path), _MOMENTS)
+    found = read_arrays(Path(path), MOMENTS)
     if not found:
         return None
     shapes = {name: list(value.shape) for name, value in found.items()}
@@ -198,7 +197,7 @@ def read_moments(path: str | os.PathLike[str]) -> FeatureStatistics | None:
         got = ", ".join(f"{name} {shape} of {found[name].dtype}" for name, shape in shapes.items())
         raise ValueError(f"{path}: expected floating mu [D] and sigma [D, D], got {got}")
     # Cloned: numpy's memory is aligned now so and now so, and with it the last bits of products.
-    mu, sigma = (torch.from_numpy(found[name].astype(np.float64)).clone() for name in _MOMENTS)
+    mu, sigma = (torch.from_numpy(found[name].astype(np.float64)).clone() for name in MOMENTS)
     if not bool(mu.isfinite().all() and sigma.isfinite().all()):
         raise ValueError(f"{path}: expected finite mu and sigma, got NaN or infinity")
     values, vectors = torch.linalg.eigh(0.5 * (sigma + sigma.T))

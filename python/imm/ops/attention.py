@@ -102,6 +102,11 @@ def _rms_norm_bwd(grad: Tensor, x: Tensor, weight: Tensor | None, eps: float) ->
     return grad_x, (grad * normalised).sum((0, 1, 2)).to(weight.dtype)
 
 
+def _no_autocast(x: Tensor) -> torch.autocast:
+    """Autocast reaches into an op's own products, which are of the dtype that the op accumulates in."""
+    return torch.autocast(x.device.type, enabled=False)
+
+
 def timestep_attention(
     qkv: Tensor, heads: int, q_norm: Tensor | None, k_norm: Tensor | None, eps: float
 ) -> tuple[Tensor, Tensor]:
@@ -109,9 +114,10 @@ def timestep_attention(
     _check(qkv, heads, q_norm, k_norm, eps)
     q, k, v = _unpack(qkv.to(accumulate_dtype(qkv.dtype)), heads)
     q, k = _rms_norm(q, q_norm, eps), _rms_norm(k, k_norm, eps)
-    scores = q @ k.mT * q.shape[3] ** -0.5
-    lse = scores.logsumexp(3)
-    out = (scores - lse[..., None]).exp() @ v
+    with _no_autocast(qkv):
+        scores = q @ k.mT * q.shape[3] ** -0.5
+        lse = scores.logsumexp(3)
+        out = (scores - lse[..., None]).exp() @ v
     return _pack(out).to(qkv.dtype), lse
 
 
@@ -126,11 +132,12 @@ def timestep_attention_bwd(
     up = _heads(grad.to(dtype), heads)
     delta = (up * _heads(out.to(dtype), heads)).sum(3, keepdim=True)
     scale = q.shape[3] ** -0.5
-    weights = (q @ k.mT * scale - lse[..., None]).exp()
-    slopes = weights * (up @ v.mT - delta) * scale
-    grad_q, grad_q_norm = _rms_norm_bwd(slopes @ k, q_raw, q_norm, eps)
-    grad_k, grad_k_norm = _rms_norm_bwd(slopes.mT @ q, k_raw, k_norm, eps)
-    return _pack(grad_q, grad_k, weights.mT @ up).to(qkv.dtype), grad_q_norm, grad_k_norm
+    with _no_autocast(qkv):
+        weights = (q @ k.mT * scale - lse[..., None]).exp()
+        slopes = weights * (up @ v.mT - delta) * scale
+        grad_q, grad_q_norm = _rms_norm_bwd(slopes @ k, q_raw, q_norm, eps)
+        grad_k, grad_k_norm = _rms_norm_bwd(slopes.mT @ q, k_raw, k_norm, eps)
+        return _pack(grad_q, grad_k, weights.mT @ up).to(qkv.dtype), grad_q_norm, grad_k_norm
 
 
 def _norms_bwd(

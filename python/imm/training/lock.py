@@ -37,31 +37,36 @@ class FolderLock:
 _held: weakref.WeakValueDictionary[tuple[int, int], FolderLock] = weakref.WeakValueDictionary()
 
 
-def lock_folder(folder: Path) -> FolderLock | None:
-    """Lock a folder, which must exist; None where the system or the file system has no locks.
+def lock_folder(folder: Path, file: str | None = LOCK_FILE) -> FolderLock | None:
+    """Lock a folder, which must exist, by a file in it; or by itself (None), also against this process. None without locks.
 
     Raises:
         ValueError: another process holds it. OSError: the folder cannot be written to.
     """
     if fcntl is None:
         return None
-    descriptor = os.open(folder / LOCK_FILE, os.O_RDWR | os.O_CREAT, 0o644)
+    descriptor = os.open(folder, os.O_RDONLY) if file is None else os.open(folder / file, os.O_RDWR | os.O_CREAT, 0o644)
     try:
         found = os.fstat(descriptor)
         mine = _held.get((found.st_dev, found.st_ino))
-        if mine is not None and mine.held:
+        if file is not None and mine is not None and mine.held:
             os.close(descriptor)
             return mine
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        os.truncate(descriptor, 0)
-        os.pwrite(descriptor, f"{os.getpid()}\n".encode(), 0)
+        if file is not None:
+            os.truncate(descriptor, 0)
+            os.pwrite(descriptor, f"{os.getpid()}\n".encode(), 0)
     except OSError as error:
-        number = os.pread(descriptor, 20, 0).decode(errors="replace").strip()
+        who = "another process"
+        if file is not None:
+            who = f"process {os.pread(descriptor, 20, 0).decode(errors='replace').strip()}"
         os.close(descriptor)
         if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
             raise ValueError(
-                f"outdir: expected a folder that no other run writes to, got {folder}, where process {number} does"
+                f"outdir: expected a folder that no other run writes to, got {folder}, where {who} does"
             ) from error
         return None
-    lock = _held[found.st_dev, found.st_ino] = FolderLock(descriptor)
+    lock = FolderLock(descriptor)
+    if file is not None:
+        _held[found.st_dev, found.st_ino] = lock
     return lock

@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import functools
 import hashlib
+import itertools
 import json
 import math
 import os
@@ -22,6 +23,7 @@ from imm.backends import repeatable
 from imm.checkpoints.format import build, describe, load_state
 from imm.data import ImageData, augmentation, digest, to_float
 from imm.distributed import Exchange, Processes
+from imm.files import replacing
 from imm.flow_map import FlowMap
 from imm.objective import T_BINS, Draws, IMMObjective
 from imm.training.ema import EMA
@@ -187,6 +189,8 @@ class Trainer:
             self._settings["init"] = {"sha256": init}
         if (self.outdir / STATE_FILE).exists():
             self._load()
+        elif where.first:
+            self._refuse_snapshots()
         if not where.alike(str(self.step)):
             raise ValueError(f"outdir: expected a folder that all processes share, got {outdir}, whose state some do not find")
         intervals = config.log_every, config.snapshot_every, config.keep_every
@@ -455,7 +459,12 @@ class Trainer:
             **describe(self.objective.flow_map),
             "objective": {**objective, "bandwidths": list(self.objective.bandwidths)},
             "config": config,
-            "data": {"source": data.source, "count": len(data), "sha256": digest(data)},
+            "data": {
+                "source": data.source,
+                "count": len(data),
+                "sha256": digest(data),
+                **({} if data.class_names is None else {"class_names": list(data.class_names)}),
+            },
         }
 
     def _load(self) -> None:
@@ -465,7 +474,8 @@ class Trainer:
         if isinstance(kept, dict) and isinstance(kept.get("config"), dict):
             for name, value in (("xflip", False), ("augment", 0.0)):  # of runs from before there were these settings
                 kept["config"].setdefault(name, value)
-        differing = [d for d in _differences(kept, self._settings) if not d.startswith("data.source ")]
+        named = ("data.source ", "data.class_names ")  # what the data are called does not change the result
+        differing = [d for d in _differences(kept, self._settings) if not d.startswith(named)]
         if differing:
             raise checkpoints.CheckpointError(
                 f"{path}: expected the settings of the run to resume, got others: {'; '.join(differing[:4])}"
@@ -494,27 +504,42 @@ class Trainer:
                 self._write_snapshot()
             self._drop_snapshot(settings.get("replaced_step"))  # no such entry in states of earlier versions
 
+    def _refuse_snapshots(self) -> None:
+        """Raise ValueError for a run's folder whose state is lost: a new run would mix with it."""
+        found = sorted(self.outdir.glob("snapshot-*.safetensors"))
+        if found:
+            raise ValueError(
+                f"outdir: expected {STATE_FILE} beside {found[-1].name}, got a folder without; a new run wants another folder, "
+                f"and --init={found[-1]} begins with these weights"
+            )
+
     def _trim_stats(self) -> None:
-        """Drop the rows after the state's step: a killed run may have written some, the last one in part."""
+        """Drop the rows after the state's step: a killed run may have written some, the last one in part.
+
+        Rows of a run that never saved a state are kept beside, as ``stats-1.jsonl`` and so on.
+        """
         path = self.outdir / STATS_FILE
-        kept = []
-        if path.exists():
-            for line in path.read_text().splitlines():
-                try:
-                    step = json.loads(line)["step"]
-                except json.JSONDecodeError:
-                    break
-                except (TypeError, KeyError) as error:
-                    raise ValueError(f"outdir: expected rows of a training run in {path}, got {line[:60]!r}") from error
-                if step > self.step:
-                    break
-                kept.append(line + "\n")
-        part = path.with_suffix(".part")
+        lines = path.read_text().splitlines() if path.exists() else []
+        kept = [line for i, line in enumerate(lines) if self._stays_in_stats(path, line, last=i + 1 == len(lines))]
         try:
-            part.write_text("".join(kept))
-            os.replace(part, path)
+            if self.resumed_from is None and any(line.strip() for line in lines):
+                names = (path.with_name(f"{path.stem}-{i}{path.suffix}") for i in itertools.count(1))
+                path.rename(next(name for name in names if not name.exists()))
+            with replacing(path) as part:
+                part.write_text("".join(line + "\n" for line in kept))
         except OSError as error:
             raise ValueError(f"outdir: expected a folder that can be written to, got {self.outdir}: {error}") from error
+
+    def _stays_in_stats(self, path: Path, line: str, *, last: bool) -> bool:
+        """Whether a line is a row of a step up to the state's. Raises ValueError for one that is no row, but for the last."""
+        if not line.strip():
+            return False
+        try:
+            return bool(json.loads(line)["step"] <= self.step)
+        except (ValueError, TypeError, KeyError) as error:
+            if last and isinstance(error, json.JSONDecodeError):
+                return False
+            raise ValueError(f"outdir: expected rows of a training run in {path}, got {line[:60]!r}") from error
 
 
 @contextlib.contextmanager
