@@ -159,7 +159,11 @@ def ddpmpp_snapshot(flow_map: FlowMap, **keywords: Any) -> dict[str, Any]:
 
 def metadata(kind: str, builtins: str) -> New:
     cache = Call("collections.defaultdict", Name(f"{builtins}.dict"))
-    types = {"ref_type": Name("typing.Any"), "object_type": Name(f"{builtins}.list"), "key_type": Name(f"{builtins}.int")}
+    types = {
+        "ref_type": Name("typing.Any"),
+        "object_type": Name(f"{builtins}.list"),
+        "key_type": Name("__builtin__.long" if builtins == "__builtin__" else "builtins.int"),
+    }
     return New(f"omegaconf.base.{kind}", {**types, "optional": True, "flags": {}, "resolver_cache": cache})
 
 

@@ -216,7 +216,7 @@ def _numpy_scalar(budget: Budget, dtype: Any, data: Any) -> bool | int | float:
 
 
 #: Types that OmegaConf's records name, and that nothing here makes anything of; as protocol 2 names them too.
-_TYPES = {"typing.Any", "__builtin__.unicode"}
+_TYPES = {"typing.Any", "__builtin__.long", "__builtin__.unicode"}
 _TYPES |= {f"{place}.{name}" for place in ("builtins", "__builtin__") for name in _BUILTINS}
 _GLOBALS: dict[str, Any] = {
     **_DTYPES,
