@@ -56,6 +56,7 @@ def originals() -> list[bytes]:
     tree = published_files.flow_map_snapshot(flow_map, "DiT_tiny_4", mixed_precision=torch.float16, T=np.float64(0.994))
     tree["loss_fn"] = published_files.Persistent("Loss", {"a": np.float32(1.0), "k": np.int64(12)})
     tree["dataset_kwargs"] = published_files.New("dnnlib.util.EasyDict", None, {"path": "x", "sizes": [1, (2, 3), {4}]})
+    tree["augment_kwargs"] = published_files.record({"p": 0.12, "sizes": [1, None]})
     return [*(published_files.dumps(tree, protocol) for protocol in (4, 3, 5)), legacy, zipped]
 
 

@@ -143,3 +143,34 @@ def flow_map_snapshot(flow_map: FlowMap, model_type: str, **changes: Any) -> dic
         **changes,
     }
     return {"ema": precond(module(flow_map.network), attributes, {**keywords, "model_type": model_type, "s_embed": True})}
+
+
+KEYWORDS = {"model_channels": 32, "channel_mult": [1, 2], "num_blocks": 1, "attn_resolutions": [4], "augment_dim": 0}
+
+
+def ddpmpp_snapshot(flow_map: FlowMap, **keywords: Any) -> dict[str, Any]:
+    """The tree of a published DDPM++: every layer is a persistent object, the sizes are the constructor's keywords."""
+    tree = flow_map_snapshot(flow_map, "SongUNet")
+    state = tree["ema"].call.args[0]["state"]
+    attributes = {name: value for name, value in state.items() if not name.startswith("_")}
+    given = {**state["_init_kwargs"], **KEYWORDS, "dropout": 0.1, **keywords}
+    return {"ema": precond(module(flow_map.network, persistent=True), attributes, given), "augment_pipe": None}
+
+
+def metadata(kind: str, builtins: str) -> New:
+    cache = Call("collections.defaultdict", Name(f"{builtins}.dict"))
+    types = {"ref_type": Name("typing.Any"), "object_type": Name(f"{builtins}.list"), "key_type": Name(f"{builtins}.int")}
+    return New(f"omegaconf.base.{kind}", {**types, "optional": True, "flags": {}, "resolver_cache": cache})
+
+
+def record(value: Any, builtins: str = "builtins") -> New:
+    """A value as OmegaConf keeps it, with lists and dicts in it."""
+    if isinstance(value, list | dict):
+        inner = value.items() if isinstance(value, dict) else enumerate(value)
+        content = {key: record(one, builtins) for key, one in inner}
+        kind = "dictconfig.DictConfig" if isinstance(value, dict) else "listconfig.ListConfig"
+        whole = content if isinstance(value, dict) else list(content.values())
+        return New(f"omegaconf.{kind}", {"_metadata": metadata("ContainerMetadata", builtins), "_content": whole})
+    kinds = {int: "Integer", float: "Float", bool: "Boolean", str: "String"}
+    kind = kinds.get(type(value), "Any")
+    return New(f"omegaconf.nodes.{kind}Node", {"_metadata": metadata("Metadata", builtins), "_parent": None, "_val": value})

@@ -43,7 +43,7 @@ def where_from(x: Tensor, y: Tensor, a: Tensor, height: int, width: int) -> tupl
     forward = 2 ** (0.2 * a2) * forward
     forward = turn(-a3) @ forward
     stretch = torch.diag(torch.tensor([2 ** (0.2 * a5), 2 ** (-0.2 * a5)], dtype=torch.float64))
-    forward = turn(a4) @ stretch @ turn(-a4) @ forward
+    forward = turn(-a4) @ stretch @ turn(a4) @ forward  # anticlockwise, as a3
     shift = torch.tensor([a6 * width / 8, a7 * height / 8], dtype=torch.float64)
     places = torch.stack([x, y], -1) - shift
     back = places @ torch.linalg.inv(forward).T
@@ -78,6 +78,21 @@ def test_directions() -> None:
     assert centre(transform(spot, one(a6=-1.0, a7=1.0))) == (2.0, 6.0)
     assert centre(transform(spot, one(a2=2.0))) == (round(8 * 2**0.4, 1), 0.0)
     assert centre(transform(spot, one(a4=RIGHT_ANGLE, a5=1.0))) == (round(8 * 2**-0.2, 1), 0.0)
+
+
+def test_the_stretch_is_along_the_direction_that_edm_labels() -> None:
+    """Labels (a5 cos a4, a5 sin a4) stretch along (cos a4, -sin a4) in pixels: up to the right for a4 = 45 degrees."""
+    x, y = centred(SIDE, SIDE)
+    spot = torch.exp(-(x**2 + y**2) / 18)[None, None]
+    a = one(a4=RIGHT_ANGLE / 2, a5=2.0)
+    assert labels(a)[0, 5:7].tolist() == pytest.approx([2 * 0.5**0.5] * 2)
+    wide = transform(spot, a)[0, 0]
+
+    def spread(along_x: float, along_y: float) -> float:
+        return float((wide * (along_x * x + along_y * y) ** 2).sum() / wide.sum())
+
+    up, down = spread(0.5**0.5, -(0.5**0.5)), spread(0.5**0.5, 0.5**0.5)
+    assert up / down == pytest.approx(2 ** (4 * 0.2 * 2), rel=0.05)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -134,10 +149,14 @@ def test_how_often_what_is_drawn() -> None:
     count, p = 40_000, 0.12
     a = draw(count, p, generator=torch.Generator().manual_seed(0))
     rates = (a != 0).double().mean(0)
-    expected = torch.tensor([0.5, p / 2, *[p] * 6], dtype=torch.float64)
+    expected = torch.tensor([0.5, p / 2, p, p, p / 2, *[p] * 3], dtype=torch.float64)
     assert float(((rates - expected) / (expected * (1 - expected) / count).sqrt()).abs().max()) < 4
     drawn = a != 0
-    assert torch.equal(drawn[:, 4], drawn[:, 5])
+    assert not (drawn[:, 4] & ~drawn[:, 5]).any()
+    for some in (a[drawn[:, 5]], (whole := draw(count, 1.0, generator=torch.Generator().manual_seed(1)))):
+        along_axes = float((some[:, 4] == 0).double().mean())
+        assert along_axes == pytest.approx(0.5, abs=2 / len(some) ** 0.5)  # whatever the probability
+    assert (whole[:, 1:] != 0).double().mean(0).tolist() == pytest.approx([0.5, 1, 1, 0.5, 1, 1, 1], abs=0.02)
     assert torch.equal(drawn[:, 6], drawn[:, 7])
     together = (drawn[:, 2] & drawn[:, 3]).double().mean()
     assert float(together) == pytest.approx(p * p, abs=4 * (p * p / count) ** 0.5)

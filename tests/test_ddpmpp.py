@@ -132,6 +132,27 @@ def test_a_block_begins_as_its_skip() -> None:
     torch.testing.assert_close(fresh(x, torch.randn(2, 64)), 0.5 * x, rtol=1e-3, atol=1e-3)
 
 
+def test_initial_weights_have_the_published_gains() -> None:
+    """Xavier's standard deviation, sqrt(2 / (fan in + fan out)), times a gain."""
+    fresh = DDPMpp(blocks=1)  # of the published width
+    gains = {"qkv.weight": 0.2**0.5, "conv1.weight": 1e-5, "proj.weight": 1e-5, "aux_conv.weight": 1e-5}
+    seen = set()
+    for name, weight in fresh.named_parameters():
+        if name.endswith("bias"):
+            assert not weight.any(), name
+        elif weight.dim() > 1:
+            last = ".".join(name.rsplit(".", 2)[-2:]).replace("32x32_", "")
+            seen.add(last)
+            fans = (weight.shape[0] + weight.shape[1]) * weight[0, 0].numel()
+            expected = gains.get(last, 1.0) * (2 / fans) ** 0.5
+            assert float(weight.detach().std()) == pytest.approx(expected, rel=6 / weight.numel() ** 0.5), name
+    assert gains.keys() <= seen
+    assert float(fresh.get_parameter("enc.16x16_block0.qkv.weight").detach().std()) == pytest.approx(1.977e-2, rel=0.01)
+    with torch.no_grad():
+        out = fresh.eval()(torch.randn(1, 3, 32, 32), *torch.full((2, 1), 500.0, dtype=torch.float64))
+    assert 0 < float(out.abs().max()) < 1e-3
+
+
 def test_attention_is_softmax_of_q_k_over_all_pixels() -> None:
     block, x = Block(16, 16, 8, 0.0, attention=True).double(), torch.randn(2, 16, 4, 4, dtype=torch.float64)
     q, k, v = block.qkv(x).reshape(2, 16, 3, 16).unbind(2)  # channels hold (channel, q k v)

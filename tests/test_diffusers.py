@@ -150,7 +150,7 @@ def test_latents_are_decoded(latent_flow_map, tmp_path) -> None:
     shown = pipeline(LABELS, seeds=SEEDS, output_type="pt").images
     torch.testing.assert_close(shown, expected / 2 + 0.5)
     pictures = pipeline(LABELS, seeds=SEEDS).images
-    assert np.array_equal(np.asarray(pictures[1]), to_uint8(expected)[1].permute(1, 2, 0).numpy())
+    assert np.array_equal(np.asarray(pictures[1]), to_uint8(expected, decoded=True)[1].permute(1, 2, 0).numpy())
     state = pipeline(LABELS, seeds=SEEDS, output_type="latent").images
     assert state.shape == (4, 4, 8, 8)
     pipeline.save_pretrained(tmp_path)

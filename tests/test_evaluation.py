@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from imm.data import mnist_5k
-from imm.evaluation import PixelReference
+from imm.evaluation import PixelReference, picture_set
 from imm.evaluation.pictures import grid, to_uint8
 
 
@@ -53,6 +53,17 @@ def test_bad_input() -> None:
 def test_pictures() -> None:
     values = to_uint8(torch.tensor([-1.5, -1.0, 0.0, 1.0, 1.5]))
     assert values.tolist() == [0, 0, 128, 255, 255]
+    decoded = to_uint8(torch.tensor([-1.5, -1.0, -1 / 255, 0.0, 1 / 255, 0.99, 1.0, 1.5]), decoded=True)
+    assert decoded.tolist() == [0, 0, 127, 127, 128, 253, 255, 255]
+    whole = torch.linspace(-1, 1, 4001)
+    assert torch.equal(decoded_of := to_uint8(whole, decoded=True), (whole * 127.5 + 127.5).floor().to(torch.uint8))
+    assert 0.4 < float((to_uint8(whole) != decoded_of).double().mean()) < 0.6  # what the other rule would change
+    for rule, value in ((False, 128), (True, 127)):
+        set_ = picture_set(torch.zeros(2, 3, 4, 4), decoded=rule)
+        assert int(set_.pixels.max()) == value
+        assert ("127.5 x + 127.5" in set_.quantisation) == rule
+    stored = torch.zeros(2, 3, 4, 4, dtype=torch.uint8)
+    assert picture_set(stored, decoded=True).quantisation == picture_set(stored).quantisation
     picture = grid([("one", torch.zeros(3, 1, 8, 8)), ("", torch.ones(2, 3, 8, 8))], cell=16, gap=2)
     margin = picture.width - (3 * 18 + 2)
     assert picture.height == 2 * 18 + 2

@@ -18,7 +18,18 @@ import parity
 import pytest
 import torch
 from click.testing import CliRunner
-from published_files import Call, Name, New, Persistent, dumps, flow_map_snapshot, module, precond, torch_file
+from published_files import (
+    Call,
+    Name,
+    New,
+    Persistent,
+    ddpmpp_snapshot,
+    dumps,
+    flow_map_snapshot,
+    module,
+    precond,
+    torch_file,
+)
 
 from imm import FlowMap, Sampler, checkpoints, sampling
 from imm.checkpoints import CheckpointError, from_published, import_published, pickles, read_published
@@ -155,18 +166,6 @@ def test_parity_of_the_published_unet_with_recorded_samples(tmp_path) -> None:
     flow_map = import_published(written(tmp_path / "a.pkl", tree), tmp_path / "a.safetensors")
     out = sampling.pushforward(flow_map, torch.from_numpy(arrays["x_T"]), sampling.time_grid(flow_map, 1), dtype=torch.float64)
     assert parity.relative(out, arrays["samples"]) < 1e-4
-
-
-KEYWORDS = {"model_channels": 32, "channel_mult": [1, 2], "num_blocks": 1, "attn_resolutions": [4], "augment_dim": 0}
-
-
-def ddpmpp_snapshot(flow_map: FlowMap, **keywords: Any) -> dict[str, Any]:
-    """The tree of a published DDPM++: every layer is a persistent object, the sizes are the constructor's keywords."""
-    tree = flow_map_snapshot(flow_map, "SongUNet")
-    state = tree["ema"].call.args[0]["state"]
-    attributes = {name: value for name, value in state.items() if not name.startswith("_")}
-    given = {**state["_init_kwargs"], **KEYWORDS, "dropout": 0.1, **keywords}
-    return {"ema": precond(module(flow_map.network, persistent=True), attributes, given), "augment_pipe": None}
 
 
 @pytest.fixture

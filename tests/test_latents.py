@@ -10,6 +10,7 @@ import torch
 from test_cli import call, refused
 
 from imm import FlowMap, checkpoints, latents
+from imm.evaluation import load_set
 from imm.networks import DiT
 from imm.sampler import Sampler
 
@@ -114,6 +115,11 @@ def test_sampling_names_an_autoencoder_by_its_weights(vae, tmp_path) -> None:
     call(*options, "--vae", tmp_path / "vae")
     record = json.loads((out / "generation.json").read_text())["vae"]
     assert record == {"name": str(tmp_path / "vae"), "sha256": latents.fingerprint(vae)}
+    assert json.loads((out / "generation.json").read_text())["quantisation"] == "127.5 x + 127.5, clipped"
+    images = latents.decode(Sampler(checkpoints.load(net), steps=1, rows=2).sample([0, 1], [0, 1]), vae, batch=1)
+    pixels = (images * 127.5 + 127.5).floor().clamp(0, 255).byte()  # the published decoder's
+    assert torch.equal(load_set(str(out)).pixels, pixels)
+    assert load_set(str(out)).generation["quantisation"] == "127.5 x + 127.5, clipped"
     (tmp_path / "vae").rename(tmp_path / "moved")
     call(*options, "--vae", tmp_path / "moved")  # the same
     tiny_vae().save_pretrained(tmp_path / "vae")
@@ -143,7 +149,7 @@ def test_latents_are_decoded_later_without_sampling_again(vae, tmp_path, monkeyp
     }
     for name, content in read("once").items():
         assert after[name] == content, name
-    assert "(quantisation '127.5 x + 128, clipped' there, None here; vae {" in refused(*options, tmp_path / "later")
+    assert "(quantisation '127.5 x + 127.5, clipped' there, None here; vae {" in refused(*options, tmp_path / "later")
     assert "steps 1 there, 2 here" in refused(*options[:6], "2", *options[7:], tmp_path / "later", *decoding)
     assert read("later") == after
 

@@ -41,10 +41,11 @@ def make(name: str):
 
 
 @pytest.mark.parametrize("name", NETWORKS)
-def test_output_is_zero_at_first_and_then_depends_on_everything(name) -> None:
+def test_output_is_nearly_zero_at_first_and_then_depends_on_everything(name) -> None:
     network = make(name).eval().requires_grad_(False)
     x, t, s, labels = torch.randn(2, 3, 8, 8), torch.full((2,), 900.0), torch.full((2,), 300.0), torch.tensor([1, 5])
-    assert float(network(x, t, s, labels).abs().max()) == 0.0
+    first = float(network(x, t, s, labels).abs().max())
+    assert 0.0 < first < 1e-3 if name == "DDPMpp" else first == 0.0  # which has the release's small gain there
     for parameter in network.parameters():
         torch.nn.init.normal_(parameter, std=0.1)
     base = network(x, t, s, labels)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import json
+import pickle
 import subprocess
 import sys
 import zipfile
@@ -59,6 +61,8 @@ def test_it_gives_the_images_of_the_sampler(guided) -> None:
     none = packed.sample([0], guidance=[1.0])
     torch.testing.assert_close(none, packed.sample([0], [3], 1.0), rtol=0, atol=0)
     assert packed.sample([], [], 1.0).shape == (0, 1, 8, 8)
+    for other in (copy.deepcopy(packed), pickle.loads(pickle.dumps(packed))):
+        assert torch.equal(other.sample([0], guidance=[1.0]), none)
 
 
 def test_lengths_and_threads(guided) -> None:

@@ -7,7 +7,7 @@ grid are the scheduler's. The two together make an :class:`imm.FlowMap`, which i
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -21,7 +21,7 @@ from imm.networks import NETWORKS
 from imm.sampler import Sampler, as_labels
 from imm.sampling import StepTable, step_table, time_grid
 from imm.schedules import Time, as_time
-from imm.weights import is_aligned, own_memory
+from imm.weights import is_aligned, own_memory, own_names, plain_names, unwrapped
 
 try:
     from diffusers import AutoencoderKL, ConfigMixin, DiffusionPipeline, ImagePipelineOutput, ModelMixin, SchedulerMixin
@@ -59,7 +59,7 @@ class IMMNetwork(ModelMixin, ConfigMixin):
             raise ValueError(f"network: expected one of {sorted(NETWORKS)}, got {type(network).__name__}")
         with torch.device("meta"):
             model = cls(name=name, settings=settings)
-        model.net = getattr(network, "_orig_mod", network)  # what torch.compile wrapped
+        model.net = unwrapped(network)
         return model.train(network.training)
 
     @classmethod
@@ -76,6 +76,14 @@ class IMMNetwork(ModelMixin, ConfigMixin):
         else:  # its modules may hang on hooks, which a new network would not have
             own_memory(model.net)
         return (model, info) if want_info else model
+
+    def state_dict(self, *args: Any, **options: Any) -> Any:
+        """As in torch, but without the names of torch.compile's wrappers, which no file should have."""
+        return plain_names(super().state_dict(*args, **options))
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        """As in torch; names of compiled parts or without, whatever is compiled here."""
+        return super().load_state_dict(own_names(self, state_dict), strict, assign)
 
     def forward(self, sample: Tensor, timestep: Time, second_timestep: Time, class_labels: Tensor | None = None) -> Tensor:
         """The network's output G.
@@ -271,12 +279,7 @@ class IMMPipeline(DiffusionPipeline):
 
     def __init__(self, network: IMMNetwork, scheduler: IMMScheduler, vae: AutoencoderKL | None = None) -> None:
         super().__init__()
-        for name, value, expected in (("network", network, IMMNetwork), ("scheduler", scheduler, IMMScheduler)):
-            if not isinstance(value, expected):
-                raise TypeError(f"{name}: expected an imm.diffusers.{expected.__name__}, got {type(value).__name__}")
-        if vae is not None and vae.config.latent_channels != network.net.channels:
-            got = vae.config.latent_channels
-            raise ValueError(f"vae: expected {network.net.channels} latent channels, as the network has, got {got}")
+        _check_components(network, scheduler, vae)
         if vae is not None and not is_aligned(vae):  # as diffusers loads it; another's memory may be known to a graph
             own_memory(vae)
         self.register_modules(network=network, scheduler=scheduler, vae=vae)
@@ -313,9 +316,14 @@ class IMMPipeline(DiffusionPipeline):
             own_memory(pipeline.vae)  # aligned by chance or not: saving to the same folder would write into a mapped file
         return pipeline
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Without the sampler: a copy, or what is unpickled, makes its own."""
+        return {**self.__dict__, "_sampler": None, "_sampler_of": ()}
+
     @property
     def flow_map(self) -> FlowMap:
-        """The flow map of the network and the scheduler. Raises ValueError where they do not fit."""
+        """The flow map of the network and the scheduler as they are now. Raises what the class does where they do not fit."""
+        _check_components(self.network, self.scheduler, self.vae)
         return FlowMap(self.network.net, **self.scheduler.flow_map_settings).train(self.network.net.training)
 
     @torch.no_grad()
@@ -434,9 +442,19 @@ class IMMPipeline(DiffusionPipeline):
         if self.vae is not None:
             images = latents.decode(images, self.vae, batch=1)  # as imm sample: the others do not matter
         if output_type == "pil":
-            return [to_picture(image) for image in images]
+            return [to_picture(image, decoded=self.vae is not None) for image in images]
         images = (images.float() / 2 + 0.5).clamp(0.0, 1.0)
         return images if output_type == "pt" else images.permute(0, 2, 3, 1).cpu().numpy()
+
+
+def _check_components(network: Any, scheduler: Any, vae: Any) -> None:
+    for name, value, expected in (("network", network, IMMNetwork), ("scheduler", scheduler, IMMScheduler)):
+        own = unwrapped(value) if isinstance(value, nn.Module) else value
+        if not isinstance(own, expected):
+            raise TypeError(f"{name}: expected an imm.diffusers.{expected.__name__}, got {type(own).__name__}")
+    if vae is not None and vae.config.latent_channels != network.net.channels:
+        got = vae.config.latent_channels
+        raise ValueError(f"vae: expected {network.net.channels} latent channels, as the network has, got {got}")
 
 
 def _count(seeds: Any, generator: Any, class_labels: Any, batch_size: int | None) -> int:

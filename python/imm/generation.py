@@ -49,10 +49,11 @@ class ImageFolder:
 
     Args:
         root: the folder. pictures: whether images have one or three channels. subdirs: a sub-folder for every thousand seeds.
+        decoded: whether the pictures are of latents, which are quantised by another rule.
     """
 
-    def __init__(self, root: Path, *, pictures: bool, subdirs: bool = False) -> None:
-        self.root, self.pictures, self.subdirs = root, pictures, subdirs
+    def __init__(self, root: Path, *, pictures: bool, subdirs: bool = False, decoded: bool = False) -> None:
+        self.root, self.pictures, self.subdirs, self.decoded = root, pictures, subdirs, decoded
         self._lock: FolderLock | None = None
 
     def path(self, seed: int) -> Path:
@@ -138,7 +139,7 @@ class ImageFolder:
         """Write one image ``[C, H, W]``, atomically."""
         path = self.path(seed)
         if self.pictures:
-            save_picture(to_picture(image), path)
+            save_picture(to_picture(image, decoded=self.decoded), path)
             return
         part = path.with_name(f".{path.name}.part")
         with part.open("wb") as file:

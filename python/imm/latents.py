@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from imm.weights import frozen, own_memory
+from imm.weights import frozen, own_memory, plain_names
 
 #: Of the latents of the sd-vae-ft autoencoders on ImageNet, a channel each: what the published IMM networks were trained on is
 #: (z - mean) * STD / std (paper section I.1).
@@ -101,7 +101,7 @@ def fingerprint(vae: Any) -> str:
     """
     scale, shift = _scale_and_shift(vae.config)
     digest = hashlib.sha256(f"imm-vae 1 {scale} {shift}\n".encode())
-    for name, value in sorted(vae.state_dict().items()):
+    for name, value in sorted(plain_names(vae.state_dict()).items()):
         digest.update(f"{name} {str(value.dtype).removeprefix('torch.')} {list(value.shape)}\n".encode())
         digest.update(value.cpu().contiguous().flatten().view(torch.uint8).numpy())
     return digest.hexdigest()

@@ -11,6 +11,7 @@ import os
 import threading
 import warnings
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -135,9 +136,14 @@ class Package:
             raise RuntimeError(f"a package needs the native library: {native.status()}")
         if not Path(path).is_file():
             raise FileNotFoundError(f"package: expected a file that imm export wrote, got {path}")
+        self._from = Path(path).resolve(), graph
         self._loop = module.load_package(str(path), graph)
         self._lock = threading.Lock()
         self.rows, self.num_classes, self.guided = self._loop.rows, self._loop.num_classes, self._loop.guided
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        path, graph = self._from  # a copy, or what is unpickled, loads the file again
+        return partial(Package, graph=graph), (path,)
 
     def sample(
         self,

@@ -227,15 +227,30 @@ class Sampler:
         self.shape = tuple(flow_map.image_shape if shape is None else shape)
         self.guidance = self._checked_guidance(guidance, 1)
         self.dtype, self.graph, self.rows, self.state_dtype, self.max_graphs = dtype, graph, rows, state_dtype, max_graphs
+        self._begin()
+        self._start()
+
+    def _begin(self) -> None:
+        """What a sampler has to itself, and a copy has anew."""
         self._lock = threading.RLock()
         self._loops: OrderedDict[tuple[int, bool], Loop] = OrderedDict()
         self._captures, self._replays = 0, 0
-        self._most_rows = rows
+        self._most_rows = self.rows
         self._no_graph: str | None = None
-        self._last_parameter = next(reversed(list(flow_map.network.parameters())), None)  # to find it takes a walk
-        self._start()
-        for module in flow_map.network.modules():
+        network = self.flow_map.network
+        self._stale = True
+        self._device = next((p.device for p in network.parameters()), torch.device("cpu"))
+        self._last_parameter = next(reversed(list(network.parameters())), None)  # to find it takes a walk
+        for module in network.modules():
             weakref.finalize(self, module.register_load_state_dict_post_hook(_Mark(self)).remove)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Settings and flow map: a copy, or what is unpickled, starts at its first call, without loops and graphs."""
+        return {name: value for name, value in self.__dict__.items() if not name.startswith("_")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._begin()
 
     # The life of a call -------------------------------------------------------------------------------------------------------
 

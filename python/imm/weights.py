@@ -1,18 +1,44 @@
-"""What moves the last bits of a module's output besides the values of its weights: where they lie, and asking for gradients."""
+"""What weights are called, and what moves the last bits of a module's output besides their values: where they lie, and asking
+for gradients."""
 
 from __future__ import annotations
 
 import threading
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from itertools import chain
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import Tensor, nn
 
+_T = TypeVar("_T")
+#: What torch.compile calls the module that it wraps, which is then a part of the names of its weights.
+_COMPILED = "_orig_mod"
 #: Bytes: where torch's allocators begin a tensor at least.
 ALIGNMENT = 64
+
+
+def plain_name(name: str) -> str:
+    """A weight's name as it is without torch.compile, of the whole or of any part."""
+    return ".".join(part for part in name.split(".") if part != _COMPILED)
+
+
+def plain_names(state: Mapping[str, _T]) -> dict[str, _T]:
+    """A state dict under :func:`plain_name`."""
+    return {plain_name(name): value for name, value in state.items()}
+
+
+def own_names(module: nn.Module, state: Mapping[str, _T]) -> dict[str, _T]:
+    """A state dict under the names of the module's own, where they differ by torch.compile only."""
+    own = {plain_name(name): name for name in nn.Module.state_dict(module)}
+    return {own.get(plain_name(name), name): value for name, value in state.items()}
+
+
+def unwrapped(module: nn.Module) -> nn.Module:
+    """The module itself where torch.compile wrapped it."""
+    inner = module._modules.get(_COMPILED)
+    return module if inner is None else unwrapped(inner)
 
 
 def own_memory(module: nn.Module) -> None:

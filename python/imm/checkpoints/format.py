@@ -17,6 +17,7 @@ from imm.files import replacing
 from imm.flow_map import FlowMap
 from imm.networks import NETWORKS
 from imm.ops.dtypes import DTYPES
+from imm.weights import own_names, plain_names, unwrapped
 
 FORMAT_VERSION = 1
 _KEY = "imm"
@@ -111,15 +112,10 @@ def read_settings(path: str | os.PathLike[str], kind: str) -> dict[str, Any]:
 
 def describe(flow_map: FlowMap) -> dict[str, Any]:
     """The settings that :func:`build` makes the flow map from; a network of another class is called "custom"."""
-    network = _unwrapped(flow_map.network)
+    network = unwrapped(flow_map.network)
     name = next((n for n, cls in NETWORKS.items() if type(network) is cls), "custom")
     settings = dict(network.settings) if name != "custom" else {"num_classes": flow_map.num_classes}  # type: ignore[arg-type]
     return {"network": {"name": name, **settings}, "dtype": _name(flow_map.network_dtype), "flow_map": flow_map.settings}
-
-
-def _unwrapped(network: nn.Module) -> nn.Module:
-    """The network itself where torch.compile wrapped it."""
-    return getattr(network, "_orig_mod", network)
 
 
 def _name(dtype: torch.dtype) -> str:
@@ -159,7 +155,7 @@ def save(path: str | os.PathLike[str], flow_map: FlowMap, *, extra: Mapping[str,
         CheckpointError: the folder cannot be written to.
     """
     settings = {"kind": "flow_map", **describe(flow_map), "extra": dict(extra or {})}
-    write_file(path, _unwrapped(flow_map.network).state_dict(), settings)
+    write_file(path, plain_names(flow_map.network.state_dict()), settings)
 
 
 def load(path: str | os.PathLike[str], *, network: nn.Module | None = None) -> FlowMap:
@@ -172,6 +168,7 @@ def load(path: str | os.PathLike[str], *, network: nn.Module | None = None) -> F
         CheckpointError: a missing, truncated or foreign file, or weights that do not fit the network.
     """
     tensors, settings = read_file(path, "flow_map")
+    tensors = plain_names(tensors)  # files of earlier versions may have torch.compile's
     try:
         if network is None:
             _check_settings(settings, tensors, str(path))
@@ -199,11 +196,11 @@ def _check_settings(settings: Mapping[str, Any], tensors: Mapping[str, Tensor], 
 
 
 def load_state(module: nn.Module, tensors: Mapping[str, Tensor], source: str) -> None:
-    """Fill a module; every name must be there, none may be unknown, every shape must fit."""
-    check_state(module.state_dict(), tensors, source)
+    """Fill a module; every name must be there, none may be unknown, every shape must fit. Either may be compiled."""
+    check_state(plain_names(module.state_dict()), plain_names(tensors), source)
     try:
         with torch.no_grad():
-            module.load_state_dict(dict(tensors))
+            module.load_state_dict(own_names(module, tensors))
     except ValueError as error:
         raise CheckpointError(f"{source}: {error}") from error
 

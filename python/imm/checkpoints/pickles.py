@@ -3,12 +3,13 @@
 A pickle is a program: it names functions and classes, and ``pickle.load`` imports and calls them; the snapshots of EDM and its
 descendants add Python source that their own loader executes. :func:`read_pickle` is an interpreter of its own for the opcodes
 that such files hold. It uses neither ``pickle`` nor ``torch.load``: those do not bound what a file declares, and so the proof
-that nothing runs is this file alone:
+that nothing runs is this file and the values that it makes (:mod:`imm.checkpoints.values`):
 
 - The only values are None, bool, int, float, str, views of the file's bytes, tuple, list, ``torch.dtype`` constants and the
-  records below. No file reaches a function, a class or a module of Python, and none sets an attribute by its name.
+  records of that module. No file reaches a function, a class or a module of Python, and none sets an attribute by its name.
 - A global is a name that is looked up in a table here, never an import. ``_GLOBALS`` holds every name that may be called, and
-  our own function for it; a module's class stands for an :class:`Object`, whatever its name; any other name ends the reading.
+  our own function for it; a module's class, or a record's of OmegaConf, stands for an :class:`Object`, whatever its name; any
+  other name ends the reading.
 - Every value costs an opcode, of which a file has at most ``MAX_OPCODES``. Bytes are views, and strings are short. A dict is a
   list of pairs: no key is hashed before it is known to be a short string. A tensor is a description (:class:`TensorView`) until
   it is asked for, and lies inside its storage, which lies inside the file.
@@ -21,21 +22,23 @@ import mmap
 import re
 import struct
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from imm.checkpoints.format import CheckpointError
+from imm.checkpoints.values import OMEGACONF, Budget, NumpyType, Object, Storage, Table, TensorView, plain_name, short
 
 #: Of one file with everything nested in it. The published DiT-XL/2 needs about 66,000.
 MAX_OPCODES = 1_000_000
 #: Bytes of one string; the longest that is expected is a module's source.
 MAX_TEXT = 1 << 22
 _MAX_DIMENSIONS = 8
-_NAME = re.compile(r"[A-Za-z0-9_-]{1,128}")
 _MODULE_CLASS = re.compile(r"(torch\.nn\.modules|timm\.layers|timm\.models)(\.[a-z][a-z0-9_]*)+\.[A-Z][A-Za-z0-9]*")
+_OMEGACONF_METADATA = ("omegaconf.base.ContainerMetadata", "omegaconf.base.Metadata")
+_BUILTINS = ("bool", "dict", "float", "int", "list", "str", "tuple")
 _LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
 _LEGACY_VERSION = 1001
 
@@ -68,39 +71,6 @@ _NUMPY = {"b1": "?", "i1": "b", "i2": "h", "i4": "i", "i8": "q", "u1": "B", "u2"
 _NUMPY |= {"f2": "e", "f4": "f", "f8": "d"}
 
 
-class Budget:
-    """Steps that may still be taken; :meth:`spend` refuses when none are left."""
-
-    __slots__ = ("left",)
-
-    def __init__(self, steps: int) -> None:
-        self.left = steps
-
-    def spend(self, steps: int) -> None:
-        self.left -= steps
-        if self.left < 0:
-            raise CheckpointError("expected a snapshot of a network, got more objects than one has")
-
-
-class Table(list[tuple[Any, Any]]):
-    """A dict of the file as its pairs, in order; a later pair wins."""
-
-    __slots__ = ()
-
-    def as_dict(self, what: str) -> dict[str, Any]:
-        """The pairs as a dict. Raises CheckpointError unless every key is a plain name."""
-        return {plain_name(key, what): value for key, value in self}
-
-
-class Object:
-    """Stands for any object with attributes: the name of its class and the :class:`Table` of its attributes."""
-
-    __slots__ = ("class_name", "state")
-
-    def __init__(self, class_name: str, state: Table | None = None) -> None:
-        self.class_name, self.state = class_name, state
-
-
 class _Global:
     """A name that a file may use: what stands here for its call, with how many arguments, or for making an instance."""
 
@@ -112,56 +82,8 @@ class _Global:
         self.name, self.arguments, self.call, self.new = name, arguments, call, new
 
 
-class _NumpyType:
-    """``numpy.dtype`` of one scalar."""
-
-    __slots__ = ("code", "order")
-
-    def __init__(self, code: str) -> None:
-        self.code, self.order = code, "<"
-
-
-class _Storage:
-    """A torch storage: dtype, number of elements, and its bytes in the file."""
-
-    __slots__ = ("data", "dtype", "length")
-
-    def __init__(self, dtype: torch.dtype, length: int) -> None:
-        self.dtype, self.length = dtype, length
-        self.data: memoryview | None = None
-
-
-class TensorView:
-    """A tensor in the file: ``shape`` and ``stride`` inside a storage, checked. :meth:`tensor` copies it out."""
-
-    __slots__ = ("_offset", "_storage", "extent", "shape", "stride")
-
-    def __init__(self, storage: _Storage, offset: int, shape: tuple[int, ...], stride: tuple[int, ...]) -> None:
-        self._storage, self._offset, self.shape, self.stride = storage, offset, shape, stride
-        # From the first to the last element, gaps between them included; 0 for an empty tensor.
-        self.extent = 1 + sum((n - 1) * step for n, step in zip(shape, stride, strict=True)) if 0 not in shape else 0
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes that :meth:`tensor` copies."""
-        return self.extent * self._storage.dtype.itemsize
-
-    def tensor(self) -> Tensor:
-        """A contiguous tensor of its own on the CPU, in the file's dtype."""
-        data, dtype = self._storage.data, self._storage.dtype
-        if data is None:
-            raise CheckpointError("tensor: expected its storage in the file, got none")
-        if not self.extent:
-            return torch.empty(self.shape, dtype=dtype)
-        start = self._offset * dtype.itemsize
-        own = bytearray(data[start : start + self.nbytes])
-        # A bool of torch is 0 or 1; a byte of the file can be anything.
-        flat = torch.frombuffer(own, dtype=torch.uint8) != 0 if dtype == torch.bool else torch.frombuffer(own, dtype=dtype)
-        return flat.as_strided(self.shape, self.stride).contiguous()
-
-
 def read_pickle(view: memoryview) -> Any:
-    """What a snapshot's bytes hold, in the inert values of this module; nothing named in them is imported or called.
+    """What a snapshot's bytes hold, in inert values; nothing named in them is imported or called.
 
     Args:
         view: the whole file: a pickle of protocol 3 to 5, or a file of ``torch.save`` (either of its formats).
@@ -187,20 +109,6 @@ def map_file(path: Path) -> memoryview:
         raise CheckpointError(f"expected a file that can be read, got: {error}") from error
 
 
-def plain_name(value: Any, what: str) -> str:
-    """The value, where it is a name that an attribute or a parameter can have. Raises CheckpointError otherwise."""
-    if type(value) is not str or not _NAME.fullmatch(value) or value.startswith("__"):
-        raise CheckpointError(f"{what}: expected a plain name, got {_short(value)}")
-    return value
-
-
-def _short(value: Any) -> str:
-    """The value on one short line, without walking it."""
-    if type(value) is str:
-        return repr(value[:80])
-    return repr(value) if value is None or type(value) in (bool, int, float) else f"a {type(value).__name__.strip('_').lower()}"
-
-
 # What the names that may be called do. Each gets the budget and the file's arguments, and checks them itself.
 
 
@@ -210,14 +118,20 @@ def _ordered_dict(budget: Budget) -> Table:
 
 def _set(budget: Budget, items: Any) -> list[Any]:
     if type(items) is not list:
-        raise CheckpointError(f"builtins.set: expected a list, got {_short(items)}")
+        raise CheckpointError(f"builtins.set: expected a list, got {short(items)}")
     budget.spend(len(items))
     return list(items)
 
 
+def _default_dict(budget: Budget, factory: Any) -> Table:
+    if type(factory) is not _Global or factory.name not in _TYPES:
+        raise CheckpointError(f"collections.defaultdict: expected a plain type, got {short(factory)}")
+    return Table()
+
+
 def _enum(budget: Budget, value: Any) -> str:
     if type(value) is not str:
-        raise CheckpointError(f"timm.layers.format.Format: expected a string, got {_short(value)}")
+        raise CheckpointError(f"timm.layers.format.Format: expected a string, got {short(value)}")
     return value
 
 
@@ -226,11 +140,11 @@ def _persistent_object(budget: Budget, meta: Any) -> Object:
     what = "torch_utils.persistence"
     if type(meta) is not Table or len(meta) > 8:
         raise CheckpointError(
-            f"{what}: expected a dict with type, version, module_src, class_name and state, got {_short(meta)}"
+            f"{what}: expected a dict with type, version, module_src, class_name and state, got {short(meta)}"
         )
     fields = meta.as_dict(what)
     if fields.get("type") != "class":
-        raise CheckpointError(f"{what}: expected type 'class', got {_short(fields.get('type'))}")
+        raise CheckpointError(f"{what}: expected type 'class', got {short(fields.get('type'))}")
     state = fields.get("state")
     return Object(plain_name(fields.get("class_name"), f"{what} class_name"), None if state is None else _state(budget, state))
 
@@ -238,19 +152,19 @@ def _persistent_object(budget: Budget, meta: Any) -> Object:
 def _state(budget: Budget, state: Any) -> Table:
     """An object's attributes: a dict of plain names."""
     if type(state) is not Table:
-        raise CheckpointError(f"attributes: expected a dict, got {_short(state)}")
+        raise CheckpointError(f"attributes: expected a dict, got {short(state)}")
     budget.spend(len(state))
     for key, _ in state:
         plain_name(key, "attributes")
     return state
 
 
-def _load_from_bytes(budget: Budget, data: Any) -> _Storage:
+def _load_from_bytes(budget: Budget, data: Any) -> Storage:
     if type(data) is not memoryview:
-        raise CheckpointError(f"torch.storage._load_from_bytes: expected bytes, got {_short(data)}")
+        raise CheckpointError(f"torch.storage._load_from_bytes: expected bytes, got {short(data)}")
     storage = _read(data, budget, nested=True)
-    if type(storage) is not _Storage:
-        raise CheckpointError(f"torch.storage._load_from_bytes: expected a storage, got {_short(storage)}")
+    if type(storage) is not Storage:
+        raise CheckpointError(f"torch.storage._load_from_bytes: expected a storage, got {short(storage)}")
     return storage
 
 
@@ -260,10 +174,10 @@ def _rebuild_tensor(
     """Every element lies inside the storage, and there are no more of them than it has."""
     what = "torch._utils._rebuild_tensor_v2"
     shape, stride = _sizes(shape, f"{what} size"), _sizes(stride, f"{what} stride")
-    if type(storage) is not _Storage or type(offset) is not int or offset < 0 or len(stride) != len(shape):
+    if type(storage) is not Storage or type(offset) is not int or offset < 0 or len(stride) != len(shape):
         raise CheckpointError(f"{what}: expected a storage, an offset and as many strides as sizes, got others")
     if type(requires_grad) is not bool or hooks:
-        raise CheckpointError(f"{what}: expected requires_grad and no hooks, got {_short(requires_grad)} and {_short(hooks)}")
+        raise CheckpointError(f"{what}: expected requires_grad and no hooks, got {short(requires_grad)} and {short(hooks)}")
     view = TensorView(storage, offset, shape, stride)
     # A 0 counts as 1: the sizes beside it may not be huge either. Elements that share memory would multiply what is read.
     if math.prod(n or 1 for n in shape) > max(1, view.extent) or view.extent > storage.length - offset:
@@ -276,7 +190,7 @@ def _rebuild_tensor(
 
 def _sizes(value: Any, what: str) -> tuple[int, ...]:
     if type(value) is not tuple or len(value) > _MAX_DIMENSIONS or not all(type(n) is int and 0 <= n < 2**48 for n in value):
-        raise CheckpointError(f"{what}: expected up to {_MAX_DIMENSIONS} sizes, got {_short(value)}")
+        raise CheckpointError(f"{what}: expected up to {_MAX_DIMENSIONS} sizes, got {short(value)}")
     return value
 
 
@@ -286,14 +200,14 @@ def _rebuild_parameter(budget: Budget, data: Any, requires_grad: Any, hooks: Any
     return data
 
 
-def _numpy_dtype(budget: Budget, code: Any, align: Any, copy: Any) -> _NumpyType:
+def _numpy_dtype(budget: Budget, code: Any, align: Any, copy: Any) -> NumpyType:
     if type(code) is not str or code not in _NUMPY:
-        raise CheckpointError(f"numpy.dtype: expected one of {list(_NUMPY)}, got {_short(code)}")
-    return _NumpyType(code)
+        raise CheckpointError(f"numpy.dtype: expected one of {list(_NUMPY)}, got {short(code)}")
+    return NumpyType(code)
 
 
 def _numpy_scalar(budget: Budget, dtype: Any, data: Any) -> bool | int | float:
-    if type(dtype) is not _NumpyType or type(data) is not memoryview:
+    if type(dtype) is not NumpyType or type(data) is not memoryview:
         raise CheckpointError("numpy scalar: expected a dtype and its bytes, got others")
     form = struct.Struct(dtype.order + _NUMPY[dtype.code])
     if len(data) != form.size:
@@ -301,12 +215,18 @@ def _numpy_scalar(budget: Budget, dtype: Any, data: Any) -> bool | int | float:
     return form.unpack(data)[0]
 
 
+#: Types that OmegaConf's records name, and that nothing here makes anything of; as protocol 2 names them too.
+_TYPES = {"typing.Any", "__builtin__.unicode"}
+_TYPES |= {f"{place}.{name}" for place in ("builtins", "__builtin__") for name in _BUILTINS}
 _GLOBALS: dict[str, Any] = {
     **_DTYPES,
+    **{name: _Global(name) for name in _TYPES},
+    **{name: _Global(name, new=partial(Object, name)) for name in (*OMEGACONF, *_OMEGACONF_METADATA)},
     **{
         entry.name: entry
         for entry in (
             _Global("collections.OrderedDict", 0, _ordered_dict),
+            _Global("collections.defaultdict", 1, _default_dict),
             _Global("dnnlib.util.EasyDict", new=Table),
             _Global("builtins.set", 1, _set),
             _Global("__builtin__.set", 1, _set),  # as protocol 2 names it, inside of torch.save's files
@@ -326,7 +246,7 @@ _GLOBALS: dict[str, Any] = {
 def _global(module: Any, name: Any, nested: bool) -> Any:
     """What stands for a global here. Raises CheckpointError, with its name, for any that no snapshot holds."""
     if type(module) is not str or type(name) is not str:
-        raise CheckpointError(f"global: expected two strings, got {_short(module)} and {_short(name)}")
+        raise CheckpointError(f"global: expected two strings, got {short(module)} and {short(name)}")
     full = f"{module}.{name}"
     if full in _STORAGES:
         return _STORAGES[full]
@@ -335,7 +255,7 @@ def _global(module: Any, name: Any, nested: bool) -> Any:
     if not nested and len(full) <= 256 and _MODULE_CLASS.fullmatch(full):
         return _Global(full, new=lambda: Object(name))
     where = "a storage" if nested else "a snapshot"
-    raise CheckpointError(f"refused: the file names {_short(full)}, which {where} has no use for; nothing was called")
+    raise CheckpointError(f"refused: the file names {short(full)}, which {where} has no use for; nothing was called")
 
 
 class _Machine:
@@ -345,7 +265,7 @@ class _Machine:
         self.view, self.budget, self.nested = view, budget, nested
         self.position = 0
         #: Resolves a persistent id, in a file of torch.save.
-        self.persistent: Callable[[Any], _Storage] | None = None
+        self.persistent: Callable[[Any], Storage] | None = None
         self.stack: list[Any] = []
         self.marks: list[list[Any]] = []
         self.memo: list[Any] = []
@@ -489,7 +409,7 @@ class _Machine:
     def operands(self) -> tuple[tuple[Any, ...], _Global]:
         args, callee = self.pop(), self.pop()
         if type(callee) is not _Global or type(args) is not tuple:
-            raise CheckpointError(f"refused: the file calls {_short(callee)} with {_short(args)}; nothing was called")
+            raise CheckpointError(f"refused: the file calls {short(callee)} with {short(args)}; nothing was called")
         return args, callee
 
     def build(self) -> None:
@@ -497,10 +417,10 @@ class _Machine:
         state, target = self.pop(), self.stack[-1] if self.stack else None
         if type(target) is Object and target.state is None:
             target.state = _state(self.budget, state)
-        elif type(target) is _NumpyType and type(state) is tuple and len(state) == 8 and state[1] in ("<", ">", "|", "="):
+        elif type(target) is NumpyType and type(state) is tuple and len(state) == 8 and state[1] in ("<", ">", "|", "="):
             target.order = "<" if state[1] in ("|", "=") else state[1]
         else:
-            raise CheckpointError(f"refused: the file sets attributes of {_short(target)} from {_short(state)}")
+            raise CheckpointError(f"refused: the file sets attributes of {short(target)} from {short(state)}")
 
     def persistent_id(self) -> None:
         if self.persistent is None:
@@ -580,7 +500,7 @@ def _read(view: memoryview, budget: Budget, nested: bool) -> Any:
 def _storage_id(pid: Any) -> tuple[str, torch.dtype, int]:
     """Key, dtype and length of ("storage", type, key, device, length[, None])."""
     if type(pid) is not tuple or len(pid) not in (5, 6) or pid[0] != "storage" or (len(pid) == 6 and pid[5] is not None):
-        raise CheckpointError(f"persistent id: expected a storage's, got {_short(pid)}")
+        raise CheckpointError(f"persistent id: expected a storage's, got {short(pid)}")
     _, dtype, key, _, length = pid[:5]
     if type(dtype) is not torch.dtype or type(key) is not str or type(length) is not int or length < 0:
         raise CheckpointError("persistent id: expected a type, a name and a length, got others")
@@ -594,13 +514,13 @@ def _read_legacy(machine: _Machine) -> Any:
     little = system.as_dict("torch file").get("little_endian") if type(system) is Table and len(system) < 16 else None
     if type(version) is not int or version != _LEGACY_VERSION or little is not True:
         raise CheckpointError("torch file: expected version 1001, written on a little-endian machine, got another")
-    storages: dict[str, _Storage] = {}
+    storages: dict[str, Storage] = {}
 
-    def declared(pid: Any) -> _Storage:
+    def declared(pid: Any) -> Storage:
         key, dtype, length = _storage_id(pid)
-        storage = storages.setdefault(key, _Storage(dtype, length))
+        storage = storages.setdefault(key, Storage(dtype, length))
         if (storage.dtype, storage.length) != (dtype, length):
-            raise CheckpointError(f"storage {_short(key)}: expected one dtype and length, got two")
+            raise CheckpointError(f"storage {short(key)}: expected one dtype and length, got two")
         return storage
 
     machine.persistent = declared
@@ -612,7 +532,7 @@ def _read_legacy(machine: _Machine) -> Any:
     for key in keys:
         storage, length = storages[key], machine.integer(8)
         if length != storage.length or storage.data is not None:
-            raise CheckpointError(f"storage {_short(key)}: expected {storage.length} elements once, got {length}")
+            raise CheckpointError(f"storage {short(key)}: expected {storage.length} elements once, got {length}")
         storage.data = machine.take(length * storage.dtype.itemsize)
     if any(storage.data is None for storage in storages.values()):
         raise CheckpointError("torch file: expected the data of every storage, got fewer")
@@ -625,16 +545,16 @@ def _read_zip(view: memoryview, budget: Budget, nested: bool) -> Any:
     prefix = next((name[: -len("data.pkl")] for name in records if name.endswith("/data.pkl")), None)
     if prefix is None or bytes(records.get(f"{prefix}byteorder", b"little")) != b"little":
         raise CheckpointError("torch file: expected a zip with data.pkl, written on a little-endian machine, got another")
-    storages: dict[str, _Storage] = {}
+    storages: dict[str, Storage] = {}
 
-    def record(pid: Any) -> _Storage:
+    def record(pid: Any) -> Storage:
         key, dtype, length = _storage_id(pid)
         data = records.get(f"{prefix}data/{key}")
         if data is None or len(data) != length * dtype.itemsize:
-            raise CheckpointError(f"storage {_short(key)}: expected {length} elements of {dtype}, got another record or none")
-        storage = storages.setdefault(key, _Storage(dtype, length))
+            raise CheckpointError(f"storage {short(key)}: expected {length} elements of {dtype}, got another record or none")
+        storage = storages.setdefault(key, Storage(dtype, length))
         if storage.dtype != dtype:
-            raise CheckpointError(f"storage {_short(key)}: expected one dtype, got two")
+            raise CheckpointError(f"storage {short(key)}: expected one dtype, got two")
         storage.data = data
         return storage
 
@@ -662,7 +582,7 @@ def _zip_records(view: memoryview, budget: Budget) -> Mapping[str, memoryview]:
             local, local_name, local_extra = struct.unpack("<4s22xHH", view[offset : offset + 30])
             first = offset + 30 + local_name + local_extra
             if local != b"PK\x03\x04" or first + length > len(view) or name in records:
-                raise CheckpointError(f"zip: expected record {_short(name)} inside the file, once, got another")
+                raise CheckpointError(f"zip: expected record {short(name)} inside the file, once, got another")
             records[name] = view[first : first + length]
     except struct.error as error:
         raise CheckpointError("zip: expected a whole directory, got a truncated one") from error

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 import os
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,9 +14,11 @@ import torch
 from torch import Tensor, nn
 
 from imm.checkpoints.format import CheckpointError, check_state, load_state, save
-from imm.checkpoints.pickles import Budget, Object, Table, TensorView, map_file, read_pickle
+from imm.checkpoints.pickles import map_file, read_pickle
+from imm.checkpoints.values import OMEGACONF, Budget, Object, Table, TensorView
 from imm.flow_map import SECOND_TIMES, FlowMap
 from imm.networks import DDPMpp, DiT
+from imm.weights import plain_names
 
 _PREFIX = "model."
 #: Of the modules' dicts that are walked; a dict that several modules share counts each time.
@@ -80,8 +83,8 @@ def read_published(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dic
 
     Returns:
         The network's state dict (CPU, the snapshot's dtypes), and its settings: the plain attributes of the network's object
-        (numbers, strings, dtypes, None, lists and dicts of these), its constructor's keywords where no attribute has their
-        name, and ``class_name``.
+        (numbers, strings, dtypes, None, lists and dicts of these, OmegaConf's too), its constructor's keywords where no
+        attribute has their name, ``class_name`` and, where nothing else is called so, ``dropout``: the largest of its modules.
 
     Raises:
         CheckpointError: a file that is missing, truncated or malformed, names anything that no snapshot holds, or declares
@@ -101,11 +104,13 @@ def _snapshot(view: memoryview) -> tuple[dict[str, Tensor], dict[str, Any]]:
     walk = _Walk(_MAX_SHARING * len(view))
     walk.module(network, "", 0)
     attributes = network.state.as_dict("attributes")
-    keywords = attributes.get("_init_kwargs")
+    keywords = walk.opened(attributes.get("_init_kwargs"))
     given = keywords.as_dict("_init_kwargs") if type(keywords) is Table else {}
     own = {name: value for name, value in attributes.items() if not name.startswith("_")}
     settings = {name: walk.plain(value, 0) for name, value in {**given, **own}.items()}
     settings = {name: value for name, value in settings.items() if value is not _OTHER}
+    if walk.dropout:
+        settings.setdefault("dropout", walk.dropout)
     return walk.tensors, {**settings, "class_name": network.class_name}
 
 
@@ -119,12 +124,16 @@ class _Walk:
     def __init__(self, room: int) -> None:
         self.room, self.budget = room, Budget(_MAX_ENTRIES)
         self.tensors: dict[str, Tensor] = {}
+        self.dropout: float = 0.0  # the largest of the Dropout modules
 
     def module(self, module: Any, prefix: str, depth: int) -> None:
         """Add a module's parameters and buffers, and its children's."""
         if type(module) is not Object or depth > _MAX_DEPTH:
             raise CheckpointError(f"{prefix[:80]!r}: expected a module, at most {_MAX_DEPTH} deep, got something else")
         fields = self.fields(module.state)
+        rate = fields.get("p")
+        if module.class_name == "Dropout" and isinstance(rate, int | float) and rate > self.dropout:
+            self.dropout = rate
         passing = fields.get("_non_persistent_buffers_set")
         passing = [name for name in passing if type(name) is str] if type(passing) is list and len(passing) < 100 else []
         for kind in ("_parameters", "_buffers"):
@@ -151,9 +160,15 @@ class _Walk:
             raise CheckpointError(f"{name[:80]!r}: expected tensors of about the file's size in all, got more")
         self.tensors[name] = view.tensor()
 
+    def opened(self, value: Any) -> Any:
+        """What a record of OmegaConf holds; any other value as it is."""
+        attribute = OMEGACONF.get(value.class_name) if type(value) is Object else None
+        return value if attribute is None else self.fields(value.state).get(attribute, _OTHER)
+
     def plain(self, value: Any, depth: int) -> Any:
         """A setting's value; ``_OTHER`` where it holds anything that is none."""
         self.budget.spend(1)
+        value = self.opened(value)
         if (
             value is None
             or type(value) in (bool, int, float, torch.dtype)
@@ -181,7 +196,7 @@ def from_published(state_dict: Mapping[str, Tensor], settings: Mapping[str, Any]
             or "SongUNet", DDPM++), ``img_resolution``, ``img_channels``, ``label_dim``, ``noise_schedule``, ``T``, ``eps``,
             ``sigma_data``, ``f_type``, ``time_scale``, ``temb_type``; for "SongUNet" also, where they are not those of
             CIFAR-10, ``model_channels``, ``channel_mult``, ``num_blocks``, ``attn_resolutions``, ``dropout``, ``augment_dim``.
-            Others are ignored.
+            Others are ignored; a ``dropout`` of a DiT, which ours has not, with a warning.
 
     Returns:
         The flow map in evaluation mode, float32.
@@ -201,6 +216,7 @@ def from_published(state_dict: Mapping[str, Tensor], settings: Mapping[str, Any]
         number = settings[name]
         if type(number) not in (int, float) or not math.isfinite(number):
             raise CheckpointError(f"{name}: expected a finite number, got {number!r}")
+    state_dict = plain_names(state_dict)
     foreign = sorted(name for name in state_dict if not name.startswith(_PREFIX))
     if foreign:
         raise CheckpointError(f"state_dict: expected names with the prefix {_PREFIX!r}, got {foreign[:4]}")
@@ -230,6 +246,10 @@ def from_published(state_dict: Mapping[str, Tensor], settings: Mapping[str, Any]
     for name, buffer in flow_map.network.named_buffers():
         weights.setdefault(name, buffer)
     load_state(flow_map.network, weights, "state_dict")
+    dropout = settings.get("dropout")
+    if isinstance(flow_map.network, DiT) and isinstance(dropout, int | float) and dropout > 0:
+        text = f"the DiT's dropout of {dropout:g} is left out: ours has none; images are the same, training goes on without it"
+        warnings.warn(text, UserWarning, stacklevel=2)
     return flow_map.eval()
 
 

@@ -41,6 +41,8 @@ from imm.evaluation.networks import EFFICIENTNET, INCEPTION, NAMES
 from imm.evaluation.sets import load_set
 from imm.evaluation.statistics import is_statistics, save_statistics
 
+#: Images of a published FID; what fewer do to a Frechet distance is seen.
+FULL = 50_000
 DEFAULT_METRICS = "fd-efficientnet-lite0,kid-efficientnet-lite0,mmd-pixels"
 
 
@@ -112,7 +114,7 @@ def _of_features(command: Callable[..., Any]) -> Callable[..., Any]:
     "--images", type=PATH, metavar="SOURCE", help="Images to judge: a folder that imm sample wrote, or a source of --data."
 )
 @click.option(
-    "--ref", type=PATH, metavar="SOURCE", help="What to compare with: a source of --data, or a file of imm eval stats."
+    "--ref", type=PATH, metavar="SOURCE", help="What to compare with: a source of --data, or statistics (docs/evaluation.md)."
 )
 @click.option("--metrics", default=DEFAULT_METRICS, show_default=True, metavar="LIST", help=f"Of {', '.join(METRICS)}.")
 @click.option("--out", type=PATH, metavar="FILE", help="Where to write the numbers and their protocol (.json).")
@@ -192,13 +194,17 @@ def _words(reference: Any) -> str:
 def cautions(result: dict[str, Any]) -> list[str]:
     """What a reader of the numbers should know."""
     protocol = result["protocol"]
-    fewest = min(protocol["images"]["count"], protocol["reference"]["count"])
+    images, reference = (protocol[of]["count"] for of in ("images", "reference"))
     out = []
     frechet = [name for name in protocol["settings"] if METRICS[name].kind == "fd"]
-    if frechet and fewest < 10_000:
-        out.append(f"{', '.join(frechet)}: biased upwards by {fewest} images; compare with the same number only")
-    if "fid" in frechet and protocol["images"]["count"] != 50_000:
-        out.append(f"fid: of {protocol['images']['count']} images; published figures are of 50000")
+    given = [name for name in frechet if "reference" in protocol["settings"][name]]
+    for names, fewest in ((given, images), ([n for n in frechet if n not in given], min(images, reference or images))):
+        if names and fewest < FULL:
+            out.append(f"{', '.join(names)}: biased upwards by {fewest} images; compare with the same number only")
+    if given:
+        out.append(f"{', '.join(given)}: to mu and sigma of the reference's file" + (", not its images" if reference else ""))
+    if "fid" in frechet and images != FULL:
+        out.append(f"fid: of {images} images; published figures are of {FULL}")
     if protocol["images"]["digest"] == protocol["reference"]["digest"]:
         out.append("the images are the reference")
     return out
@@ -230,6 +236,8 @@ def stats(
         used = [networks.load(name, weights, own) for name in names]
         _check_weights(weights, names)
         pictures = load_set(data, resolution, split, **pictures_as)
+        if pictures.moments is not None and INCEPTION in names:
+            raise ValueError(f"features: expected none of {INCEPTION}, {data} has its own, mu and sigma; give it to --ref")
         if len(pictures) < 2:
             raise ValueError(f"data: expected at least 2 images, got {len(pictures)}")
         if where.first:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+
 import click
 
 from imm import checkpoints
@@ -16,7 +18,9 @@ from imm.flow_map import SECOND_TIMES
 @click.option("--second-time", type=click.Choice(SECOND_TIMES), help="Of the network. [default: what the snapshot says]")
 def command(pkl: str, dest: str, second_time: str | None) -> None:
     """Turn a published checkpoint into one of ours. Nothing in the file is run, and none of its names is imported."""
-    flow_map = checkpoints.import_published(pkl, dest, second_time=second_time)
+    with warnings.catch_warnings(record=True) as notes:
+        warnings.simplefilter("always")
+        flow_map = checkpoints.import_published(pkl, dest, second_time=second_time)
     settings = read_settings(dest, "flow_map")
     network, source = settings["network"], settings["extra"]["source"]
     millions = sum(parameter.numel() for parameter in flow_map.network.parameters()) / 1e6
@@ -24,4 +28,6 @@ def command(pkl: str, dest: str, second_time: str | None) -> None:
     click.echo(f"network: {network['name']} ({sizes}), {millions:.1f} M parameters")
     click.echo(f"settings: {', '.join(f'{name} {value}' for name, value in settings['flow_map'].items())}")
     click.echo(f"source: {source['name']}, sha256 {source['sha256']}, mixed_precision {source['mixed_precision']}")
+    for note in notes:
+        click.echo(f"note: {note.message}")
     click.echo(f"wrote {dest}")

@@ -29,7 +29,7 @@ from imm.cli.options import (
 )
 from imm.cli.progress import bar
 from imm.distributed import Processes, processes
-from imm.evaluation.pictures import grid, save_picture
+from imm.evaluation.pictures import QUANTISATION, QUANTISATION_DECODED, grid, save_picture
 from imm.flow_map import FlowMap
 from imm.generation import ImageFolder
 from imm.sampler import Sampler
@@ -146,10 +146,10 @@ def _run(
         "rows": rows,
         "subdirs": subdirs,
         "vae": autoencoder,
-        "quantisation": "127.5 x + 128, clipped" if pictures else None,
+        "quantisation": (QUANTISATION if decode is None else QUANTISATION_DECODED) if pictures else None,
         **generation.note(device),
     }
-    folder = ImageFolder(writable_folder(outdir), pictures=pictures, subdirs=subdirs)
+    folder = ImageFolder(writable_folder(outdir), pictures=pictures, subdirs=subdirs, decoded=decode is not None)
     click.get_current_context().call_on_close(folder.close)
     folder.begin(manifest, seed_list, where)
     missing = generation.absent(seed_list, rows, folder, where)

@@ -198,7 +198,7 @@ def _run(
     if loaded is None and training["augment"] and "augment_dim" in parameters:
         chosen = replace(chosen, arguments={**chosen.arguments, "augment_dim": LABELS})
     if loaded is not None and "augment" not in given and not chosen.arguments.get("augment_dim"):
-        training["augment"] = 0.0  # a preset's; the file's network, as the published ones, cannot be told
+        training["augment"] = 0.0  # a preset's; the file's network cannot be told
     config = TrainConfig(**training, log_every=tick, snapshot_every=snap, keep_every=keep)
     if checkpointing and "checkpointing" not in parameters:
         raise ValueError(f"checkpointing: expected a network that has it, got {chosen.network}")

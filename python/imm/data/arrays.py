@@ -22,6 +22,8 @@ from imm.data.files import MAX_ARRAY, MAX_CLASSES, MAX_FILE, Files, gunzip
 _IDX = re.compile(r"(?P<folder>.*/)?(?P<split>train|t10k|test)-images[.-]idx3-ubyte(\.gz)?")
 #: The arrays of images and of labels: this library's names, others', and those of the ADM reference batches.
 _IMAGES, _LABELS, _CLASS_NAMES = ("images", "arr_0"), ("labels", "label", "arr_1"), "class_names"
+#: What ADM's reference batches have beside images: read by :mod:`imm.evaluation`.
+MOMENTS = ("mu", "sigma")
 #: The arrays of latents: values, or the mean and the standard deviation of each.
 _LATENTS, _MEAN, _STD = "latents", "latents_mean", "latents_std"
 #: What zipfile and numpy raise for a broken file; numpy reads an array's header as Python source.
@@ -55,7 +57,7 @@ def read_npz(path: Path) -> Arrays:
         ValueError: a broken file, other arrays, labels that are no classes, or an array that would unpack to more than
             ``MAX_ARRAY`` bytes.
     """
-    known = _names(path)
+    known = names_in(path)
     if not known & set(_IMAGES):
         raise ValueError(
             f"data: expected an .npz file with an array called images or arr_0 (for training: or {_LATENTS}, or {_MEAN} and "
@@ -77,7 +79,7 @@ def read_npz(path: Path) -> Arrays:
 
 def has_latents(path: Path) -> bool:
     """Whether the npz file has an array of latents. Raises ValueError for a broken file."""
-    return bool(_names(path) & {_LATENTS, _MEAN, _STD})
+    return bool(names_in(path) & {_LATENTS, _MEAN, _STD})
 
 
 def read_latents(path: Path) -> Arrays:
@@ -89,7 +91,7 @@ def read_latents(path: Path) -> Arrays:
         ValueError: a broken file, other arrays, images beside the latents, values that are not finite, negative deviations,
             labels that are no classes, or an array that would unpack to more than ``MAX_ARRAY`` bytes.
     """
-    known = _names(path)
+    known = names_in(path)
     arrays = sorted(known & {_LATENTS, _MEAN, _STD, *_IMAGES})
     if arrays not in ([_LATENTS], [_MEAN, _STD]):
         raise ValueError(
@@ -136,7 +138,7 @@ def _labelled(
     """Those arrays, labels, class names, and the names of the arrays that are none of these."""
     label = _one_of(_LABELS, known, path)
     wanted = (*names, *([label] if label else []), *([_CLASS_NAMES] if _CLASS_NAMES in known else []))
-    found = _read(path, wanted)
+    found = read_arrays(path, wanted)
     class_names = found.get(_CLASS_NAMES)
     if class_names is not None and (class_names.ndim != 1 or class_names.dtype.kind != "U"):
         raise ValueError(
@@ -150,7 +152,7 @@ def _labelled(
     )
 
 
-def _names(path: Path) -> set[str]:
+def names_in(path: Path) -> set[str]:
     """The names of an npz file's arrays. Raises ValueError for another file, and for a name twice."""
     try:
         with zipfile.ZipFile(path) as archive:
@@ -163,7 +165,7 @@ def _names(path: Path) -> set[str]:
     return set(names)
 
 
-def _read(path: Path, names: tuple[str, ...]) -> dict[str, np.ndarray]:
+def read_arrays(path: Path, names: tuple[str, ...]) -> dict[str, np.ndarray]:
     """Those of the arrays that are there. Raises ValueError for a broken file or a large one; no pickle is run."""
     try:
         with zipfile.ZipFile(path) as archive:

@@ -66,9 +66,10 @@ def draw(
     """``[count, 8]`` float32, a0 to a7 of the reference's table 6, 0 where a transformation is not drawn.
 
     a0, a1: mirrored left to right, top to bottom (0 or 1). a2: scaled by 2^(0.2 a2). a3: turned anticlockwise, in radians.
-    a4, a5: stretched by 2^(0.2 a5) along the direction a4, clockwise from the right, and shrunk as much across it. a6, a7:
+    a4, a5: stretched by 2^(0.2 a5) along the direction a4, anticlockwise from the right, and shrunk as much across it. a6, a7:
     moved right and down by eighths of the image's sides. a0 is 0 or 1 for every image alike; the others are drawn with
-    ``probability``, a4 with a5 and a6 with a7, a1 then being 0 or 1 alike.
+    ``probability``, a4 with a5 and a6 with a7, a1 then being 0 or 1 alike. Half of the stretches, whatever the probability,
+    are along the axes: a4 = 0.
     """
     if not 0 <= probability <= 1:
         raise ValueError(f"probability: expected a number in [0, 1], got {probability}")
@@ -80,6 +81,7 @@ def draw(
     mirrored = (uniform(2) < 0.5).float()
     turned, direction = ((2 * uniform(2) - 1) * math.pi).unbind(1)
     scaled, stretched, right, down = normal.unbind(1)
+    direction = torch.where(uniform(1)[:, 0] < 0.5, 0.0, direction)
     each = torch.stack([*mirrored.unbind(1), scaled, turned, direction, stretched, right, down], 1)
     drawn = uniform(5) < probability  # top to bottom, scale, turn, stretch, shift
     always = torch.ones_like(drawn[:, :1])
@@ -129,10 +131,10 @@ def _sources(transforms: Tensor, height: int, width: int) -> Tensor:
 
     y, x = along(height)[None, :, None] - _SHIFT * height * a7, along(width)[None, None, :] - _SHIFT * width * a6
     # From the last transformation to the first, each backwards.
-    along_direction, across = a4.cos() * x + a4.sin() * y, a4.cos() * y - a4.sin() * x
+    along_direction, across = a4.cos() * x - a4.sin() * y, a4.cos() * y + a4.sin() * x  # y points down
     along_direction, across = along_direction * torch.exp2(-_STRETCH * a5), across * torch.exp2(_STRETCH * a5)
-    x, y = a4.cos() * along_direction - a4.sin() * across, a4.sin() * along_direction + a4.cos() * across
-    x, y = a3.cos() * x - a3.sin() * y, a3.sin() * x + a3.cos() * y  # y points down
+    x, y = a4.cos() * along_direction + a4.sin() * across, a4.cos() * across - a4.sin() * along_direction
+    x, y = a3.cos() * x - a3.sin() * y, a3.sin() * x + a3.cos() * y
     shrink = torch.exp2(-_SCALE * a2)
 
     def place(offset: Tensor, size: int) -> Tensor:

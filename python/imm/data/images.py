@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from imm.data import arrays
+from imm.data import arrays, mean_std
 from imm.data.sources import MNIST_5K, NoSplitsError, array_notes, class_notes, count_classes, open_source
 
 
@@ -75,7 +75,7 @@ def load(
             docs/data.md has the layouts.
         resolution: side to resize to (antialiased); needed unless all images are square and of one size.
         split: "train", "test" or "all"; None is "train" for a source that has splits, "all" for one that has none.
-        latents: take an .npz file of latents too, which is refused otherwise.
+        latents: take latents too, in an .npz file or in EDM2's layout, which are refused otherwise.
         transform: see :func:`imm.data.pictures.fit`.
         channels: 1 or 3, which all pictures are brought to; None for the files' own, which must be alike.
         skip_broken: leave pictures out that cannot be read; ``left_out`` then says which.
@@ -85,11 +85,12 @@ def load(
     """
     check_channels(channels)
     path = Path(source)
-    if latents and path.is_file() and path.suffix == ".npz" and arrays.has_latents(path):
+    found = _find_latents(path) if latents else None
+    if found is not None:
         for name, given in (("transform", transform if transform != "none" else None), ("channels", channels)):
             if given is not None:
                 raise ValueError(f"{name}: expected none for latents, got {given} ({path})")
-        return _load_latents(path, resolution, split)
+        return _load_latents(found, path, resolution, split)
     with open_source(source, split) as opened:
         pixels = np.empty(0, np.uint8)
         left_out: dict[int, str] = {}
@@ -125,10 +126,15 @@ def check_kept(kept: Sequence[int], left_out: Mapping[int, str]) -> None:
         raise ValueError(f"data: expected images that are whole, got none in {len(left_out)}; {next(iter(left_out.values()))}")
 
 
-def _load_latents(path: Path, resolution: int | None, split: str | None) -> ImageData:
+def _find_latents(path: Path) -> arrays.Arrays | None:
+    if path.is_file() and path.suffix == ".npz":
+        return arrays.read_latents(path) if arrays.has_latents(path) else None
+    return mean_std.read(path)
+
+
+def _load_latents(found: arrays.Arrays, path: Path, resolution: int | None, split: str | None) -> ImageData:
     if split not in (None, "all"):
         raise NoSplitsError(f"split: expected all for {path}, which has no splits, got {split}")
-    found = arrays.read_latents(path)
     if resolution not in (None, found.values.shape[2]):
         raise ValueError(
             f"resolution: expected {found.values.shape[2]} or none, latents cannot be resized, got {resolution} ({path})"

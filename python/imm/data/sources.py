@@ -393,6 +393,12 @@ def _in_folders(files: Files) -> Source:
 
 def _listed(files: Files) -> Source:
     """Pictures in any folders, with their labels in ``dataset.json``."""
+    names = _pictures_of(files)
+    return _of_files(files, names, *listed_labels(files, names))
+
+
+def listed_labels(files: Files, names: list[str]) -> tuple[Labels | None, tuple[str, ...] | None]:
+    """The labels of the names, and the names of the classes, in ``dataset.json``. Raises ValueError where they do not fit."""
     place = f"{LABELS_FILE} of {files.path}"
     table = read_json(files, LABELS_FILE)
     if not isinstance(table, dict) or not isinstance(table.get("labels", 0), list | None):
@@ -400,9 +406,8 @@ def _listed(files: Files) -> Source:
     class_names = table.get("class_names")
     if not isinstance(class_names, list | None) or not all(isinstance(name, str) for name in class_names or ()):
         raise ValueError(f'data: expected "class_names" as a list of text in {place}, got {str(class_names)[:80]}')
-    names = _pictures_of(files)
     if table["labels"] is None:
-        return _of_files(files, names, None, None)
+        return None, None
     found: dict[str, int] = {}
     for row in table["labels"]:
         whole = isinstance(row, list) and len(row) == 2 and type(row[0]) is str and type(row[1]) is int
@@ -420,7 +425,7 @@ def _listed(files: Files) -> Source:
             f"one of the two lacks {min(wrong)}"
         )
     labels = np.array([found[name] for name in names], np.int64)
-    return _of_files(files, names, labels, None if class_names is None else tuple(class_names))
+    return labels, None if class_names is None else tuple(class_names)
 
 
 def read_json(files: Files, name: str) -> Any:

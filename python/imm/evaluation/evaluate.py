@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import platform
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -21,14 +21,13 @@ from imm.evaluation import metrics, networks
 from imm.evaluation.networks import EFFICIENTNET, INCEPTION, FeatureNetwork
 from imm.evaluation.pixels import PixelReference
 from imm.evaluation.sets import PictureSet
-from imm.evaluation.statistics import FeatureStatistics, load_statistics
+from imm.evaluation.statistics import FeatureStatistics, is_statistics, load_statistics, read_moments
 from imm.seeds import format_integers
 from imm.version import __version__
 
 FORMAT_VERSION = 1
 #: Most images a side that the MMD by Laplace kernel takes.
 MMD_COUNT = 2000
-QUANTISATION = "uint8: as stored, or floor(127.5 x + 128) clipped to 0..255"
 
 
 @dataclass(frozen=True)
@@ -62,14 +61,23 @@ METRICS = {
 
 @dataclass(frozen=True)
 class ReferenceStatistics:
-    """The reference as mean and covariance of features, with their protocol; enough for Frechet distances."""
+    """The reference as mean and covariance of features, with their protocol; enough for Frechet distances.
+
+    ``moments``: where these are ``mu`` and ``sigma`` of somebody else's file, of which no more is known.
+    """
 
     statistics: dict[str, FeatureStatistics]
     protocol: dict[str, Any]
+    moments: FeatureStatistics | None = None
 
     @classmethod
     def load(cls, path: str | Path) -> ReferenceStatistics:
-        """From the file that ``imm eval stats`` wrote. Raises ValueError for another."""
+        """From the file that ``imm eval stats`` wrote, or from one of ``mu`` and ``sigma``, which are taken to be of Inception
+        features. Raises ValueError for another."""
+        moments = read_moments(path) if is_statistics(path) else None
+        if moments is not None:
+            about = {"source": f"mu and sigma in {path}", **dict.fromkeys(("count", "shape", "resize", "split"))}
+            return cls({INCEPTION: moments}, {"reference": {**about, "digest": moments.digest()}, "features": {}}, moments)
         statistics, protocol = load_statistics(path)
         missing = {"reference", "features"} - protocol.keys()
         if missing:
@@ -175,7 +183,7 @@ def parse_metrics(text: str) -> list[str]:
 def check(names: Sequence[str], pictures: PictureSet, reference: PictureSet | ReferenceStatistics) -> None:
     """Raise ValueError, before any work, where a metric cannot be measured on these."""
     known = reference.protocol["reference"] if isinstance(reference, ReferenceStatistics) else _about(reference)
-    if list(pictures.shape) != known["shape"]:
+    if known["shape"] not in (None, list(pictures.shape)):
         raise ValueError(
             f"images: expected the reference's [channels, height, width] {known['shape']}, got {list(pictures.shape)}; "
             "--resolution resizes the reference"
@@ -187,7 +195,13 @@ def check(names: Sequence[str], pictures: PictureSet, reference: PictureSet | Re
             raise ValueError(f"{name}: expected at least {least} images, got {len(pictures)}")
         if metric.kind == "is":
             continue
-        if known["count"] < least:
+        if metric.kind == "fd" and metric.features == INCEPTION and reference.moments is not None:
+            if known["resize"] is not None:
+                raise ValueError(
+                    f"{name}: expected the reference as stored, which its mu and sigma are of, got it {known['resize']}"
+                )
+            continue
+        if known["count"] is not None and known["count"] < least:
             raise ValueError(f"{name}: expected at least {least} images in the reference, got {known['count']}")
         if isinstance(reference, ReferenceStatistics):
             if metric.kind != "fd":
@@ -243,6 +257,10 @@ def evaluate(
     """
     check(names, pictures, reference)
     used = load_networks(names, None, device) if used is None else used
+    moments = reference.moments if any(METRICS[name].features == INCEPTION for name in names) else None
+    if moments is not None and INCEPTION in used and len(moments.mean) != used[INCEPTION].dimensions:
+        size = used[INCEPTION].dimensions
+        raise ValueError(f"reference: expected mu of the {size} features of {INCEPTION}, got {len(moments.mean)}")
     if isinstance(reference, ReferenceStatistics):
         _check_networks(reference, used)
         about = {"reference": reference.protocol["reference"]}
@@ -259,8 +277,13 @@ def evaluate(
         if isinstance(reference, ReferenceStatistics):
             if name in reference.statistics:
                 theirs[name] = Features(reference.statistics[name], None, None)
-        elif kinds != {"is"}:
-            theirs[name] = extract(network, reference, device, batch, bool(kinds - {"fd", "is"}), tell)
+        else:
+            given = moments if name == INCEPTION else None
+            needed = kinds - ({"is"} if given is None else {"is", "fd"})
+            if needed:
+                theirs[name] = extract(network, reference, device, batch, bool(needed - {"fd"}), tell)
+            if given is not None:
+                theirs[name] = replace(theirs[name], statistics=given) if needed else Features(given, None, None)
     if dist.is_initialized() and dist.get_rank() != 0:
         return None
     values: dict[str, float] = {}
@@ -274,12 +297,14 @@ def evaluate(
             found, chosen_settings = _on_features(name, metric.kind, ours[metric.features], theirs.get(metric.features), place)
         values |= found
         settings[name] = {"what": metric.what, **chosen_settings}
+        if metric.kind == "fd" and metric.features == INCEPTION and moments is not None:
+            settings[name]["reference"] = {"statistics": "mu and sigma of the file", "sha256": moments.digest()}
     seeds = None if pictures.seeds is None else format_integers(pictures.seeds)
     protocol = {
         "images": {**_about(pictures), "seeds": seeds},
         "generation": pictures.generation,
         **about,
-        "quantisation": QUANTISATION,
+        "quantisation": pictures.quantisation,
         "settings": settings,
         "versions": _versions(),
         "device": torch.cuda.get_device_name(device) if torch.device(device).type == "cuda" else "cpu",
@@ -331,7 +356,7 @@ def _mmd(name: str, x: Tensor, y: Tensor) -> tuple[dict[str, float], dict[str, A
 
 def _check_networks(reference: ReferenceStatistics, used: Mapping[str, FeatureNetwork]) -> None:
     for name, network in used.items():
-        if name not in reference.statistics:
+        if name not in reference.statistics or reference.moments is not None:
             continue
         found = reference.protocol["features"][name]
         for key, own in (("sha256", network.sha256), ("preprocessing", network.preprocessing)):

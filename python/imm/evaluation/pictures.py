@@ -14,16 +14,21 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 
-def to_uint8(images: Tensor) -> Tensor:
-    """[-1, 1] floating -> 0..255 uint8, same shape (x 127.5 + 128, clipped, as the published evaluation)."""
-    return (images.float() * 127.5 + 128.0).clamp(0, 255).to(torch.uint8)
+#: How values in [-1, 1] become eight bits, as published: of networks of pictures, and of decoded latents.
+QUANTISATION, QUANTISATION_DECODED = "127.5 x + 128, clipped", "127.5 x + 127.5, clipped"
 
 
-def to_picture(image: Tensor) -> Image:
-    """``[1 or 3, H, W]`` in [-1, 1] -> a pillow image."""
+def to_uint8(images: Tensor, *, decoded: bool = False) -> Tensor:
+    """[-1, 1] floating -> 0..255 uint8, same shape: floor(127.5 x + 128), clipped; ``decoded`` from latents:
+    floor(127.5 x + 127.5)."""
+    return (images.float() * 127.5 + (127.5 if decoded else 128.0)).clamp(0, 255).to(torch.uint8)
+
+
+def to_picture(image: Tensor, *, decoded: bool = False) -> Image:
+    """``[1 or 3, H, W]`` in [-1, 1] -> a pillow image; ``decoded`` as in :func:`to_uint8`."""
     from PIL import Image
 
-    pixels = to_uint8(image).cpu().permute(1, 2, 0).numpy()
+    pixels = to_uint8(image, decoded=decoded).cpu().permute(1, 2, 0).numpy()
     return Image.fromarray(pixels[:, :, 0] if pixels.shape[2] == 1 else pixels)
 
 

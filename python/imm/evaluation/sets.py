@@ -14,15 +14,20 @@ import torch
 from torch import Tensor
 
 from imm.data import digest, load
+from imm.data.arrays import MOMENTS
 from imm.data.files import open_files
 from imm.data.pictures import decode
-from imm.data.sources import NoSplitsError
+from imm.data.sources import NoSplitsError, array_notes
 from imm.evaluation.pictures import to_uint8
+from imm.evaluation.statistics import FeatureStatistics, read_moments
 from imm.seeds import parse_integers
 
 #: What the sampler writes beside its images; the fields that are read are in docs/evaluation.md.
 GENERATION_FILE = "generation.json"
 GRID_FILE = "grid.png"
+#: How a set's values became eight bits, for the protocol.
+STORED = "uint8: as stored, or floor(127.5 x + 128) clipped to 0..255"
+DECODED = "uint8: of decoded latents, floor(127.5 x + 127.5) clipped to 0..255"
 
 
 @dataclass(frozen=True)
@@ -32,6 +37,8 @@ class PictureSet:
     Attributes:
         pixels: ``[N, 1 or 3, H, W]`` uint8. labels: ``[N]`` int64 or None. num_classes: 0 without labels.
         source: where they come from, in words. digest: :func:`imm.data.digest` of pixels and labels.
+        moments: Inception statistics that the file has beside its images (``mu``, ``sigma``), which are the FID's, or None.
+        quantisation: how floats became eight bits, in words.
         resize: how they were resized, in words, or None.
         seeds: of generated images in the order of ``pixels``, or None. generation: what the sampler wrote of them, or None.
         notes, left_out: see :class:`imm.data.ImageData`.
@@ -45,6 +52,8 @@ class PictureSet:
     resize: str | None = None
     seeds: tuple[int, ...] | None = None
     generation: dict[str, Any] | None = None
+    quantisation: str = STORED
+    moments: FeatureStatistics | None = None
     notes: tuple[str, ...] = ()
     left_out: tuple[str, ...] = ()
 
@@ -57,12 +66,12 @@ class PictureSet:
         return tuple(self.pixels.shape[1:])  # type: ignore[return-value]
 
 
-def picture_set(images: Tensor, labels: Tensor | None = None, source: str = "a tensor") -> PictureSet:
+def picture_set(images: Tensor, labels: Tensor | None = None, source: str = "a tensor", *, decoded: bool = False) -> PictureSet:
     """A set from images in memory.
 
     Args:
         images: ``[N, 1 or 3, H, W]``, uint8, or floating in [-1, 1], which is quantised as :func:`to_uint8` does.
-        labels: ``[N]`` integers >= 0, or None. source: in words.
+        labels: ``[N]`` integers >= 0, or None. source: in words. decoded: floats come from latents (:func:`to_uint8`).
 
     Raises:
         ValueError: shapes, no images, values that are not finite.
@@ -75,10 +84,11 @@ def picture_set(images: Tensor, labels: Tensor | None = None, source: str = "a t
         raise ValueError(f"images: expected uint8 or floating values in [-1, 1], got {images.dtype}")
     if labels is not None and labels.shape != images.shape[:1]:
         raise ValueError(f"labels: expected [{len(images)}], got {list(labels.shape)}")
-    pixels = (to_uint8(images) if images.is_floating_point() else images).cpu().contiguous()
+    pixels = (to_uint8(images, decoded=decoded) if images.is_floating_point() else images).cpu().contiguous()
     labels = None if labels is None else labels.cpu().long()
     classes = 0 if labels is None else int(labels.max()) + 1
-    return PictureSet(pixels, labels, classes, source, digest(pixels, labels))
+    rule = DECODED if decoded and images.is_floating_point() else STORED
+    return PictureSet(pixels, labels, classes, source, digest(pixels, labels), quantisation=rule)
 
 
 def load_set(
@@ -112,6 +122,7 @@ def load_set(
     except NoSplitsError:
         data = load_as()
     out = picture_set(data.pixels, data.labels, data.source)
+    moments = read_moments(folder) if folder.is_file() and folder.suffix == ".npz" else None
     return PictureSet(
         out.pixels,
         out.labels,
@@ -119,9 +130,20 @@ def load_set(
         out.source,
         out.digest,
         _resize(resolution, transform, channels),
-        notes=data.notes,
+        notes=data.notes if moments is None else _notes_with_moments(data.notes),
         left_out=data.left_out,
+        moments=moments,
     )
+
+
+def _notes_with_moments(notes: tuple[str, ...]) -> tuple[str, ...]:
+    """The notes on reading a file whose ``mu`` and ``sigma`` are read as well."""
+    head = array_notes(["x"])[0][:-1]
+    out: list[str] = []
+    for note in notes:
+        unread = note.removeprefix(head).split(", ") if note.startswith(head) else None
+        out += [note] if unread is None else array_notes([name for name in unread if name not in MOMENTS])
+    return tuple(out)
 
 
 def _resize(resolution: int | None, transform: str, channels: int | None) -> str | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import zipfile
@@ -13,6 +14,8 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+from imm.data.arrays import MOMENTS, names_in, read_arrays
 
 FORMAT_VERSION = 1
 _KEY = "imm_statistics"
@@ -40,6 +43,18 @@ class FeatureStatistics:
         self.n = 0
         self.mean = torch.zeros(dimensions, dtype=torch.float64)
         self.m2 = torch.zeros(dimensions, dimensions, dtype=torch.float64)
+
+    @classmethod
+    def from_moments(cls, mean: Tensor, covariance: Tensor) -> FeatureStatistics:
+        """Statistics of vectors of which only mean ``[D]`` and covariance ``[D, D]`` are known, not how many there were."""
+        made = cls(len(mean))
+        # As of two vectors, whose scatter is the covariance.
+        made.n, made.mean, made.m2 = 2, mean.to(torch.float64), covariance.to(torch.float64)
+        return made
+
+    def digest(self) -> str:
+        """SHA-256 of mean and covariance, float64."""
+        return hashlib.sha256(torch.cat([self.mean, self.covariance().flatten()]).numpy().tobytes()).hexdigest()
 
     def update(self, features: Tensor) -> None:
         """Add features ``[N, D]``, any device. Raises ValueError for another shape and for values that are not finite."""
@@ -157,12 +172,40 @@ def save_statistics(
 
 
 def is_statistics(path: str | os.PathLike[str]) -> bool:
-    """Whether the file is one that :func:`save_statistics` wrote."""
+    """Whether the file is one that :func:`save_statistics` wrote, or holds ``mu`` and ``sigma`` and no images."""
     try:
-        with zipfile.ZipFile(path) as archive:
-            return f"{_KEY}.npy" in archive.namelist()
-    except (OSError, zipfile.BadZipFile):
+        names = names_in(Path(path))
+    except ValueError:
         return False
+    return _KEY in names or (names >= set(MOMENTS) and not names & {"images", "arr_0"})
+
+
+def read_moments(path: str | os.PathLike[str]) -> FeatureStatistics | None:
+    """``mu`` ``[D]`` and ``sigma`` ``[D, D]`` of an npz file: mean and covariance of Inception features, as ADM's reference
+    batches, EDM and pytorch-fid have them. None where it has neither.
+
+    Raises:
+        ValueError: one without the other, other shapes, values that are not finite, or a sigma that is no covariance.
+    """
+    found = read_arrays(Path(path), MOMENTS)
+    if not found:
+        return None
+    shapes = {name: list(value.shape) for name, value in found.items()}
+    d = shapes.get("mu", [0])[0] if shapes.get("mu") else 0
+    numbers = all(value.dtype.kind == "f" for value in found.values())
+    if shapes != {"mu": [d], "sigma": [d, d]} or not d or not numbers:
+        got = ", ".join(f"{name} {shape} of {found[name].dtype}" for name, shape in shapes.items())
+        raise ValueError(f"{path}: expected floating mu [D] and sigma [D, D], got {got}")
+    # Cloned: numpy's memory is aligned now so and now so, and with it the last bits of products.
+    mu, sigma = (torch.from_numpy(found[name].astype(np.float64)).clone() for name in MOMENTS)
+    if not bool(mu.isfinite().all() and sigma.isfinite().all()):
+        raise ValueError(f"{path}: expected finite mu and sigma, got NaN or infinity")
+    values, vectors = torch.linalg.eigh(0.5 * (sigma + sigma.T))
+    rounding = float(np.finfo(found["sigma"].dtype).eps) * d * float(values.abs().max())
+    least = float(values.min())
+    if not torch.allclose(sigma, sigma.T, rtol=1e-4, atol=rounding) or least < -rounding * (1e3 if rounding < 1e-9 else 1):
+        raise ValueError(f"{path}: expected a covariance as sigma, got no symmetric one or an eigenvalue of {least:.3g}")
+    return FeatureStatistics.from_moments(mu, sigma if least >= 0 else (vectors * values.clamp(min=0)) @ vectors.T)
 
 
 def load_statistics(path: str | os.PathLike[str]) -> tuple[dict[str, FeatureStatistics], dict[str, Any]]:

@@ -23,8 +23,8 @@ from imm.ops.timestep_embedding import MAX_PERIOD, sinusoids
 EPS = 1e-6
 #: Sums of a branch and its skip keep their variance.
 SKIP_SCALE = math.sqrt(0.5)
-#: Gain at initialisation of the layer that ends a residual branch.
-SMALL = 1e-5
+#: Gains at initialisation: of the layer that ends a residual branch, or the network; and of queries, keys and values.
+SMALL, ATTENTION_GAIN = 1e-5, math.sqrt(0.2)
 
 
 def _norm(channels: int) -> GroupNorm:
@@ -127,8 +127,9 @@ class DDPMpp(nn.Module):
 
     The defaults are the published CIFAR-10 network's, 56 M parameters. ``checkpointing`` may be set at any time; checkpoints do
     not hold it. Weights are drawn by Xavier's rule, those of the layer that ends a residual branch 1e-5 times that, so that a
-    block begins as its skip (Song et al., appendix H; the IMM release's gain); the output is 0 at initialisation. Weights are
-    in channels-last memory, and so is then what lies between layers: the same results to rounding, faster.
+    block begins as its skip (Song et al., appendix H; the IMM release's gains), those of queries, keys and values sqrt(0.2)
+    times. The last layer ends one too: the output is nearly 0 at initialisation. Weights are in channels-last memory, and so is
+    then what lies between layers: the same results to rounding, faster.
 
     Raises:
         ValueError: for any value other than these.
@@ -216,10 +217,12 @@ class DDPMpp(nn.Module):
 
     def _initialise(self) -> None:
         for name, parameter in self.named_parameters():
-            if name.endswith("bias") or "aux_conv" in name:
+            if name.endswith("bias"):
                 nn.init.zeros_(parameter)
             elif parameter.dim() > 1:
-                nn.init.xavier_uniform_(parameter, gain=SMALL if name.endswith(("conv1.weight", "proj.weight")) else 1.0)
+                small = name.endswith(("conv1.weight", "proj.weight", "aux_conv.weight"))
+                gain = SMALL if small else ATTENTION_GAIN if name.endswith("qkv.weight") else 1.0
+                nn.init.xavier_uniform_(parameter, gain=gain)
 
     def forward(self, x: Tensor, t: Tensor, s: Tensor, labels: Tensor | None = None, augment: Tensor | None = None) -> Tensor:
         """The network's output for an image, two times and a class.
@@ -240,19 +243,20 @@ class DDPMpp(nn.Module):
         weight = self.map_layer0.weight
         condition = full_precision(weight, self._condition, t, s, labels, augment)
         h, skips = x, []
-        for module in self.enc.values():
-            h = self._run(module, h, condition) if isinstance(module, Block) else full_precision(weight, module, h)
+        # By name: a block that torch.compile wrapped is no Block.
+        for name, module in self.enc.items():
+            h = full_precision(weight, module, h) if name.endswith("_conv") else self._run(module, h, condition)
             skips.append(h)
         for name, module in self.dec.items():
-            if isinstance(module, Block):
+            if "_aux_" in name:
+                end = (lambda h, norm=module: F.silu(norm(h))) if name.endswith("_norm") else module
+                h = full_precision(weight, end, h)
+            else:
                 h = torch.cat([h, skips.pop()], dim=1) if "_block" in name else h
                 h = self._run(module, h, condition)
-            else:
-                end = (lambda h, norm=module: F.silu(norm(h))) if isinstance(module, nn.GroupNorm) else module
-                h = full_precision(weight, end, h)
         return h
 
-    def _run(self, block: Block, x: Tensor, condition: Tensor) -> Tensor:
+    def _run(self, block: nn.Module, x: Tensor, condition: Tensor) -> Tensor:
         if self.checkpointing and torch.is_grad_enabled():
             return checkpoint(block, x, condition, use_reentrant=False)
         return block(x, condition)

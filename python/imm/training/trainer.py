@@ -28,6 +28,7 @@ from imm.flow_map import FlowMap
 from imm.objective import T_BINS, Draws, IMMObjective
 from imm.training.ema import EMA
 from imm.training.lock import FolderLock, lock_folder
+from imm.weights import plain_names
 
 STATE_FILE = "training-state.safetensors"
 STATS_FILE = "stats.jsonl"
@@ -298,7 +299,7 @@ class Trainer:
         replaced = None if self._saved_step is None or self._stays(self._saved_step) else self._saved_step
         tensors: dict[str, Tensor] = {}
         for prefix, module in (("network", self.objective.flow_map.network), ("ema", self.ema.network)):
-            tensors |= {f"{prefix}.{name}": value for name, value in module.state_dict().items()}
+            tensors |= {f"{prefix}.{name}": value for name, value in plain_names(module.state_dict()).items()}
         for index, parameter in enumerate(self._parameters):
             for key, value in self._optimizer.state[parameter].items():
                 tensors[f"optimizer.{index}.{key}"] = value

@@ -1,0 +1,100 @@
+"""Settings in published snapshots: OmegaConf's records, and what an import says that it leaves out."""
+
+from __future__ import annotations
+
+import re
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from click.testing import CliRunner
+from published_files import Call, Name, New, ddpmpp_snapshot, dumps, flow_map_snapshot, record, torch_file
+from torch import nn
+
+from imm import FlowMap, Sampler
+from imm.checkpoints import CheckpointError, import_published, read_published
+from imm.cli import main
+from imm.networks import DDPMpp, DiT, dit
+
+WRITTEN_BY_OMEGACONF = Path(__file__).parent / "data" / "omegaconf_snapshot.pkl"
+
+
+def test_settings_that_omegaconf_wrote() -> None:
+    state, settings = read_published(WRITTEN_BY_OMEGACONF)
+    assert torch.equal(state["model.weight"], torch.full((1, 2), 0.5))
+    expected = {"model_type": "SongUNet", "model_channels": 32, "channel_mult": [1, 2], "resample_filter": [1, 1]}
+    expected |= {"attn_resolutions": [4], "nested": {"a": 1, "b": ["x", None, 1.5, True]}, "width": 32}
+    assert {name: settings[name] for name in expected} == expected
+    assert type(settings["channel_mult"]) is list
+
+
+@pytest.mark.parametrize("form", ["pickle 3", "pickle 4", "torch.save", "torch.save, older"])
+def test_a_network_with_such_settings_is_imported(form, tmp_path) -> None:
+    network = DDPMpp(channels=3, resolution=8, width=32, multipliers=(1, 2), blocks=1, attention=(4,), dropout=0.1)
+    flow_map = FlowMap(network, parametrization="simple_edm").eval()
+    builtins = "__builtin__" if form.startswith("torch") else "builtins"  # as protocol 2 has it
+    lists = {"channel_mult": [1, 2], "resample_filter": [1, 1], "attn_resolutions": [4]}
+    keywords = {name: record(value, builtins) for name, value in {**lists, "num_blocks": 1, "nested": {"a": [None]}}.items()}
+    tree = ddpmpp_snapshot(flow_map, **keywords)
+    data = dumps(tree, int(form[-1])) if form.startswith("pickle") else torch_file(tree, form == "torch.save")
+    (tmp_path / "a.pkl").write_bytes(data)
+    imported = import_published(tmp_path / "a.pkl", tmp_path / "a.safetensors")
+    assert imported.network.settings == network.settings
+    assert torch.equal(Sampler(imported, steps=1).sample([3]), Sampler(flow_map, steps=1).sample([3]))
+
+
+LIST = "omegaconf.listconfig.ListConfig"
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        (New(LIST, {"__class__": 1}), "attributes: expected a plain name, got '__class__'"),
+        (Call(LIST, [1]), f"the file calls {LIST}, which no snapshot calls"),
+        (Call("builtins.list", [1]), "the file calls builtins.list, which no snapshot calls"),
+        (New("builtins.dict", {}), "the file makes an instance of builtins.dict, which no snapshot does"),
+        (Call("collections.defaultdict", Name("torch.storage._load_from_bytes")), "collections.defaultdict: expected a plain"),
+        (New("omegaconf.omegaconf.OmegaConf", {}), "the file names 'omegaconf.omegaconf.OmegaConf'"),
+        (New("omegaconf.nodes.EnumNode", {}), "the file names 'omegaconf.nodes.EnumNode'"),
+        (New(LIST, {"_content": [New(LIST, [1])]}), "attributes: expected a dict, got a list"),
+    ],
+)
+def test_records_that_are_none_get_one_line(value, text, tmp_path) -> None:
+    path = tmp_path / "a.pkl"
+    path.write_bytes(dumps({"ema": New("torch.nn.modules.linear.Linear", {"channel_mult": value})}))
+    with pytest.raises(CheckpointError, match=re.escape(text)) as caught:
+        read_published(path)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_record_within_itself_is_no_setting(tmp_path) -> None:
+    content: list[Any] = []
+    loop = New(LIST, {"_content": content})
+    content.append(loop)
+    tree = {"ema": New("torch.nn.modules.linear.Linear", {"loop": loop, "no_content": New(LIST, {}), "n": record(3)})}
+    (tmp_path / "a.pkl").write_bytes(dumps(tree))
+    assert read_published(tmp_path / "a.pkl")[1] == {"n": 3, "class_name": "Linear"}
+
+
+@pytest.mark.parametrize("where", ["keyword", "modules", "nowhere"])
+def test_a_dropout_that_ours_has_not_is_said(where, monkeypatch, tmp_path) -> None:
+    monkeypatch.setitem(dit.SIZES, "T", (32, 2, 2))
+    flow_map = FlowMap(DiT("T", 4, channels=4, resolution=8, num_classes=5)).eval()
+    tree = flow_map_snapshot(flow_map, "DiT_T_4")
+    state = tree["ema"].call.args[0]["state"]
+    state["_init_kwargs"] |= {"dropout": 0.25} if where == "keyword" else {}
+    if where == "modules":
+        block = state["_modules"]["model"].call.args[0]["state"]["_modules"]["blocks"].state["_modules"]["0"]
+        mlp = block.call.args[0]["state"]["_modules"]["mlp"]
+        mlp.state["_modules"]["drop1"] = New("torch.nn.modules.dropout.Dropout", {**nn.Dropout(0.25).__dict__})
+    (tmp_path / "a.pkl").write_bytes(dumps(tree))
+    text = "the DiT's dropout of 0.25 is left out: ours has none"
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        import_published(tmp_path / "a.pkl", tmp_path / "a.safetensors")
+    assert [text in str(one.message) for one in caught] == ([] if where == "nowhere" else [True])
+    done = CliRunner().invoke(main, ["import", f"--pkl={tmp_path / 'a.pkl'}", f"--dest={tmp_path / 'a.safetensors'}"])
+    assert (f"note: {text}" in done.output) == (where != "nowhere")
+    assert len(done.stderr) == 0
