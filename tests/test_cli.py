@@ -100,7 +100,7 @@ def test_sample_refusals(net, tmp_path) -> None:
     for device in ("tpu9", "meta"):
         assert "device: expected auto or a device of this machine" in refused(*base, "--device", device)
     assert "mid-eta: expected numbers such as 1.4,0.5, got 'x'" in refused(*base, "--kind", "eta", "--mid-eta", "x")
-    assert "cfg: expected a finite number" in refused(*base, "--cfg", "nan")
+    assert "cfg: expected a finite number" in refused(*base, "--cfg", "inf")
     assert "below 2^63" in refused(*base, "--seeds", str(2**63))
     assert "found none" in refused("sample", "--net", tmp_path / "absent", "--outdir", out)
     assert not out.exists()

@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from imm.cli.options import device_line, pick_device, writable_folder
+from imm.cli.options import PATH, device_line, pick_device, writable_folder
 
 _OF_BASE = ("out", "base", "fail_if_slower")
 
@@ -35,7 +35,7 @@ class _Bench(click.Command):
 @click.command(cls=_Bench)
 @click.argument("op", default="all")
 @click.option("--device", "device_name", default="auto", help="auto, cpu, cuda or cuda:N.")
-@click.option("--out", metavar="DIR", help="Add to rows.csv there; write environment.json, figures and report.html.")
+@click.option("--out", type=PATH, metavar="DIR", help="Add to rows.csv there; write environment.json, figures and report.html.")
 @click.option("--quick/--full", help="The first shape of each op, for a few seconds; or every shape, which is the default.")
 @click.option("--threads", type=click.IntRange(min=1), help="CPU threads; by default torch's own number.")
 @click.option("--base", metavar="REV", help="Measure this commit and the working tree, twice each in turns, and compare.")
@@ -114,8 +114,8 @@ def _show(context: click.Context, comparison: Any, fail_if_slower: bool) -> None
 
 
 @click.command()
-@click.argument("first", metavar="A")
-@click.argument("second", metavar="B")
+@click.argument("first", type=PATH, metavar="A")
+@click.argument("second", type=PATH, metavar="B")
 @click.option("--fail-if-slower", is_flag=True, help="Exit with 1 where a peer of ours is slower.")
 @click.pass_context
 def compare(context: click.Context, first: str, second: str, fail_if_slower: bool) -> None:

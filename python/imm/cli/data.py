@@ -13,6 +13,7 @@ import click
 
 from imm.cli import progress
 from imm.cli.options import (
+    PATH,
     channels_option,
     device_line,
     name_list,
@@ -28,7 +29,11 @@ from imm.data.sources import SPLITS, Source, open_source
 from imm.latents import load_vae
 
 _source = click.option(
-    "--source", required=True, metavar="PATH", help='"mnist5k", a folder, .zip, .npz, CIFAR-10 or MNIST (docs/data.md).'
+    "--source",
+    required=True,
+    type=PATH,
+    metavar="PATH",
+    help='"mnist5k", a folder, .zip, .npz, CIFAR-10 or MNIST (docs/data.md).',
 )
 _resolution = click.option(
     "--resolution", type=click.IntRange(min=1), help="Side to resize to. [default: as they are; mnist5k: 16]"
@@ -46,7 +51,7 @@ def command() -> None:
 
 @command.command()
 @_source
-@click.option("--dest", required=True, metavar="PATH", help="A .zip or .npz file to write, or a new folder.")
+@click.option("--dest", required=True, type=PATH, metavar="PATH", help="A .zip or .npz file to write, or a new folder.")
 @_resolution
 @transform_option
 @_split
@@ -109,8 +114,8 @@ def _finish(opened: Source, dest: str, left_out: list[str]) -> None:
 
 @command.command()
 @_source
-@click.option("--dest", required=True, metavar="FILE", help="The .npz file to write.")
-@click.option("--vae", required=True, metavar="PATH|ID", help="The AutoencoderKL that encodes (needs diffusers).")
+@click.option("--dest", required=True, type=PATH, metavar="FILE", help="The .npz file to write.")
+@click.option("--vae", required=True, type=PATH, metavar="PATH|ID", help="The AutoencoderKL that encodes (needs diffusers).")
 @_resolution
 @transform_option
 @_split
@@ -165,7 +170,7 @@ def encode(
 @_split
 @channels_option
 @skip_broken_option
-@click.option("--out", metavar="FILE", help="Also write the numbers there, as JSON.")
+@click.option("--out", type=PATH, metavar="FILE", help="Also write the numbers there, as JSON.")
 def stats(
     source: str,
     resolution: int | None,

@@ -16,7 +16,7 @@ from torch import Tensor
 from imm import checkpoints
 from imm.cli import progress
 from imm.cli.doctor import op_lines
-from imm.cli.options import device_line, pick_device, writable_folder
+from imm.cli.options import PATH, Number, device_line, pick_device, writable_folder
 from imm.cli.report import write_curve, write_report
 from imm.data import ImageData, mnist_5k
 from imm.evaluation import PixelReference, PixelScores
@@ -113,10 +113,15 @@ def table(rows: dict[str, PixelScores]) -> list[str]:
 
 @click.command()
 @click.option(
-    "--outdir", default="runs/demo", show_default=True, metavar="DIR", help="Where to write; trains in demo-training there."
+    "--outdir",
+    default="runs/demo",
+    show_default=True,
+    type=PATH,
+    metavar="DIR",
+    help="Where to write; trains in demo-training there.",
 )
 @click.option("--steps", default=3000, show_default=True, type=click.IntRange(min=1), help="Training steps.")
-@click.option("--minutes", type=click.FloatRange(min=0), help="Stop training after this long, whatever --steps says.")
+@click.option("--minutes", type=Number(min=0), help="Stop training after this long, whatever --steps says.")
 @click.option("--seed", default=0, show_default=True, type=click.IntRange(0, 2**63 - 1))
 @click.option("--precision", default="fp32", show_default=True, type=click.Choice(list(PRECISIONS)), help="Of training.")
 @click.option("--resume", is_flag=True, help="Go on with the run found in --outdir instead of starting afresh.")

@@ -14,6 +14,7 @@ import click
 from tqdm import tqdm
 
 from imm.cli.options import (
+    PATH,
     channels_option,
     device_line,
     device_option,
@@ -88,7 +89,10 @@ def _of_features(command: Callable[..., Any]) -> Callable[..., Any]:
     for option in reversed(
         (
             click.option(
-                "--weights", metavar="FILE", help='Published weights of Inception (fid, kid, prdc, is); or "download".'
+                "--weights",
+                type=PATH,
+                metavar="FILE",
+                help='Published weights of Inception (fid, kid, prdc, is); or "download".',
             ),
             click.option("--resolution", type=click.IntRange(min=1), help="Resize a source of --data. [default: as stored]"),
             click.option(
@@ -106,10 +110,14 @@ def _of_features(command: Callable[..., Any]) -> Callable[..., Any]:
 
 
 @click.group(invoke_without_command=True)
-@click.option("--images", metavar="SOURCE", help="Images to judge: a folder that imm sample wrote, or a source of --data.")
-@click.option("--ref", metavar="SOURCE", help="What to compare with: a source of --data, or statistics (docs/evaluation.md).")
+@click.option(
+    "--images", type=PATH, metavar="SOURCE", help="Images to judge: a folder that imm sample wrote, or a source of --data."
+)
+@click.option(
+    "--ref", type=PATH, metavar="SOURCE", help="What to compare with: a source of --data, or statistics (docs/evaluation.md)."
+)
 @click.option("--metrics", default=DEFAULT_METRICS, show_default=True, metavar="LIST", help=f"Of {', '.join(METRICS)}.")
-@click.option("--out", metavar="FILE", help="Where to write the numbers and their protocol (.json).")
+@click.option("--out", type=PATH, metavar="FILE", help="Where to write the numbers and their protocol (.json).")
 @_of_features
 @click.pass_context
 def command(
@@ -203,8 +211,8 @@ def cautions(result: dict[str, Any]) -> list[str]:
 
 
 @command.command("stats")
-@click.option("--data", required=True, metavar="SOURCE", help="The reference images: a source of --data.")
-@click.option("--out", required=True, metavar="FILE", help="Where to write (.npz).")
+@click.option("--data", required=True, type=PATH, metavar="SOURCE", help="The reference images: a source of --data.")
+@click.option("--out", required=True, type=PATH, metavar="FILE", help="Where to write (.npz).")
 @click.option("--features", default=EFFICIENTNET, show_default=True, metavar="LIST", help=f"Of {', '.join(NAMES)}.")
 @_of_features
 def stats(
@@ -248,8 +256,8 @@ def stats(
 
 
 @command.command("compare")
-@click.argument("first", metavar="A.json")
-@click.argument("second", metavar="B.json")
+@click.argument("first", type=PATH, metavar="A.json")
+@click.argument("second", type=PATH, metavar="B.json")
 def compare(first: str, second: str) -> None:
     """Two results side by side; exits with 1, saying what differs, where their protocols are not alike."""
     a, b = comparison.read_result(first), comparison.read_result(second)

@@ -6,7 +6,7 @@ import click
 import torch
 
 from imm import checkpoints, package
-from imm.cli.options import device_line, parse_floats, pick_device
+from imm.cli.options import PATH, device_line, parse_floats, pick_device
 from imm.ops import native
 from imm.sampling import KINDS, METHODS
 
@@ -14,8 +14,8 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 
 @click.command()
-@click.option("--net", required=True, metavar="FILE", help="Checkpoint (.safetensors).")
-@click.option("--out", required=True, metavar="FILE", help="Package to write (.pt2).")
+@click.option("--net", required=True, type=PATH, metavar="FILE", help="Checkpoint (.safetensors).")
+@click.option("--out", required=True, type=PATH, metavar="FILE", help="Package to write (.pt2).")
 @click.option("--steps", default=2, show_default=True, type=click.IntRange(min=1), help="Sampling steps.")
 @click.option("--batch", default=1, show_default=True, type=click.IntRange(min=1), help="Images at a time.")
 @click.option("--guided", is_flag=True, help="For runs with a guidance scale.")

@@ -8,12 +8,13 @@ import click
 
 from imm import checkpoints
 from imm.checkpoints.format import read_settings
+from imm.cli.options import PATH
 from imm.flow_map import SECOND_TIMES
 
 
 @click.command("import")
-@click.option("--pkl", required=True, metavar="FILE", help="Published snapshot (.pkl).")
-@click.option("--dest", required=True, metavar="FILE", help="Checkpoint to write (.safetensors).")
+@click.option("--pkl", required=True, type=PATH, metavar="FILE", help="Published snapshot (.pkl).")
+@click.option("--dest", required=True, type=PATH, metavar="FILE", help="Checkpoint to write (.safetensors).")
 @click.option("--second-time", type=click.Choice(SECOND_TIMES), help="Of the network. [default: what the snapshot says]")
 def command(pkl: str, dest: str, second_time: str | None) -> None:
     """Turn a published checkpoint into one of ours. Nothing in the file is run, and none of its names is imported."""

@@ -2,17 +2,46 @@
 
 from __future__ import annotations
 
+import math
 import os
 import re
 import tempfile
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 import click
 import torch
 
 from imm.data.pictures import TRANSFORMS
 from imm.distributed import Processes, device_of
+
+
+class _Path(click.ParamType):
+    """A path, "~" expanded: shells leave it where it follows an equals sign."""
+
+    name = "path"
+
+    def convert(self, value: str, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        if not value:
+            self.fail("expected a path, got an empty text", param, ctx)
+        return os.path.expanduser(value)
+
+
+PATH = _Path()
+
+
+class Number(click.FloatRange):
+    """A number, within bounds if there are any; never NaN, which is within all of them."""
+
+    name = "number"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        number = super().convert(value, param, ctx)
+        if math.isnan(number):
+            self.fail("expected a number, got NaN", param, ctx)
+        return number
+
 
 #: ``--device`` of the commands that torchrun starts as well; :func:`process_device` reads it.
 device_option = click.option(

@@ -16,7 +16,17 @@ from torch import Tensor
 
 from imm import checkpoints, generation, latents
 from imm.checkpoints.format import read_settings
-from imm.cli.options import device_line, device_option, parse_floats, parse_grid, printable, process_device, writable_folder
+from imm.cli.options import (
+    PATH,
+    Number,
+    device_line,
+    device_option,
+    parse_floats,
+    parse_grid,
+    printable,
+    process_device,
+    writable_folder,
+)
 from imm.cli.progress import bar
 from imm.distributed import Processes, processes
 from imm.evaluation.pictures import QUANTISATION, QUANTISATION_DECODED, grid, save_picture
@@ -39,13 +49,15 @@ class _Class(click.ParamType):
 
 
 @click.command()
-@click.option("--net", required=True, metavar="FILE", help="Checkpoint (.safetensors).")
-@click.option("--outdir", required=True, metavar="DIR", help="Where to write the images; a run that was stopped goes on there.")
+@click.option("--net", required=True, type=PATH, metavar="FILE", help="Checkpoint (.safetensors).")
+@click.option(
+    "--outdir", required=True, type=PATH, metavar="DIR", help="Where to write the images; a run that was stopped goes on there."
+)
 @click.option("--seeds", default="0-63", show_default=True, metavar="LIST", help="Image seeds, such as 0-49999 or 0-63,70.")
 @click.option("--steps", default=2, show_default=True, type=click.IntRange(min=1), help="Sampling steps.")
 @click.option("--labels", metavar="LIST", help="Classes, repeated over the seeds. [default: all classes in turn]")
 @click.option("--class", "one_class", type=_Class(), metavar="NAME|N", help="One class for all images, by name or number.")
-@click.option("--cfg", type=float, metavar="W", help="Guidance scale. [default: no guidance]")
+@click.option("--cfg", type=Number(), metavar="W", help="Guidance scale. [default: no guidance]")
 @click.option("--kind", default="uniform", show_default=True, type=click.Choice(KINDS), help="Time grid.")
 @click.option("--mid-eta", default="", metavar="LIST", help="Noise levels in between, for --kind=eta, such as 1.4.")
 @click.option("--method", default="pushforward", show_default=True, type=click.Choice(METHODS))
@@ -53,9 +65,10 @@ class _Class(click.ParamType):
 @click.option("--precision", default="fp32", show_default=True, type=click.Choice(list(PRECISIONS)), help="Of the network.")
 @click.option("--subdirs", is_flag=True, help="A sub-folder for every thousand seeds.")
 @click.option("--grid", "grid_size", metavar="WxH", help="Also write grid.png of the first W x H images, such as 8x8.")
-@click.option("--npz", metavar="FILE", help="Also write all images to one file, in the ADM evaluator's layout.")
+@click.option("--npz", type=PATH, metavar="FILE", help="Also write all images to one file, in the ADM evaluator's layout.")
 @click.option(
     "--vae",
+    type=PATH,
     metavar="PATH|ID",
     help="Decode latents with this AutoencoderKL, those of an earlier run in --outdir too (needs diffusers).",
 )

@@ -18,6 +18,8 @@ from imm import checkpoints
 from imm.checkpoints.format import describe
 from imm.cli import progress
 from imm.cli.options import (
+    PATH,
+    Number,
     channels_option,
     device_line,
     device_option,
@@ -57,26 +59,29 @@ OBJECTIVE_OPTIONS = {
 @click.option(
     "--data",
     required=True,
+    type=PATH,
     metavar="PATH",
     help='"mnist5k", a folder of images, .zip, .npz (images or latents), CIFAR-10, MNIST (docs/data.md).',
 )
-@click.option("--outdir", required=True, metavar="DIR", help="Snapshots, state and stats.jsonl. A run found here is resumed.")
+@click.option(
+    "--outdir", required=True, type=PATH, metavar="DIR", help="Snapshots, state and stats.jsonl. A run found here is resumed."
+)
 @click.option("--resolution", type=click.IntRange(min=4), help="Resize to this side. [default: as they are; mnist5k: 16]")
 @transform_option
 @channels_option
 @skip_broken_option
 @click.option("--steps", default=10000, show_default=True, type=click.IntRange(min=1), help="Steps in all.")
-@click.option("--minutes", type=click.FloatRange(min=0), help="Stop after this long; run again to go on.")
+@click.option("--minutes", type=Number(min=0), help="Stop after this long; run again to go on.")
 @click.option("--batch", default=64, show_default=True, type=click.IntRange(min=1), help="Images a step.")
 @click.option(
     "--batch-gpu",
     type=click.IntRange(min=1),
     help="Images at a time, for less memory; the batch's gradient is summed. [default: all]",
 )
-@click.option("--lr", default=1e-4, show_default=True, type=float, help="Learning rate.")
+@click.option("--lr", default=1e-4, show_default=True, type=Number(), help="Learning rate.")
 @click.option("--warmup", default=0, show_default=True, type=click.IntRange(min=0), help="Steps of linear growth of it.")
 @click.option("--optimizer", default="adamw", show_default=True, type=click.Choice(list(OPTIMIZERS)))
-@click.option("--ema", default=0.9999, show_default=True, type=float, help="Beta of the moving average.")
+@click.option("--ema", default=0.9999, show_default=True, type=Number(), help="Beta of the moving average.")
 @click.option(
     "--precision",
     default="fp32",
@@ -89,7 +94,7 @@ OBJECTIVE_OPTIONS = {
     "--augment",
     default=0.0,
     show_default=True,
-    type=click.FloatRange(0, 1),
+    type=Number(0, 1),
     help="DDPM++: probability of each geometric augmentation, which the network is told of (not latents).",
 )
 @click.option("--seed", default=0, show_default=True, type=click.IntRange(0, 2**63 - 1))
@@ -105,25 +110,27 @@ OBJECTIVE_OPTIONS = {
     help="The paper's network, flow map, objective, steps, batch, lr, optimizer, ema, precision, xflip, augment; options given "
     f"beside it win. One of {', '.join(PRESETS)}.",
 )
-@click.option("--init", metavar="FILE", help="Start from this checkpoint's weights; network and flow map are the file's.")
+@click.option(
+    "--init", type=PATH, metavar="FILE", help="Start from this checkpoint's weights; network and flow map are the file's."
+)
 @click.option("--network", default="unet", show_default=True, type=click.Choice(["unet", "dit"]))
 @click.option("--width", default=16, show_default=True, type=int, help="U-Net, DDPM++: channels of the first layer.")
-@click.option("--dropout", default=0.0, show_default=True, type=click.FloatRange(0, 1, max_open=True), help="U-Net, DDPM++.")
+@click.option("--dropout", default=0.0, show_default=True, type=Number(0, 1, max_open=True), help="U-Net, DDPM++.")
 @click.option("--size", default="S", show_default=True, type=click.Choice(["S", "B", "L", "XL"]), help="DiT: size.")
 @click.option("--patch", default=2, show_default=True, type=click.IntRange(min=1), help="DiT: side of a patch.")
 @click.option("--schedule", default="fm", show_default=True, type=click.Choice(list(SCHEDULES)))
 @click.option("--parametrization", default="euler_fm", show_default=True, type=click.Choice(list(PARAMETRIZATIONS)))
 @click.option("--second-time", default="stride", show_default=True, type=click.Choice(["stride", "identity"]))
-@click.option("--t-min", default=0.0, show_default=True, type=float)
-@click.option("--t-max", default=0.994, show_default=True, type=float)
+@click.option("--t-min", default=0.0, show_default=True, type=Number())
+@click.option("--t-max", default=0.994, show_default=True, type=Number())
 @click.option("--particles", default=4, show_default=True, type=click.IntRange(min=1), help="M, particles a group.")
 @click.option("--kernel", default="laplace", show_default=True, type=click.Choice(list(KERNELS)))
 @click.option("--mapping", default="eta", show_default=True, type=click.Choice(list(MAPPINGS)), help="How r(s, t) is found.")
 @click.option("-k", "k", default=12, show_default=True, type=click.IntRange(1, 30), help="Step exponent of the mapping.")
 @click.option("-a", "a", default=2, show_default=True, type=int, help="Exponent of alpha in the weighting.")
-@click.option("-b", "b", default=4.0, show_default=True, type=float, help="Shift of the weighting.")
-@click.option("--min-gap", type=float, help="Smallest t - r, such as 1e-4 in half precision. [default: none]")
-@click.option("--label-dropout", default=0.1, show_default=True, type=click.FloatRange(0, 1))
+@click.option("-b", "b", default=4.0, show_default=True, type=Number(), help="Shift of the weighting.")
+@click.option("--min-gap", type=Number(), help="Smallest t - r, such as 1e-4 in half precision. [default: none]")
+@click.option("--label-dropout", default=0.1, show_default=True, type=Number(0, 1))
 @click.option("--checkpointing", is_flag=True, help="DiT, DDPM++: compute blocks again in the backward, for less memory.")
 @device_option
 @click.pass_context
