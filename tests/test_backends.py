@@ -30,7 +30,8 @@ from imm.evaluation.networks import FeatureNetwork
 from imm.training import TrainConfig, Trainer
 backends = torch.backends
 def precisions():
-    return [of.fp32_precision for of in (backends, backends.cuda.matmul, backends.cudnn.conv, backends.mkldnn.matmul)]
+    parts = backends, backends.cuda.matmul, backends.cudnn.conv, backends.cudnn.rnn, backends.mkldnn.matmul
+    return [of.fp32_precision for of in parts]
 def weights():
     torch.manual_seed(0)
     data = ImageData(torch.randint(0, 256, (8, 1, 16, 16), dtype=torch.uint8), None, 0, "x")
@@ -45,7 +46,7 @@ for setting in sys.argv[1:]:
     before = precisions()
     same = all(torch.equal(a, b) for a, b in zip(weights(), expected))
     print(setting, "|", same, precisions() == before)
-    for of in (backends.cuda.matmul, backends.cudnn.conv, backends.mkldnn.matmul, backends):
+    for of in (backends.cuda.matmul, backends.cudnn.conv, backends.cudnn.rnn, backends.mkldnn.matmul, backends):
         of.fp32_precision = "none"
 """
 
@@ -60,9 +61,10 @@ def test_training_and_evaluation_run_under_every_setting_with_the_same_bits_and_
 def test_what_is_set_within(tf32) -> None:
     backends = torch.backends
     with repeatable(tf32=tf32):
-        expected = "tf32" if tf32 else "ieee"
-        assert (backends.cuda.matmul.fp32_precision, backends.cudnn.conv.fp32_precision) == (expected, expected)
-        assert (backends.mkldnn.matmul.fp32_precision, backends.mkldnn.conv.fp32_precision) == ("ieee", "ieee")
+        for of in (backends.cuda.matmul, backends.cudnn.conv, backends.cudnn.rnn):
+            assert (of.fp32_precision == "tf32") is tf32
+        assert {of.fp32_precision for of in (backends.mkldnn.matmul, backends.mkldnn.conv)} <= {"none", "ieee"}
+        assert (backends.cudnn.allow_tf32, backends.cuda.matmul.allow_tf32) == (tf32, tf32)  # torch.export reads these
         assert not backends.cuda.matmul.allow_bf16_reduced_precision_reduction
         assert not backends.cuda.matmul.allow_fp16_reduced_precision_reduction
         assert (backends.cudnn.deterministic, backends.cudnn.benchmark) == (True, False)

@@ -16,27 +16,44 @@ _REDUCTIONS = ("allow_fp16_reduced_precision_reduction", "allow_bf16_reduced_pre
 def repeatable(*, tf32: bool) -> Iterator[None]:
     """Within: cuDNN's deterministic algorithms, 16-bit products summed in float32, and float32 ones in TF32 on CUDA or not.
 
-    Float32 products on the CPU are float32 in either case. Everything is as it was afterwards. Precision is read and set by
-    torch's present names (``fp32_precision``): to read an earlier one (``allow_tf32``) where a program has used those raises.
+    Float32 products on the CPU are float32 in either case. Everything is as it was afterwards.
+
+    torch has two names for the precision of products. To read the earlier one (``allow_tf32``) raises where a program has used
+    the present one (``fp32_precision``), so precision is read by the present one. It is set by the earlier one, which sets
+    both: torch.export reads the earlier one itself.
     """
     backends: Any = torch.backends
     cudnn, matmul = backends.cudnn, backends.cuda.matmul
-    products = {matmul: tf32, cudnn.conv: tf32, backends.mkldnn.matmul: False, backends.mkldnn.conv: False}
+    on_cuda, on_cpu = (matmul, cudnn.conv, cudnn.rnn), (backends.mkldnn.matmul, backends.mkldnn.conv)
     algorithms = cudnn.deterministic, cudnn.benchmark
-    precisions = [of.fp32_precision for of in products]
     reductions = [getattr(matmul, name) for name in _REDUCTIONS]
+    earlier = [(of, allowed) for of in (cudnn, matmul) if (allowed := _allows_tf32(of)) is not None]
+    present = [(of, of.fp32_precision) for of in (*on_cuda, *on_cpu)]
     cudnn.deterministic, cudnn.benchmark = True, False
-    for of, allowed in products.items():
-        of.fp32_precision = "tf32" if allowed else "ieee"
+    cudnn.allow_tf32 = matmul.allow_tf32 = tf32
+    for of in (*on_cpu, *(() if tf32 else on_cuda)):
+        if of.fp32_precision not in ("none", "ieee"):  # by a setting for all
+            of.fp32_precision = "ieee"
     for name in _REDUCTIONS:
         setattr(matmul, name, False)
     try:
         yield
     finally:
         cudnn.deterministic, cudnn.benchmark = algorithms
-        for of, precision in zip(products, precisions, strict=True):
-            of.fp32_precision = "none"  # as a general setting has it, if there is one
+        for of, allowed in earlier:
+            of.allow_tf32 = allowed
+        for of, precision in present:
+            if of.fp32_precision != precision:
+                of.fp32_precision = "none"  # as a setting for all has it, if there is one
             if of.fp32_precision != precision:
                 of.fp32_precision = precision
         for name, allowed in zip(_REDUCTIONS, reductions, strict=True):
             setattr(matmul, name, allowed)
+
+
+def _allows_tf32(of: Any) -> bool | None:
+    """The earlier name's value; None where the program has used the present one."""
+    try:
+        return bool(of.allow_tf32)
+    except RuntimeError:
+        return None

@@ -34,8 +34,8 @@ def run(trainer: Trainer, steps: int, max_seconds: float | None = None, *, quiet
         if number == signal.SIGINT:
             signal.signal(number, signal.default_int_handler)
 
-    # What nohup has the process ignore stays ignored.
-    heeded = [number for number in STOPS if signal.getsignal(number) is not signal.SIG_IGN]
+    # nohup has a process ignore this one.
+    heeded = [n for n in STOPS if n.name != "SIGHUP" or signal.getsignal(n) is not signal.SIG_IGN]
     old = {number: signal.signal(number, on_signal) for number in heeded}
     steps_bar = bar(steps, "step", trainer.step, disable=quiet)
 

@@ -19,7 +19,7 @@ def full_precision(weight: Tensor, function: Callable[..., Tensor], *inputs: Ten
     outputs at nearby times, in which the same rounding cancels and unlike rounding stays (docs/training.md).
     """
     device = weight.device.type
-    if not torch.is_autocast_enabled(device):
+    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):  # "meta" has none
         return function(*inputs)
     half = (torch.bfloat16, torch.float16)
     with torch.autocast(device, enabled=False):
