@@ -92,7 +92,9 @@ def test_wrong_files(small_flow_map, tmp_path) -> None:
 
     for length in (0, 4, 100, len(data) // 2, len(data) - 1):
         assert "expected a whole safetensors file" in wrong("cut.safetensors", data[:length])
-    assert "expected a whole safetensors file" in wrong("pickle.safetensors", pickle.dumps({"a": 1}))
+    torch.save({"a": torch.zeros(2)}, tmp_path / "zip.pt")
+    for content in (pickle.dumps({"a": 1}), (tmp_path / "zip.pt").read_bytes()):
+        assert "expected a whole safetensors file, got a pickle; imm import" in wrong("net.pkl", content)
     save_file({"a": torch.zeros(2)}, tmp_path / "foreign.safetensors")
     assert "without its settings" in wrong("foreign.safetensors", (tmp_path / "foreign.safetensors").read_bytes())
 

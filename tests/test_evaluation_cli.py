@@ -352,7 +352,7 @@ def test_refusals(sets, tmp_path) -> None:
     assert "mmd-pixels: expected at least 2 images, got 1" in refused(*base[:2], small, *base[3:], "--metrics", "mmd-pixels")
     np.savez(tmp_path / "grey.npz", images=np.zeros((5, 8, 8), np.uint8))
     message = refused(*base[:2], tmp_path / "grey.npz", *base[3:], "--metrics", "mmd-pixels")
-    assert "expected the reference's [channels, height, width] [3, 8, 8], got [1, 8, 8]" in message
+    assert "expected the reference's [channels, height, width] [3, 8, 8], got [1, 8, 8]; --channels=3 reads" in message
     np.savez(tmp_path / "plain.npz", images=np.zeros((5, 8, 8, 3), np.uint8))
     message = refused(*base[:2], tmp_path / "plain.npz", *base[3:], "--metrics", "label-match")
     assert "label-match: expected labels of the images, got none" in message

@@ -57,6 +57,12 @@ def test_an_error_of_the_system_names_the_file(tmp_path) -> None:
         with replacing(tmp_path / "a"):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
+    def other() -> None:
+        with replacing(tmp_path / "a"):
+            (tmp_path / "absent").read_bytes()
+
+    with pytest.raises(FileNotFoundError, match=f"'{tmp_path / 'absent'}'"):
+        other()
     with pytest.raises(OSError, match=f"No space left on device: '{tmp_path / 'a'}'"):
         full()
     with pytest.raises(OSError, match=f"'{tmp_path / 'absent' / 'a'}'"), replacing(tmp_path / "absent" / "a"):

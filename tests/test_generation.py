@@ -20,6 +20,7 @@ from test_cli import call, refused
 from imm import FlowMap, checkpoints, generation
 from imm.distributed import Processes
 from imm.evaluation.sets import GENERATION_FILE, load_set
+from imm.files import sha256_of
 from imm.networks import DiT, UNet
 from imm.sampler import Sampler
 from imm.seeds import format_integers, parse_integers
@@ -163,7 +164,7 @@ def test_a_checkpoint_is_its_bytes_and_not_its_name(net, tmp_path) -> None:
 def test_the_manifest_says_how_the_images_were_made(net, tmp_path) -> None:
     call("sample", "--net", net, "--seeds", "3,0-1", "--cfg", "2", "--class", "1", "--outdir", tmp_path / "out")
     found = json.loads((tmp_path / "out" / GENERATION_FILE).read_text())
-    assert found["net"] == {"name": "net.safetensors", "sha256": generation.sha256_of(net)}
+    assert found["net"] == {"name": "net.safetensors", "sha256": sha256_of(net)}
     expected = {"seeds": "3,0-1", "labels": "1", "steps": 2, "cfg": 2.0, "nfe": 4, "kind": "uniform", "method": "pushforward"}
     assert {key: found[key] for key in expected} == expected
 
@@ -204,6 +205,22 @@ def test_one_class_is_the_label_of_every_image(net, tmp_path) -> None:
     call("sample", "--net", net, "--seeds", "0-2", "--labels", "2", "--outdir", tmp_path / "b")
     assert files(tmp_path / "a") == files(tmp_path / "b")
     assert "got both" in refused("sample", "--net", net, "--class", "1", "--labels", "1", "--outdir", tmp_path / "c")
+
+
+def test_no_class_is_a_word_and_one_class_too_many_is_refused(net, tmp_path) -> None:
+    call("sample", "--net", net, "--seeds", "0-1", "--class", "none", "--outdir", tmp_path / "a")
+    call("sample", "--net", net, "--seeds", "0-1", "--labels", "3", "--outdir", tmp_path / "b")
+    assert json.loads((tmp_path / "a" / GENERATION_FILE).read_text())["labels"] == "none"
+    a, b = ({name: data for name, data in files(tmp_path / one).items() if name != GENERATION_FILE} for one in "ab")
+    assert a == b
+    message = refused("sample", "--net", net, "--class", "3", "--outdir", tmp_path / "c")
+    assert "class: expected 0..2, a class's name or none, got 3" in message
+    plain = tmp_path / "plain.safetensors"
+    checkpoints.save(plain, FlowMap(UNet(resolution=8, num_classes=0, width=8, multipliers=(1, 2))))
+    call("sample", "--net", plain, "--seeds", "0", "--outdir", tmp_path / "d")
+    call("sample", "--net", plain, "--seeds", "0", "--class", "none", "--outdir", tmp_path / "d")  # the same run
+    for name in ("0", "dog"):
+        assert "one without classes" in refused("sample", "--net", plain, "--class", name, "--outdir", tmp_path / "e")
 
 
 def test_sixteen_bits_are_other_networks(net, tmp_path) -> None:

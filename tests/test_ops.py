@@ -193,6 +193,12 @@ def test_import_is_quiet_and_light() -> None:
     assert (result.returncode, result.stdout.strip(), result.stderr) == (0, "[]", "")
 
 
+def test_rooms_are_imported_when_they_are_asked_for() -> None:
+    code = "import sys, imm; assert not sys.modules.keys() & {'imm.data', 'imm.evaluation', 'imm.training'};"
+    result = run(code + "print(*(f.__name__ for f in (imm.evaluation.evaluate, imm.data.load, imm.training.Trainer)))")
+    assert (result.returncode, result.stdout.strip(), result.stderr) == (0, "evaluate load Trainer", "")
+
+
 def test_forced_implementation(monkeypatch: pytest.MonkeyPatch) -> None:
     """In the table; tests/test_native.py has what an import makes of it."""
     request, ops = dispatch.Request(torch.device("cpu"), torch.float32), ("mmd_loss", "mmd_loss_bwd", "mmd_loss_grad.out")

@@ -3,6 +3,9 @@
 ``import imm`` never compiles, prints, needs triton or touches CUDA.
 """
 
+import importlib
+from typing import Any
+
 from imm import threads  # isort: skip  (before torch, which starts OpenMP)
 from imm import checkpoints, functional, latents, networks, package, parametrizations, presets, sampling, schedules
 from imm.checkpoints import load
@@ -31,3 +34,10 @@ __all__ = [
 ]
 
 del threads
+
+
+def __getattr__(name: str) -> Any:
+    """Rooms that are imported when they are first asked for."""
+    if name in ("data", "evaluation", "training"):
+        return importlib.import_module(f"imm.{name}")
+    raise AttributeError(f"module 'imm' has no attribute {name!r}")

@@ -1,8 +1,9 @@
-"""Files that are written whole or not at all."""
+"""Files: written whole or not at all, and known by their digest."""
 
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import os
 import shutil
 from collections.abc import Iterator
@@ -22,7 +23,7 @@ def replacing(target: Path) -> Iterator[Path]:
     """
     folder = target.with_name(f".{target.name}.part")
     try:
-        _remove(folder)
+        remove_part(folder)
         folder.mkdir()
         probe = folder / "mode"
         probe.touch()
@@ -34,13 +35,27 @@ def replacing(target: Path) -> Iterator[Path]:
             os.fsync(file.fileno())
         part.replace(target)
     except OSError as error:
+        if error.filename is not None and not Path(os.fsdecode(error.filename)).is_relative_to(folder):
+            raise  # about another file, which the block read
         raise OSError(error.errno, error.strerror or str(error), str(target)) from error
     finally:
-        _remove(folder)
+        remove_part(folder)
 
 
-def _remove(path: Path) -> None:
-    """What an earlier block left: this one's folder, or the file that earlier versions wrote to."""
+def write_text(target: Path, text: str) -> None:
+    """Write a text file with :func:`replacing`, in UTF-8."""
+    with replacing(target) as part:
+        part.write_text(text, encoding="utf-8", errors="backslashreplace")
+
+
+def sha256_of(path: str | os.PathLike[str]) -> str:
+    """A file's digest, in hexadecimal."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def remove_part(path: Path) -> None:
+    """Remove what a killed block left: the folder of :func:`replacing`, or the file that earlier versions wrote to."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path, ignore_errors=True)
     elif path.exists():

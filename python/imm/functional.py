@@ -227,7 +227,10 @@ def as_seeds(seeds: Tensor | Sequence[int] | range, device: torch.device | str |
         if seeds.device.type == "cpu" and not torch.compiler.is_compiling() and bool((seeds < 0).any()):
             raise ValueError(f"seeds: expected integers in [0, 2^63), got {seeds.tolist()[:8]}")
         return seeds.to(device) if device is not None else seeds
-    values = list(seeds)
+    try:
+        values = list(seeds)
+    except TypeError as error:
+        raise ValueError(f"seeds: expected a list or tensor of integers, one per image, got {seeds!r}") from error
     try:
         integers = [operator.index(v) for v in values]
     except TypeError as error:

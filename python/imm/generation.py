@@ -8,7 +8,6 @@ end cut short counts as absent.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -23,6 +22,7 @@ from torch import Tensor
 from imm.distributed import Processes
 from imm.evaluation.pictures import save_picture, to_picture
 from imm.evaluation.sets import GENERATION_FILE
+from imm.files import remove_part, replacing, write_text
 from imm.sampler import Sampler
 from imm.training.lock import FolderLock, lock_folder
 
@@ -33,15 +33,6 @@ _DECODING = ("vae", "quantisation")
 _WRITERS = 4
 #: The last chunk of every PNG: its length, name and checksum.
 _PNG_END = b"\0\0\0\0IEND\xaeB`\x82"
-
-
-def sha256_of(path: str | os.PathLike[str]) -> str:
-    """A file's digest, in hexadecimal."""
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 class ImageFolder:
@@ -100,6 +91,9 @@ class ImageFolder:
                 refusal = error
         if where.any(refusal is not None):
             raise refusal or ValueError(f"outdir: expected a folder that no other run writes to, got {self.root}")
+        if where.first:
+            for part in list(self.root.rglob(".*.part")):  # of a killed run
+                remove_part(part)
         if where.first and path.is_file() and not any(self.root.rglob("*.png")) and not any(self.root.rglob("*.npy")):
             path.unlink()  # of a run that made no image
         if where.first and not path.is_file():
@@ -124,8 +118,6 @@ class ImageFolder:
             here = [one for one in expected.get(_NOTES, []) if one not in found.get(_NOTES, [])]
             if here and not all(map(self.has, seeds)):
                 _write_json(path, {**found, _NOTES: [*found.get(_NOTES, []), *here]})
-            for part in self.root.rglob(".*.part"):  # of a killed run
-                part.unlink(missing_ok=True)
             for folder in {self.path(seed).parent for seed in seeds}:
                 folder.mkdir(exist_ok=True)
         where.wait()
@@ -141,12 +133,8 @@ class ImageFolder:
         if self.pictures:
             save_picture(to_picture(image, decoded=self.decoded), path)
             return
-        part = path.with_name(f".{path.name}.part")
-        with part.open("wb") as file:
-            np.save(file, image.numpy())
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(part, path)
+        with replacing(path) as part:
+            np.save(part, image.numpy())
 
     def read(self, seed: int) -> np.ndarray[Any, Any]:
         """A written image: uint8 ``[H, W, C]`` of a picture, else float32 ``[C, H, W]``."""
@@ -162,27 +150,19 @@ class ImageFolder:
         """All images as one array, in the layout that the ADM evaluator reads: ``arr_0`` ``[N, H, W, C]`` uint8 and, with
         classes, ``arr_1`` ``[N]`` int64. Images that are not pictures are ``[N, C, H, W]`` float32."""
         first = self.read(seeds[0])
-        part = path.with_name(f".{path.name}.part")
-        whole = path.with_name(f".{path.name}.array.part")
-        try:
+        with replacing(path) as part:
             # On disk: 50,000 images of 256 x 256 are 10 GB.
+            whole = part.with_name("array.npy")
             array = np.lib.format.open_memmap(whole, mode="w+", dtype=first.dtype, shape=(len(seeds), *first.shape))
             for i, seed in enumerate(seeds):
                 array[i] = self.read(seed)
             array.flush()
             arrays = {"arr_0": array} if labels is None else {"arr_0": array, "arr_1": labels.numpy()}
-            with part.open("wb") as file:
-                np.savez(file, **arrays)
-            os.replace(part, path)
-        finally:
-            whole.unlink(missing_ok=True)
-            part.unlink(missing_ok=True)
+            np.savez(part, **arrays)
 
 
 def _write_json(path: Path, value: Mapping[str, Any]) -> None:
-    part = path.with_name(f".{path.name}.part")
-    part.write_text(json.dumps(value, indent=2) + "\n")
-    os.replace(part, path)
+    write_text(path, json.dumps(value, indent=2) + "\n")
 
 
 def _read_json(path: Path) -> dict[str, Any]:

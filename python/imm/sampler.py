@@ -104,7 +104,10 @@ def as_labels(labels: Tensor | Sequence[int]) -> Tensor:
     """Labels as a tensor, of int64 where they are integers; whoever takes them checks."""
     if isinstance(labels, Tensor):
         return labels
-    values = list(labels)
+    try:
+        values = list(labels)
+    except TypeError as error:
+        raise ValueError(f"labels: expected a list or tensor of integers, one per image, got {labels!r}") from error
     return torch.tensor(values) if values else torch.empty(0, dtype=torch.int64)
 
 
@@ -220,8 +223,8 @@ class Sampler:
         if dtype not in (None, torch.float32, torch.bfloat16, torch.float16, torch.float64):
             raise TypeError(f"dtype: expected None or a floating dtype of 16, 32 or 64 bits, got {dtype}")
         for name, count in (("rows", rows), ("max_graphs", max_graphs)):
-            if count is not None and count < 1:
-                raise ValueError(f"{name}: expected a count >= 1, got {count}")
+            if count is not None and (not isinstance(count, int) or count < 1):
+                raise ValueError(f"{name}: expected a count >= 1, got {count!r}")
         self.flow_map, self.times = flow_map, sampling.time_grid(flow_map, steps, kind, mid_eta)
         self.table = sampling.step_table(flow_map, self.times, method)
         self.shape = tuple(flow_map.image_shape if shape is None else shape)

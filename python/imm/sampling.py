@@ -31,10 +31,12 @@ def time_grid(flow_map: FlowMap, steps: int, kind: str = "uniform", mid_eta: Seq
         ``[steps + 1]`` float64 on the CPU, strictly decreasing.
 
     Raises:
-        ValueError: an unknown kind, steps < 1, mid_eta of another length or out of order.
+        ValueError: an unknown kind, steps < 1, mid_eta of another length or out of order. TypeError: steps that are no integer.
     """
     if kind not in KINDS:
         raise ValueError(f"unknown kind {kind!r}; expected one of {list(KINDS)}")
+    if not isinstance(steps, int):
+        raise TypeError(f"steps: expected an integer, got {steps!r}")
     if steps < 1:
         raise ValueError(f"steps: expected at least 1, got {steps}")
     if kind != "eta" and len(mid_eta):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import io
-import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
@@ -13,6 +12,7 @@ from typing import Any
 import torch
 
 from imm.benchmark.case import COPY, MATMUL, Case, Claim
+from imm.files import write_text
 
 OK = "ok"
 #: What the status of one of our rows begins with while tests of its op fail; its figures stand, marked.
@@ -180,9 +180,7 @@ def write(folder: Path, rows: Iterable[Row]) -> None:
     writer.writeheader()
     writer.writerows(asdict(row) for row in _last([*written(folder), *rows]))
     folder.mkdir(parents=True, exist_ok=True)
-    part = folder / "rows.csv.part"
-    part.write_text(text.getvalue())
-    os.replace(part, folder / "rows.csv")
+    write_text(folder / "rows.csv", text.getvalue())
 
 
 def mark(folder: Path, reasons: Mapping[str, str]) -> None:

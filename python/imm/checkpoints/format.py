@@ -94,7 +94,11 @@ def read_settings(path: str | os.PathLike[str], kind: str) -> dict[str, Any]:
         with safe_open(source, framework="pt") as file:
             metadata = file.metadata() or {}
     except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"{source}: expected a whole safetensors file, got: {error}") from error
+        found = f"got: {error}"
+        with source.open("rb") as file:
+            if file.read(4).startswith((b"\x80", b"PK\x03\x04")):  # as pickle.dump and torch.save begin
+                found = "got a pickle; imm import converts published checkpoints"
+        raise CheckpointError(f"{source}: expected a whole safetensors file, {found}") from error
     if _KEY not in metadata:
         raise CheckpointError(f"{source}: expected a checkpoint of imm, got a safetensors file without its settings")
     try:

@@ -26,6 +26,7 @@ from imm.cli.options import (
 from imm.data import load, summarize
 from imm.data.convert import check_request, spread, write, write_latents
 from imm.data.sources import SPLITS, Source, open_source
+from imm.files import write_text
 from imm.latents import load_vae
 
 _source = click.option(
@@ -199,7 +200,5 @@ def stats(
     say_notes(data.notes)
     say_left_out(data.left_out, None if out is None else Path(out))
     if out is not None:
-        part = Path(out).with_name(f".{Path(out).name}.part")
-        part.write_text(json.dumps(found, indent=2) + "\n")
-        os.replace(part, out)
+        write_text(Path(out), json.dumps(found, indent=2) + "\n")
         click.echo(f"wrote {out}")

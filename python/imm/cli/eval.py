@@ -40,6 +40,7 @@ from imm.evaluation.evaluate import (
 from imm.evaluation.networks import EFFICIENTNET, INCEPTION, NAMES
 from imm.evaluation.sets import load_set
 from imm.evaluation.statistics import is_statistics, save_statistics
+from imm.files import write_text
 
 #: Images of a published FID; what fewer do to a Frechet distance is seen.
 FULL = 50_000
@@ -169,7 +170,7 @@ def command(
             result = evaluate(names, pictures, reference, used, device=own, batch=batch, split=split, progress=tell)
         if result is None:
             return
-    _write(target, json.dumps(result, indent=2, allow_nan=False) + "\n")
+    write_text(target, json.dumps(result, indent=2, allow_nan=False) + "\n")
     click.echo("\n".join(table(result["metrics"])))
     for line in cautions(result):
         click.echo(f"note: {line}")
@@ -268,12 +269,3 @@ def compare(first: str, second: str) -> None:
     differing = comparison.remarks(a, b)
     if differing:
         click.echo("\n".join(["differing, as they may:", *(f"  {line}" for line in differing)]))
-
-
-def _write(target: Path, text: str) -> None:
-    part = target.with_name(f".{target.name}.{os.getpid()}.part")
-    try:
-        part.write_text(text)
-        os.replace(part, target)
-    finally:
-        part.unlink(missing_ok=True)

@@ -15,6 +15,7 @@ import torch
 
 from imm.data.pictures import TRANSFORMS
 from imm.distributed import Processes, device_of
+from imm.files import write_text
 
 
 class _Path(click.ParamType):
@@ -77,9 +78,7 @@ def say_left_out(lines: Sequence[str], beside: Path | None = None) -> None:
         return
     target = None if beside is None else beside.with_name(f"{beside.name}.left-out.txt")
     if target is not None:
-        part = target.with_name(f".{target.name}.part")
-        part.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8", errors="backslashreplace")
-        os.replace(part, target)
+        write_text(target, "".join(f"{line}\n" for line in lines))
     click.echo(
         f"left out: {len(lines)} pictures that cannot be read" + (f", listed in {printable(str(target))}" if target else "")
     )

@@ -30,17 +30,20 @@ from imm.cli.options import (
 from imm.cli.progress import bar
 from imm.distributed import Processes, processes
 from imm.evaluation.pictures import QUANTISATION, QUANTISATION_DECODED, grid, save_picture
+from imm.files import sha256_of
 from imm.flow_map import FlowMap
 from imm.generation import ImageFolder
 from imm.sampler import Sampler
 from imm.sampling import KINDS, METHODS, time_grid
 from imm.seeds import format_integers, parse_integers
 
+#: ``--class`` without a class: unconditional images.
+NONE = "none"
 PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class _Class(click.ParamType):
-    """A class's number, or its name."""
+    """A class's number, its name, or "none"."""
 
     name = "class"
 
@@ -56,7 +59,13 @@ class _Class(click.ParamType):
 @click.option("--seeds", default="0-63", show_default=True, metavar="LIST", help="Image seeds, such as 0-49999 or 0-63,70.")
 @click.option("--steps", default=2, show_default=True, type=click.IntRange(min=1), help="Sampling steps.")
 @click.option("--labels", metavar="LIST", help="Classes, repeated over the seeds. [default: all classes in turn]")
-@click.option("--class", "one_class", type=_Class(), metavar="NAME|N", help="One class for all images, by name or number.")
+@click.option(
+    "--class",
+    "one_class",
+    type=_Class(),
+    metavar="NAME|N|none",
+    help="One class for all images, by name or number; none: unconditional.",
+)
 @click.option("--cfg", type=Number(), metavar="W", help="Guidance scale. [default: no guidance]")
 @click.option("--kind", default="uniform", show_default=True, type=click.Choice(KINDS), help="Time grid.")
 @click.option("--mid-eta", default="", metavar="LIST", help="Noise levels in between, for --kind=eta, such as 1.4.")
@@ -116,10 +125,11 @@ def _run(
         raise ValueError("class: expected either --class or --labels, got both")
     extra = read_settings(net, "flow_map").get("extra", {})
     class_names = _class_names(extra)
-    if isinstance(one_class, str):
-        one_class = find_class(one_class, class_names, net)
-    label_text = labels if one_class is None else str(one_class)
-    all_labels = pick_labels(flow_map, label_text, len(seed_list))
+    all_labels = pick_labels(flow_map, labels, len(seed_list))
+    if one_class is not None:
+        one_class = find_class(one_class, flow_map.num_classes, class_names, net)
+        all_labels = None if all_labels is None else torch.full_like(all_labels, one_class)
+        labels = None if all_labels is None else NONE if one_class == flow_map.num_classes else str(one_class)
     if cfg is not None and flow_map.num_classes == 0:
         raise ValueError("cfg: expected a class-conditional checkpoint, got one without classes")
     if cfg is not None and not math.isfinite(cfg):
@@ -131,10 +141,10 @@ def _run(
     if layout is not None and not pictures:
         raise ValueError(f"grid: expected pictures, got latents of {shape[0]} channels without --vae ({latents.INSTALL})")
     manifest = {
-        "net": {"name": net.name, "sha256": generation.sha256_of(net)},
+        "net": {"name": net.name, "sha256": sha256_of(net)},
         "checkpoint": extra,
         "seeds": format_integers(seed_list),
-        "labels": label_text if label_text is not None or all_labels is None else "all in turn",
+        "labels": labels if labels is not None or all_labels is None else "all in turn",
         "classes": flow_map.num_classes,
         "steps": steps,
         "kind": kind,
@@ -159,7 +169,7 @@ def _run(
     if where.first:
         many = f", {where.world} processes" if where.world > 1 else ""
         click.echo(f"{net} on {device_line(device)}{many}: {len(seed_list)} images of {shape}, {steps} steps, {method}")
-        if one_class is not None and one_class < len(class_names):
+        if one_class is not None and one_class < len(class_names):  # "none" has no name
             click.echo(f"class: {one_class}, called {printable(class_names[one_class])}")
     name = f"process 0 of {where.world}" if where.world > 1 else None
     with bar(missing, "image", desc=name, disable=not where.first or not missing) as made:
@@ -217,8 +227,19 @@ def _class_names(extra: Any) -> list[str]:
     return [str(name) for name in names] if isinstance(names, list) else []
 
 
-def find_class(name: str, class_names: list[str], net: Path) -> int:
-    """The number of the class of the name. Raises ValueError for an unknown one, with those that are alike."""
+def find_class(name: int | str, classes: int, class_names: list[str], net: Path) -> int:
+    """The label for ``--class``: a class's number, the number of the class of that name, or ``classes`` for "none".
+
+    Raises ValueError for others; for an unknown name with the names that are alike.
+    """
+    if name == NONE:
+        return classes
+    if classes == 0:
+        raise ValueError("class: expected a class-conditional checkpoint, got one without classes")
+    if isinstance(name, int):
+        if name >= classes:
+            raise ValueError(f"class: expected 0..{classes - 1}, a class's name or {NONE}, got {name}")
+        return name
     found = [number for number, known in enumerate(class_names) if known == name]
     if len(found) == 1:
         return found[0]

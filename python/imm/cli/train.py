@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import inspect
 import os
 from collections.abc import Mapping
@@ -33,6 +32,7 @@ from imm.cli.options import (
 from imm.data import ImageData, load, to_float
 from imm.data.augmentation import LABELS
 from imm.distributed import Processes, processes
+from imm.files import sha256_of
 from imm.flow_map import FlowMap
 from imm.networks import NETWORKS
 from imm.objective import MAPPINGS, IMMObjective
@@ -208,7 +208,7 @@ def _run(
     if checkpointing:
         net.checkpointing = True  # type: ignore[assignment]
     objective = IMMObjective(flow_map.to(target), **chosen.objective)
-    digest = None if init is None else _sha256(init)
+    digest = None if init is None else sha256_of(init)
     trainer = Trainer(objective, images, outdir, config, init=digest, where=where)
     count = sum(p.numel() for p in net.parameters())
     data_line = f"data: {images.source}, {images.shape}, {images.num_classes} classes"
@@ -307,14 +307,6 @@ def _of_file(path: str, loaded: FlowMap, chosen: Preset, preset: str | None) -> 
             if got != value:
                 raise ValueError(f"init: expected {key} = {value} for the preset {preset}, got {got} in {path}")
     return replace(chosen, network=name, arguments=arguments, flow_map=found["flow_map"])
-
-
-def _sha256(path: str) -> str:
-    found = hashlib.sha256()
-    with open(path, "rb") as file:
-        while part := file.read(2**20):
-            found.update(part)
-    return found.hexdigest()
 
 
 def _check_fit(whose: str, preset: Preset, images: ImageData) -> None:

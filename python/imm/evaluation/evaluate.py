@@ -184,9 +184,11 @@ def check(names: Sequence[str], pictures: PictureSet, reference: PictureSet | Re
     """Raise ValueError, before any work, where a metric cannot be measured on these."""
     known = reference.protocol["reference"] if isinstance(reference, ReferenceStatistics) else _about(reference)
     if known["shape"] not in (None, list(pictures.shape)):
+        remedy = "--resolution resizes the reference"
+        if known["shape"][0] != pictures.shape[0]:
+            remedy = f"--channels={known['shape'][0]} reads the images as the reference was"
         raise ValueError(
-            f"images: expected the reference's [channels, height, width] {known['shape']}, got {list(pictures.shape)}; "
-            "--resolution resizes the reference"
+            f"images: expected the reference's [channels, height, width] {known['shape']}, got {list(pictures.shape)}; {remedy}"
         )
     for name in names:
         metric = METRICS[name]

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+
+from imm.files import replacing
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -34,15 +35,8 @@ def to_picture(image: Tensor, *, decoded: bool = False) -> Image:
 
 def save_picture(picture: Image, path: Path) -> None:
     """Write a PNG, atomically, and to the disk itself."""
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        with part.open("wb") as file:
-            picture.save(file, format="PNG")
-            file.flush()
-            os.fsync(file.fileno())  # else a machine that loses its power may leave the name with nothing, or zeros, behind it
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
+    with replacing(path) as part:
+        picture.save(part, format="PNG")
 
 
 def grid(rows: Sequence[tuple[str, Tensor]], cell: int = 48, gap: int = 4) -> Image:

@@ -16,6 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from imm.data.arrays import MOMENTS, names_in, read_arrays
+from imm.files import replacing
 
 FORMAT_VERSION = 1
 _KEY = "imm_statistics"
@@ -162,13 +163,8 @@ def save_statistics(
     arrays: dict[str, Any] = {_KEY: np.array(json.dumps({"format_version": FORMAT_VERSION, **about}, allow_nan=False))}
     for name, value in statistics.items():
         arrays |= {f"{name}/n": np.array(value.n), f"{name}/mean": value.mean.numpy(), f"{name}/m2": value.m2.numpy()}
-    part = target.with_name(f".{target.name}.{os.getpid()}.part")
-    try:
-        with open(part, "wb") as file:
-            np.savez(file, **arrays)
-        os.replace(part, target)
-    finally:
-        part.unlink(missing_ok=True)
+    with replacing(target) as part:
+        np.savez(part, **arrays)
 
 
 def is_statistics(path: str | os.PathLike[str]) -> bool:
