@@ -81,7 +81,7 @@ def gradient(objective: IMMObjective, x: Tensor, labels: Tensor, draws: Draws, p
     with TF32() if precision == "tf32" else contextlib.nullcontext():
         with cast:
             loss, _ = objective(x, labels, draws=draws, grad_scale=torch.tensor(scale))
-        found = torch.autograd.grad(loss * scale, list(objective.parameters()))
+        found = torch.autograd.grad(loss, list(objective.parameters()))
     return torch.cat([g.double().flatten() for g in found]) / scale
 
 

@@ -39,22 +39,8 @@ std::tuple<Tensor, Tensor> flow_map_mmd(const Tensor& x_t, const Tensor& x_r, co
   return loss_and_gradient(t, r, arguments);
 }
 
-void flow_map_mmd_out(const Tensor& x_t, const Tensor& x_r, const Tensor& g_t, const Tensor& g_r,
-                      const Tensor& c_skip_t, const Tensor& c_out_t, const Tensor& c_skip_r, const Tensor& c_out_r,
-                      const Tensor& scale, const Optional& weight, const Optional& upstream, std::string kernel,
-                      at::ArrayRef<double> bandwidths, double eps, bool unbiased, const Tensor& loss,
-                      const Tensor& grad) {
-  const Branch t{x_t, g_t, c_skip_t, c_out_t}, r{x_r, g_r, c_skip_r, c_out_r};
-  const LossArguments arguments{scale, weight, upstream, kernel, bandwidths, eps, unbiased};
-  check(t, r, arguments);
-  loss_and_gradient_out("flow_map_mmd", t, r, arguments, loss, grad);
-}
-
 }  // namespace
 
-TORCH_LIBRARY_IMPL(imm, CPU, m) {
-  m.impl("flow_map_mmd", flow_map_mmd);
-  m.impl("flow_map_mmd.out", flow_map_mmd_out);
-}
+TORCH_LIBRARY_IMPL(imm, CPU, m) { m.impl("flow_map_mmd", flow_map_mmd); }
 
 }  // namespace imm

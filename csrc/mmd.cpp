@@ -249,22 +249,6 @@ Tensor mmd_loss_bwd(const Tensor& grad, const Tensor& slopes, const Tensor& y_t,
   return grad_y;
 }
 
-std::tuple<Tensor, Tensor> mmd_loss_grad(const Tensor& y_t, const Tensor& y_r, const Tensor& scale,
-                                         const Optional& weight, const Optional& upstream, std::string kernel,
-                                         at::ArrayRef<double> bandwidths, double eps, bool unbiased) {
-  const LossArguments arguments{scale, weight, upstream, kernel, bandwidths, eps, unbiased};
-  check_loss("y_t", "y_r", y_t, y_r, arguments);
-  return loss_and_gradient({.x = y_t}, {.x = y_r}, arguments);
-}
-
-void mmd_loss_grad_out(const Tensor& y_t, const Tensor& y_r, const Tensor& scale, const Optional& weight,
-                       const Optional& upstream, std::string kernel, at::ArrayRef<double> bandwidths, double eps,
-                       bool unbiased, const Tensor& loss, const Tensor& grad) {
-  const LossArguments arguments{scale, weight, upstream, kernel, bandwidths, eps, unbiased};
-  check_loss("y_t", "y_r", y_t, y_r, arguments);
-  loss_and_gradient_out("mmd_loss_grad", {.x = y_t}, {.x = y_r}, arguments, loss, grad);
-}
-
 // Results are undefined where they are not asked for; grad [G, Mx, My] is that of the matrices.
 struct GramRun {
   Tensor grad{}, gram{}, grad_x{}, grad_y{};
@@ -347,36 +331,9 @@ std::tuple<Tensor, Tensor> loss_and_gradient(const Branch& y_t, const Branch& y_
   return {loss, grad};
 }
 
-void loss_and_gradient_out(const char* op, const Branch& y_t, const Branch& y_r, LossArguments arguments,
-                           const Tensor& loss, const Tensor& grad) {
-  const Tensor& target = y_t.g.defined() ? y_t.g : y_t.x;
-  check_out("loss", loss, y_t.x.sizes().slice(0, 1), accumulate_dtype(y_t.x.scalar_type()), y_t.x);
-  check_out("grad", grad, target.sizes(), target.scalar_type(), target);
-  const Tensor weight = arguments.weight.value_or(Tensor()), upstream = arguments.upstream.value_or(Tensor());
-  const auto inputs = {y_t.x,      y_t.g,     y_t.c_skip,      y_t.c_out, y_r.x,   y_r.g,
-                       y_r.c_skip, y_r.c_out, arguments.scale, weight,    upstream};
-  refuse_gradients(op, inputs);
-  refuse_gradients(op, {loss, grad});
-  arguments.scale = checked_scale(arguments.scale);
-  // A gradient row is written while other rows are still read, so memory shared with an input takes a detour.
-  const auto direct = [&](const Tensor& out) {
-    return out.is_contiguous() &&
-           std::all_of(inputs.begin(), inputs.end(), [&](const Tensor& input) { return apart(out, input); });
-  };
-  if (direct(loss) && direct(grad) && apart(loss, grad)) {
-    run_loss(y_t, y_r, arguments, Tensor(), {.loss = loss, .grad = grad});
-    return;
-  }
-  const auto [loss_value, grad_value] = loss_and_gradient(y_t, y_r, arguments);
-  loss.copy_(loss_value);
-  grad.copy_(grad_value);
-}
-
 TORCH_LIBRARY_IMPL(imm, CPU, m) {
   m.impl("mmd_loss", mmd_loss);
   m.impl("mmd_loss_bwd", mmd_loss_bwd);
-  m.impl("mmd_loss_grad", mmd_loss_grad);
-  m.impl("mmd_loss_grad.out", mmd_loss_grad_out);
   m.impl("mmd_gram", mmd_gram);
   m.impl("mmd_gram_bwd", mmd_gram_bwd);
 }

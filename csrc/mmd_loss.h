@@ -33,8 +33,4 @@ void check_loss(const char* t_name, const char* r_name, const at::Tensor& y_t, c
 // The loss [G] and its gradient to y_t's x or, where there is one, g.
 std::tuple<at::Tensor, at::Tensor> loss_and_gradient(const Branch& y_t, const Branch& y_r, LossArguments arguments);
 
-// The same into tensors that the caller keeps.
-void loss_and_gradient_out(const char* op, const Branch& y_t, const Branch& y_r, LossArguments arguments,
-                           const at::Tensor& loss, const at::Tensor& grad);
-
 }  // namespace imm

@@ -340,18 +340,39 @@ def loss_and_gradient(
     upstream: Tensor | None,
     what: Kernel,
     mix: Mix | None = None,
-    out: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """-> loss [G], finished gradient [G, M, D] in y_t's dtype, into contiguous ``out`` where given; upstream [G] or [1].
+    """-> loss [G], gradient [G, M, D] in y_t's dtype, finished for upstream ([G] or [1]).
 
     With ``mix``, y_t and y_r are network outputs (any two dtypes) and the gradient goes to that of t.
     """
     sets = _Sets(y_t, y_r, mix)
     values, slopes = _outputs(sets)
-    if out is None:
-        out = values, torch.empty(y_t.shape, dtype=y_t.dtype, device=y_t.device)
+    grad = torch.empty(y_t.shape, dtype=y_t.dtype, device=y_t.device)
     with torch.cuda.device_of(y_t):
-        _loss(sets, scale, weight, upstream, what, out[0], slopes, out[1])
+        _loss(sets, scale, weight, upstream, what, values, slopes, grad)
+    return values, grad
+
+
+def rescaled(finished: Tensor, grad: Tensor, upstream: Tensor | None) -> Tensor:
+    """finished [G, M, D] times grad / upstream of its group: one pass over it."""
+    groups, features = len(finished), finished[0].numel() if len(finished) else 0
+    finished = finished.contiguous()
+    out = torch.empty_like(finished)
+    if out.numel():
+        block = 4096
+        with torch.cuda.device_of(finished):
+            mmd_direct._rescale_kernel[(groups, -(-features // block))](
+                finished,
+                grad,
+                upstream,
+                out,
+                _stride(grad),
+                _stride(upstream),
+                features,
+                upstream is not None,
+                block,
+                num_warps=8,
+            )
     return out
 
 

@@ -467,3 +467,27 @@ def _gradient_kernel(
             within, across = _load_slopes(slopes_ptr, factor, M)
         offs = start + tl.arange(0, BLOCK)
         _store_gradient(grad_ptr + g * M * D, t, r, within, across, offs, offs < last, D, M, HAS_MIX)
+
+
+@triton.jit(do_not_specialize=["grad_stride", "upstream_stride"], do_not_specialize_on_alignment=["grad_ptr", "upstream_ptr"])
+def _rescale_kernel(
+    finished_ptr,  # [G, features]
+    grad_ptr,  # [G]
+    upstream_ptr,  # [G] or [1]
+    out_ptr,  # [G, features]
+    grad_stride,
+    upstream_stride,
+    features,
+    HAS_UPSTREAM: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """A finished gradient for another factor than it was finished for; 0 for 0 is 1."""
+    g = tl.program_id(0).to(tl.int64)
+    ratio = tl.load(grad_ptr + g * grad_stride).to(tl.float64)
+    if HAS_UPSTREAM:
+        upstream = tl.load(upstream_ptr + g * upstream_stride).to(tl.float64)
+        ratio = tl.where(ratio == upstream, 1.0, ratio / upstream)
+    offs = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    mask = offs < features
+    values = tl.load(finished_ptr + g * features + offs, mask=mask).to(tl.float32)
+    tl.store(out_ptr + g * features + offs, (values * ratio.to(tl.float32)).to(out_ptr.dtype.element_ty), mask=mask)

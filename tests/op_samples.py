@@ -49,11 +49,6 @@ def mmd_loss_bwd(variant: str, dtype: torch.dtype, device: str) -> tuple[Any, ..
     return coefficients(3, variant, device).to(accumulate), slopes, y_t.detach(), y_r, weight, True
 
 
-def mmd_loss_grad(variant: str, dtype: torch.dtype, device: str) -> tuple[Any, ...]:
-    y_t, y_r, scale, weight, *rest = mmd_loss(variant, dtype, device)
-    return y_t.detach(), y_r, scale, weight, coefficients(3, variant, device), *rest
-
-
 def flow_map_mmd(variant: str, dtype: torch.dtype, device: str) -> tuple[Any, ...]:
     x_t, x_r, g_r = (tensor((3, 4, 17), variant, dtype, device, grad=False) for _ in range(3))
     g_t = tensor((3, 4, 17), variant, dtype, device)
@@ -159,10 +154,7 @@ def out_form(sample: Callable[..., tuple[Any, ...]], op: str, *names: str) -> Ca
 SAMPLES: dict[str, Callable[..., tuple[Any, ...]]] = {
     "mmd_loss": mmd_loss,
     "mmd_loss_bwd": mmd_loss_bwd,
-    "mmd_loss_grad": mmd_loss_grad,
-    "mmd_loss_grad.out": out_form(mmd_loss_grad, "mmd_loss_grad", "loss", "grad"),
     "flow_map_mmd": flow_map_mmd,
-    "flow_map_mmd.out": out_form(flow_map_mmd, "flow_map_mmd", "loss", "grad"),
     "flow_map_mmd_bwd": flow_map_mmd_bwd,
     "mmd_gram": mmd_gram,
     "mmd_gram_bwd": mmd_gram_bwd,

@@ -172,8 +172,10 @@ def test_mmd(G: int, M: int, D: int, expected: list[str], dtype: torch.dtype, la
     from imm_kernels import mmd as kernels
 
     y_t, y_r = (torch.randn(1, M, D).to(dtype).expand(G, M, D) for _ in range(2))
-    scale, weight, upstream = torch.rand(G), torch.rand(G, dtype=torch.float64), torch.ones(1)
-    run("mmd_loss_grad", y_t, y_r, scale, weight, upstream, "rbf", [0.5, 1.0], 1e-8, M > 1)
+    scale, weight = torch.rand(G), torch.rand(G, dtype=torch.float64)
+    loss, slopes = run("mmd_loss", y_t, y_r, scale, weight, "rbf", [0.5, 1.0], 1e-8, M > 1)
+    if expected[-1] == "gradient":
+        run("mmd_loss_bwd", torch.ones_like(loss), slopes, y_t, y_r, weight, M > 1)
     family = "mmd_direct" if M <= 8 else "mmd_dot"
     assert [launch.kernel for launch in launches] == [f"{family}._{name}_kernel" for name in expected]
     first = launches[0]
@@ -196,6 +198,8 @@ def test_flow_map_mmd_without_optional_numbers(M: int, launches: list[Launch]) -
     x, g = torch.randn(3, M, 48), torch.randn(3, M, 48).bfloat16()
     numbers = [torch.rand(3, dtype=torch.float64) for _ in range(4)]
     _, grad = run("flow_map_mmd", x, x, g, g, *numbers, torch.rand(3), None, None, "laplace", [1.0], 1e-8, False)
+    run("flow_map_mmd_bwd", torch.ones(1).expand(3), grad, g, None)
+    assert (launches[-1].kernel, launches[-1].grid) == ("mmd_direct._rescale_kernel", (3, 1, 1))
     assert grad.dtype == g.dtype
     assert [launches[0].types[name] for name in ("t_ptr", "x_t_ptr", "c_skip_t_ptr")] == ["*bf16", "*fp32", "*fp64"]
     assert all(launch.types.get("weight_ptr", "constexpr") == "constexpr" for launch in launches)

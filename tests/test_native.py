@@ -60,6 +60,12 @@ def assert_sum(got: Tensor, exact: Tensor, coefficient: Tensor, x: Tensor, y: Te
     assert error <= limit, (error, limit)
 
 
+def loss_and_gradient(of: Any, y_t: Tensor, y_r: Tensor, scale: Tensor, *options: Any) -> tuple[Tensor, Tensor]:
+    """The loss and the gradient of its sum, by the native ops or by the references."""
+    loss, slopes = of.mmd_loss(y_t, y_r, scale, None, *options)
+    return loss, of.mmd_loss_bwd(torch.ones_like(loss), slopes, y_t, y_r, None, options[-1])
+
+
 def check_mmd(
     y_t: Tensor, y_r: Tensor, scale: Tensor, weight: Tensor | None, kernel: tuple[Any, ...], unbiased: bool = False
 ) -> None:
@@ -83,17 +89,11 @@ def check_mmd(
         factor = (up * (1.0 if weight is None else weight)).double().expand(G)[:, None, None]
         coefficient = factor * exact_slopes / mmd_ops._pairs(M, options[-1])
         grad = mmd_ops.mmd_loss_bwd(up.double().expand(G), exact_slopes, t, r, wide_weight, options[-1])
-        got = OPS.mmd_loss_grad(y_t, y_r, scale, weight, upstream, *options)
         # The signs of slopes are marks: those of others are none, or mean nothing.
         backward = [OPS.mmd_loss_bwd(up.expand(G), v, y_t, y_r, weight, options[-1]) for v in (slopes, slopes.abs(), -slopes)]
-        assert torch.equal(got[0], loss)
         if upstream is not None or y_t.dtype != torch.float16:
-            for result in (got[1], *backward):
+            for result in backward:
                 assert_sum(result, grad, 2 * coefficient, t, torch.cat([t, r], 1))
-        out_loss, out_grad = torch.empty_like(got[0]), torch.empty(y_t.shape, dtype=y_t.dtype)
-        OPS.mmd_loss_grad(y_t, y_r, scale, weight, upstream, *options, loss=out_loss, grad=out_grad)
-        assert torch.equal(out_loss, got[0])
-        assert torch.equal(out_grad, got[1])
     check_gram(y_t, y_r[:, : max(1, M - 1)], scale, kernel)
 
 
@@ -159,14 +159,14 @@ def test_mmd_special_values(M: int, kernel: tuple[Any, ...]) -> None:
             for value in (float("nan"), float("inf")):
                 bad = y_t.clone()
                 bad[1, 2, 3] = value
-                arguments = bad, y_r, scale, None, None, *kernel, unbiased
-                loss, grad = OPS.mmd_loss_grad(*arguments)
-                for got, want in zip((loss, grad), mmd_ops.mmd_loss_grad(*map(double, arguments)), strict=True):
+                loss, grad = loss_and_gradient(OPS, bad, y_r, scale, *kernel, unbiased)
+                exact = loss_and_gradient(mmd_ops, *map(double, (bad, y_r, scale)), *kernel, unbiased)
+                for got, want in zip((loss, grad), exact, strict=True):
                     torch.testing.assert_close(got.double(), want, equal_nan=True, rtol=1e-5, atol=1e-5)
                 assert grad.isnan().any(2).any(1).tolist() == [False, True, False]
                 assert loss[1].isnan() or value == float("inf")
         # Below the floor on the norm there is no gradient.
-        _, grad = OPS.mmd_loss_grad(y_r, y_r + 1e-6, scale, None, None, *kernel[:2], 1e3, False)
+        _, grad = loss_and_gradient(OPS, y_r, y_r + 1e-6, scale, *kernel[:2], 1e3, False)
         assert torch.equal(grad, torch.zeros_like(grad))
 
 
@@ -189,7 +189,7 @@ def test_flow_map_mmd_against_float64(M: int, dtype: torch.dtype, kernel: tuple[
             flow_map_ops._particles(x_t, g_t, c[0], c[1], loss.dtype),
             flow_map_ops._particles(x_r, g_r, c[2], c[3], loss.dtype),
         )
-        assert torch.equal(loss, OPS.mmd_loss_grad(y_t, y_r, scale, *options)[0])
+        assert torch.equal(loss, OPS.mmd_loss(y_t, y_r, scale, weight, *options[2:])[0])
         t, r = y_t.double(), y_r.double()
         _, slopes = mmd_ops.mmd_loss(t, r, scale, weight, *options[2:])
         exact = mmd_ops.mmd_loss_bwd((upstream * c[1]).double(), slopes, t, r, weight, options[-1])
@@ -197,10 +197,6 @@ def test_flow_map_mmd_against_float64(M: int, dtype: torch.dtype, kernel: tuple[
         # Numbers that are float64 for g_t's sake are no better than the arithmetic.
         result = grad.to(loss.dtype) if t_dtype == torch.float64 else grad
         assert_sum(result, exact, size, t, torch.cat([t, r], 1))
-        out = torch.empty_like(loss), torch.empty(grad.shape, dtype=t_dtype)
-        OPS.flow_map_mmd(x_t, x_r, g_t, g_r, *c, scale, *options, loss=out[0], grad=out[1])
-        assert torch.equal(out[0], loss)
-        assert torch.equal(out[1], grad)
         up = torch.rand(3)
         for given in (upstream, None, up):
             assert torch.equal(OPS.flow_map_mmd_bwd(up, grad, g_t, given), flow_map_ops.flow_map_mmd_bwd(up, grad, g_t, given))
@@ -372,7 +368,8 @@ def test_bits_do_not_depend_on_the_threads() -> None:
         for dtype, M in itertools.product(DTYPES, (4, 7, 12, 40)):
             y_t, y_r, scale, weight = particles(M, 700, dtype, G=17)
             loss = scale, weight, None, *LAPLACE, False
-            results += [*OPS.mmd_loss_grad(y_t, y_r, *loss), *OPS.mmd_loss(y_t, y_r, scale, weight, *KERNELS[1], True)]
+            results += [*OPS.mmd_loss(y_t, y_r, scale, weight, *KERNELS[1], True)]
+            results += [OPS.mmd_loss_bwd(scale.float(), results[-1].to(results[-2].dtype), y_t, y_r, weight, True)]
             one = torch.ones(17, dtype=torch.float64)
             results += [*OPS.flow_map_mmd(y_t, y_r, y_r, y_t, *[one] * 4, *loss)]
             gram = OPS.mmd_gram(y_t, y_r, scale, *LAPLACE)
@@ -408,45 +405,22 @@ def test_a_gradient_beyond_the_caches_has_the_bits_of_a_small_one(M: int, D: int
     """It is stored around the caches where it is aligned."""
     groups, small = 9_000_000 // (M * D * 4), 5
     y_t, y_r = (torch.randn(groups, M, D).to(dtype) for _ in range(2))
-    options = None, None, *LAPLACE, False
-    wanted = [
-        OPS.mmd_loss_grad(y_t[i : i + small], y_r[i : i + small], torch.ones(len(y_t[i : i + small])), *options)
-        for i in range(0, groups, small)
-    ]
-    loss, grad = (torch.cat(parts) for parts in zip(*wanted, strict=True))
-    memory = torch.empty(y_t.numel() + 1, dtype=dtype)
-    for target in (memory[:-1].view_as(y_t), memory[1:].view_as(y_t)):
-        found = torch.empty_like(loss)
-        OPS.mmd_loss_grad.out(y_t, y_r, torch.ones(groups), *options, loss=found, grad=target)
-        assert torch.equal(found, loss)
-        assert torch.equal(target, grad)
+    slopes = OPS.mmd_loss(y_t, y_r, torch.ones(groups), None, *LAPLACE, False)[1]
+    up = torch.ones(groups, dtype=slopes.dtype)
+    parts = [slice(i, i + small) for i in range(0, groups, small)]
+    wanted = [OPS.mmd_loss_bwd(up[part], slopes[part], y_t[part], y_r[part], None, False) for part in parts]
+    assert torch.equal(OPS.mmd_loss_bwd(up, slopes, y_t, y_r, None, False), torch.cat(wanted))
 
 
 def test_out_may_share_memory_with_inputs() -> None:
-    y_t, y_r, scale, _ = particles(4, 64, torch.float32)
-    options = scale, None, None, *LAPLACE, False
-    loss, grad = OPS.mmd_loss_grad(y_t, y_r, *options)
-    shared, value = y_t.clone(), torch.empty(3)
-    OPS.mmd_loss_grad(shared, y_r, *options, loss=value, grad=shared)
-    assert torch.equal(shared, grad)
-    assert torch.equal(value, loss)
-    c = torch.ones(3, dtype=torch.float64)
-    loss, grad = OPS.flow_map_mmd(y_t, y_r, y_r, y_t, *[c] * 4, *options)
-    shared = y_r.clone()
-    OPS.flow_map_mmd(y_t, y_r, shared, y_t, *[c] * 4, *options, loss=scale, grad=shared)
-    assert torch.equal(shared, grad)
-    assert torch.equal(scale, loss)
     memory, one = torch.arange(101, dtype=torch.float32), torch.ones(1, dtype=torch.float64)
     want = memory[None, :100] * 2
     out = memory[None, 1:]
     OPS.flow_step(memory[None, :100], memory[None, :100].clone(), one, one, None, None, None, None, 0, out=out)
     assert torch.equal(out, want)
-    for run in (
-        lambda y: OPS.mmd_loss_grad(y, y_r, *options, loss=value, grad=shared),
-        lambda y: OPS.flow_map_mmd(y_t, y_r, y, y_t, *[c] * 4, *options, loss=value, grad=shared),
-    ):
-        with pytest.raises(RuntimeError, match="out= form has no derivative"):
-            run(y_t.clone().requires_grad_())
+    x = torch.randn(1, 100, requires_grad=True)
+    with pytest.raises(RuntimeError, match="out= form has no derivative"):
+        OPS.flow_step(x, x.detach(), one, one, None, None, None, None, 0, out=torch.empty(1, 100))
 
 
 def test_autograd_autocast_and_compile_pass_through_the_kernels() -> None:
@@ -461,17 +435,13 @@ def test_autograd_autocast_and_compile_pass_through_the_kernels() -> None:
     with torch.autocast("cpu", torch.bfloat16):
         loss, _ = OPS.mmd_loss(y_t.bfloat16(), y_r.detach().bfloat16(), scale, None, *LAPLACE, False)
         assert loss.dtype == torch.float32
-    out = torch.empty(2), torch.empty(2, 3, 20)
     y_t, y_r = y_t.detach().float(), y_r.detach().float()
     options = scale, weight, None, *LAPLACE, False
     flow_map = y_t, y_r, y_r, y_t, *c, *options
     for op, args, kwargs in (
-        (OPS.mmd_loss_grad.default, (y_t, y_r, *options), {}),
-        (OPS.mmd_loss_grad.out, (y_t, y_r, *options), {"loss": out[0], "grad": out[1]}),
         (OPS.mmd_loss.default, (y_t, y_r, scale, weight, *LAPLACE, True), {}),
         (OPS.mmd_loss_bwd.default, (weight, torch.ones(2, 3, 6), y_t, y_r, weight, True), {}),
         (OPS.flow_map_mmd.default, flow_map, {}),
-        (OPS.flow_map_mmd.out, flow_map, {"loss": out[0], "grad": out[1]}),
         (OPS.flow_map_mmd_bwd.default, (weight, y_t, y_r, None), {}),
         (OPS.noise.out, (torch.arange(2), 9, 1), {"out": torch.empty(2, 9)}),
     ):
@@ -539,7 +509,6 @@ def test_fuzz_raises_or_agrees(seed: int) -> None:
         embedding = _pick(rng, torch.randn(2, G, 6).to(dtype))
         for name, module, args in (
             ("mmd_loss", mmd_ops, (x, y, scale, weight, *loss[3:])),
-            ("mmd_loss_grad", mmd_ops, (x, y, *loss)),
             ("mmd_loss_bwd", mmd_ops, (_pick(rng, g2), slopes, x, y, weight, loss[-1])),
             ("flow_map_mmd", flow_map_ops, (x, y, g, _pick(rng, u), *numbers, *loss)),
             ("flow_map_mmd_bwd", flow_map_ops, (_pick(rng, g2), x, y, upstream)),
@@ -595,24 +564,24 @@ import torch
 from imm.ops import dispatch, mmd, native
 request = dispatch.Request(torch.device("cpu"), torch.float32)
 y = torch.randn(2, 4, 37, generator=torch.manual_seed(0))
-args = y, y.flip(0), torch.ones(2), None, None, "laplace", [1.0], 1e-8, False
-grad = torch.ops.imm.mmd_loss_grad(*args)[1]
-print(dispatch.select("mmd_loss_grad", request).name, dispatch.select("noise", request).name, native.status(), sep="|")
-print(*(g.item().hex() for g in grad.flatten()[:8]))
+args = y, y.flip(0), torch.ones(2), None, "laplace", [1.0], 1e-8, False
+slopes = torch.ops.imm.mmd_loss(*args)[1]
+print(dispatch.select("mmd_loss", request).name, dispatch.select("noise", request).name, native.status(), sep="|")
+print(*(g.item().hex() for g in slopes.flatten()[:8]))
 distance, asked = mmd._distance, []
 mmd._distance = lambda x, y: (asked.append(1), distance(x, y))[1]
-torch.ops.imm.mmd_loss_grad(*args)
+torch.ops.imm.mmd_loss(*args)
 print(len(asked) > 0)
 """
 
 
 def test_imm_impl_switches_the_kernel() -> None:
     ours = _python(REPORT, IMM_IMPL="").splitlines()
-    forced = _python(REPORT, IMM_IMPL="mmd_loss_grad:reference").splitlines()
+    forced = _python(REPORT, IMM_IMPL="mmd_loss:reference").splitlines()
     assert ours[0] == "cpu|cpu|None"
     assert forced[0] == "reference|cpu|None"
     assert (ours[2], forced[2]) == ("False", "True")
-    assert _python(REPORT, IMM_IMPL="mmd_loss_grad:cpu").splitlines() == ours
+    assert _python(REPORT, IMM_IMPL="mmd_loss:cpu").splitlines() == ours
     none = _python(REPORT, IMM_NATIVE="0").splitlines()
     assert none[0] == "reference|reference|IMM_NATIVE=0 asks for none"
     assert none[1:] == forced[1:]

@@ -201,7 +201,6 @@ def test_finite_gradient_with_r_equal_s_and_duplicated_images() -> None:
 
 
 def test_losses_may_be_added_before_one_backward() -> None:
-    """The gradient's memory is kept across steps, but not while a backward pass still has to read it."""
     target, x = objective(), torch.randn(8, 6)
 
     def gradient(*seeds: int, together: bool) -> torch.Tensor:
@@ -216,35 +215,35 @@ def test_losses_may_be_added_before_one_backward() -> None:
         return target.flow_map.network.a.grad
 
     torch.testing.assert_close(gradient(1, 2, 3, together=True), gradient(1, 2, 3, together=False))
-    kept = target._kept
-    loss, _ = target(x)
-    assert target._kept is kept
-    (3 * loss).backward()
-    with torch.no_grad():
-        assert target(x)[0].requires_grad is False
 
 
-def test_a_second_backward_after_the_next_step_is_refused() -> None:
-    """The gradient's memory was used again: torch must notice, whichever implementation wrote it."""
-    target, x = objective(), torch.randn(8, 6)
-    loss, _ = target(x)
-    loss.backward(retain_graph=True)
-    target(x)
-    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
-        loss.backward()
-
-
-@pytest.mark.parametrize("told", [None, 4096.0, 3.0])
-def test_a_scaled_loss_gives_a_scaled_gradient(told) -> None:
-    """Whether the objective was told of the factor or not, or of another one."""
+@pytest.mark.parametrize(("given", "after"), [(4096.0, 1.0), (1.0, 4096.0), (3.0, 4096.0 / 3.0)])
+def test_a_scaled_loss_gives_a_scaled_gradient(given, after) -> None:
+    """By ``grad_scale``, by whoever multiplies the loss, or by both."""
     target, x = objective(particles=2), torch.randn(8, 1, 4, 4)
-    gradients = []
-    for factor, scale in ((1.0, None), (4096.0, None if told is None else torch.tensor(told))):
+    gradients, losses = [], []
+    for scale, factor in ((None, 1.0), (torch.tensor(given), after)):
         target.flow_map.network.a.grad = None
-        loss, _ = target(x, generator=torch.Generator().manual_seed(1), grad_scale=scale)
+        loss, stats = target(x, generator=torch.Generator().manual_seed(1), grad_scale=scale)
+        assert float(loss.detach()) == pytest.approx(float(stats["loss"]) * (1.0 if scale is None else given), rel=1e-6)
         (factor * loss).backward()
         gradients.append(target.flow_map.network.a.grad)
+        losses.append(stats["loss"])
     torch.testing.assert_close(gradients[1], 4096 * gradients[0], rtol=1e-5, atol=0)
+    assert torch.equal(*losses)
+
+
+def test_a_finished_gradient_is_handed_on_as_it_is(monkeypatch) -> None:
+    """No pass over [G, M, D] where the factor is the one that it was finished for."""
+    called = []
+    kernel = torch.ops.imm.flow_map_mmd_bwd
+    monkeypatch.setattr(torch.ops.imm, "flow_map_mmd_bwd", lambda *args: called.append(args) or kernel(*args))
+    target, x = objective(particles=2), torch.randn(12, 1, 4, 4)
+    for scale in (None, torch.tensor(0.7), torch.tensor(65536.0)):
+        target(x, grad_scale=scale)[0].backward()
+    assert not called
+    (3.0 * target(x)[0]).backward()
+    assert len(called) == 1
 
 
 @pytest.mark.parametrize("options", [{"kernel": "imq", "bandwidths": (0.5, 2.0)}, {"kernel": "energy", "estimator": "u"}])

@@ -55,7 +55,9 @@ def check(kernels: Any, args: list[Any], kernel: tuple[Any, ...] = KERNEL, unbia
     """Loss and gradient, in one launch and by saved slopes, against the reference in float64; the same bits twice."""
     y_t, y_r, scale, weight, upstream = args
     what = kernels.Kernel(kernel[0], tuple(kernel[1]), kernel[2], unbiased)
-    truth, exact = mmd.mmd_loss_grad(*wide(args), *kernel, unbiased)
+    truth, slopes = mmd.mmd_loss(*wide(args[:4]), *kernel, unbiased)
+    up = torch.ones_like(truth) if upstream is None else upstream.expand(len(truth))
+    exact = mmd.mmd_loss_bwd(up.double(), slopes, *wide([y_t, y_r, weight]), unbiased)
     loss, grad = kernels.loss_and_gradient(*args, what)
     # A distance from products has lost up to CLOSE of its digits: as if of many terms.
     terms = max(y_t.shape[1] * y_t.shape[2], 1000 if y_t.shape[1] > kernels.largest_direct(mix=False) else 1)
@@ -64,7 +66,6 @@ def check(kernels: Any, args: list[Any], kernel: tuple[Any, ...] = KERNEL, unbia
     assert (loss.dtype, grad.dtype, grad.shape) == (torch.float32, y_t.dtype, y_t.shape)
     assert_close(grad, exact, terms)
     alone, slopes = kernels.loss(y_t, y_r, scale, weight, what)
-    up = torch.ones_like(loss) if upstream is None else upstream.expand(len(loss))
     again = kernels.gradient(up, slopes, y_t, y_r, weight, unbiased)
     assert torch.equal(alone, loss)
     assert_close(again, exact, terms)
@@ -200,12 +201,14 @@ def test_flow_map_loss_matches_float64(
     args = (x_t, x_r, g_t, g_r.float(), *numbers, scale, weight, upstream, *KERNEL, False)
     truth, exact = flow_map_mmd.flow_map_mmd(*wide(args))
     mix = kernels.Mix(x_t, x_r, *numbers)
-    out = torch.empty(shape[0], device=DEVICE), torch.empty_like(g_t)
     what = kernels.Kernel("laplace", (1.0,), 1e-8, False)
-    loss, grad = kernels.loss_and_gradient(g_t, g_r.float(), scale, weight, upstream, what, mix, out)
-    assert (loss.data_ptr(), grad.data_ptr()) == (out[0].data_ptr(), out[1].data_ptr())
+    loss, grad = kernels.loss_and_gradient(g_t, g_r.float(), scale, weight, upstream, what, mix)
     torch.testing.assert_close(loss.double(), truth, rtol=2e-5, atol=2e-6)
     assert_close(grad, exact, shape[1] * shape[2])
+    up = torch.rand(shape[0], device=DEVICE) + 0.5
+    for given in (3.0 * up, up[:1], None):
+        wanted = flow_map_mmd.flow_map_mmd_bwd(up, grad, g_t, given)
+        assert_close(kernels.rescaled(grad, up, given), wanted.double(), 1)
 
 
 @kernel_test
@@ -248,7 +251,7 @@ def test_pairs_of_a_gram_beyond_32_bits(kernels: Any) -> None:
 
 
 def test_predicates_refuse_with_reasons() -> None:
-    for op in ("mmd_loss", "mmd_loss_grad", "flow_map_mmd.out"):
+    for op in ("mmd_loss", "flow_map_mmd"):
         rows = dict(dispatch.explain(op, dispatch.Request(torch.device("cuda"), torch.float64, (2, 4, 8))))
         assert "supports torch.float32" in str(rows["triton"])
         rows = dict(dispatch.explain(op, dispatch.Request(torch.device("cuda"), torch.float32, (2, 257, 8))))

@@ -6,13 +6,12 @@ import contextlib
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from imm.flow_map import FlowMap
-from imm.functional import ESTIMATORS
+from imm.functional import ESTIMATORS, flow_map_mmd_loss
 from imm.ops.mmd import check_kernel
 from imm.schedules import Time, as_time
 
@@ -128,7 +127,6 @@ class IMMObjective(nn.Module):
         self.target_labels = target_labels
         self.share_dropout = share_dropout
         self.eps = float(eps)
-        self._kept: _Workspace | None = None
 
     def mapping(self, t: Time, s: Time) -> Tensor:
         """r(s, t) in float64 (section C.6): s <= r < t. Raises ValueError unless s < t (tensors off the CPU are not read)."""
@@ -206,14 +204,15 @@ class IMMObjective(nn.Module):
             augment: ``[B, augment_dim]``, how the data was augmented (:func:`imm.data.augment`), which the network is told in
                 both branches; None for not at all.
             generator: of times, noise and label dropout; None for torch's default one.
-            grad_scale: what the loss will be multiplied by before backward (a gradient scaler's factor), ``[1]`` or scalar, so
-                that small gradients are scaled before they are rounded; backward with another factor is right too. None for 1.
+            grad_scale: a scalar tensor that multiplies the loss, such as a gradient scaler's factor. Given here, not after the
+                call, it reaches small gradients before they are rounded to 16 bits. None for 1.
             draws: from :meth:`draw`, whose ``part`` makes the loss of a large batch one of its parts at a time; None to draw.
 
         Returns:
-            The loss (mean over groups, a scalar) and statistics, all tensors on the device without gradient: ``loss``,
-            ``gap`` (mean t - r), ``at_s`` (share of groups with r = s), ``t_bin_loss`` (mean loss over ``T_BINS`` equal bins of
-            t, NaN for an empty one), ``t_bin_count``, ``nonfinite`` (groups whose loss is not finite).
+            The loss (``grad_scale`` times the mean over groups, a scalar) and statistics, all tensors on the device without
+            gradient: ``loss`` (without ``grad_scale``), ``gap`` (mean t - r), ``at_s`` (share of groups with r = s),
+            ``t_bin_loss`` (mean loss over ``T_BINS`` equal bins of t, NaN for an empty one), ``t_bin_count``, ``nonfinite``
+            (groups whose loss is not finite).
 
         Raises:
             ValueError: a batch that ``particles`` does not divide, labels out of range, augment for a network that is not told
@@ -242,18 +241,27 @@ class IMMObjective(nn.Module):
             # In the precision of the other branch: the rounding that both share cancels in y_t - y_r, and of unlike ones stays.
             with torch.no_grad(), replay():
                 x_r, g_r = branch(r, dropped if self.target_labels == "dropped" else labels)
-        one = torch.ones(1, dtype=torch.float64, device=x.device)
-        upstream = (one if grad_scale is None else one * grad_scale) / groups
+        factor = torch.ones((), device=x.device) if grad_scale is None else grad_scale
         c_skip, c_out = flow_map.parametrization.c_skip, flow_map.parametrization.c_out
-        coefficients = c_skip(s, t), c_out(s, t), c_skip(s, r), c_out(s, r)
-        rest = self.kernel_scale(t, s), self.weight(t), upstream, self.kernel, list(self.bandwidths), self.eps
-        arguments = x_t, x_r, g_t, g_r.detach(), *coefficients, *rest, self.estimator == "u"
-        if g_t.requires_grad:
-            loss, per_group = _MeanLoss.apply(self._workspace(x_t, g_t), *arguments)
-        else:
-            per_group, _ = torch.ops.imm.flow_map_mmd(*arguments)
-            loss = per_group.mean()
-        return loss, self._statistics(per_group, t, s, r)
+        per_group = flow_map_mmd_loss(
+            x_t,
+            x_r,
+            g_t,
+            g_r,
+            c_skip(s, t),
+            c_out(s, t),
+            c_skip(s, r),
+            c_out(s, r),
+            self.kernel_scale(t, s),
+            weight=self.weight(t),
+            upstream=(factor.detach().to(torch.promote_types(x.dtype, torch.float32)) / groups).reshape(1),
+            kernel=self.kernel,
+            bandwidths=self.bandwidths,
+            eps=self.eps,
+            estimator=self.estimator,
+        )
+        loss = per_group.mean() * factor
+        return loss, self._statistics(per_group.detach(), t, s, r)
 
     def _checked_batch(self, x: Tensor) -> int:
         if x.dim() < 2 or not x.is_floating_point():
@@ -263,13 +271,6 @@ class IMMObjective(nn.Module):
         if x.device.type == "cpu" and not torch.compiler.is_compiling() and not bool(torch.isfinite(x).all()):
             raise ValueError("x: expected finite data, got NaN or infinity")
         return x.shape[0]
-
-    def _workspace(self, x_t: Tensor, g_t: Tensor) -> _Workspace:
-        """Memory for losses and gradient, kept across steps: on a CPU fresh pages cost more than the kernel."""
-        kept = self._kept
-        if kept is None or kept.waiting or not kept.fits(x_t, g_t):
-            self._kept = kept = _Workspace(x_t, g_t)
-        return kept
 
     def _drop_labels(self, labels: Tensor | None, generator: torch.Generator | None) -> Tensor | None:
         if labels is None or self.label_dropout == 0.0:
@@ -290,44 +291,6 @@ class IMMObjective(nn.Module):
             "t_bin_count": count,
             "nonfinite": (~torch.isfinite(per_group)).sum(),
         }
-
-
-class _Workspace:
-    """Where a loss and its gradient are written; ``waiting`` from the forward pass until its backward pass has read them."""
-
-    def __init__(self, x_t: Tensor, g_t: Tensor) -> None:
-        self.loss = x_t.new_empty(len(x_t), dtype=torch.promote_types(x_t.dtype, torch.float32))  # [G]
-        self.grad = g_t.new_empty(g_t.shape)  # [G, M, D]
-        self.waiting = False
-
-    def fits(self, x_t: Tensor, g_t: Tensor) -> bool:
-        loss = torch.promote_types(x_t.dtype, torch.float32)
-        grad = self.grad
-        return (grad.shape, grad.dtype, grad.device, self.loss.dtype) == (g_t.shape, g_t.dtype, g_t.device, loss)
-
-
-class _MeanLoss(torch.autograd.Function):
-    """(mean over groups, losses of the groups) of imm::flow_map_mmd, the gradient to g_t finished in the forward pass."""
-
-    @staticmethod
-    def forward(ctx: Any, workspace: _Workspace, *arguments: Any) -> tuple[Tensor, Tensor]:
-        torch.ops.imm.flow_map_mmd.out(*arguments, loss=workspace.loss, grad=workspace.grad)
-        upstream = arguments[10]
-        ctx.save_for_backward(workspace.grad, upstream)  # torch refuses a second backward after the memory was used again
-        ctx.workspace, workspace.waiting = workspace, True
-        per_group = workspace.loss.clone()
-        ctx.mark_non_differentiable(per_group)
-        return per_group.mean(), per_group
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-        finished, upstream = ctx.saved_tensors
-        ctx.workspace.waiting = False
-        groups = len(finished)
-        if grad.device.type != "cpu" or float(grad) / groups != float(upstream):
-            finished = torch.ops.imm.flow_map_mmd_bwd((grad / groups).expand(groups), finished, finished, upstream)
-        return None, None, None, finished, *[None] * 12
 
 
 def _check_order(t: Tensor, s: Tensor) -> None:

@@ -72,7 +72,7 @@ def forced(op: str) -> str | None:
             known = "; ".join(f"{o}: {', '.join(i.name for i in table)}" for o, table in _TABLE.items())
             raise ValueError(f"{VARIABLE}: expected OP:IMPLEMENTATION[,...] from [{known}], got {item!r}")
         wanted[name] = choice
-    # mmd_loss_bwd, mmd_loss_grad, mmd_loss_grad.out, ... go where mmd_loss goes, unless named themselves, if they can.
+    # mmd_loss_bwd, flow_step.out, ... go where mmd_loss and flow_step go, unless named themselves, if they can.
     owners = [name for name in wanted if op == name or op.startswith((f"{name}_", f"{name}."))]
     if not owners:
         return None

@@ -7,43 +7,68 @@ float64 state), so that a network in 16 bits loses no digits of their difference
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from imm.ops import dispatch, triton_kernels
+from imm.ops import triton_kernels
 from imm.ops.dtypes import DTYPES, accumulate_dtype
-from imm.ops.mmd import TRITON_DTYPES, check_groups, check_loss, mmd_loss_grad, too_many_particles
-from imm.ops.registry import check_out, no_second_derivative, refuse_gradients, register, register_autograd
+from imm.ops.mmd import TRITON_DTYPES, check_groups, check_loss, mmd_loss, mmd_loss_bwd, too_many_particles
+from imm.ops.registry import no_second_derivative, register, register_autograd
 
 
-def _check(
-    x_t: Tensor,
-    x_r: Tensor,
-    g_t: Tensor,
-    g_r: Tensor,
-    c_skip_t: Tensor,
-    c_out_t: Tensor,
-    c_skip_r: Tensor,
-    c_out_r: Tensor,
-    *loss_arguments: Any,
-) -> None:
-    check_loss(x_t, x_r, *loss_arguments, names=("x_t", "x_r"))
-    for name, value in (("g_t", g_t), ("g_r", g_r)):
-        if value.shape != x_t.shape:
-            raise ValueError(f"{name}: expected the states' shape {list(x_t.shape)}, got {list(value.shape)}")
+class Arguments(NamedTuple):
+    """Of imm::flow_map_mmd, in the order of its schema."""
+
+    x_t: Tensor  # states, [G, M, D]
+    x_r: Tensor
+    g_t: Tensor  # outputs of the network, [G, M, D]
+    g_r: Tensor
+    c_skip_t: Tensor  # [G] float64, as the next three
+    c_out_t: Tensor
+    c_skip_r: Tensor
+    c_out_r: Tensor
+    scale: Tensor  # [G]
+    weight: Tensor | None  # [G]
+    upstream: Tensor | None  # [G] or [1]
+    kernel: str
+    bandwidths: Sequence[float]
+    eps: float
+    unbiased: bool
+
+    @property
+    def loss(self) -> tuple[Any, ...]:
+        """What the loss takes beside particles."""
+        return self[self._fields.index("scale") :]
+
+
+class Saved(NamedTuple):
+    """What the forward pass keeps for the backward pass."""
+
+    finished: Tensor  # the gradient to g_t for ``upstream``, [G, M, D]
+    g_t: Tensor
+    upstream: Tensor | None
+
+
+def _check(a: Arguments) -> None:
+    check_loss(a.x_t, a.x_r, *a.loss, names=("x_t", "x_r"))
+    for name, value in (("g_t", a.g_t), ("g_r", a.g_r)):
+        if value.shape != a.x_t.shape:
+            raise ValueError(f"{name}: expected the states' shape {list(a.x_t.shape)}, got {list(value.shape)}")
         if value.dtype not in DTYPES:
             raise TypeError(f"{name}: expected a floating dtype of 16, 32 or 64 bits, got {value.dtype}")
-        if value.device != x_t.device:
-            raise ValueError(f"{name}: expected the device {x_t.device}, got {value.device}")
-    for name, value in (("c_skip_t", c_skip_t), ("c_out_t", c_out_t), ("c_skip_r", c_skip_r), ("c_out_r", c_out_r)):
-        if value.shape != x_t.shape[:1]:
-            raise ValueError(f"{name}: expected one number per group, [{x_t.shape[0]}], got {list(value.shape)}")
+        if value.device != a.x_t.device:
+            raise ValueError(f"{name}: expected the device {a.x_t.device}, got {value.device}")
+    for name in ("c_skip_t", "c_out_t", "c_skip_r", "c_out_r"):
+        value = getattr(a, name)
+        if value.shape != a.x_t.shape[:1]:
+            raise ValueError(f"{name}: expected one number per group, [{a.x_t.shape[0]}], got {list(value.shape)}")
         if value.dtype != torch.float64:
             raise TypeError(f"{name}: expected float64, got {value.dtype}")
-        if value.device != x_t.device:
-            raise ValueError(f"{name}: expected the device {x_t.device}, got {value.device}")
+        if value.device != a.x_t.device:
+            raise ValueError(f"{name}: expected the device {a.x_t.device}, got {value.device}")
 
 
 def _particles(x: Tensor, g: Tensor, c_skip: Tensor, c_out: Tensor, dtype: torch.dtype) -> Tensor:
@@ -51,36 +76,20 @@ def _particles(x: Tensor, g: Tensor, c_skip: Tensor, c_out: Tensor, dtype: torch
     return c_skip * x.to(dtype) + c_out * g.to(dtype)
 
 
-def flow_map_mmd(
-    x_t: Tensor,
-    x_r: Tensor,
-    g_t: Tensor,
-    g_r: Tensor,
-    c_skip_t: Tensor,
-    c_out_t: Tensor,
-    c_skip_r: Tensor,
-    c_out_r: Tensor,
-    *loss_arguments: Any,
-) -> tuple[Tensor, Tensor]:
-    """Reference of imm::flow_map_mmd: states and outputs [G, M, D], float64 coefficients [G] -> loss [G], gradient [G, M, D].
+def flow_map_mmd(*args: Any) -> tuple[Tensor, Tensor]:
+    """Reference of imm::flow_map_mmd: :class:`Arguments` -> loss [G], gradient [G, M, D].
 
     The loss is float32 (float64 for float64 states); the gradient of sum(upstream loss) to g_t has g_t's dtype.
     """
-    _check(x_t, x_r, g_t, g_r, c_skip_t, c_out_t, c_skip_r, c_out_r, *loss_arguments)
-    dtype = accumulate_dtype(x_t.dtype)
-    y_t, y_r = _particles(x_t, g_t, c_skip_t, c_out_t, dtype), _particles(x_r, g_r, c_skip_r, c_out_r, dtype)
-    loss, grad = mmd_loss_grad(y_t, y_r, *loss_arguments)
-    return loss, (c_out_t.to(dtype)[:, None, None] * grad).to(g_t.dtype)
-
-
-def flow_map_mmd_out(*args: Any, loss: Tensor, grad: Tensor) -> None:
-    """Reference of imm::flow_map_mmd.out: :func:`flow_map_mmd` into tensors that the caller keeps across steps."""
-    _check(*args)
-    _check_out(args[0], args[2], loss, grad)
-    refuse_gradients("flow_map_mmd", *args[:11], loss, grad)
-    values = torch.ops.imm.flow_map_mmd(*args)
-    loss.copy_(values[0])
-    grad.copy_(values[1])
+    a = Arguments(*args)
+    _check(a)
+    dtype = accumulate_dtype(a.x_t.dtype)
+    y_t = _particles(a.x_t, a.g_t, a.c_skip_t, a.c_out_t, dtype)
+    y_r = _particles(a.x_r, a.g_r, a.c_skip_r, a.c_out_r, dtype)
+    loss, slopes = mmd_loss(y_t, y_r, a.scale, a.weight, a.kernel, a.bandwidths, a.eps, a.unbiased)
+    upstream = torch.ones_like(loss) if a.upstream is None else a.upstream.expand(len(loss))
+    grad = mmd_loss_bwd(upstream, slopes, y_t, y_r, a.weight, a.unbiased)
+    return loss, (a.c_out_t.to(dtype)[:, None, None] * grad).to(a.g_t.dtype)
 
 
 def flow_map_mmd_bwd(grad: Tensor, finished: Tensor, g_t: Tensor, upstream: Tensor | None) -> Tensor:
@@ -111,57 +120,65 @@ def _fake_bwd(grad: Tensor, finished: Tensor, g_t: Tensor, upstream: Tensor | No
     return finished.new_empty(finished.shape)
 
 
-def _check_out(x_t: Tensor, g_t: Tensor, loss: Tensor, grad: Tensor) -> None:
-    check_out("loss", loss, x_t.shape[:1], accumulate_dtype(x_t.dtype), x_t.device)
-    check_out("grad", grad, g_t.shape, g_t.dtype, g_t.device)
-
-
 def _fake(*args: Any) -> tuple[Tensor, Tensor]:
-    _check(*args)
-    x_t, g_t = args[0], args[2]
-    return x_t.new_empty((x_t.shape[0],), dtype=accumulate_dtype(x_t.dtype)), g_t.new_empty(g_t.shape)
-
-
-def _fake_out(*args: Any, loss: Tensor, grad: Tensor) -> None:
-    _check(*args)
-    _check_out(args[0], args[2], loss, grad)
+    a = Arguments(*args)
+    _check(a)
+    return a.x_t.new_empty((a.x_t.shape[0],), dtype=accumulate_dtype(a.x_t.dtype)), a.g_t.new_empty(a.g_t.shape)
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    if any(need for i, need in enumerate(ctx.needs_input_grad) if i != 2):
+    a, finished = Arguments(*inputs), output[1]
+    needed = {name for name, need in zip(a._fields, ctx.needs_input_grad, strict=False) if need}  # torch adds one of its own
+    if needed - {"g_t"}:
         raise RuntimeError("flow_map_mmd: the gradient goes to g_t only; detach the other arguments")
-    ctx.mark_non_differentiable(output[1])
-    ctx.save_for_backward(output[1], inputs[2], inputs[10])
+    ctx.mark_non_differentiable(finished)
+    ctx.save_for_backward(*Saved(finished, a.g_t, a.upstream))
 
 
 def _backward(ctx: Any, grad: Tensor, _: Any) -> tuple[Tensor | None, ...]:
-    return None, None, torch.ops.imm.flow_map_mmd_bwd(grad, *ctx.saved_tensors), *[None] * 12
+    saved = Saved(*ctx.saved_tensors)
+    as_it_is = not torch.is_grad_enabled() and _finished_for(grad, saved.upstream)
+    to_g_t = saved.finished if as_it_is else torch.ops.imm.flow_map_mmd_bwd(grad, *saved)
+    return tuple(to_g_t if name == "g_t" else None for name in Arguments._fields)
 
 
-def _triton(*args: Any, out: tuple[Tensor, Tensor] | None = None) -> tuple[Tensor, Tensor]:
-    _check(*args)
+def _finished_for(grad: Tensor, upstream: Tensor | None) -> bool:
+    """Whether the finished gradient is that of ``grad``, where looking at it costs no device synchronisation."""
+    if type(grad) is not Tensor or grad.device.type != "cpu":  # not while it is traced
+        return False
+    wanted = torch.ones(()) if upstream is None else upstream
+    return bool((grad.double() == wanted.double()).all())
+
+
+def _triton(*args: Any) -> tuple[Tensor, Tensor]:
+    a = Arguments(*args)
+    _check(a)
     from imm_kernels import mmd as kernels
 
-    x_t, x_r, g_t, g_r, *numbers = args[:8]
-    scale, weight, upstream, kernel, bandwidths, eps, unbiased = args[8:]
-    what = kernels.Kernel(kernel, tuple(bandwidths), eps, unbiased)
-    mix = kernels.Mix(x_t, x_r, *numbers)
-    return kernels.loss_and_gradient(g_t, g_r, scale, weight, upstream, what, mix, out)
+    what = kernels.Kernel(a.kernel, tuple(a.bandwidths), a.eps, a.unbiased)
+    mix = kernels.Mix(a.x_t, a.x_r, a.c_skip_t, a.c_out_t, a.c_skip_r, a.c_out_r)
+    return kernels.loss_and_gradient(a.g_t, a.g_r, a.scale, a.weight, a.upstream, what, mix)
 
 
-def _triton_out(*args: Any, loss: Tensor, grad: Tensor) -> None:
-    _check(*args)
-    _check_out(args[0], args[2], loss, grad)
-    refuse_gradients("flow_map_mmd", *args[:11], loss, grad)
-    triton_kernels.write(_triton, args, loss, grad)
+def _triton_bwd(grad: Tensor, finished: Tensor, g_t: Tensor, upstream: Tensor | None) -> Tensor:
+    _check_bwd(grad, finished, g_t, upstream)
+    from imm_kernels import mmd as kernels
+
+    return kernels.rescaled(finished, grad, upstream)
 
 
-def _row(run: Any) -> dispatch.Implementation:
-    return triton_kernels.implementation(run, *TRITON_DTYPES, also=too_many_particles)
-
-
-register("flow_map_mmd", reference=flow_map_mmd, fake=_fake, native=("cpu",), triton=_row(_triton))
-register("flow_map_mmd.out", reference=flow_map_mmd_out, fake=_fake_out, native=("cpu",), triton=_row(_triton_out))
-register("flow_map_mmd_bwd", reference=flow_map_mmd_bwd, fake=_fake_bwd)
+register(
+    "flow_map_mmd",
+    reference=flow_map_mmd,
+    fake=_fake,
+    native=("cpu",),
+    triton=triton_kernels.implementation(_triton, *TRITON_DTYPES, also=too_many_particles),
+)
+register(
+    "flow_map_mmd_bwd",
+    reference=flow_map_mmd_bwd,
+    fake=_fake_bwd,
+    triton=triton_kernels.implementation(_triton_bwd, torch.float32),
+)
 register_autograd("flow_map_mmd", _backward, _setup)
 no_second_derivative("flow_map_mmd_bwd")

@@ -1,4 +1,4 @@
-"""imm::mmd_loss, imm::mmd_loss_grad, imm::mmd_gram: the batched MMD loss and Gram matrix (paper eq. 67, sections 4.2, C.8).
+"""imm::mmd_loss and imm::mmd_gram: the batched MMD loss and Gram matrix (paper eq. 67, sections 4.2, C.8).
 
 With d = max(||x - y||, eps), kappa = scale / D per group, and a mean over the bandwidth factors b (k of scale b, no mixture of
 energy kernels):
@@ -28,7 +28,7 @@ from torch import Tensor
 
 from imm.ops import dispatch, triton_kernels
 from imm.ops.dtypes import DTYPES, accumulate_dtype
-from imm.ops.registry import check_out, no_second_derivative, refuse_gradients, register, register_autograd
+from imm.ops.registry import no_second_derivative, register, register_autograd
 
 KERNELS = ("laplace", "rbf", "imq", "energy")
 
@@ -212,43 +212,6 @@ def _check_bwd(grad: Tensor, slopes: Tensor, y_t: Tensor, y_r: Tensor, weight: T
         raise ValueError(f"slopes: expected {list(expected)} of {dtype} on {y_t.device}, got {got}")
 
 
-def mmd_loss_grad(
-    y_t: Tensor,
-    y_r: Tensor,
-    scale: Tensor,
-    weight: Tensor | None,
-    upstream: Tensor | None,
-    kernel: str,
-    bandwidths: Sequence[float],
-    eps: float,
-    unbiased: bool,
-) -> tuple[Tensor, Tensor]:
-    """Reference of imm::mmd_loss_grad: the loss [G] and the finished gradient of sum(upstream loss) to y_t, in y_t's dtype.
-
-    upstream: [G], [1] or None for 1.
-    """
-    check_loss(y_t, y_r, scale, weight, upstream, kernel, bandwidths, eps, unbiased)
-    loss, slopes = mmd_loss(y_t, y_r, scale, weight, kernel, bandwidths, eps, unbiased)
-    up = torch.ones_like(loss) if upstream is None else upstream.expand(len(loss))
-    return loss, mmd_loss_bwd(up, slopes, y_t, y_r, weight, unbiased)
-
-
-def mmd_loss_grad_out(*args: Any, loss: Tensor, grad: Tensor) -> None:
-    """Reference of imm::mmd_loss_grad.out: :func:`mmd_loss_grad` into tensors that the caller keeps across steps."""
-    check_loss(*args)
-    check_loss_out(args[0], loss, grad)
-    refuse_gradients("mmd_loss_grad", *args[:5], loss, grad)
-    values = torch.ops.imm.mmd_loss_grad(*args)
-    loss.copy_(values[0])
-    grad.copy_(values[1])
-
-
-def check_loss_out(y_t: Tensor, loss: Tensor, grad: Tensor) -> None:
-    """Raises ValueError or TypeError unless loss and gradient fit."""
-    check_out("loss", loss, y_t.shape[:1], accumulate_dtype(y_t.dtype), y_t.device)
-    check_out("grad", grad, y_t.shape, y_t.dtype, y_t.device)
-
-
 def _check_gram(x: Tensor, y: Tensor, scale: Tensor, kernel: str, bandwidths: Sequence[float], eps: float) -> None:
     check_kernel(kernel, bandwidths, eps)
     _check_particles(("x", "y"), x, y, scale)
@@ -300,17 +263,6 @@ def _fake_loss(y_t: Tensor, y_r: Tensor, scale: Tensor, weight: Tensor | None, *
 
 def _fake_loss_bwd(grad: Tensor, slopes: Tensor, y_t: Tensor, *rest: Any) -> Tensor:
     return y_t.new_empty(y_t.shape)
-
-
-def _fake_loss_grad(*args: Any) -> tuple[Tensor, Tensor]:
-    check_loss(*args)
-    y_t = args[0]
-    return y_t.new_empty((y_t.shape[0],), dtype=accumulate_dtype(y_t.dtype)), y_t.new_empty(y_t.shape)
-
-
-def _fake_loss_grad_out(*args: Any, loss: Tensor, grad: Tensor) -> None:
-    check_loss(*args)
-    check_loss_out(args[0], loss, grad)
 
 
 def _fake_gram(x: Tensor, y: Tensor, *rest: Any) -> Tensor:
@@ -371,22 +323,6 @@ def _triton_loss_bwd(grad: Tensor, slopes: Tensor, y_t: Tensor, y_r: Tensor, wei
     return kernels.gradient(grad, slopes, y_t, y_r, weight, unbiased)
 
 
-def _triton_loss_grad(*args: Any, out: tuple[Tensor, Tensor] | None = None) -> tuple[Tensor, Tensor]:
-    check_loss(*args)
-    from imm_kernels import mmd as kernels
-
-    y_t, y_r, scale, weight, upstream, kernel, bandwidths, eps, unbiased = args
-    what = kernels.Kernel(kernel, tuple(bandwidths), eps, unbiased)
-    return kernels.loss_and_gradient(y_t, y_r, scale, weight, upstream, what, out=out)
-
-
-def _triton_loss_grad_out(*args: Any, loss: Tensor, grad: Tensor) -> None:
-    check_loss(*args)
-    check_loss_out(args[0], loss, grad)
-    refuse_gradients("mmd_loss_grad", *args[:5], loss, grad)
-    triton_kernels.write(_triton_loss_grad, args, loss, grad)
-
-
 def _triton_gram(x: Tensor, y: Tensor, scale: Tensor, kernel: str, bandwidths: Sequence[float], eps: float) -> Tensor:
     _check_gram(x, y, scale, kernel, bandwidths, eps)
     from imm_kernels import mmd_gram as kernels
@@ -401,25 +337,19 @@ def _triton_gram_bwd(grad: Tensor, x: Tensor, y: Tensor, scale: Tensor, *rest: A
     return kernels.gram_gradients(grad, x, y, scale, rest[0], tuple(rest[1]), rest[2])
 
 
-def _row(run: Any) -> dispatch.Implementation:
-    return triton_kernels.implementation(run, *TRITON_DTYPES, also=too_many_particles)
-
-
-register("mmd_loss", reference=mmd_loss, fake=_fake_loss, native=("cpu",), triton=_row(_triton_loss))
+register(
+    "mmd_loss",
+    reference=mmd_loss,
+    fake=_fake_loss,
+    native=("cpu",),
+    triton=triton_kernels.implementation(_triton_loss, *TRITON_DTYPES, also=too_many_particles),
+)
 register(
     "mmd_loss_bwd",
     reference=mmd_loss_bwd,
     fake=_fake_loss_bwd,
     native=("cpu",),
     triton=triton_kernels.implementation(_triton_loss_bwd, torch.float32),
-)
-register("mmd_loss_grad", reference=mmd_loss_grad, fake=_fake_loss_grad, native=("cpu",), triton=_row(_triton_loss_grad))
-register(
-    "mmd_loss_grad.out",
-    reference=mmd_loss_grad_out,
-    fake=_fake_loss_grad_out,
-    native=("cpu",),
-    triton=_row(_triton_loss_grad_out),
 )
 register(
     "mmd_gram",
@@ -437,7 +367,7 @@ register(
 )
 register_autograd("mmd_loss", _backward_loss, _setup_loss)
 register_autograd("mmd_gram", _backward_gram, _setup_gram)
-for _op in ("mmd_loss_bwd", "mmd_loss_grad", "mmd_gram_bwd"):
+for _op in ("mmd_loss_bwd", "mmd_gram_bwd"):
     no_second_derivative(_op)
 for _op in ("imm::mmd_loss", "imm::mmd_gram"):
     for _device in ("cpu", "cuda"):

@@ -7,7 +7,6 @@ aliases).
 
 _KERNEL = "str kernel, float[] bandwidths, float eps"
 _LOSS = f"Tensor scale, Tensor? weight, {_KERNEL}, bool unbiased"
-_LOSS_GRAD = f"Tensor scale, Tensor? weight, Tensor? upstream, {_KERNEL}, bool unbiased"
 _BRANCHES = "Tensor x_t, Tensor x_r, Tensor g_t, Tensor g_r, Tensor c_skip_t, Tensor c_out_t, Tensor c_skip_r, Tensor c_out_r"
 _STEP = "Tensor x, Tensor g, Tensor c_skip, Tensor c_out, Tensor? g_uncond, Tensor? guidance, Tensor? c_noise, "
 _STEP += "Tensor? seeds, int step"
@@ -15,10 +14,7 @@ _STEP += "Tensor? seeds, int step"
 SCHEMAS: tuple[str, ...] = (
     f"mmd_loss(Tensor y_t, Tensor y_r, {_LOSS}) -> (Tensor, Tensor)",
     "mmd_loss_bwd(Tensor grad, Tensor slopes, Tensor y_t, Tensor y_r, Tensor? weight, bool unbiased) -> Tensor",
-    f"mmd_loss_grad(Tensor y_t, Tensor y_r, {_LOSS_GRAD}) -> (Tensor, Tensor)",
-    f"mmd_loss_grad.out(Tensor y_t, Tensor y_r, {_LOSS_GRAD}, *, Tensor(a!) loss, Tensor(b!) grad) -> ()",
-    f"flow_map_mmd({_BRANCHES}, {_LOSS_GRAD}) -> (Tensor, Tensor)",
-    f"flow_map_mmd.out({_BRANCHES}, {_LOSS_GRAD}, *, Tensor(a!) loss, Tensor(b!) grad) -> ()",
+    f"flow_map_mmd({_BRANCHES}, Tensor scale, Tensor? weight, Tensor? upstream, {_KERNEL}, bool unbiased) -> (Tensor, Tensor)",
     "flow_map_mmd_bwd(Tensor grad, Tensor finished, Tensor g_t, Tensor? upstream) -> Tensor",
     f"mmd_gram(Tensor x, Tensor y, Tensor scale, {_KERNEL}) -> Tensor",
     f"mmd_gram_bwd(Tensor grad, Tensor x, Tensor y, Tensor scale, {_KERNEL}) -> (Tensor, Tensor)",

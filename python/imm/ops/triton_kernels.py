@@ -38,15 +38,3 @@ def check_device(first: Tensor, *rest: Any) -> None:
     for value in rest:
         if isinstance(value, Tensor) and value.device != first.device:
             raise ValueError(f"expected all tensors on {first.device}, got one on {value.device}")
-
-
-def write(run: Callable[..., tuple[Tensor, Tensor]], args: tuple[Any, ...], loss: Tensor, grad: Tensor) -> None:
-    """run(*args, out=...) into tensors that the caller keeps, by a copy where they are not contiguous or share memory."""
-    memory = [t.untyped_storage().data_ptr() for t in args if isinstance(t, Tensor)]
-    outputs = [t.untyped_storage().data_ptr() for t in (loss, grad)]
-    apart = outputs[0] != outputs[1] and not set(outputs) & set(memory)
-    if apart and loss.is_contiguous() and grad.is_contiguous():
-        run(*args, out=(loss, grad))
-        return
-    for target, value in zip((loss, grad), run(*args), strict=True):
-        target.copy_(value)

@@ -399,7 +399,7 @@ class Trainer:
             if self._scaler.is_enabled() or share != 1.0:
                 grad_scale = self._scaler.scale(torch.full((), share, device=self.device))
             loss, stats = self.objective(images, labels, augment=told, grad_scale=grad_scale, draws=draws)
-        self._scaler.scale(loss if share == 1.0 else loss * share).backward()
+        loss.backward()
         return stats
 
     def _indices(self) -> Tensor:
