@@ -503,6 +503,7 @@ def test_a_bomb_gets_one_line(case, tmp_path) -> None:
         ({"storages": [["float32", -1]]}, "storages of the file's size"),
         ({"storages": [["float32", 10**30]]}, "storages of the file's size"),
         ({"storages": [["uint8", 60], ["uint8", 60]]}, "storages of the file's size"),
+        ({"storages": [["uint8", 0]] * 100_001}, "storages of the file's size"),
         ({"storages": [["hub", 1]]}, "an answer of the reader"),
         ({"storages": [["uint8", float("inf")]]}, "an answer of the reader"),
         ({"storages": [], "nodes": [["tensor", 0, 0, [], []]]}, "an answer of the reader"),

@@ -28,6 +28,7 @@ from imm import unpickling
 _DTYPES = {name: getattr(torch, name) for name in unpickling.ITEM}
 #: What is no value here, nor a key.
 OTHER = object()
+_MAX_STORAGES = 100_000
 _NAME = re.compile(r"(?!__)[A-Za-z0-9_-]{1,128}")
 
 
@@ -89,15 +90,13 @@ def read_pickle(source: Path | bytes, keys: Sequence[str] = ()) -> Any:
         PickleError: a file that is truncated or malformed, names anything that is not on the list, declares sizes beyond its
             own, or takes more memory or time to read than a file of its size should.
     """
-    if isinstance(source, bytes):
-        with tempfile.TemporaryFile() as file:
-            file.write(source)
-            file.flush()
-            return _read(file, keys)
-    if not source.is_file():
+    if not isinstance(source, bytes) and not source.is_file():
         raise PickleError("expected a file, found none")
     try:
-        with open(source, "rb") as file:
+        with tempfile.TemporaryFile() if isinstance(source, bytes) else open(source, "rb") as file:
+            if isinstance(source, bytes):
+                file.write(source)
+                file.flush()
             return _read(file, keys)
     except OSError as error:
         raise PickleError(f"expected a file that can be read, got: {error}") from error
@@ -107,6 +106,8 @@ def _read(file: IO[bytes], keys: Sequence[str]) -> Any:
     size = os.fstat(file.fileno()).st_size
     if not size:
         raise PickleError("expected a file that can be read, got an empty one")
+    if os.name != "posix":
+        raise PickleError("expected a system that can limit the process that reads a pickle (Linux), got another")
     command = [sys.executable, "-I", "-S", unpickling.__file__, *keys]
     environment = {name: os.environ[name] for name in ("LD_LIBRARY_PATH",) if name in os.environ}
     with subprocess.Popen(command, stdin=file, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, env=environment) as child:
@@ -135,9 +136,10 @@ def decoded(stream: IO[bytes], size: int) -> Any:
         if "refused" in answer:
             raise PickleError("".join(c if c.isprintable() else "?" for c in str(answer["refused"])[:1000]))
         kinds = [(_DTYPES[dtype], int(count)) for dtype, count in answer["storages"]]
-        if any(count < 0 for _, count in kinds) or sum(dtype.itemsize * count for dtype, count in kinds) > size:
+        good = len(kinds) <= _MAX_STORAGES and all(count >= 0 for _, count in kinds)
+        if not good or sum(dtype.itemsize * count for dtype, count in kinds) > size:
             raise PickleError("expected storages of the file's size in all, got more")
-        storages = [torch.empty(count, dtype=dtype) for dtype, count in kinds]
+        storages = [torch.empty(count, dtype=dtype, device="cpu") for dtype, count in kinds]
         for storage in storages:
             if stream.readinto(storage.view(torch.uint8).numpy()) != storage.nbytes:  # type: ignore[attr-defined]
                 raise EOFError
