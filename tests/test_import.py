@@ -132,7 +132,7 @@ def test_the_second_time_can_be_overridden(flow_map, tmp_path) -> None:
     with pytest.raises(ValueError, match=r"second_time: expected one of \['stride', 'identity'\], got 's'"):
         import_published(source, tmp_path / "b.safetensors", second_time="s")
     for wrong in (source, tmp_path, tmp_path / "no" / "a.safetensors"):
-        with pytest.raises(CheckpointError, match="dest: expected another file"):
+        with pytest.raises(CheckpointError, match="out: expected another file"):
             import_published(source, wrong)
 
 
@@ -678,18 +678,18 @@ def test_mutated_files_are_imported_or_refused_and_do_nothing_else(count, tmp_pa
 
 def test_the_command(flow_map, tmp_path) -> None:
     source, dest = written(tmp_path / "a.pkl", flow_map_snapshot(flow_map, "DiT_T_4")), tmp_path / "a.safetensors"
-    done = CliRunner().invoke(main, ["import", f"--pkl={source}", f"--dest={dest}", "--second-time=identity"])
+    done = CliRunner().invoke(main, ["import", f"--net={source}", f"--out={dest}", "--second-time=identity"])
     assert done.exit_code == 0, done.output
     assert "network: DiT (size T, patch 4, channels 4, resolution 8, num_classes 5), 0.1 M parameters" in done.output
     assert "second_time identity" in done.output
     assert "sha256 " in done.output
     assert checkpoints.load(dest).second_time == "identity"
-    done = CliRunner().invoke(main, ["sample", f"--net={dest}", "--seeds=0-1", f"--outdir={tmp_path / 'images'}"])
+    done = CliRunner().invoke(main, ["sample", f"--net={dest}", "--seeds=0-1", f"--out={tmp_path / 'images'}"])
     assert done.exit_code == 0, done.output
     shutil.rmtree(tmp_path / "images")
     dest.unlink()
     written(source, {"ema": Call("os.system", "touch x")})
-    done = CliRunner().invoke(main, ["import", f"--pkl={source}", f"--dest={dest}"])
+    done = CliRunner().invoke(main, ["import", f"--net={source}", f"--out={dest}"])
     assert done.exit_code == 1
     assert len(done.output.splitlines()) == 1
     assert done.output.startswith(f"Error: {source}: refused: the file names 'os.system'")

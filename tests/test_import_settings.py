@@ -109,6 +109,6 @@ def test_a_dropout_that_ours_has_not_is_said(where, monkeypatch, tmp_path) -> No
         warnings.simplefilter("always")
         import_published(tmp_path / "a.pkl", tmp_path / "a.safetensors")
     assert [text in str(one.message) for one in caught] == ([] if where == "nowhere" else [True])
-    done = CliRunner().invoke(main, ["import", f"--pkl={tmp_path / 'a.pkl'}", f"--dest={tmp_path / 'a.safetensors'}"])
+    done = CliRunner().invoke(main, ["import", f"--net={tmp_path / 'a.pkl'}", f"--out={tmp_path / 'a.safetensors'}"])
     assert (f"note: {text}" in done.output) == (where != "nowhere")
     assert len(done.stderr) == 0

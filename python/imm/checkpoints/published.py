@@ -32,14 +32,14 @@ _MAX_SETTING = 1_000
 _LARGEST = {"img_resolution": 4096, "img_channels": 4096, "label_dim": 1_000_000, "model_channels": 8192, "num_blocks": 64}
 
 
-def import_published(path: str | os.PathLike[str], dest: str | os.PathLike[str], *, second_time: str | None = None) -> FlowMap:
+def import_published(path: str | os.PathLike[str], out: str | os.PathLike[str], *, second_time: str | None = None) -> FlowMap:
     """Turn a published snapshot (``.pkl``) into a checkpoint of this package, with the averaged weights (``ema``).
 
     Nothing in the snapshot is run (:mod:`imm.pickles`). The new file keeps the snapshot's name, sha256 and
     ``mixed_precision`` under ``extra["source"]``.
 
     Args:
-        path: the snapshot. dest: the file to write, by custom ``*.safetensors``; replaced atomically.
+        path: the snapshot. out: the file to write, by custom ``*.safetensors``; replaced atomically.
         second_time: "stride" or "identity" in place of the snapshot's own ``temb_type``.
 
     Returns:
@@ -50,11 +50,11 @@ def import_published(path: str | os.PathLike[str], dest: str | os.PathLike[str],
             is written then.
         ValueError: an unknown second_time.
     """
-    source, target = Path(path), Path(dest)
+    source, target = Path(path), Path(out)
     if second_time is not None and second_time not in SECOND_TIMES:
         raise ValueError(f"second_time: expected one of {list(SECOND_TIMES)}, got {second_time!r}")
     if target.is_dir() or not target.parent.is_dir() or (source.exists() and target.exists() and target.samefile(source)):
-        raise CheckpointError(f"dest: expected another file than the snapshot, in a folder that is there, got {target}")
+        raise CheckpointError(f"out: expected another file than the snapshot, in a folder that is there, got {target}")
     state_dict, settings = read_published(source)
     if second_time is not None:
         settings["temb_type"] = second_time
