@@ -74,7 +74,7 @@ def test_the_words_of_choices_are_those_of_the_library() -> None:
         if isinstance(option.type, click.Choice):
             words = set(known[option.name or ""])
             assert set(option.type.choices) == words - ({"tf32"} if name == "imm export precision" else set()), name
-    assert commands.METRICS == ", ".join(METRICS)
+    assert ", ".join(METRICS) == commands.METRICS
     assert set(commands.DEFAULT_METRICS.split(",")) <= METRICS.keys()
     assert ", ".join(NAMES) in dict(options())["imm eval stats features"].help  # type: ignore[attr-defined]
 
