@@ -33,7 +33,7 @@ def imm(*arguments: str) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--data", help="a folder of images, one sub-folder per class")
-    parser.add_argument("--outdir", default="runs/your_images")
+    parser.add_argument("--out", default="runs/your_images")
     parser.add_argument("--steps", default="1500")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
@@ -41,11 +41,11 @@ def main() -> None:
         if data is None:
             data = str(Path(scratch) / "shapes")
             paint(Path(data))
-        outdir = Path(options.outdir)
+        outdir = Path(options.out)
         training = ("--resolution=16", "--batch=64", "--lr=2e-3", "--warmup=100", "--ema=0.998", "-a", "1")
-        imm("train", f"--data={data}", f"--outdir={outdir}", f"--steps={options.steps}", *training)
+        imm("train", f"--data={data}", f"--out={outdir}", f"--steps={options.steps}", *training)
         snapshot = sorted(outdir.glob("snapshot-*.safetensors"))[-1]
-        imm("sample", f"--net={snapshot}", "--seeds=0-31", "--steps=2", f"--outdir={outdir / 'samples'}", "--grid=8x4")
+        imm("sample", f"--net={snapshot}", "--seeds=0-31", "--steps=2", f"--out={outdir / 'samples'}", "--grid=8x4")
 
 
 if __name__ == "__main__":

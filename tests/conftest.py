@@ -6,7 +6,9 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from published_files import read_here
 
+from imm import pickles
 from imm.flow_map import FlowMap
 from imm.networks import UNet
 
@@ -31,6 +33,12 @@ def _whole_float32() -> Iterator[None]:
 def device(request: pytest.FixtureRequest) -> str:
     """ "cpu" and, where there is one, "cuda"."""
     return request.param
+
+
+@pytest.fixture
+def here(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pickles are read in this process: quicker, but nothing limits what they ask for."""
+    monkeypatch.setattr(pickles, "_read", read_here)
 
 
 @pytest.fixture

@@ -68,28 +68,28 @@ def test_doctor_names_every_op_and_a_reason() -> None:
 
 
 def test_sample_writes_images_that_depend_on_their_seed_only(net, tmp_path) -> None:
-    call("sample", "--net", net, "--seeds", "0-9", "--steps", "2", "--outdir", tmp_path / "a", "--grid", "5x2")
-    call("sample", "--net", net, "--seeds", "0-9", "--steps", "2", "--outdir", tmp_path / "b", "--batch", "3")
+    call("sample", "--net", net, "--seeds", "0-9", "--steps", "2", "--out", tmp_path / "a", "--grid", "5x2")
+    call("sample", "--net", net, "--seeds", "0-9", "--steps", "2", "--out", tmp_path / "b", "--batch", "3")
     names = sorted(p.name for p in (tmp_path / "a").iterdir())
     assert names == [*(f"{i:06d}.png" for i in range(10)), "generation.json", "grid.png"]
     for name in names[:10]:
         one, other = (np.asarray(Image.open(tmp_path / d / name)).astype(int) for d in "ab")
         assert one.shape == (8, 8)
         assert np.abs(one - other).max() <= 1
-    call("sample", "--net", net, "--seeds", "4", "--labels", "1", "--outdir", tmp_path / "c")  # 4 % 3 classes = 1
+    call("sample", "--net", net, "--seeds", "4", "--labels", "1", "--out", tmp_path / "c")  # 4 % 3 classes = 1
     assert (tmp_path / "c" / "000004.png").read_bytes() == (tmp_path / "a" / "000004.png").read_bytes()
 
 
 @pytest.mark.parametrize("options", [["--method", "restart"], ["--cfg", "2.0"], ["--kind", "eta", "--mid-eta", "1.4"]])
 def test_sample_options_do_something(options, net, tmp_path) -> None:
-    call("sample", "--net", net, "--seeds", "1", "--outdir", tmp_path / "a")
-    call("sample", "--net", net, "--seeds", "1", "--outdir", tmp_path / "b", *options)
+    call("sample", "--net", net, "--seeds", "1", "--out", tmp_path / "a")
+    call("sample", "--net", net, "--seeds", "1", "--out", tmp_path / "b", *options)
     assert (tmp_path / "a" / "000001.png").read_bytes() != (tmp_path / "b" / "000001.png").read_bytes()
 
 
 def test_sample_refusals(net, tmp_path) -> None:
     out = tmp_path / "out"
-    base = ("sample", "--net", net, "--outdir", out)
+    base = ("sample", "--net", net, "--out", out)
     assert "seeds: expected numbers and ranges such as 0-63,70, got 'x'" in refused(*base, "--seeds", "x")
     assert "-1 is not in the range" in refused(*base, "--class", "-1")
     assert "npz: expected a file name" in refused(*base, "--npz", tmp_path / "absent" / "all.npz")
@@ -100,18 +100,18 @@ def test_sample_refusals(net, tmp_path) -> None:
     for device in ("tpu9", "meta"):
         assert "device: expected auto or a device of this machine" in refused(*base, "--device", device)
     assert "mid-eta: expected numbers such as 1.4,0.5, got 'x'" in refused(*base, "--kind", "eta", "--mid-eta", "x")
-    assert "cfg: expected a finite number" in refused(*base, "--cfg", "inf")
+    assert "guidance: expected a finite number" in refused(*base, "--guidance", "inf")
     assert "below 2^63" in refused(*base, "--seeds", str(2**63))
-    assert "found none" in refused("sample", "--net", tmp_path / "absent", "--outdir", out)
+    assert "found none" in refused("sample", "--net", tmp_path / "absent", "--out", out)
     assert not out.exists()
     (tmp_path / "file").write_text("")
-    assert "outdir: expected a folder that can be written to" in refused(*base[:3], "--outdir", tmp_path / "file")
+    assert "out: expected a folder that can be written to" in refused(*base[:3], "--out", tmp_path / "file")
     net.write_bytes(net.read_bytes()[:500])
     assert "expected a whole safetensors file" in refused(*base)
     unconditional = tmp_path / "plain.safetensors"
     checkpoints.save(unconditional, FlowMap(UNet(resolution=8, num_classes=0, width=8, multipliers=(1, 2))))
     for option in (("--labels", "0"), ("--cfg", "1.5")):
-        assert "one without classes" in refused("sample", "--net", unconditional, "--outdir", out, *option)
+        assert "one without classes" in refused("sample", "--net", unconditional, "--out", out, *option)
 
 
 def test_cuda_under_torchrun_is_the_processes_own_gpu(monkeypatch) -> None:
@@ -158,18 +158,18 @@ TRAIN = ("--batch", "8", "--width", "8", "--tick", "2", "--snap", "4", "--lr", "
 
 def test_train_snapshots_and_resume(digits, tmp_path) -> None:
     out = tmp_path / "run"
-    first = call("train", "--data", digits, "--outdir", out, "--steps", "5", *TRAIN).output
+    first = call("train", "--data", digits, "--out", out, "--steps", "5", *TRAIN).output
     assert "UNet" in first
     assert "3 classes" in first
-    second = call("train", "--data", digits, "--outdir", out, "--steps", "9", "--keep", "3", *TRAIN).output
+    second = call("train", "--data", digits, "--out", out, "--steps", "9", "--keep", "3", *TRAIN).output
     assert "resuming at step 5" in second
-    call("train", "--data", digits, "--outdir", tmp_path / "whole", "--steps", "9", *TRAIN)
+    call("train", "--data", digits, "--out", tmp_path / "whole", "--steps", "9", *TRAIN)
     assert [p.name for p in sorted(out.glob("snapshot-*"))] == [f"snapshot-000000{n}.safetensors" for n in (6, 9)]
     name = "snapshot-0000009.safetensors"
     assert (out / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
     rows = [json.loads(line) for line in (out / "stats.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows] == [2, 4, 5, 6, 8, 9]
-    call("sample", "--net", out / name, "--seeds", "0-3", "--outdir", tmp_path / "samples")
+    call("sample", "--net", out / name, "--seeds", "0-3", "--out", tmp_path / "samples")
 
 
 @pytest.mark.parametrize(
@@ -196,7 +196,7 @@ def test_train_snapshots_and_resume(digits, tmp_path) -> None:
 )
 def test_train_options(options, digits, tmp_path) -> None:
     common = ["--batch", "8", *TRAIN[4:]] if "dit" in options else TRAIN  # a DiT has no width
-    call("train", "--data", digits, "--outdir", tmp_path / "run", "--steps", "2", *common, *options)
+    call("train", "--data", digits, "--out", tmp_path / "run", "--steps", "2", *common, *options)
     flow_map = checkpoints.load(tmp_path / "run" / "snapshot-0000002.safetensors")
     assert isinstance(flow_map.network, DiT if "dit" in options else UNet)
 
@@ -206,19 +206,19 @@ def test_train_with_checkpointing_gives_the_same(digits, tmp_path, monkeypatch) 
 
     calls, own = [], dit.checkpoint
     monkeypatch.setattr(dit, "checkpoint", lambda *args, **options: calls.append(1) or own(*args, **options))
-    options = ("train", "--data", digits, "--steps", "2", "--batch", "8", "--network", "dit", "--patch", "4", "--outdir")
+    options = ("train", "--data", digits, "--steps", "2", "--batch", "8", "--network", "dit", "--patch", "4", "--out")
     call(*options, tmp_path / "plain")
     assert not calls
     call(*options, tmp_path / "less", "--checkpointing")
     assert calls
     names = [tmp_path / name / "snapshot-0000002.safetensors" for name in ("plain", "less")]
     assert names[0].read_bytes() == names[1].read_bytes()
-    refusal = refused("train", "--data", digits, "--outdir", tmp_path / "unet", "--checkpointing")
+    refusal = refused("train", "--data", digits, "--out", tmp_path / "unet", "--checkpointing")
     assert "checkpointing: expected a network that has it, got UNet" in refusal
 
 
 def test_train_from_a_checkpoint(digits, tmp_path) -> None:
-    base = ("train", "--data", digits, "--steps", "2", "--tick", "2", "--batch", "8", "--outdir")
+    base = ("train", "--data", digits, "--steps", "2", "--tick", "2", "--batch", "8", "--out")
     call(*base, tmp_path / "first", "--width", "8", "--t-min", "0.006", "--second-time", "identity", "--lr", "1e-2")
     path = tmp_path / "first" / "snapshot-0000002.safetensors"
     half = tmp_path / "half.safetensors"
@@ -253,14 +253,14 @@ def test_train_from_a_checkpoint(digits, tmp_path) -> None:
 
 
 def test_train_refusals(digits, tmp_path) -> None:
-    base = ("train", "--data", digits, "--outdir", tmp_path / "run", "--steps", "2", *TRAIN)
+    base = ("train", "--data", digits, "--out", tmp_path / "run", "--steps", "2", *TRAIN)
     assert "multiple of particles = 4, got 6" in refused(*base, "--batch", "6")
     assert "expected t_min > 0" in refused(*base, "--mapping", "log_snr")
     assert "expected 'mnist5k', a folder, or a .zip" in refused("train", "--data", "nowhere", *base[3:])
     assert "is not one of" in refused(*base, "--kernel", "gauss")
     text = "width: expected no such option for the network DiT, which has size, patch, got 8"
     assert text in refused(*base, "--network", "dit")
-    plain = ("train", "--data", digits, "--outdir", tmp_path / "run", "--patch", "4")
+    plain = ("train", "--data", digits, "--out", tmp_path / "run", "--patch", "4")
     assert "patch: expected no such option for the network UNet, which has width, dropout, got 4" in refused(*plain)
     assert "resolution: expected a multiple of 4" in refused(*base, "--resolution", "6")
     assert "ema: expected beta in [0, 1), got 1.5" in refused(*base, "--ema", "1.5")
@@ -269,13 +269,13 @@ def test_train_refusals(digits, tmp_path) -> None:
     assert text in refused(*base, "--data", tmp_path / "plain.npz", "--label-dropout", "0.2")
     assert not (tmp_path / "run").exists()
     (tmp_path / "file").write_text("")
-    assert "outdir: expected a folder that can be written to" in refused(*base, "--outdir", tmp_path / "file")
+    assert "out: expected a folder that can be written to" in refused(*base, "--out", tmp_path / "file")
     call(*base)
     assert "expected the settings of the run to resume" in refused(*base, "-k", "9")
 
 
 def test_a_run_out_of_time_says_so(digits, tmp_path) -> None:
-    base = ("train", "--data", digits, "--outdir", tmp_path / "run", "--steps", "2", *TRAIN)
+    base = ("train", "--data", digits, "--out", tmp_path / "run", "--steps", "2", *TRAIN)
     text = "stopped after 0 minutes at step 0 of 2; the same command goes on from there"
     assert text in call(*base, "--minutes", "0").output
     assert "stopped" not in call(*base, "--minutes", "5").output
@@ -296,7 +296,7 @@ def test_out_of_memory_says_what_to_lower(error, digits, tmp_path, monkeypatch) 
         raise error
 
     monkeypatch.setattr("imm.training.Trainer.update", fail)
-    line = refused("train", "--data", digits, "--outdir", tmp_path / "run", *TRAIN)
+    line = refused("train", "--data", digits, "--out", tmp_path / "run", *TRAIN)
     assert line.startswith("Error: out of memory; try a smaller --batch-gpu (or --batch), --checkpointing")
     for option in re.findall(r"--[a-z-]+", line):
         assert option in call("train", "--help").output
@@ -307,7 +307,7 @@ def test_other_errors_of_torch_stay_what_they_are(digits, tmp_path, monkeypatch)
         raise RuntimeError("shapes do not fit")
 
     monkeypatch.setattr("imm.training.Trainer.update", fail)
-    arguments = [str(a) for a in ("train", "--data", digits, "--outdir", tmp_path / "run", *TRAIN)]
+    arguments = [str(a) for a in ("train", "--data", digits, "--out", tmp_path / "run", *TRAIN)]
     with pytest.raises(RuntimeError, match="shapes do not fit"):
         CliRunner().invoke(main, arguments, catch_exceptions=False)
 
@@ -317,7 +317,7 @@ def test_other_errors_of_torch_stay_what_they_are(digits, tmp_path, monkeypatch)
     "number", [*(pytest.param(n, marks=pytest.mark.full) for n in (signal.SIGTERM, signal.SIGUSR1)), signal.SIGHUP]
 )
 def test_a_signal_stops_training_and_the_same_command_goes_on(number, digits, tmp_path) -> None:
-    arguments = ["train", "--data", str(digits), "--outdir", str(tmp_path / "run"), *TRAIN]
+    arguments = ["train", "--data", str(digits), "--out", str(tmp_path / "run"), *TRAIN]
     process = subprocess.Popen(
         [*IMM, *arguments, "--steps", "100000"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
@@ -380,7 +380,7 @@ def test_demo_in_small(tmp_path, monkeypatch) -> None:
     """A few steps and samples: everything is written, and the verdict is a failure with its reasons."""
     out = tmp_path / "demo"
     monkeypatch.setattr("imm.cli.demo.SAMPLES", 200)
-    result = call("demo", "--steps", "10", "--outdir", out, ok=False)
+    result = call("demo", "--steps", "10", "--out", out, ok=False)
     assert result.exit_code == 1
     assert "FAILED: one-step label match" in result.output
     assert "resume: 12 steps and 4 + stop + 8 steps are equal bit for bit" in result.output
@@ -396,10 +396,10 @@ def test_demo_in_small(tmp_path, monkeypatch) -> None:
     with Image.open(out / "samples.png") as picture:
         assert picture.width > 500
     monkeypatch.setattr("imm.cli.demo.resume_is_exact", lambda *args: True)  # was looked at above
-    again = call("demo", "--steps", "10", "--outdir", tmp_path / "again", ok=False)
+    again = call("demo", "--steps", "10", "--out", tmp_path / "again", ok=False)
     assert (out / "samples.png").read_bytes() == (tmp_path / "again" / "samples.png").read_bytes()
     assert again.exit_code == 1
-    resumed = call("demo", "--steps", "11", "--outdir", out, "--resume", ok=False)
+    resumed = call("demo", "--steps", "11", "--out", out, "--resume", ok=False)
     assert "resuming at step 10" in resumed.output
 
 
@@ -407,16 +407,16 @@ def test_demo_leaves_other_files_alone(digits, tmp_path, monkeypatch) -> None:
     out = tmp_path / "run"
     monkeypatch.setattr("imm.cli.demo.SAMPLES", 200)
     monkeypatch.setattr("imm.cli.demo.resume_is_exact", lambda *args: True)
-    call("train", "--data", digits, "--outdir", out, "--steps", "4", *TRAIN)
-    call("train", "--data", digits, "--outdir", tmp_path / "demo" / "training", "--steps", "4", *TRAIN)
+    call("train", "--data", digits, "--out", out, "--steps", "4", *TRAIN)
+    call("train", "--data", digits, "--out", tmp_path / "demo" / "training", "--steps", "4", *TRAIN)
     (tmp_path / "demo" / "demo-training").mkdir()
     for name in ("notes.txt", "training-state.safetensors"):  # mine, and what a demo left that was killed
         (tmp_path / "demo" / "demo-training" / name).write_text("mine")
     read = lambda: {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
     before = read()
-    assert "outdir: expected a folder without a training run" in refused("demo", "--steps", "1", "--outdir", out)
+    assert "out: expected a folder without a training run" in refused("demo", "--steps", "1", "--out", out)
     assert read() == before
-    call("demo", "--steps", "1", "--outdir", tmp_path / "demo", ok=False)
+    call("demo", "--steps", "1", "--out", tmp_path / "demo", ok=False)
     after = read()
     assert {path.name for path, content in before.items() if after[path] != content} == {"training-state.safetensors"}
 
@@ -437,7 +437,7 @@ def test_demo_header_comes_at_once(tmp_path) -> None:
     used = lambda: sum(resource.getrusage(resource.RUSAGE_CHILDREN)[:2])  # what else the machine does has no part in it
     start = used()
     process = subprocess.Popen(
-        [*IMM, "demo", "--steps", "2000", "--outdir", str(tmp_path)],
+        [*IMM, "demo", "--steps", "2000", "--out", str(tmp_path)],
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,
         text=True,

@@ -113,9 +113,9 @@ def test_damaged_files_are_refused(tmp_path) -> None:
 def test_they_are_not_images(tmp_path) -> None:
     path = written(tmp_path / "a.npz", latents=MEAN, labels=LABELS)
     for command in (
-        ("data", "stats", "--source", path),
-        ("data", "convert", "--source", path, "--dest", tmp_path / "b.zip"),
-        ("eval", "--images", path, "--ref", path, "--metrics", "mmd-pixels", "--out", tmp_path / "b.json"),
+        ("data", "stats", "--data", path),
+        ("data", "convert", "--data", path, "--out", tmp_path / "b.zip"),
+        ("eval", "--data", path, "--ref", path, "--metrics", "mmd-pixels", "--out", tmp_path / "b.json"),
     ):
         assert f"data: expected images, got the latents in {path}" in call(*command, ok=False)
     with pytest.raises(ValueError, match="resolution: expected 8 or none, latents cannot be resized, got 16"):
@@ -170,7 +170,7 @@ def test_imm_train_takes_them_with_a_preset(tmp_path) -> None:
     path = written(tmp_path / "a.npz", latents_mean=mean, latents_std=np.abs(mean), labels=np.arange(8))
     options = (
         "train",
-        "--outdir",
+        "--out",
         tmp_path / "run",
         "--preset",
         "dit-s-8",
@@ -222,18 +222,18 @@ def test_imm_data_encode(vae, tmp_path) -> None:
     vae.save_pretrained(tmp_path / "vae")
     pixels = np.random.default_rng(0).integers(0, 256, (5, 8, 8, 3), dtype=np.uint8)
     source = written(tmp_path / "images.npz", images=pixels, labels=np.arange(5))
-    options = ("data", "encode", "--source", source, "--vae", tmp_path / "vae", "--device", "cpu")
-    call(*options, "--dest", tmp_path / "a.npz", "--batch", "2")
-    call(*options, "--dest", tmp_path / "b.npz", "--batch", "2")
+    options = ("data", "encode", "--data", source, "--vae", tmp_path / "vae", "--device", "cpu")
+    call(*options, "--out", tmp_path / "a.npz", "--batch", "2")
+    call(*options, "--out", tmp_path / "b.npz", "--batch", "2")
     assert (tmp_path / "a.npz").read_bytes() == (tmp_path / "b.npz").read_bytes()
     found = data.load(str(tmp_path / "a.npz"), latents=True)
     mean, std = latents.encode(torch.from_numpy(pixels).permute(0, 3, 1, 2) / 127.5 - 1, vae)
     torch.testing.assert_close(found.pixels, mean.half(), rtol=1e-3, atol=1e-3)
     torch.testing.assert_close(found.deviations, std.half(), rtol=1e-3, atol=1e-3)
     assert found.labels.tolist() == list(range(5))
-    assert "expected an .npz file for latents" in call(*options, "--dest", tmp_path / "a.zip", ok=False)
+    assert "expected an .npz file for latents" in call(*options, "--out", tmp_path / "a.zip", ok=False)
     grey = written(tmp_path / "grey.npz", images=pixels[..., 0])
     repeated = written(tmp_path / "repeated.npz", images=np.repeat(pixels[..., :1], 3, axis=3))
     for source, dest in ((grey, "c.npz"), (repeated, "d.npz")):
-        call("data", "encode", "--source", source, "--vae", tmp_path / "vae", "--dest", tmp_path / dest, "--device", "cpu")
+        call("data", "encode", "--data", source, "--vae", tmp_path / "vae", "--out", tmp_path / dest, "--device", "cpu")
     assert (tmp_path / "c.npz").read_bytes() == (tmp_path / "d.npz").read_bytes()

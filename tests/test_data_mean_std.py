@@ -71,12 +71,12 @@ def test_without_labels(labels, tmp_path) -> None:
 
 def test_a_network_trains_on_them_and_nothing_else_takes_them(tmp_path) -> None:
     path = written(tmp_path / "a.zip")
-    options = ["--steps=1", "--batch=4", "--network=unet", "--width=8", f"--outdir={tmp_path / 'run'}"]
+    options = ["--steps=1", "--batch=4", "--network=unet", "--width=8", f"--out={tmp_path / 'run'}"]
     done = CliRunner().invoke(main, ["train", f"--data={path}", *options])
     assert done.exit_code == 0, done.output
     assert "6 posteriors of latents" in done.output
-    for command in (["stats"], ["convert", f"--dest={tmp_path / 'b.zip'}"]):
-        done = CliRunner().invoke(main, ["data", *command, f"--source={path}"])
+    for command in (["stats"], ["convert", f"--out={tmp_path / 'b.zip'}"]):
+        done = CliRunner().invoke(main, ["data", *command, f"--data={path}"])
         assert done.exit_code == 1
         assert "data: expected images" in done.output
 

@@ -72,19 +72,19 @@ def test_pictures_that_have_no_grey_mode_fit_beside_colour(kind, tmp_path) -> No
 def test_a_mixture_is_refused_with_the_option(tmp_path) -> None:
     path = folder(tmp_path / "set", a_jpg=saved(colour(), "JPEG"), b_jpg=saved(GREY, "JPEG"), c_png=png(colour()))
     for command in (
-        ("data", "stats", "--source", path),
-        ("data", "convert", "--source", path, "--dest", tmp_path / "a.zip"),
-        ("train", "--data", path, "--outdir", tmp_path / "run", *TRAIN),
+        ("data", "stats", "--data", path),
+        ("data", "convert", "--data", path, "--out", tmp_path / "a.zip"),
+        ("train", "--data", path, "--out", tmp_path / "run", *TRAIN),
     ):
         line = call(*command, ok=False)
         assert "--channels=3 or --channels=1" in line
         assert "got a mixture at b.jpg" in line
-    call("data", "convert", "--source", path, "--dest", tmp_path / "a.zip", "--channels", 3)
+    call("data", "convert", "--data", path, "--out", tmp_path / "a.zip", "--channels", 3)
     found = load(str(tmp_path / "a.zip"))
     assert found.shape == (3, 8, 8)
     assert torch.equal(found.pixels[1, 0], found.pixels[1, 2])
-    assert "images: 3 of 8x8, 1 channel\n" in call("data", "stats", "--source", path, "--channels", 1)
-    call("train", "--data", path, "--outdir", tmp_path / "run", *TRAIN, "--channels", 1)
+    assert "images: 3 of 8x8, 1 channel\n" in call("data", "stats", "--data", path, "--channels", 1)
+    call("train", "--data", path, "--out", tmp_path / "run", *TRAIN, "--channels", 1)
     with pytest.raises(ValueError, match="channels: expected 1, 3 or none, got 2"):
         load(str(path), channels=2)
 
@@ -108,7 +108,7 @@ def test_alpha_frames_and_squeezing_are_said(tmp_path) -> None:
         b_png=png(wide, save_all=True, append_images=[colour((16, 8)), colour((16, 8))]),
         c_png=png(colour()),
     )
-    output = call("data", "stats", "--source", path, "--resolution", 8)
+    output = call("data", "stats", "--data", path, "--resolution", 8)
     assert (
         "note: pictures that are not square, squeezed (--transform=center-crop keeps proportions): 2, such as a.png (16x8)"
         in output
@@ -116,9 +116,9 @@ def test_alpha_frames_and_squeezing_are_said(tmp_path) -> None:
     assert "note: pictures with alpha, which is left out: 1, such as a.png" in output
     assert "note: animated pictures, of which the first frame is taken: 1, such as b.png" in output
     for command in (
-        ("data", "convert", "--source", path, "--resolution", 8, "--dest", tmp_path / "a.zip"),
-        ("train", "--data", path, "--resolution", 8, "--outdir", tmp_path / "run", *TRAIN),
-        ("eval", "--images", path, "--ref", path, "--resolution", 8, "--metrics", "mmd-pixels", "--out", tmp_path / "a.json"),
+        ("data", "convert", "--data", path, "--resolution", 8, "--out", tmp_path / "a.zip"),
+        ("train", "--data", path, "--resolution", 8, "--out", tmp_path / "run", *TRAIN),
+        ("eval", "--data", path, "--ref", path, "--resolution", 8, "--metrics", "mmd-pixels", "--out", tmp_path / "a.json"),
     ):
         output = call(*command)
         assert output.count("squeezed") == 1
@@ -139,10 +139,10 @@ def test_broken_pictures_are_left_out_and_listed(tmp_path) -> None:
     (path / "b" / "5.png").write_bytes((path / "b" / "5.png").read_bytes()[:60])
     clean = ("--skip-broken",)
     for command, listed in (
-        (("data", "stats", "--source", path, "--out", tmp_path / "stats.json"), tmp_path / "stats.json.left-out.txt"),
-        (("train", "--data", path, "--outdir", tmp_path / "run", *TRAIN), tmp_path / "run" / "data.left-out.txt"),
+        (("data", "stats", "--data", path, "--out", tmp_path / "stats.json"), tmp_path / "stats.json.left-out.txt"),
+        (("train", "--data", path, "--out", tmp_path / "run", *TRAIN), tmp_path / "run" / "data.left-out.txt"),
         (
-            ("eval", "--images", path, "--ref", path, "--metrics", "mmd-pixels", "--out", tmp_path / "e.json"),
+            ("eval", "--data", path, "--ref", path, "--metrics", "mmd-pixels", "--out", tmp_path / "e.json"),
             tmp_path / "e.json.left-out.txt",
         ),
     ):
@@ -168,17 +168,17 @@ def test_class_names_reach_the_checkpoint_and_imm_sample(tmp_path) -> None:
     for number in range(8):
         folder(path, **{f"{('cat', 'dog', '1', 'crane')[number % 4]}__{number}_png": png(colour())})
     run = tmp_path / "run"
-    output = call("train", "--data", path, "--outdir", run, *TRAIN)
+    output = call("train", "--data", path, "--out", run, *TRAIN)
     assert "4 classes (0 1, 1 cat, 2 crane, 3 dog)" in output
     net = run / "snapshot-0000001.safetensors"
     assert checkpoints.format.read_settings(net, "flow_map")["extra"]["data"]["class_names"] == ["1", "cat", "crane", "dog"]
     sample = ("sample", "--net", net, "--seeds", "0-1")
-    assert "class: 3, called dog" in call(*sample, "--outdir", tmp_path / "name", "--class", "dog")
-    call(*sample, "--outdir", tmp_path / "number", "--class", "3")
+    assert "class: 3, called dog" in call(*sample, "--out", tmp_path / "name", "--class", "dog")
+    call(*sample, "--out", tmp_path / "number", "--class", "3")
     assert (tmp_path / "name" / "000001.png").read_bytes() == (tmp_path / "number" / "000001.png").read_bytes()
     assert json.loads((tmp_path / "name" / "generation.json").read_text())["labels"] == "3"
-    assert "class: 1, called cat" in call(*sample, "--outdir", tmp_path / "one", "--class", "1")  # a number is a number
-    line = call(*sample, "--outdir", tmp_path / "no", "--class", "Dgo", ok=False)
+    assert "class: 1, called cat" in call(*sample, "--out", tmp_path / "one", "--class", "1")  # a number is a number
+    line = call(*sample, "--out", tmp_path / "no", "--class", "Dgo", ok=False)
     assert "class: expected a number or a name of" in line
     assert "such as dog, ..., got 'Dgo'" in line
     assert not (tmp_path / "no").exists()
@@ -189,9 +189,9 @@ def test_class_names_reach_the_checkpoint_and_imm_sample(tmp_path) -> None:
     checkpoints.write_file(run / STATE_FILE, tensors, {k: v for k, v in settings.items() if k != "format_version"})
     (path / "dog").rename(path / "fox")
     two = ("--steps", 2, *TRAIN[2:])
-    assert "resuming at step 1" in call("train", "--data", path, "--outdir", run, *two)
+    assert "resuming at step 1" in call("train", "--data", path, "--out", run, *two)
     assert "called fox" in call(
-        "sample", "--net", run / "snapshot-0000002.safetensors", "--seeds", 0, "--outdir", tmp_path / "f", "--class", "fox"
+        "sample", "--net", run / "snapshot-0000002.safetensors", "--seeds", 0, "--out", tmp_path / "f", "--class", "fox"
     )
 
 
@@ -199,27 +199,25 @@ def test_names_that_are_no_utf8_are_kept_and_escaped(tmp_path) -> None:
     odd = os.fsdecode(b"\xff\xfe")
     path = folder(tmp_path / "set", a__1_png=png(colour()), **{f"{odd}__1_png": png(colour()), f"{odd}__{odd}_png": b""})
     escaped = r"\udcff\udcfe"
-    output = call("data", "stats", "--source", path, "--skip-broken", "--out", tmp_path / "a.json")
+    output = call("data", "stats", "--data", path, "--skip-broken", "--out", tmp_path / "a.json")
     assert f"class names: 0 a, 1 {escaped}\n" in output
     assert f"{escaped}/{escaped}.png: an empty file" in output
     assert f"{escaped}/{escaped}.png: an empty file" in (tmp_path / "a.json.left-out.txt").read_text()
     for dest in ("a.npz", "a.zip"):
-        call("data", "convert", "--source", path, "--skip-broken", "--dest", tmp_path / dest)
+        call("data", "convert", "--data", path, "--skip-broken", "--out", tmp_path / dest)
         assert load(str(tmp_path / dest)).class_names == ("a", odd)
-    assert f"2 classes (0 a, 1 {escaped})" in call(
-        "train", "--data", path, "--skip-broken", "--outdir", tmp_path / "run", *TRAIN
-    )
+    assert f"2 classes (0 a, 1 {escaped})" in call("train", "--data", path, "--skip-broken", "--out", tmp_path / "run", *TRAIN)
     net = tmp_path / "run" / "snapshot-0000001.safetensors"
-    assert f"called {escaped}" in call("sample", "--net", net, "--class", 1, "--seeds", 0, "--outdir", tmp_path / "out")
+    assert f"called {escaped}" in call("sample", "--net", net, "--class", 1, "--seeds", 0, "--out", tmp_path / "out")
 
 
 def test_names_that_no_checkpoint_has_are_refused(tmp_path) -> None:
     np.savez(tmp_path / "a.npz", images=RANDOM.integers(0, 256, (4, 8, 8), dtype=np.uint8), labels=np.arange(4) % 2)
-    call("train", "--data", tmp_path / "a.npz", "--outdir", tmp_path / "run", *TRAIN)
+    call("train", "--data", tmp_path / "a.npz", "--out", tmp_path / "run", *TRAIN)
     net = tmp_path / "run" / "snapshot-0000001.safetensors"
-    line = call("sample", "--net", net, "--outdir", tmp_path / "o", "--class", "dog", ok=False)
+    line = call("sample", "--net", net, "--out", tmp_path / "o", "--class", "dog", ok=False)
     assert f"class: expected a number, for {net} keeps no class names, got 'dog'" in line
     extra = {"data": {"class_names": ["crane", "crane"]}}
     checkpoints.save(net, checkpoints.load(net), extra=extra)
-    line = call("sample", "--net", net, "--outdir", tmp_path / "o", "--class", "crane", ok=False)
+    line = call("sample", "--net", net, "--out", tmp_path / "o", "--class", "crane", ok=False)
     assert "expected a name that one class has, got 'crane', the name of [0, 1]" in line

@@ -58,7 +58,7 @@ def whole(source: Path, dest: str, *options: str) -> list[tuple[str, bytes]]:
     """What a run that nothing stops writes."""
     path = source.parent / "whole" / dest
     path.parent.mkdir(exist_ok=True)
-    call("data", "convert", "--source", source, "--dest", path, *options)
+    call("data", "convert", "--data", source, "--out", path, *options)
     return content(path)
 
 
@@ -80,7 +80,7 @@ def read(monkeypatch) -> list[str]:
 def test_a_broken_picture(dest, source, read, tmp_path) -> None:
     expected = whole(source, dest)
     path = tmp_path / dest
-    convert = ("data", "convert", "--source", source, "--dest", path)
+    convert = ("data", "convert", "--data", source, "--out", path)
     broken = source / "b" / "07.png"
     broken.write_bytes(b"broken")
     line = call(*convert, ok=False)
@@ -100,7 +100,7 @@ def test_a_broken_picture(dest, source, read, tmp_path) -> None:
 
 @pytest.mark.parametrize("dest", KINDS)
 def test_a_broken_picture_is_left_out_or_taken_away(dest, source, read, tmp_path) -> None:
-    convert = ("data", "convert", "--source", source, "--dest")
+    convert = ("data", "convert", "--data", source, "--out")
     (source / "b" / "07.png").write_bytes(b"broken")
     (source / "a" / "02.png").write_bytes(b"")
     for name in ("left", "gone"):
@@ -134,11 +134,11 @@ def stopped_after(count: int, monkeypatch, error: Exception | signal.Signals) ->
 @pytest.mark.parametrize("dest", KINDS)
 def test_a_full_disk_and_signals(dest, source, tmp_path) -> None:
     expected = whole(source, dest)
-    convert = ("data", "convert", "--source", source, "--dest", tmp_path / dest)
+    convert = ("data", "convert", "--data", source, "--out", tmp_path / dest)
     with pytest.MonkeyPatch.context() as patch:
         stopped_after(4, patch, OSError(errno.ENOSPC, "No space left on device"))
         line = call(*convert, ok=False)
-        assert "dest: cannot write" in line
+        assert "out: cannot write" in line
         assert "No space left on device; 4 of 12 images are done and kept; the same command goes on from there" in line
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         before = signal.getsignal(number)
@@ -156,7 +156,7 @@ def test_a_full_disk_and_signals(dest, source, tmp_path) -> None:
 def test_a_file_that_cannot_grow(dest, source, tmp_path) -> None:
     """As on a full disk, from the system itself."""
     expected = whole(source, dest)
-    convert = ("data", "convert", "--source", source, "--dest", tmp_path / dest)
+    convert = ("data", "convert", "--data", source, "--out", tmp_path / dest)
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     for limit, kept in ((900, False), (1400, True), (2500, True)):
         resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limits[1]))
@@ -164,7 +164,7 @@ def test_a_file_that_cannot_grow(dest, source, tmp_path) -> None:
             line = call(*convert, ok=False)
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-        assert "dest: cannot write" in line
+        assert "out: cannot write" in line
         assert "File too large" in line
         assert ("of 12 images are done and kept" in line) is kept
     call(*convert)
@@ -206,7 +206,7 @@ def test_any_part_of_what_was_kept_is_gone_on_from(dest, source, tmp_path, monke
 
 def test_another_request_or_source_begins_anew(source, read, tmp_path) -> None:
     path = tmp_path / "out.zip"
-    convert = ("data", "convert", "--source", source, "--dest", path)
+    convert = ("data", "convert", "--data", source, "--out", path)
     broken = source / "b" / "07.png"
     broken.write_bytes(b"broken")
     call(*convert, ok=False)
@@ -224,7 +224,7 @@ def test_another_request_or_source_begins_anew(source, read, tmp_path) -> None:
 def test_a_mixture_goes_on_with_channels(source, read, tmp_path) -> None:
     """Where what was done has as many; and not the other way, for what was made grey or coloured would be taken unasked."""
     path = tmp_path / "out.zip"
-    convert = ("data", "convert", "--source", source, "--dest", path)
+    convert = ("data", "convert", "--data", source, "--out", path)
     (source / "b" / "07.png").write_bytes(saved(Image.new("L", (8, 8), 90), "PNG"))
     assert "--channels=3 or --channels=1 to make them so, got a mixture at b/07.png; 9 of 12" in call(*convert, ok=False)
     read.clear()
@@ -244,7 +244,7 @@ def test_a_mixture_goes_on_with_channels(source, read, tmp_path) -> None:
 def test_what_an_earlier_version_left_is_replaced(source, tmp_path) -> None:
     (tmp_path / ".out.part").mkdir()
     (tmp_path / ".out.part" / "junk.png").write_bytes(b"")
-    call("data", "convert", "--source", source, "--dest", tmp_path / "out")
+    call("data", "convert", "--data", source, "--out", tmp_path / "out")
     assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["00000", "dataset.json"]
 
 
@@ -252,7 +252,7 @@ def test_a_failure_leaves_what_was_there(source, tmp_path) -> None:
     target = tmp_path / "out.zip"
     target.write_bytes(b"something older")
     (source / "a" / "00.png").write_bytes(b"broken")
-    assert "expected an image" in call("data", "convert", "--source", source, "--dest", target, ok=False)
+    assert "expected an image" in call("data", "convert", "--data", source, "--out", target, ok=False)
     assert target.read_bytes() == b"something older"
     assert sorted(p.name for p in tmp_path.iterdir()) == ["out.zip", "set"]  # nothing was done
 
@@ -261,7 +261,7 @@ def test_two_at_once_are_refused(source, tmp_path) -> None:
     with open_source(str(source)) as opened:
         numbers = list(range(COUNT))
         with parts.open_parts(tmp_path / "a.zip", {}, opened, numbers, skip_broken=False):
-            line = call("data", "convert", "--source", source, "--dest", tmp_path / "a.zip", ok=False)
+            line = call("data", "convert", "--data", source, "--out", tmp_path / "a.zip", ok=False)
     assert "expected a place that no other run writes to" in line
 
 
@@ -275,7 +275,7 @@ def test_a_real_kill(number, source, tmp_path) -> None:
         "def read(*a):\n time.sleep(0.2); return plain(*a)\n"
         "sources.read_picture = read; main(sys.argv[1:])"
     )
-    options = ["data", "convert", f"--source={source}", f"--dest={path}"]
+    options = ["data", "convert", f"--data={source}", f"--out={path}"]
     process = subprocess.Popen(
         [sys.executable, "-c", slow, *options], stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     )

@@ -82,7 +82,7 @@ def test_the_images_of_imm_sample(small_flow_map, pipeline, tmp_path) -> None:
     from imm.cli import main
 
     imm.checkpoints.save(tmp_path / "net.safetensors", small_flow_map)
-    arguments = f"sample --net={tmp_path}/net.safetensors --outdir={tmp_path} --seeds=0-4 --labels=0,1 --cfg=1.5 --batch=3"
+    arguments = f"sample --net={tmp_path}/net.safetensors --out={tmp_path} --seeds=0-4 --labels=0,1 --cfg=1.5 --batch=3"
     run = CliRunner().invoke(main, [*arguments.split(), "--device=cpu"])
     assert run.exit_code == 0, run.output
     images = pipeline([0, 1, 0, 1, 0], 1.5, seeds=range(5), rows=3).images

@@ -84,7 +84,7 @@ def test_numbers_and_their_protocol(sets, stand_in, tmp_path) -> None:
     results = []
     for images in sets[1:]:
         out = tmp_path / "out.json"
-        arguments = ("--images", images, "--ref", sets[0], "--out", out, "--batch", "7", "--split", "train")
+        arguments = ("--data", images, "--ref", sets[0], "--out", out, "--batch", "7", "--split", "train")
         output = call("eval", *arguments, "--metrics", f"{names},mmd-pixels,label-match").output
         results.append(json.loads(out.read_text()))
         assert "not FID" in output
@@ -118,7 +118,7 @@ def test_numbers_and_their_protocol(sets, stand_in, tmp_path) -> None:
 def test_identical_sets(sets, stand_in, tmp_path) -> None:
     out = tmp_path / "out.json"
     metrics = "fd-efficientnet-lite0,label-match,prdc-efficientnet-lite0"
-    output = call("eval", "--images", sets[0], "--ref", sets[0], "--out", out, "--metrics", metrics).output
+    output = call("eval", "--data", sets[0], "--ref", sets[0], "--out", out, "--metrics", metrics).output
     values = json.loads(out.read_text())["metrics"]
     assert abs(values["fd-efficientnet-lite0"]) < 1e-9
     assert values["label-match"] == 1.0
@@ -133,11 +133,11 @@ def test_statistics_as_the_reference(sets, stand_in, tmp_path) -> None:
     files = {}
     for name, source in (("images", sets[0]), ("statistics", ref)):
         split = ("--split", "train") if name == "images" else ()
-        call("eval", "--images", sets[1], "--ref", source, "--out", out, "--metrics", "fid,fd-efficientnet-lite0", *split)
+        call("eval", "--data", sets[1], "--ref", source, "--out", out, "--metrics", "fid,fd-efficientnet-lite0", *split)
         files[name] = json.loads(out.read_text())
     assert files["images"]["metrics"] == files["statistics"]["metrics"]
     assert files["images"]["protocol"] == files["statistics"]["protocol"]
-    base = ("eval", "--images", sets[1], "--ref", ref, "--out", out)
+    base = ("eval", "--data", sets[1], "--ref", ref, "--out", out)
     assert "kid: expected images as the reference, got statistics" in refused(*base, "--metrics", "kid")
     assert "split: expected none beside reference statistics" in refused(*base, "--metrics", "fid", "--split", "x")
     call("eval", "stats", "--data", sets[0], "--out", ref, "--features", "inception")
@@ -153,7 +153,7 @@ def test_generated_images(sets, tmp_path) -> None:
     expected = np.random.default_rng(2).integers(0, 256, (8, 8, 3), dtype=np.uint8)
     assert (found.pixels[1].permute(1, 2, 0).numpy() == expected).all()
     out = tmp_path / "out.json"
-    call("eval", "--images", tmp_path / "a", "--ref", sets[0], "--out", out, "--metrics", "mmd-pixels,label-match")
+    call("eval", "--data", tmp_path / "a", "--ref", sets[0], "--out", out, "--metrics", "mmd-pixels,label-match")
     protocol = json.loads(out.read_text())["protocol"]
     assert protocol["images"]["seeds"] == "1-3"
     assert protocol["generation"] == {key: value for key, value in record.items() if key != "seeds"}
@@ -180,7 +180,7 @@ def test_the_protocol_has_the_counts_that_were_used(sets, stand_in, tmp_path) ->
     few, out = write(tmp_path / "few.npz", 9, count=10), tmp_path / "out.json"
     names = ("mmd-pixels", "mmd-efficientnet-lite0")
     for images, ref in ((sets[1], few), (few, sets[1])):  # 40 against 10: as many samples as there are real ones at most
-        call("eval", "--images", images, "--ref", ref, "--out", out, "--metrics", ",".join(names))
+        call("eval", "--data", images, "--ref", ref, "--out", out, "--metrics", ",".join(names))
         found = json.loads(out.read_text())["protocol"]["settings"]
         for name in names:
             assert found[name]["count"] == 10
@@ -266,7 +266,7 @@ def test_pictures_in_memory() -> None:
 def test_compare(sets, tmp_path) -> None:
     files = [tmp_path / f"{i}.json" for i in range(2)]
     for file, images in zip(files, sets[1:], strict=True):
-        call("eval", "--images", images, "--ref", sets[0], "--out", file, "--metrics", "mmd-pixels,label-match")
+        call("eval", "--data", images, "--ref", sets[0], "--out", file, "--metrics", "mmd-pixels,label-match")
     first, result = (json.loads(file.read_text()) for file in files)
     result["protocol"]["generation"] = {"net": {"sha256": "ab"}, "steps": 2}
     result["protocol"]["versions"]["torch"] = "1.0"
@@ -322,12 +322,12 @@ def test_compare(sets, tmp_path) -> None:
 
 def test_compare_looks_at_the_networks_of_shared_metrics_only(sets, stand_in, tmp_path) -> None:
     first, second = tmp_path / "a.json", tmp_path / "b.json"
-    call("eval", "--images", sets[1], "--ref", sets[0], "--out", first, "--metrics", "fid,mmd-pixels")
+    call("eval", "--data", sets[1], "--ref", sets[0], "--out", first, "--metrics", "fid,mmd-pixels")
     result = json.loads(first.read_text())
     result["protocol"]["features"]["inception"]["sha256"] = "f" * 64
     second.write_text(json.dumps(result))
     assert f"features.inception.sha256: {'0' * 64} and {'f' * 64}" in refused("eval", "compare", first, second)
-    call("eval", "--images", sets[1], "--ref", sets[0], "--out", second, "--metrics", "mmd-pixels")
+    call("eval", "--data", sets[1], "--ref", sets[0], "--out", second, "--metrics", "mmd-pixels")
     assert "mmd-pixels" in call("eval", "compare", first, second).output
 
 
@@ -341,13 +341,13 @@ def test_eval_and_its_statistics_take_the_same_options() -> None:
 
 def test_refusals(sets, tmp_path) -> None:
     out = tmp_path / "out.json"
-    base = ("eval", "--images", sets[1], "--ref", sets[0], "--out", out)
-    assert "Missing option '--images'" in refused("eval", "--ref", sets[0], "--out", out)
+    base = ("eval", "--data", sets[1], "--ref", sets[0], "--out", out)
+    assert "Missing option '--data'" in refused("eval", "--ref", sets[0], "--out", out)
     assert "metrics: expected some of fid, kid," in refused(*base, "--metrics", "fod")
     assert "metrics: expected each once" in refused(*base, "--metrics", "mmd-pixels,mmd-pixels")
     assert "out: expected a file in a folder" in refused(*base[:-1], tmp_path / "no" / "out.json", "--metrics", "mmd-pixels")
-    assert "--images belongs to imm eval itself" in refused(*base[:3], "compare", out, out)
-    assert "expected 'mnist5k', a folder" in refused("eval", "--images", "nowhere", *base[3:], "--metrics", "mmd-pixels")
+    assert "--data belongs to imm eval itself" in refused(*base[:3], "compare", out, out)
+    assert "expected 'mnist5k', a folder" in refused("eval", "--data", "nowhere", *base[3:], "--metrics", "mmd-pixels")
     small = write(tmp_path / "one.npz", 5, count=1)
     assert "mmd-pixels: expected at least 2 images, got 1" in refused(*base[:2], small, *base[3:], "--metrics", "mmd-pixels")
     np.savez(tmp_path / "grey.npz", images=np.zeros((5, 8, 8), np.uint8))
@@ -366,7 +366,7 @@ def without(monkeypatch, *names: str) -> None:
 
 
 def test_what_is_missing_is_said_in_one_line(sets, tmp_path, monkeypatch) -> None:
-    base = ("eval", "--images", sets[1], "--ref", sets[0], "--out", tmp_path / "out.json", "--metrics")
+    base = ("eval", "--data", sets[1], "--ref", sets[0], "--out", tmp_path / "out.json", "--metrics")
     without(monkeypatch, "torch_fidelity", "efficientnet_lite_pytorch")
     assert "give --weights=FILE, or --weights=download to fetch them" in refused(*base, "fid")
     weights = tmp_path / "weights.pth"
@@ -461,9 +461,9 @@ def test_what_the_sampler_writes(small_flow_map, tmp_path) -> None:
     files = []
     for steps in (1, 2):
         folder = tmp_path / f"{steps}"
-        call("sample", "--net", net, "--seeds", "5,0-3", "--steps", steps, "--outdir", folder, "--grid", "2x2", "--subdirs")
+        call("sample", "--net", net, "--seeds", "5,0-3", "--steps", steps, "--out", folder, "--grid", "2x2", "--subdirs")
         files.append(tmp_path / f"{steps}.json")
-        arguments = ("eval", "--images", folder, "--ref", tmp_path / "real.npz", "--metrics", "mmd-pixels,label-match")
+        arguments = ("eval", "--data", folder, "--ref", tmp_path / "real.npz", "--metrics", "mmd-pixels,label-match")
         call(*arguments, "--out", files[-1])
     assert load_set(str(tmp_path / "1")).labels.tolist() == [1, 2, 0, 1, 0]  # of seeds 0-3 and 5
     protocol = json.loads(files[0].read_text())["protocol"]
@@ -501,7 +501,7 @@ def test_two_processes_measure_the_same(sets, tmp_path) -> None:
         command = [
             str(program),
             "eval",
-            "--images",
+            "--data",
             sets[1],
             "--ref",
             sets[0],

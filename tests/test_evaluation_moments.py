@@ -84,20 +84,20 @@ def test_fid_is_to_mu_and_sigma_and_all_else_to_the_images(files, stand_in) -> N
 @pytest.mark.parametrize("name", ["adm.npz", "alone.npz"])
 def test_the_command_takes_both_and_says_it(name, files) -> None:
     out = files / "out.json"
-    output = call("eval", "--images", files / "images.npz", "--ref", files / name, "--out", out, "--metrics", "fid,is").output
+    output = call("eval", "--data", files / "images.npz", "--ref", files / name, "--out", out, "--metrics", "fid,is").output
     result = json.loads(out.read_text())
     assert result["metrics"]["fid"] == pytest.approx(expected(files), rel=1e-12)
     assert "note: fid: biased upwards by 64 images" in output
     assert "note: fid: to mu and sigma of the reference's file" in output
     assert (", not its images" in output) == (name == "adm.npz")
     call("eval", "compare", out, out)
-    call("eval", "--images", files / "images.npz", "--ref", files / "plain.npz", "--out", files / "b.json", "--metrics", "fid")
+    call("eval", "--data", files / "images.npz", "--ref", files / "plain.npz", "--out", files / "b.json", "--metrics", "fid")
     assert "settings.fid.reference: " in refused("eval", "compare", out, files / "b.json")
 
 
 def test_what_cannot_be_meant_is_refused(files) -> None:
     def said(*arguments) -> str:
-        output = refused("eval", "--images", files / "images.npz", "--out", files / "out.json", *arguments)
+        output = refused("eval", "--data", files / "images.npz", "--out", files / "out.json", *arguments)
         assert not (files / "out.json").exists()
         return output
 
@@ -105,7 +105,7 @@ def test_what_cannot_be_meant_is_refused(files) -> None:
     assert "kid: expected images as the reference, got statistics" in said(*alone, "kid")
     assert "expected reference statistics of efficientnet-lite0, got inception" in said(*alone, "fd-efficientnet-lite0")
     np.savez(files / "small.npz", arr_0=pictures(0, 64)[:, :4, :4])
-    output = said("--images", files / "small.npz", "--ref", files / "adm.npz", "--metrics", "fid", "--resolution", "4")
+    output = said("--data", files / "small.npz", "--ref", files / "adm.npz", "--metrics", "fid", "--resolution", "4")
     assert "fid: expected the reference as stored, which its mu and sigma are of" in output
     np.savez(files / "wide.npz", mu=np.zeros(9), sigma=np.eye(9))
     output = said("--ref", files / "wide.npz", "--metrics", "fid")

@@ -34,7 +34,7 @@ def test_loss_alone() -> None:
 
 
 def test_your_images(tmp_path) -> None:
-    output = run("your_images.py", "--steps", "6", "--outdir", str(tmp_path / "run"))
+    output = run("your_images.py", "--steps", "6", "--out", str(tmp_path / "run"))
     assert "wrote 32 images to " in output
     assert "and grid.png" in output
     assert (tmp_path / "run" / "samples" / "grid.png").is_file()

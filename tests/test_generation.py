@@ -51,13 +51,13 @@ def test_two_processes_and_a_killed_run_write_the_same_files(count, net, tmp_pat
     options = ("--net", net, "--seeds", f"0-{count - 1}", "--steps", "2", "--cfg", "1.5", "--batch", "7", "--subdirs")
     one, two, killed = (tmp_path / name for name in ("one", "two", "killed"))
     extra = ("--grid", "4x2", "--npz")
-    call("sample", *options, "--outdir", one, *extra, tmp_path / "one.npz")
-    output = run(TORCHRUN, *options, "--outdir", two, *extra, tmp_path / "two.npz")
+    call("sample", *options, "--out", one, *extra, tmp_path / "one.npz")
+    output = run(TORCHRUN, *options, "--out", two, *extra, tmp_path / "two.npz")
     assert f"wrote {count} images to {two}, and grid.png and {tmp_path / 'two.npz'}\n" in output
     assert files(two) == files(one)
     assert (tmp_path / "two.npz").read_bytes() == (tmp_path / "one.npz").read_bytes()
 
-    process = subprocess.Popen([*IMM, *map(str, (*options, "--outdir", killed))], stderr=subprocess.DEVNULL)
+    process = subprocess.Popen([*IMM, *map(str, (*options, "--out", killed))], stderr=subprocess.DEVNULL)
     until = time.monotonic() + 120
     while len(list(killed.glob("000000/0*.png"))) < 3 and time.monotonic() < until:
         assert process.poll() is None
@@ -67,7 +67,7 @@ def test_two_processes_and_a_killed_run_write_the_same_files(count, net, tmp_pat
     kept = {path: path.stat().st_mtime_ns for path in killed.glob("000000/0*.png")}
     assert 3 <= len(kept) < count
     (killed / "000000" / ".000039.png.1.part").write_bytes(b"half")
-    call("sample", *options, "--outdir", killed, *extra, tmp_path / "killed.npz")
+    call("sample", *options, "--out", killed, *extra, tmp_path / "killed.npz")
     assert files(killed) == files(one)
     assert {path: path.stat().st_mtime_ns for path in kept} == kept  # no image was made twice
 
@@ -81,7 +81,7 @@ def test_batches_do_not_depend_on_the_number_of_processes() -> None:
 
 
 def test_an_image_that_was_lost_is_made_again_and_nothing_else(net, tmp_path) -> None:
-    options = ("sample", "--net", net, "--seeds", "0-9", "--batch", "4", "--outdir", tmp_path / "out")
+    options = ("sample", "--net", net, "--seeds", "0-9", "--batch", "4", "--out", tmp_path / "out")
     assert f"wrote 10 images to {tmp_path / 'out'}\n" in call(*options).output
     before = files(tmp_path / "out")
     times = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").glob("*.png")}
@@ -100,7 +100,7 @@ def test_files_that_were_cut_short_are_made_again(latents, net, tmp_path) -> Non
     """What a machine leaves that lost its power."""
     if latents:
         checkpoints.save(net, FlowMap(DiT("S", patch=4, resolution=8, num_classes=2)))
-    options = ("sample", "--net", net, "--seeds", "0-3", "--steps", "1", "--outdir", tmp_path / "out")
+    options = ("sample", "--net", net, "--seeds", "0-3", "--steps", "1", "--out", tmp_path / "out")
     call(*options)
     before = files(tmp_path / "out")
     whole, *paths = sorted((tmp_path / "out").glob("0*"))
@@ -129,7 +129,7 @@ def test_a_file_is_on_the_disk_before_it_has_its_name(pictures, tmp_path, monkey
 
 
 def test_a_folder_of_other_images_is_refused(net, tmp_path) -> None:
-    base = ("sample", "--net", net, "--outdir", tmp_path / "out")
+    base = ("sample", "--net", net, "--out", tmp_path / "out")
     call(*base, "--seeds", "0-3")
     before = files(tmp_path / "out")
     assert "seeds '0-3' there, '0-4' here" in refused(*base, "--seeds", "0-4")
@@ -144,33 +144,41 @@ def test_a_folder_of_other_images_is_refused(net, tmp_path) -> None:
     (tmp_path / "mine" / "000002.png").write_bytes(b"mine")
     for name in ("000002.png", "000002.npy"):
         (tmp_path / "mine" / "000002.png").rename(tmp_path / "mine" / name)
-        line = refused("sample", "--net", net, "--outdir", tmp_path / "mine", "--seeds", "0-3")
+        line = refused("sample", "--net", net, "--out", tmp_path / "mine", "--seeds", "0-3")
         assert f"no images of another origin in {tmp_path / 'mine'}, got {name}" in line
         assert files(tmp_path / "mine") == {name: b"mine"}
     for text, what in (("{", "Expecting property name"), ("[1]", "got: a JSON list"), ("3", "got: a JSON int")):
         (tmp_path / "out" / GENERATION_FILE).write_text(text)
         line = refused(*base, "--seeds", "0-3")
-        assert "outdir: expected a readable" in line
+        assert "out: expected a readable" in line
         assert what in line
 
 
 def test_a_checkpoint_is_its_bytes_and_not_its_name(net, tmp_path) -> None:
-    options = ("--seeds", "0-3", "--outdir", tmp_path / "out")
+    options = ("--seeds", "0-3", "--out", tmp_path / "out")
     call("sample", "--net", net, *options)
     renamed = net.rename(tmp_path / "renamed.safetensors")
     call("sample", "--net", renamed, *options)
 
 
 def test_the_manifest_says_how_the_images_were_made(net, tmp_path) -> None:
-    call("sample", "--net", net, "--seeds", "3,0-1", "--cfg", "2", "--class", "1", "--outdir", tmp_path / "out")
+    call("sample", "--net", net, "--seeds", "3,0-1", "--cfg", "2", "--class", "1", "--out", tmp_path / "out")
     found = json.loads((tmp_path / "out" / GENERATION_FILE).read_text())
     assert found["net"] == {"name": "net.safetensors", "sha256": sha256_of(net)}
-    expected = {"seeds": "3,0-1", "labels": "1", "steps": 2, "cfg": 2.0, "nfe": 4, "kind": "uniform", "method": "pushforward"}
+    expected = {
+        "seeds": "3,0-1",
+        "labels": "1",
+        "steps": 2,
+        "guidance": 2.0,
+        "nfe": 4,
+        "kind": "uniform",
+        "method": "pushforward",
+    }
     assert {key: found[key] for key in expected} == expected
 
 
 def test_the_manifest_lists_what_took_part(net, tmp_path, monkeypatch) -> None:
-    options = ("sample", "--net", net, "--seeds", "0-3", "--outdir", tmp_path / "out")
+    options = ("sample", "--net", net, "--seeds", "0-3", "--out", tmp_path / "out")
     made_with = lambda: json.loads((tmp_path / "out" / GENERATION_FILE).read_text())["made_with"]
     call(*options)
     first = made_with()
@@ -188,7 +196,7 @@ def test_the_manifest_lists_what_took_part(net, tmp_path, monkeypatch) -> None:
 @pytest.mark.parametrize("folder", ["", "out"])
 def test_the_array_is_in_the_evaluators_layout(folder, net, tmp_path) -> None:
     path = tmp_path / folder / "all.npz"
-    call("sample", "--net", net, "--seeds", "5,2", "--labels", "2,0", "--outdir", tmp_path / "out", "--npz", path)
+    call("sample", "--net", net, "--seeds", "5,2", "--labels", "2,0", "--out", tmp_path / "out", "--npz", path)
     with np.load(path, allow_pickle=False) as archive:
         assert sorted(archive.files) == ["arr_0", "arr_1"]
         assert archive["arr_0"].shape == (2, 8, 8, 1)
@@ -201,32 +209,32 @@ def test_the_array_is_in_the_evaluators_layout(folder, net, tmp_path) -> None:
 
 
 def test_one_class_is_the_label_of_every_image(net, tmp_path) -> None:
-    call("sample", "--net", net, "--seeds", "0-2", "--class", "2", "--outdir", tmp_path / "a")
-    call("sample", "--net", net, "--seeds", "0-2", "--labels", "2", "--outdir", tmp_path / "b")
+    call("sample", "--net", net, "--seeds", "0-2", "--class", "2", "--out", tmp_path / "a")
+    call("sample", "--net", net, "--seeds", "0-2", "--labels", "2", "--out", tmp_path / "b")
     assert files(tmp_path / "a") == files(tmp_path / "b")
-    assert "got both" in refused("sample", "--net", net, "--class", "1", "--labels", "1", "--outdir", tmp_path / "c")
+    assert "got both" in refused("sample", "--net", net, "--class", "1", "--labels", "1", "--out", tmp_path / "c")
 
 
 def test_no_class_is_a_word_and_one_class_too_many_is_refused(net, tmp_path) -> None:
-    call("sample", "--net", net, "--seeds", "0-1", "--class", "none", "--outdir", tmp_path / "a")
-    call("sample", "--net", net, "--seeds", "0-1", "--labels", "3", "--outdir", tmp_path / "b")
+    call("sample", "--net", net, "--seeds", "0-1", "--class", "none", "--out", tmp_path / "a")
+    call("sample", "--net", net, "--seeds", "0-1", "--labels", "3", "--out", tmp_path / "b")
     assert json.loads((tmp_path / "a" / GENERATION_FILE).read_text())["labels"] == "none"
     a, b = ({name: data for name, data in files(tmp_path / one).items() if name != GENERATION_FILE} for one in "ab")
     assert a == b
-    message = refused("sample", "--net", net, "--class", "3", "--outdir", tmp_path / "c")
+    message = refused("sample", "--net", net, "--class", "3", "--out", tmp_path / "c")
     assert "class: expected 0..2, a class's name or none, got 3" in message
     plain = tmp_path / "plain.safetensors"
     checkpoints.save(plain, FlowMap(UNet(resolution=8, num_classes=0, width=8, multipliers=(1, 2))))
-    call("sample", "--net", plain, "--seeds", "0", "--outdir", tmp_path / "d")
-    call("sample", "--net", plain, "--seeds", "0", "--class", "none", "--outdir", tmp_path / "d")  # the same run
+    call("sample", "--net", plain, "--seeds", "0", "--out", tmp_path / "d")
+    call("sample", "--net", plain, "--seeds", "0", "--class", "none", "--out", tmp_path / "d")  # the same run
     for name in ("0", "dog"):
-        assert "one without classes" in refused("sample", "--net", plain, "--class", name, "--outdir", tmp_path / "e")
+        assert "one without classes" in refused("sample", "--net", plain, "--class", name, "--out", tmp_path / "e")
 
 
 def test_sixteen_bits_are_other_networks(net, tmp_path) -> None:
     images = {}
     for name in ("fp32", "bf16", "fp16"):
-        call("sample", "--net", net, "--seeds", "0-63", "--precision", name, "--outdir", tmp_path / name)
+        call("sample", "--net", net, "--seeds", "0-63", "--precision", name, "--out", tmp_path / name)
         files = [tmp_path / name / f"{i:06d}.png" for i in range(64)]
         images[name] = np.stack([np.asarray(Image.open(file)) for file in files]).astype(int)
     differences = [np.abs(images["fp32"] - images[name]).mean() for name in ("fp16", "bf16")]
@@ -237,7 +245,7 @@ def test_latents_are_kept_as_numbers(tmp_path) -> None:
     path = tmp_path / "dit.safetensors"
     checkpoints.save(path, FlowMap(DiT("S", patch=4, resolution=8, num_classes=2)))
     npz = tmp_path / "all.npz"
-    output = call("sample", "--net", path, "--seeds", "3,5", "--outdir", tmp_path / "out", "--npz", npz).output
+    output = call("sample", "--net", path, "--seeds", "3,5", "--out", tmp_path / "out", "--npz", npz).output
     assert "wrote 2 latents to" in output
     assert 'the same command with --vae=PATH makes pictures of them; it needs the diffusers library: pip install "imm' in output
     with pytest.raises(ValueError, match=r"expected pictures in .*, got latents; imm sample once more with --vae=PATH"):
@@ -247,7 +255,7 @@ def test_latents_are_kept_as_numbers(tmp_path) -> None:
     assert one.dtype == np.float32
     with np.load(npz) as archive:
         assert np.array_equal(archive["arr_0"][1], one)
-    base = ("sample", "--net", path, "--seeds", "3,5", "--outdir", tmp_path / "other")
+    base = ("sample", "--net", path, "--seeds", "3,5", "--out", tmp_path / "other")
     assert "expected pictures, got latents of 4 channels" in refused(*base, "--grid", "2x1")
     assert "ends in .npz" in refused(*base, "--npz", tmp_path / "absent" / "all.npz")
     assert not (tmp_path / "other").exists()
@@ -276,11 +284,11 @@ def test_images_that_are_not_finite_are_refused(net, small_flow_map, tmp_path) -
     with torch.no_grad():
         list(small_flow_map.parameters())[-1].fill_(1e6)  # of what fp32 holds and fp16 does not
     checkpoints.save(net, small_flow_map)
-    options = ("sample", "--net", net, "--seeds", "0-2", "--outdir", tmp_path / "out", "--precision")
+    options = ("sample", "--net", net, "--seeds", "0-2", "--out", tmp_path / "out", "--precision")
     line = refused(*options, "fp16")
     assert f"images: expected finite numbers, got NaN or infinity from {net} in fp16, for 3 of 3 images" in line
     assert not list((tmp_path / "out").glob("*.png"))
-    call(*options[:-3], "--outdir", tmp_path / "other")
+    call(*options[:-3], "--out", tmp_path / "other")
     broken = lambda x: torch.where(torch.arange(len(x))[:, None, None, None] == 1, torch.nan, x[:, :3])
     folder = generation.ImageFolder(tmp_path, pictures=True)
     with pytest.raises(ValueError, match=r"from the autoencoder, of latents that are, by the network, for 1 of 4 images .* 6"):
@@ -288,7 +296,7 @@ def test_images_that_are_not_finite_are_refused(net, small_flow_map, tmp_path) -
 
 
 def test_a_seed_twice_is_refused(net, tmp_path) -> None:
-    assert "expected every seed once" in refused("sample", "--net", net, "--seeds", "0-3,2", "--outdir", tmp_path / "out")
+    assert "expected every seed once" in refused("sample", "--net", net, "--seeds", "0-3,2", "--out", tmp_path / "out")
 
 
 @pytest.mark.parametrize("values", [[0], [0, 1, 2, 7], [3, 0, 1], [5, 4]])
@@ -298,7 +306,7 @@ def test_seeds_as_text(values) -> None:
 
 
 def test_a_second_run_in_a_folder_is_refused_and_breaks_nothing(net, tmp_path, monkeypatch) -> None:
-    out, options = tmp_path / "out", ("sample", "--net", net, "--seeds", "0-3", "--steps", "1", "--outdir", tmp_path / "out")
+    out, options = tmp_path / "out", ("sample", "--net", net, "--seeds", "0-3", "--steps", "1", "--out", tmp_path / "out")
     write, said = generation.ImageFolder.write, []
 
     def write_beside_another(self, seed: int, image: torch.Tensor) -> None:
@@ -309,17 +317,17 @@ def test_a_second_run_in_a_folder_is_refused_and_breaks_nothing(net, tmp_path, m
 
     monkeypatch.setattr(generation.ImageFolder, "write", write_beside_another)
     call(*options)
-    assert said == [f"Error: outdir: expected a folder that no other run writes to, got {out}, where another process does"]
+    assert said == [f"Error: out: expected a folder that no other run writes to, got {out}, where another process does"]
     assert sorted(files(out)) == ["000000.png", "000001.png", "000002.png", "000003.png", GENERATION_FILE]
     (out / "000001.png").unlink()
     assert "3 were there" in call(*options).output  # the lock went with the command
 
 
 def test_a_folder_with_a_manifest_and_no_image_is_free(net, tmp_path) -> None:
-    options = ("sample", "--net", net, "--seeds", "0-1", "--steps", "1", "--outdir", tmp_path / "out")
+    options = ("sample", "--net", net, "--seeds", "0-1", "--steps", "1", "--out", tmp_path / "out")
     call(*options, "--cfg", "3")
     for path in (tmp_path / "out").glob("*.png"):
         path.unlink()
     call(*options, "--cfg", "1.5")
-    assert json.loads((tmp_path / "out" / GENERATION_FILE).read_text())["cfg"] == 1.5
+    assert json.loads((tmp_path / "out" / GENERATION_FILE).read_text())["guidance"] == 1.5
     assert "holds images of another run (cfg 1.5 there, 3.0 here)" in refused(*options, "--cfg", "3")

@@ -52,9 +52,9 @@ LIST = "omegaconf.listconfig.ListConfig"
     ("value", "text"),
     [
         (New(LIST, {"__class__": 1}), "attributes: expected a plain name, got '__class__'"),
-        (Call(LIST, [1]), f"the file calls {LIST}, which no snapshot calls"),
-        (Call("builtins.list", [1]), "the file calls builtins.list, which no snapshot calls"),
-        (New("builtins.dict", {}), "the file makes an instance of builtins.dict, which no snapshot does"),
+        (Call(LIST, [1]), f"the file calls {LIST}, which no such file does"),
+        (Call("builtins.list", [1]), "the file calls builtins.list, which no such file does"),
+        (New("builtins.dict", {}), "NEWOBJ class argument must be a type"),
         (Call("collections.defaultdict", Name("torch.storage._load_from_bytes")), "collections.defaultdict: expected a plain"),
         (New("omegaconf.omegaconf.OmegaConf", {}), "the file names 'omegaconf.omegaconf.OmegaConf'"),
         (New("omegaconf.nodes.EnumNode", {}), "the file names 'omegaconf.nodes.EnumNode'"),
@@ -67,6 +67,20 @@ def test_records_that_are_none_get_one_line(value, text, tmp_path) -> None:
     with pytest.raises(CheckpointError, match=re.escape(text)) as caught:
         read_published(path)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["channel_mult", "model_type", "augment_dim"])
+def test_a_setting_that_refers_to_another_gets_one_line(name, tmp_path) -> None:
+    """OmegaConf resolves what is taken out of a record, but leaves the items of a list as they are."""
+    value = record(["${network.model_channels}", 2] if name == "channel_mult" else "${network.model_channels}")
+    network = DDPMpp(channels=3, resolution=8, width=32, multipliers=(1, 2), blocks=1, attention=(4,))
+    tree = ddpmpp_snapshot(FlowMap(network, parametrization="simple_edm"), **{name: value})
+    (tmp_path / "a.pkl").write_bytes(dumps(tree))
+    text = f"{name}: expected a value, got OmegaConf's reference to another setting: .*model_channels.*; save"
+    with pytest.raises(CheckpointError, match=text) as caught:
+        import_published(tmp_path / "a.pkl", tmp_path / "a.safetensors")
+    assert "\n" not in str(caught.value)
+    assert len(str(caught.value)) < 500
 
 
 def test_a_record_within_itself_is_no_setting(tmp_path) -> None:
@@ -95,6 +109,6 @@ def test_a_dropout_that_ours_has_not_is_said(where, monkeypatch, tmp_path) -> No
         warnings.simplefilter("always")
         import_published(tmp_path / "a.pkl", tmp_path / "a.safetensors")
     assert [text in str(one.message) for one in caught] == ([] if where == "nowhere" else [True])
-    done = CliRunner().invoke(main, ["import", f"--pkl={tmp_path / 'a.pkl'}", f"--dest={tmp_path / 'a.safetensors'}"])
+    done = CliRunner().invoke(main, ["import", f"--net={tmp_path / 'a.pkl'}", f"--out={tmp_path / 'a.safetensors'}"])
     assert (f"note: {text}" in done.output) == (where != "nowhere")
     assert len(done.stderr) == 0

@@ -110,7 +110,7 @@ def test_the_fingerprint_is_of_weights_and_scale(vae, tmp_path) -> None:
 def test_sampling_names_an_autoencoder_by_its_weights(vae, tmp_path) -> None:
     net, out = tmp_path / "dit.safetensors", tmp_path / "out"
     checkpoints.save(net, FlowMap(DiT("S", patch=4, resolution=8, num_classes=2)))
-    options = ("sample", "--net", net, "--seeds", "0-1", "--steps", "1", "--outdir", out)
+    options = ("sample", "--net", net, "--seeds", "0-1", "--steps", "1", "--out", out)
     vae.save_pretrained(tmp_path / "vae")
     call(*options, "--vae", tmp_path / "vae")
     record = json.loads((out / "generation.json").read_text())["vae"]
@@ -131,7 +131,7 @@ def test_latents_are_decoded_later_without_sampling_again(vae, tmp_path, monkeyp
     checkpoints.save(net, FlowMap(DiT("S", patch=4, resolution=8, num_classes=2)))
     vae.save_pretrained(tmp_path / "vae")
     decoding = ("--vae", tmp_path / "vae")
-    options = ("sample", "--net", net, "--seeds", "0-5", "--steps", "1", "--batch", "4", "--outdir")
+    options = ("sample", "--net", net, "--seeds", "0-5", "--steps", "1", "--batch", "4", "--out")
     call(*options, tmp_path / "once", *decoding)
     call(*options, tmp_path / "later")
     read = lambda name: {path.name: path.read_bytes() for path in sorted((tmp_path / name).iterdir())}

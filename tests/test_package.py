@@ -118,8 +118,8 @@ def test_imm_generate_gives_the_images_of_the_sampler(guided, tmp_path) -> None:
 @pytest.mark.parametrize(
     ("options", "text"),
     [
-        (("--seeds=0",), "cfg: expected a scale"),
-        (("--seeds=0", "--cfg=x"), "cfg: expected a number, got 'x'"),
+        (("--seeds=0",), "guidance: expected a scale"),
+        (("--seeds=0", "--cfg=x"), "guidance: expected a number, got 'x'"),
         (("--seeds=3-0", "--cfg=1"), "seeds: expected numbers and ranges such as 0-63,70, got '3-0'"),
         (("--seeds=-1", "--cfg=1"), "seeds: expected numbers and ranges"),
         (("--seeds=", "--cfg=1"), "seeds: expected numbers and ranges"),

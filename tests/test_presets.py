@@ -96,7 +96,7 @@ def pixels(tmp_path):
 
 
 def train(data, outdir, *options: str, ok: bool = True) -> str:
-    return call("train", "--data", data, "--outdir", outdir, "--steps", "1", "--batch", "2", *options, ok=ok)
+    return call("train", "--data", data, "--out", outdir, "--steps", "1", "--batch", "2", *options, ok=ok)
 
 
 def test_train_with_a_preset(pixels, tmp_path) -> None:
@@ -119,13 +119,13 @@ def test_train_with_a_preset(pixels, tmp_path) -> None:
     _, settings = checkpoints.read_file(tmp_path / "run" / "training-state.safetensors", "training")
     objective = settings["settings"]["objective"]
     assert (objective["particles"], objective["k"], objective["a"], objective["b"]) == (2, 15, 1, 4.0)
-    call("sample", "--net", tmp_path / "run" / "snapshot-0000001.safetensors", "--seeds", "0", "--outdir", tmp_path / "samples")
+    call("sample", "--net", tmp_path / "run" / "snapshot-0000001.safetensors", "--seeds", "0", "--out", tmp_path / "samples")
 
 
 def test_train_takes_the_training_settings_of_a_preset(pixels, tmp_path, monkeypatch) -> None:
     asked: list[int] = []
     monkeypatch.setattr("imm.cli.progress.run", lambda trainer, steps, seconds, quiet: asked.append(steps) or trainer.save())
-    base = ("train", "--data", pixels, "--preset", "cifar10", "--width", "8", "--outdir")
+    base = ("train", "--data", pixels, "--preset", "cifar10", "--width", "8", "--out")
     output = call(*base, tmp_path / "all")
     assert "'optimizer': 'radam'" in output
     assert "tf32; steps: 400000, batch 4096" in output
@@ -188,7 +188,7 @@ def test_augmentation_of_a_preset(pixels, tmp_path, monkeypatch) -> None:
     for name, file, expected in (("from-none", "none", (0, 0.0)), ("from-paper", "paper", (9, 0.12))):
         assert result(name, "--init", tmp_path / file / "snapshot-0000001.safetensors") == expected
     told, untold = (str(tmp_path / name / "snapshot-0000001.safetensors") for name in ("paper", "none"))
-    base = ("train", "--data", pixels, "--steps", "1", "--batch", "2", "--particles", "2", "--outdir", tmp_path / "tuned")
+    base = ("train", "--data", pixels, "--steps", "1", "--batch", "2", "--particles", "2", "--out", tmp_path / "tuned")
     refusal = call(*base, "--init", untold, "--augment", "0.1", ok=False)
     assert "augment: expected a network that is told of it (DDPMpp with augment_dim = 9), got DDPMpp with 0" in refusal
     call(*base, "--init", told, "--augment", "0.1")

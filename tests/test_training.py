@@ -402,7 +402,7 @@ def test_a_folder_whose_state_is_lost_is_refused_or_its_rows_are_kept(tmp_path) 
     trainer(tmp_path).run(5)
     (tmp_path / STATE_FILE).unlink()
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()}
-    with pytest.raises(ValueError, match=rf"outdir: expected {STATE_FILE} beside snapshot-0000005.safetensors, .*--init="):
+    with pytest.raises(ValueError, match=rf"out: expected {STATE_FILE} beside snapshot-0000005.safetensors, .*--init="):
         trainer(tmp_path)
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()} == before
     (tmp_path / "snapshot-0000005.safetensors").unlink()  # killed before its first save: rows alone
@@ -492,7 +492,7 @@ def test_bad_data_is_refused(tmp_path) -> None:
         with pytest.raises(ValueError, match=text):
             trainer(tmp_path, data=data)
     (tmp_path / "file").write_text("")
-    with pytest.raises(ValueError, match="outdir: expected a folder that can be written to"):
+    with pytest.raises(ValueError, match="out: expected a folder that can be written to"):
         trainer(tmp_path / "file" / "below")
 
 

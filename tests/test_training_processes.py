@@ -45,7 +45,7 @@ def data(tmp_path):
 
 def command(data, outdir, *options: str, processes: int) -> list[str]:
     launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"] if processes > 1 else []
-    return [sys.executable, *launch, *IMM, "--data", str(data), "--outdir", str(outdir), *OPTIONS, *options]
+    return [sys.executable, *launch, *IMM, "--data", str(data), "--out", str(outdir), *OPTIONS, *options]
 
 
 def workers(launcher: subprocess.Popen) -> list[int]:
@@ -276,7 +276,7 @@ def test_a_folder_that_is_not_shared_is_refused(tmp_path) -> None:
     one = Trainer(IMMObjective(flow_map), data, tmp_path, CONFIG)
     one.run(1)
     one.close()
-    with pytest.raises(ValueError, match=r"outdir: expected a folder that all processes share, got .*, whose state some"):
+    with pytest.raises(ValueError, match=r"out: expected a folder that all processes share, got .*, whose state some"):
         Trainer(IMMObjective(flow_map), data, tmp_path, CONFIG, where=_Elsewhere(0, 2, 0))
 
 

@@ -1,6 +1,6 @@
 // imm_generate: images from a package that `imm export` wrote, without Python.
 //
-//     imm_generate --package=net.pt2 --seeds=0-63 [--labels=0,1,2] [--cfg=1.5] --out=images.npy
+//     imm_generate --package=net.pt2 --seeds=0-63 [--labels=0,1,2] [--guidance=1.5] --out=images.npy
 //
 // Writes [N, ...] float32 in the NumPy format. Labels repeat over the seeds; without them all images are of no class.
 #include <ATen/ops/cat.h>
@@ -25,7 +25,7 @@
 namespace {
 
 constexpr const char* kUsage =
-    "usage: imm_generate --package=FILE --seeds=0-63 [--labels=0,1,2] [--cfg=W] --out=FILE.npy [--no-graph]\n";
+    "usage: imm_generate --package=FILE --seeds=0-63 [--labels=0,1,2] [--guidance=W] --out=FILE.npy [--no-graph]\n";
 
 struct Failure {
   std::string text;
@@ -92,9 +92,10 @@ std::map<std::string, std::string> parse(int count, char** words) {
   for (int i = 1; i < count; ++i) {
     const std::string_view word = words[i];
     const size_t equals = word.find('=');
-    const std::string name(word.substr(0, equals));
+    std::string name(word.substr(0, equals));
+    if (name == "--cfg") name = "--guidance";
     const bool flag = name == "--no-graph";
-    if (!flag && name != "--package" && name != "--seeds" && name != "--labels" && name != "--cfg" && name != "--out")
+    if (!flag && name != "--package" && name != "--seeds" && name != "--labels" && name != "--guidance" && name != "--out")
       throw Failure{"unknown option " + name};
     if (flag != (equals == std::string_view::npos))
       throw Failure{name + (flag ? ": takes no value" : ": expected a value")};
@@ -119,12 +120,12 @@ void generate(const std::map<std::string, std::string>& options) {
   }
   if (classes.empty()) classes.push_back(loop->num_classes());
   std::optional<at::Tensor> guidance;
-  if (options.count("--cfg") != loop->guided())
-    throw Failure{loop->guided() ? "cfg: expected a scale, since the package was exported with guidance"
-                                 : "cfg: expected none, since the package was exported without guidance"};
+  if (options.count("--guidance") != loop->guided())
+    throw Failure{loop->guided() ? "guidance: expected a scale, since the package was exported with guidance"
+                                 : "guidance: expected none, since the package was exported without guidance"};
   if (loop->guided()) {
     size_t read = 0;
-    const std::string& text = options.at("--cfg");
+    const std::string& text = options.at("--guidance");
     double w = 0.0;
     try {
       w = std::stod(text, &read);
@@ -132,7 +133,7 @@ void generate(const std::map<std::string, std::string>& options) {
       read = 0;
     }
     if (read == 0 || read != text.size() || !std::isfinite(w))
-      throw Failure{"cfg: expected a number, got '" + text + "'"};
+      throw Failure{"guidance: expected a number, got '" + text + "'"};
     guidance = at::full({1}, w, at::kDouble);
   }
   std::vector<at::Tensor> parts;

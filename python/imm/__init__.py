@@ -4,15 +4,17 @@
 """
 
 import importlib
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from imm import threads  # isort: skip  (before torch, which starts OpenMP)
-from imm import checkpoints, functional, latents, networks, package, parametrizations, presets, sampling, schedules
-from imm.checkpoints import load
-from imm.flow_map import FlowMap
-from imm.functional import noise
-from imm.objective import IMMObjective
-from imm.sampler import Sampler
+
+if TYPE_CHECKING or not threads.command_line():  # the command line imports what a command needs, so that --help is quick
+    from imm import checkpoints, functional, latents, networks, package, parametrizations, presets, sampling, schedules
+    from imm.checkpoints import load
+    from imm.flow_map import FlowMap
+    from imm.functional import noise
+    from imm.objective import IMMObjective
+    from imm.sampler import Sampler
 from imm.version import __version__
 
 __all__ = [
@@ -33,11 +35,21 @@ __all__ = [
     "schedules",
 ]
 
+_ROOM_OF = {
+    "FlowMap": "flow_map",
+    "IMMObjective": "objective",
+    "Sampler": "sampler",
+    "load": "checkpoints",
+    "noise": "functional",
+}
+
 del threads
 
 
 def __getattr__(name: str) -> Any:
-    """Rooms that are imported when they are first asked for."""
-    if name in ("data", "evaluation", "training"):
+    """What was not imported above, when it is first asked for."""
+    if name in _ROOM_OF:
+        return getattr(importlib.import_module(f"imm.{_ROOM_OF[name]}"), name)
+    if name in (*__all__, "data", "evaluation", "training"):
         return importlib.import_module(f"imm.{name}")
     raise AttributeError(f"module 'imm' has no attribute {name!r}")

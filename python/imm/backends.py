@@ -8,6 +8,9 @@ from typing import Any
 
 import torch
 
+#: The names of ``--precision`` -> the dtype of a network's arithmetic; None: float32, whose matmuls "tf32" rounds on CUDA.
+PRECISIONS = {"fp32": None, "tf32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+
 #: Of 16-bit matmuls on CUDA: whether partial sums may be rounded to 16 bits.
 _REDUCTIONS = ("allow_fp16_reduced_precision_reduction", "allow_bf16_reduced_precision_reduction")
 

@@ -50,8 +50,11 @@ def write_text(target: Path, text: str) -> None:
 
 def sha256_of(path: str | os.PathLike[str]) -> str:
     """A file's digest, in hexadecimal."""
+    digest = hashlib.sha256()
     with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
 
 
 def remove_part(path: Path) -> None:

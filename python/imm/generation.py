@@ -90,7 +90,7 @@ class ImageFolder:
             except ValueError as error:
                 refusal = error
         if where.any(refusal is not None):
-            raise refusal or ValueError(f"outdir: expected a folder that no other run writes to, got {self.root}")
+            raise refusal or ValueError(f"out: expected a folder that no other run writes to, got {self.root}")
         if where.first:
             for part in list(self.root.rglob(".*.part")):  # of a killed run
                 remove_part(part)
@@ -100,7 +100,7 @@ class ImageFolder:
             own = (file for seed in seeds for file in (self.path(seed), self._latents_path(seed)))
             present = next((file for file in own if file.exists()), None)
             if present is not None:
-                raise ValueError(f"outdir: expected no images of another origin in {self.root}, got {present.name}")
+                raise ValueError(f"out: expected no images of another origin in {self.root}, got {present.name}")
             _write_json(path, expected)
         if where.first:
             _take_up_decoding(path, expected)
@@ -113,7 +113,7 @@ class ImageFolder:
             if ours.get(key) != theirs.get(key)
         ]
         if unlike:
-            raise ValueError(f"outdir: {self.root} holds images of another run ({'; '.join(unlike)}); choose another folder")
+            raise ValueError(f"out: {self.root} holds images of another run ({'; '.join(unlike)}); choose another folder")
         if where.first:
             here = [one for one in expected.get(_NOTES, []) if one not in found.get(_NOTES, [])]
             if here and not all(map(self.has, seeds)):
@@ -171,7 +171,7 @@ def _read_json(path: Path) -> dict[str, Any]:
         if not isinstance(found, dict):
             raise ValueError(f"a JSON {type(found).__name__}")
     except (OSError, ValueError) as error:
-        raise ValueError(f"outdir: expected a readable {path}, got: {error}") from error
+        raise ValueError(f"out: expected a readable {path}, got: {error}") from error
     return found
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 import os
 import warnings
@@ -14,10 +13,10 @@ import torch
 from torch import Tensor, nn
 
 from imm.checkpoints.format import CheckpointError, check_state, load_state, save
-from imm.checkpoints.pickles import map_file, read_pickle
-from imm.checkpoints.values import OMEGACONF, Budget, Object, Table, TensorView
+from imm.files import sha256_of
 from imm.flow_map import SECOND_TIMES, FlowMap
 from imm.networks import DDPMpp, DiT
+from imm.pickles import OTHER, PickleError, Record, TensorView, plain_name, read_pickle
 from imm.weights import plain_names
 
 _PREFIX = "model."
@@ -33,14 +32,14 @@ _MAX_SETTING = 1_000
 _LARGEST = {"img_resolution": 4096, "img_channels": 4096, "label_dim": 1_000_000, "model_channels": 8192, "num_blocks": 64}
 
 
-def import_published(path: str | os.PathLike[str], dest: str | os.PathLike[str], *, second_time: str | None = None) -> FlowMap:
+def import_published(path: str | os.PathLike[str], out: str | os.PathLike[str], *, second_time: str | None = None) -> FlowMap:
     """Turn a published snapshot (``.pkl``) into a checkpoint of this package, with the averaged weights (``ema``).
 
-    Nothing in the snapshot is run (:mod:`imm.checkpoints.pickles`). The new file keeps the snapshot's name, sha256 and
+    Nothing in the snapshot is run (:mod:`imm.pickles`). The new file keeps the snapshot's name, sha256 and
     ``mixed_precision`` under ``extra["source"]``.
 
     Args:
-        path: the snapshot. dest: the file to write, by custom ``*.safetensors``; replaced atomically.
+        path: the snapshot. out: the file to write, by custom ``*.safetensors``; replaced atomically.
         second_time: "stride" or "identity" in place of the snapshot's own ``temb_type``.
 
     Returns:
@@ -51,27 +50,25 @@ def import_published(path: str | os.PathLike[str], dest: str | os.PathLike[str],
             is written then.
         ValueError: an unknown second_time.
     """
-    source, target = Path(path), Path(dest)
+    source, target = Path(path), Path(out)
     if second_time is not None and second_time not in SECOND_TIMES:
         raise ValueError(f"second_time: expected one of {list(SECOND_TIMES)}, got {second_time!r}")
     if target.is_dir() or not target.parent.is_dir() or (source.exists() and target.exists() and target.samefile(source)):
-        raise CheckpointError(f"dest: expected another file than the snapshot, in a folder that is there, got {target}")
+        raise CheckpointError(f"out: expected another file than the snapshot, in a folder that is there, got {target}")
+    state_dict, settings = read_published(source)
+    if second_time is not None:
+        settings["temb_type"] = second_time
     try:
-        view = map_file(source)
-        state_dict, settings = _snapshot(view)
-        if second_time is not None:
-            settings["temb_type"] = second_time
         absent = [name for name in ("noise_schedule", "f_type", "time_scale", "temb_type") if name not in settings]
         if absent:
             name = settings["class_name"]
             raise CheckpointError(f"expected an IMM network, which takes a second time, got {name} without {absent}")
         flow_map = from_published(state_dict, settings)
-        digest = hashlib.sha256(view).hexdigest()
     except CheckpointError as error:
         raise CheckpointError(f"{source}: {str(error)[:_MAX_SETTING]}") from error  # which may quote the file's settings
     precision = settings.get("mixed_precision")
     precision = str(precision).removeprefix("torch.") if isinstance(precision, torch.dtype) else None
-    save(target, flow_map, extra={"source": {"name": source.name, "sha256": digest, "mixed_precision": precision}})
+    save(target, flow_map, extra={"source": {"name": source.name, "sha256": sha256_of(source), "mixed_precision": precision}})
     return flow_map
 
 
@@ -90,100 +87,97 @@ def read_published(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dic
         CheckpointError: a file that is missing, truncated or malformed, names anything that no snapshot holds, or declares
             sizes beyond its own.
     """
+    source = Path(path)
     try:
-        return _snapshot(map_file(Path(path)))
-    except CheckpointError as error:
+        return _snapshot(read_pickle(source, ("ema",)), _MAX_SHARING * source.stat().st_size)
+    except PickleError as error:
         raise CheckpointError(f"{path}: {error}") from error
 
 
-def _snapshot(view: memoryview) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    tree = read_pickle(view)
-    network = tree.as_dict("snapshot").get("ema") if type(tree) is Table else None
-    if type(network) is not Object or network.state is None:
-        raise CheckpointError("expected a dict with a network under the key 'ema', got none")
-    walk = _Walk(_MAX_SHARING * len(view))
+def _snapshot(tree: Any, room: int) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    network = tree.get("ema") if type(tree) is dict else None
+    if type(network) is not Record or network.attributes is None:
+        raise PickleError("expected a dict with a network under the key 'ema', got none")
+    walk = _Walk(room)
     walk.module(network, "", 0)
-    attributes = network.state.as_dict("attributes")
+    attributes = network.attributes
     keywords = walk.opened(attributes.get("_init_kwargs"))
-    given = keywords.as_dict("_init_kwargs") if type(keywords) is Table else {}
+    given = walk.fields(keywords, "_init_kwargs") if type(keywords) is dict else {}
     own = {name: value for name, value in attributes.items() if not name.startswith("_")}
     settings = {name: walk.plain(value, 0) for name, value in {**given, **own}.items()}
-    settings = {name: value for name, value in settings.items() if value is not _OTHER}
+    settings = {name: value for name, value in settings.items() if value is not OTHER}
     if walk.dropout:
         settings.setdefault("dropout", walk.dropout)
     return walk.tensors, {**settings, "class_name": network.class_name}
-
-
-#: What is no setting.
-_OTHER = object()
 
 
 class _Walk:
     """Collects tensors and settings; what a hostile file could repeat by reference is counted each time."""
 
     def __init__(self, room: int) -> None:
-        self.room, self.budget = room, Budget(_MAX_ENTRIES)
+        self.room, self.left = room, _MAX_ENTRIES
         self.tensors: dict[str, Tensor] = {}
         self.dropout: float = 0.0  # the largest of the Dropout modules
 
+    def spend(self, entries: int) -> None:
+        self.left -= entries
+        if self.left < 0:
+            raise PickleError("expected a snapshot of a network, got more objects than one has")
+
     def module(self, module: Any, prefix: str, depth: int) -> None:
         """Add a module's parameters and buffers, and its children's."""
-        if type(module) is not Object or depth > _MAX_DEPTH:
-            raise CheckpointError(f"{prefix[:80]!r}: expected a module, at most {_MAX_DEPTH} deep, got something else")
-        fields = self.fields(module.state)
+        if type(module) is not Record or depth > _MAX_DEPTH:
+            raise PickleError(f"{prefix[:80]!r}: expected a module, at most {_MAX_DEPTH} deep, got something else")
+        fields = self.fields(module.attributes, "attributes")
         rate = fields.get("p")
         if module.class_name == "Dropout" and isinstance(rate, int | float) and rate > self.dropout:
             self.dropout = rate
         passing = fields.get("_non_persistent_buffers_set")
         passing = [name for name in passing if type(name) is str] if type(passing) is list and len(passing) < 100 else []
         for kind in ("_parameters", "_buffers"):
-            for name, value in self.fields(fields.get(kind)).items():
+            for name, value in self.fields(fields.get(kind), "module").items():
                 if value is not None and not (kind == "_buffers" and name in passing):
                     self.tensor(prefix + name, value)
-        for name, child in self.fields(fields.get("_modules")).items():
+        for name, child in self.fields(fields.get("_modules"), "module").items():
             if child is not None:
                 self.module(child, f"{prefix}{name}.", depth + 1)
 
-    def fields(self, table: Any) -> dict[str, Any]:
+    def fields(self, table: Any, what: str) -> dict[str, Any]:
         if table is None:
             return {}
-        if type(table) is not Table:
-            raise CheckpointError("module: expected dicts of parameters, buffers and modules, got others")
-        self.budget.spend(1 + len(table))
-        return table.as_dict("module")
+        if type(table) is not dict:
+            raise PickleError("module: expected dicts of parameters, buffers and modules, got others")
+        self.spend(1 + len(table))
+        return {plain_name(key, what): value for key, value in table.items()}
 
     def tensor(self, name: str, view: Any) -> None:
         if type(view) is not TensorView or name in self.tensors or len(self.tensors) == _MAX_TENSORS:
-            raise CheckpointError(f"{name[:80]!r}: expected one of at most {_MAX_TENSORS} tensors, got something else")
+            raise PickleError(f"{name[:80]!r}: expected one of at most {_MAX_TENSORS} tensors, got something else")
         self.room -= view.nbytes
         if self.room < 0:
-            raise CheckpointError(f"{name[:80]!r}: expected tensors of about the file's size in all, got more")
+            raise PickleError(f"{name[:80]!r}: expected tensors of about the file's size in all, got more")
         self.tensors[name] = view.tensor()
 
     def opened(self, value: Any) -> Any:
         """What a record of OmegaConf holds; any other value as it is."""
-        attribute = OMEGACONF.get(value.class_name) if type(value) is Object else None
-        return value if attribute is None else self.fields(value.state).get(attribute, _OTHER)
+        if type(value) is not Record or not value.class_name.startswith("omegaconf."):
+            return value
+        return self.fields(value.attributes, "attributes").get("_val" if "Node" in value.class_name else "_content", OTHER)
 
     def plain(self, value: Any, depth: int) -> Any:
-        """A setting's value; ``_OTHER`` where it holds anything that is none."""
-        self.budget.spend(1)
+        """A setting's value; ``OTHER`` where it holds anything that is none."""
+        self.spend(1)
         value = self.opened(value)
-        if (
-            value is None
-            or type(value) in (bool, int, float, torch.dtype)
-            or (type(value) is str and len(value) < _MAX_SETTING)
-        ):
+        if value is None or type(value) in (bool, int, float, str, torch.dtype):
             return value
-        if type(value) not in (tuple, list, Table) or len(value) >= _MAX_SETTING or depth == 8:
-            return _OTHER
-        pairs = type(value) is Table
-        if pairs and not all(type(key) is str and len(key) < _MAX_SETTING for key, _ in value):
-            return _OTHER
-        items = [self.plain(item, depth + 1) for item in ((v for _, v in value) if pairs else value)]
-        if any(item is _OTHER for item in items):
-            return _OTHER
-        return dict(zip((key for key, _ in value), items, strict=True)) if pairs else items
+        if type(value) not in (list, dict) or len(value) >= _MAX_SETTING or depth == 8:
+            return OTHER
+        if type(value) is dict and not all(type(key) is str for key in value):
+            return OTHER
+        items = [self.plain(item, depth + 1) for item in (value.values() if type(value) is dict else value)]
+        if any(item is OTHER for item in items):
+            return OTHER
+        return dict(zip(value, items, strict=True)) if type(value) is dict else items
 
 
 def from_published(state_dict: Mapping[str, Tensor], settings: Mapping[str, Any]) -> FlowMap:
@@ -208,6 +202,10 @@ def from_published(state_dict: Mapping[str, Tensor], settings: Mapping[str, Any]
     absent = [name for name in (*needed, "f_type", "time_scale", "temb_type") if name not in settings]
     if absent:
         raise CheckpointError(f"settings: expected {absent} among the checkpoint's settings, got {sorted(settings)}")
+    for name in (*needed, "f_type", "time_scale", "temb_type", *_DDPMPP, *_SIZES):
+        if "${" in str(settings.get(name)):
+            text = f"{name}: expected a value, got OmegaConf's reference to another setting: {settings[name]!r:.200}"
+            raise CheckpointError(f"{text}; save the settings resolved (OmegaConf.resolve)")
     for name, largest in _LARGEST.items():
         size = settings.get(name, 0)
         if type(size) is not int or not 0 <= size <= largest:
@@ -270,6 +268,8 @@ def _network(settings: Mapping[str, Any]) -> nn.Module:
     )
 
 
+#: Settings of a DDPM++'s size that a checkpoint need not have.
+_SIZES = ("model_channels", "channel_mult", "num_blocks", "attn_resolutions", "dropout", "augment_dim")
 #: Of the published U-Net's constructor: what DDPM++ has. Other values (NCSN++ and further relatives) are other networks.
 _DDPMPP: dict[str, Any] = {
     "embedding_type": "positional",

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import keyword
 from typing import Any
 
 import click
@@ -33,16 +32,15 @@ _LESS_MEMORY = {
 
 
 class _Group(click.Group):
-    """Loads ``imm.cli.NAME`` for the sub-command NAME and turns expected errors into one line."""
+    """Loads the commands when one is asked for and turns expected errors into one line."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         return list(_COMMANDS)
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
-        if cmd_name not in _COMMANDS:
-            return None
-        module = f"{cmd_name}_" if keyword.iskeyword(cmd_name) else cmd_name
-        return importlib.import_module(f"imm.cli.{module}").command
+        if cmd_name == "bench":
+            return importlib.import_module("imm.cli.bench").command
+        return importlib.import_module("imm.cli.commands").COMMANDS.get(cmd_name)
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         with formatter.section("Commands"):
@@ -51,7 +49,7 @@ class _Group(click.Group):
     def invoke(self, ctx: click.Context) -> Any:
         try:
             return super().invoke(ctx)
-        except BrokenPipeError:  # whoever read the output has seen enough
+        except (BrokenPipeError, click.exceptions.Exit):  # whoever read the output has seen enough; --help
             raise
         except (ValueError, TypeError, OSError, ImportError) as error:
             raise click.ClickException(str(error)) from error

@@ -16,7 +16,7 @@ from torch import Tensor
 from imm import checkpoints
 from imm.cli import progress
 from imm.cli.doctor import op_lines
-from imm.cli.options import PATH, Number, device_line, pick_device, writable_folder
+from imm.cli.options import device_line, pick_device, writable_folder
 from imm.cli.report import write_curve, write_report
 from imm.data import ImageData, mnist_5k
 from imm.evaluation import PixelReference, PixelScores
@@ -26,11 +26,11 @@ from imm.networks import UNet
 from imm.objective import IMMObjective
 from imm.sampler import Sampler
 from imm.training import TrainConfig, Trainer
-from imm.training.trainer import PRECISIONS, STATE_FILE, STATS_FILE
+from imm.training.trainer import STATE_FILE, STATS_FILE
 from imm.version import __version__
 
 RESOLUTION = 16
-#: In --outdir. Not a name that a folder of the user's is likely to have: what a trainer wrote there is removed.
+#: In --out. Not a name that a folder of the user's is likely to have: what a trainer wrote there is removed.
 TRAINING_FOLDER = "demo-training"
 STEP_COUNTS = (1, 2, 4, 8)
 SAMPLES = 1000
@@ -75,7 +75,7 @@ def resume_is_exact(data: ImageData, seed: int, device: torch.device, precision:
                 config = make_config(seed, precision=precision)
                 trainer = Trainer(make_objective(seed, device), data, Path(folder) / name, config)
                 trainer.run(until)
-            states.append(checkpoints.read_file(trainer.outdir / STATE_FILE, "training"))
+            states.append(checkpoints.read_file(trainer.out / STATE_FILE, "training"))
     (tensors, settings), (other_tensors, other_settings) = states
     for found in (settings, other_settings):
         del found["replaced_step"]  # which saves there were, not what was trained
@@ -111,34 +111,13 @@ def table(rows: dict[str, PixelScores]) -> list[str]:
     return lines
 
 
-@click.command()
-@click.option(
-    "--outdir",
-    default="runs/demo",
-    show_default=True,
-    type=PATH,
-    metavar="DIR",
-    help="Where to write; trains in demo-training there.",
-)
-@click.option("--steps", default=3000, show_default=True, type=click.IntRange(min=1), help="Training steps.")
-@click.option("--minutes", type=Number(min=0), help="Stop training after this long, whatever --steps says.")
-@click.option("--seed", default=0, show_default=True, type=click.IntRange(0, 2**63 - 1))
-@click.option("--precision", default="fp32", show_default=True, type=click.Choice(list(PRECISIONS)), help="Of training.")
-@click.option("--resume", is_flag=True, help="Go on with the run found in --outdir instead of starting afresh.")
-@click.option("--device", default="auto", show_default=True)
-def command(outdir: str, steps: int, minutes: float | None, seed: int, precision: str, resume: bool, device: str) -> None:
-    """Train on real digits from scratch, sample in 1-8 steps from the saved checkpoint, score, report.
-
-    Exits with 1 where the one-step samples are not good: a label match below 80 %, a spread below 60 % of real, or an MMD
-    above half of that of the class means.
-    """
+def run(out: str, steps: int, minutes: float | None, seed: int, precision: str, resume: bool, device: str) -> None:
+    """``imm demo``."""
     target = pick_device(device)
     data = mnist_5k(RESOLUTION)
-    folder = writable_folder(outdir)
+    folder = writable_folder(out)
     if (folder / STATE_FILE).exists():
-        raise ValueError(
-            f"outdir: expected a folder without a training run, whose {STATS_FILE} the demo would replace, got {outdir}"
-        )
+        raise ValueError(f"out: expected a folder without a training run, whose {STATS_FILE} the demo would replace, got {out}")
     objective = make_objective(seed, target)
     count = sum(p.numel() for p in objective.flow_map.network.parameters())
     header = [

@@ -30,9 +30,8 @@ def _package(name: str) -> str:
         return "installed"
 
 
-@click.command()
-def command() -> None:
-    """Say what is installed and which implementation each op uses, and why."""
+def run() -> None:
+    """``imm doctor``."""
     click.echo(f"imm {__version__}, Python {platform.python_version()}, {platform.platform()}")
     click.echo(f"torch {torch.__version__}, built for CUDA {torch.version.cuda or '(none)'}")
     for name in ("triton", "safetensors", "numpy", "PIL", "matplotlib", "mlxtend"):

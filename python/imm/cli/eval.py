@@ -14,15 +14,10 @@ import click
 from tqdm import tqdm
 
 from imm.cli.options import (
-    PATH,
-    channels_option,
     device_line,
-    device_option,
     process_device,
     say_left_out,
     say_notes,
-    skip_broken_option,
-    transform_option,
 )
 from imm.cli.progress import bar
 from imm.distributed import Processes, processes
@@ -37,14 +32,13 @@ from imm.evaluation.evaluate import (
     parse_metrics,
     reference_protocol,
 )
-from imm.evaluation.networks import EFFICIENTNET, INCEPTION, NAMES
+from imm.evaluation.networks import INCEPTION
 from imm.evaluation.sets import load_set
 from imm.evaluation.statistics import is_statistics, save_statistics
 from imm.files import write_text
 
 #: Images of a published FID; what fewer do to a Frechet distance is seen.
 FULL = 50_000
-DEFAULT_METRICS = "fd-efficientnet-lite0,kid-efficientnet-lite0,mmd-pixels"
 
 
 def _writable_file(path: str) -> Path:
@@ -85,48 +79,11 @@ def table(values: dict[str, float]) -> list[str]:
     return [f"{name:<{widths[0]}}  {shown:>{widths[1]}}  {what}".rstrip() for name, shown, what in lines]
 
 
-def _of_features(command: Callable[..., Any]) -> Callable[..., Any]:
-    """The options of whatever runs a feature network over a reference."""
-    for option in reversed(
-        (
-            click.option(
-                "--weights",
-                type=PATH,
-                metavar="FILE",
-                help='Published weights of Inception (fid, kid, prdc, is); or "download".',
-            ),
-            click.option("--resolution", type=click.IntRange(min=1), help="Resize a source of --data. [default: as stored]"),
-            click.option(
-                "--split", metavar="NAME", help="Split of the reference, such as train; if it has none, for the record."
-            ),
-            transform_option,
-            channels_option,
-            skip_broken_option,
-            click.option("--batch", default=64, show_default=True, type=click.IntRange(min=1), help="Images at a time."),
-            device_option,
-        )
-    ):
-        command = option(command)
-    return command
-
-
-@click.group(invoke_without_command=True)
-@click.option(
-    "--images", type=PATH, metavar="SOURCE", help="Images to judge: a folder that imm sample wrote, or a source of --data."
-)
-@click.option(
-    "--ref", type=PATH, metavar="SOURCE", help="What to compare with: a source of --data, or statistics (docs/evaluation.md)."
-)
-@click.option("--metrics", default=DEFAULT_METRICS, show_default=True, metavar="LIST", help=f"Of {', '.join(METRICS)}.")
-@click.option("--out", type=PATH, metavar="FILE", help="Where to write the numbers and their protocol (.json).")
-@_of_features
-@click.pass_context
-def command(
-    context: click.Context,
-    images: str | None,
-    ref: str | None,
+def run(
+    data: str,
+    ref: str,
     metrics: str,
-    out: str | None,
+    out: str,
     weights: str | None,
     resolution: int | None,
     split: str | None,
@@ -134,29 +91,14 @@ def command(
     device: str,
     **pictures_as: Any,
 ) -> None:
-    """Measure how good images are, and write every number with the protocol it was measured by.
-
-    Runs under torchrun as well: the processes share the work, and the numbers stay the same. docs/evaluation.md says what the
-    metrics are.
-    """
-    given = [p.name for p in context.command.params if context.get_parameter_source(p.name or "") is _COMMAND_LINE]
-    if context.invoked_subcommand is not None:
-        if given:
-            raise click.UsageError(f"--{given[0]} belongs to imm eval itself, not before {context.invoked_subcommand}")
-        return
-    for name, value in (("--images", images), ("--ref", ref), ("--out", out)):
-        if value is None:
-            raise click.UsageError(f"Missing option '{name}'.")
-    assert images is not None
-    assert ref is not None
-    assert out is not None
+    """``imm eval``."""
     names = parse_metrics(metrics)
     _check_weights(weights, [METRICS[name].features for name in names])
     target = _writable_file(out)
     with processes() as where:
         own = process_device(device, where)
         used = load_networks(names, weights, own)
-        pictures = load_set(images, resolution, **pictures_as)
+        pictures = load_set(data, resolution, **pictures_as)
         reference = ReferenceStatistics.load(ref) if is_statistics(ref) else load_set(ref, resolution, split, **pictures_as)
         if isinstance(reference, ReferenceStatistics) and split is not None:
             raise ValueError("split: expected none beside reference statistics, which have their own")
@@ -175,9 +117,6 @@ def command(
     for line in cautions(result):
         click.echo(f"note: {line}")
     click.echo(f"wrote {target}")
-
-
-_COMMAND_LINE = click.core.ParameterSource.COMMANDLINE
 
 
 def _check_weights(weights: str | None, features: Sequence[str | None]) -> None:
@@ -211,11 +150,6 @@ def cautions(result: dict[str, Any]) -> list[str]:
     return out
 
 
-@command.command("stats")
-@click.option("--data", required=True, type=PATH, metavar="SOURCE", help="The reference images: a source of --data.")
-@click.option("--out", required=True, type=PATH, metavar="FILE", help="Where to write (.npz).")
-@click.option("--features", default=EFFICIENTNET, show_default=True, metavar="LIST", help=f"Of {', '.join(NAMES)}.")
-@_of_features
 def stats(
     data: str,
     out: str,
@@ -227,7 +161,7 @@ def stats(
     device: str,
     **pictures_as: Any,
 ) -> None:
-    """Mean and covariance of a reference's features, for --ref of Frechet distances."""
+    """``imm eval stats``."""
     names = list(dict.fromkeys(features.split(",")))
     target = _writable_file(out)
     if target.suffix != ".npz":
@@ -256,11 +190,8 @@ def stats(
     click.echo(f"wrote {target}: {', '.join(found)} of {len(pictures)} images")
 
 
-@command.command("compare")
-@click.argument("first", type=PATH, metavar="A.json")
-@click.argument("second", type=PATH, metavar="B.json")
 def compare(first: str, second: str) -> None:
-    """Two results side by side; exits with 1, saying what differs, where their protocols are not alike."""
+    """``imm eval compare``."""
     a, b = comparison.read_result(first), comparison.read_result(second)
     wrong = comparison.differences(a, b)
     if wrong:

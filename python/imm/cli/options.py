@@ -8,14 +8,16 @@ import re
 import tempfile
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
-import torch
 
-from imm.data.pictures import TRANSFORMS
-from imm.distributed import Processes, device_of
 from imm.files import write_text
+
+if TYPE_CHECKING:
+    import torch
+
+    from imm.distributed import Processes
 
 
 class _Path(click.ParamType):
@@ -43,27 +45,8 @@ class Number(click.FloatRange):
             self.fail("expected a number, got NaN", param, ctx)
         return number
 
-
-#: ``--device`` of the commands that torchrun starts as well; :func:`process_device` reads it.
-device_option = click.option(
-    "--device", default="auto", show_default=True, help="cpu, cuda or cuda:N; under torchrun cuda is each process's own GPU."
-)
-
-#: Of the commands that read pictures.
-transform_option = click.option(
-    "--transform",
-    default="none",
-    show_default=True,
-    type=click.Choice(TRANSFORMS),
-    help="What is cut out of a picture first; none squeezes what is not square.",
-)
-channels_option = click.option(
-    "--channels",
-    type=click.Choice(["1", "3"]),
-    callback=lambda context, parameter, value: None if value is None else int(value),
-    help="Bring all pictures to one channel (luma) or three. [default: as they are, all grey or all in colour]",
-)
-skip_broken_option = click.option("--skip-broken", is_flag=True, help="Leave out pictures that cannot be read, and list them.")
+    def _describe_range(self) -> str:
+        return super()._describe_range() if (self.min, self.max) != (None, None) else ""
 
 
 def say_notes(notes: Iterable[str]) -> None:
@@ -106,7 +89,7 @@ def parse_floats(text: str, name: str) -> list[float]:
         raise ValueError(f"{name}: expected numbers such as 1.4,0.5, got {text!r}") from error
 
 
-def parse_grid(text: str) -> tuple[int, int]:
+def grid_of(text: str) -> tuple[int, int]:
     """ "8x6" -> (8, 6): columns and rows."""
     match = re.fullmatch(r"(\d+)x(\d+)", text)
     if not match or not int(match[1]) * int(match[2]):
@@ -116,6 +99,8 @@ def parse_grid(text: str) -> tuple[int, int]:
 
 def pick_device(name: str) -> torch.device:
     """The torch device for "auto" or a device's name. Raises ValueError for one that is not there."""
+    import torch
+
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -130,6 +115,10 @@ def pick_device(name: str) -> torch.device:
 
 def process_device(name: str, where: Processes) -> torch.device:
     """:func:`pick_device` for one of several processes: "auto" and "cuda" are the GPUs of its machine in turn."""
+    import torch
+
+    from imm.distributed import device_of
+
     if name in ("auto", "cuda") and torch.cuda.is_available():
         name = str(device_of(where.local_rank))
     return pick_device(name)
@@ -137,6 +126,8 @@ def process_device(name: str, where: Processes) -> torch.device:
 
 def device_line(device: torch.device) -> str:
     """The device in words."""
+    import torch
+
     if device.type == "cuda":
         return f"{torch.cuda.get_device_name(device)} ({device})"
     return f"CPU, {torch.get_num_threads()} threads" if device.type == "cpu" else str(device)
@@ -151,5 +142,5 @@ def writable_folder(path: str) -> Path:
         with tempfile.NamedTemporaryFile(prefix=".write-test-", dir=folder):
             pass
     except OSError as error:
-        raise ValueError(f"outdir: expected a folder that can be written to, got {path}: {error.strerror}") from error
+        raise ValueError(f"out: expected a folder that can be written to, got {path}: {error.strerror}") from error
     return folder

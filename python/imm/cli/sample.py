@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import difflib
 import math
-import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,90 +14,41 @@ import torch
 from torch import Tensor
 
 from imm import checkpoints, generation, latents
+from imm.backends import PRECISIONS, repeatable
 from imm.checkpoints.format import read_settings
 from imm.cli.options import (
-    PATH,
-    Number,
     device_line,
-    device_option,
-    parse_floats,
-    parse_grid,
     printable,
     process_device,
     writable_folder,
 )
 from imm.cli.progress import bar
 from imm.distributed import Processes, processes
-from imm.evaluation.pictures import QUANTISATION, QUANTISATION_DECODED, grid, save_picture
+from imm.evaluation import pictures
 from imm.files import sha256_of
 from imm.flow_map import FlowMap
 from imm.generation import ImageFolder
 from imm.sampler import Sampler
-from imm.sampling import KINDS, METHODS, time_grid
+from imm.sampling import time_grid
 from imm.seeds import format_integers, parse_integers
 
 #: ``--class`` without a class: unconditional images.
 NONE = "none"
-PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-class _Class(click.ParamType):
-    """A class's number, its name, or "none"."""
-
-    name = "class"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int | str:
-        return click.IntRange(min=0).convert(value, param, ctx) if re.fullmatch(r"[+-]?\d+", str(value)) else str(value)
-
-
-@click.command()
-@click.option("--net", required=True, type=PATH, metavar="FILE", help="Checkpoint (.safetensors).")
-@click.option(
-    "--outdir", required=True, type=PATH, metavar="DIR", help="Where to write the images; a run that was stopped goes on there."
-)
-@click.option("--seeds", default="0-63", show_default=True, metavar="LIST", help="Image seeds, such as 0-49999 or 0-63,70.")
-@click.option("--steps", default=2, show_default=True, type=click.IntRange(min=1), help="Sampling steps.")
-@click.option("--labels", metavar="LIST", help="Classes, repeated over the seeds. [default: all classes in turn]")
-@click.option(
-    "--class",
-    "one_class",
-    type=_Class(),
-    metavar="NAME|N|none",
-    help="One class for all images, by name or number; none: unconditional.",
-)
-@click.option("--cfg", type=Number(), metavar="W", help="Guidance scale. [default: no guidance]")
-@click.option("--kind", default="uniform", show_default=True, type=click.Choice(KINDS), help="Time grid.")
-@click.option("--mid-eta", default="", metavar="LIST", help="Noise levels in between, for --kind=eta, such as 1.4.")
-@click.option("--method", default="pushforward", show_default=True, type=click.Choice(METHODS))
-@click.option("--batch", default=64, show_default=True, type=click.IntRange(min=1), help="Images at a time.")
-@click.option("--precision", default="fp32", show_default=True, type=click.Choice(list(PRECISIONS)), help="Of the network.")
-@click.option("--subdirs", is_flag=True, help="A sub-folder for every thousand seeds.")
-@click.option("--grid", "grid_size", metavar="WxH", help="Also write grid.png of the first W x H images, such as 8x8.")
-@click.option("--npz", type=PATH, metavar="FILE", help="Also write all images to one file, in the ADM evaluator's layout.")
-@click.option(
-    "--vae",
-    type=PATH,
-    metavar="PATH|ID",
-    help="Decode latents with this AutoencoderKL, those of an earlier run in --outdir too (needs diffusers).",
-)
-@device_option
-def command(net: str, outdir: str, seeds: str, batch: int, device: str, **options: Any) -> None:
-    """Generate images from a checkpoint.
-
-    An image depends on its own seed and label only. The files are the same whatever the number of processes ("torchrun
-    --nproc-per-node=8 -m imm sample ...") and however often the run was stopped and started again.
-    """
+def run(net: str, out: str, seeds: str, batch: int, device: str, **options: Any) -> None:
+    """``imm sample``."""
     seed_list = parse_integers(seeds, "seeds")
     if len(set(seed_list)) < len(seed_list):
         raise ValueError(f"seeds: expected every seed once, got {seeds!r}")
     with processes() as where:
         target = process_device(device, where)
-        _run(Path(net), outdir, seed_list, min(batch, len(seed_list)), target, where, **options)
+        _run(Path(net), out, seed_list, min(batch, len(seed_list)), target, where, **options)
 
 
 def _run(
     net: Path,
-    outdir: str,
+    out: str,
     seed_list: list[int],
     rows: int,
     device: torch.device,
@@ -107,20 +57,18 @@ def _run(
     steps: int,
     labels: str | None,
     one_class: int | str | None,
-    cfg: float | None,
+    guidance: float | None,
     kind: str,
-    mid_eta: str,
+    mid_eta: list[float],
     method: str,
     precision: str,
     subdirs: bool,
-    grid_size: str | None,
+    grid: tuple[int, int] | None,
     npz: str | None,
     vae: str | None,
 ) -> None:
-    layout = parse_grid(grid_size) if grid_size else None
     flow_map = checkpoints.load(net).to(device)
-    between = parse_floats(mid_eta, "mid-eta")
-    time_grid(flow_map, steps, kind, between)  # refuses before a folder is made
+    time_grid(flow_map, steps, kind, mid_eta)  # refuses before a folder is made
     if labels is not None and one_class is not None:
         raise ValueError("class: expected either --class or --labels, got both")
     extra = read_settings(net, "flow_map").get("extra", {})
@@ -130,15 +78,15 @@ def _run(
         one_class = find_class(one_class, flow_map.num_classes, class_names, net)
         all_labels = None if all_labels is None else torch.full_like(all_labels, one_class)
         labels = None if all_labels is None else NONE if one_class == flow_map.num_classes else str(one_class)
-    if cfg is not None and flow_map.num_classes == 0:
-        raise ValueError("cfg: expected a class-conditional checkpoint, got one without classes")
-    if cfg is not None and not math.isfinite(cfg):
-        raise ValueError(f"cfg: expected a finite number, got {cfg}")
-    npz_path = None if npz is None else _new_file(npz, Path(outdir))
+    if guidance is not None and flow_map.num_classes == 0:
+        raise ValueError("guidance: expected a class-conditional checkpoint, got one without classes")
+    if guidance is not None and not math.isfinite(guidance):
+        raise ValueError(f"guidance: expected a finite number, got {guidance}")
+    npz_path = None if npz is None else _new_file(npz, Path(out))
     shape = flow_map.image_shape
     decode, autoencoder = (None, None) if vae is None else _decoder(vae, shape, device)
-    pictures = shape[0] in (1, 3) or decode is not None
-    if layout is not None and not pictures:
+    drawn = shape[0] in (1, 3) or decode is not None
+    if grid is not None and not drawn:
         raise ValueError(f"grid: expected pictures, got latents of {shape[0]} channels without --vae ({latents.INSTALL})")
     manifest = {
         "net": {"name": net.name, "sha256": sha256_of(net)},
@@ -148,23 +96,30 @@ def _run(
         "classes": flow_map.num_classes,
         "steps": steps,
         "kind": kind,
-        "mid_eta": between,
+        "mid_eta": mid_eta,
         "method": method,
-        "cfg": cfg,
-        "nfe": steps * (1 if cfg is None else 2),
+        "guidance": guidance,
+        "nfe": steps * (1 if guidance is None else 2),
         "precision": precision,
         "rows": rows,
         "subdirs": subdirs,
         "vae": autoencoder,
-        "quantisation": (QUANTISATION if decode is None else QUANTISATION_DECODED) if pictures else None,
+        "quantisation": (pictures.QUANTISATION if decode is None else pictures.QUANTISATION_DECODED) if drawn else None,
         **generation.note(device),
     }
-    folder = ImageFolder(writable_folder(outdir), pictures=pictures, subdirs=subdirs, decoded=decode is not None)
+    folder = ImageFolder(writable_folder(out), pictures=drawn, subdirs=subdirs, decoded=decode is not None)
     click.get_current_context().call_on_close(folder.close)
     folder.begin(manifest, seed_list, where)
     missing = generation.absent(seed_list, rows, folder, where)
     sampler = Sampler(
-        flow_map, steps=steps, kind=kind, mid_eta=between, method=method, guidance=cfg, rows=rows, dtype=PRECISIONS[precision]
+        flow_map,
+        steps=steps,
+        kind=kind,
+        mid_eta=mid_eta,
+        method=method,
+        guidance=guidance,
+        rows=rows,
+        dtype=PRECISIONS[precision],
     )
     if where.first:
         many = f", {where.world} processes" if where.world > 1 else ""
@@ -172,13 +127,14 @@ def _run(
         if one_class is not None and one_class < len(class_names):  # "none" has no name
             click.echo(f"class: {one_class}, called {printable(class_names[one_class])}")
     name = f"process 0 of {where.world}" if where.world > 1 else None
-    with bar(missing, "image", desc=name, disable=not where.first or not missing) as made:
+    progress = bar(missing, "image", desc=name, disable=not where.first or not missing)
+    with progress as made, repeatable(tf32=precision == "tf32"):
         generation.generate(
             sampler, seed_list, all_labels, folder, where, decode=decode, origin=f"{net} in {precision}", on_images=made.update
         )
     made_by_all = where.total(missing)
     if where.first:
-        _finish(folder, seed_list, all_labels, layout, npz_path, made_by_all)
+        _finish(folder, seed_list, all_labels, grid, npz_path, made_by_all)
 
 
 def _finish(
@@ -191,7 +147,7 @@ def _finish(
         columns, lines = layout
         shown = torch.from_numpy(np.stack([folder.read(seed) for seed in seeds[: columns * lines]])).permute(0, 3, 1, 2)
         exact = (shown.float() - 127.5) / 127.5  # to_uint8 gives these pixels back
-        save_picture(grid([("", part) for part in exact.split(columns)]), folder.root / "grid.png")
+        pictures.save_picture(pictures.grid([("", part) for part in exact.split(columns)]), folder.root / "grid.png")
     what = "images" if folder.pictures else "latents"
     also = [*(["grid.png"] if layout else []), *([str(npz)] if npz is not None else [])]
     there = f" ({len(seeds) - made} were there already)" if made < len(seeds) else ""
@@ -202,10 +158,10 @@ def _finish(
         )
 
 
-def _new_file(path: str, outdir: Path) -> Path:
+def _new_file(path: str, out: Path) -> Path:
     """A file that can be written: its folder exists, or is the one that will be made."""
     target = Path(path)
-    if target.suffix != ".npz" or not (target.parent.is_dir() or target.parent.resolve() == outdir.resolve()):
+    if target.suffix != ".npz" or not (target.parent.is_dir() or target.parent.resolve() == out.resolve()):
         raise ValueError(f"npz: expected a file name that ends in .npz, in a folder that exists, got {path}")
     return target
 

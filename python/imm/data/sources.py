@@ -380,7 +380,7 @@ def _in_folders(files: Files) -> Source:
     if all(name.lower() in _SPLIT_FOLDERS for name in classes):
         notes.append(
             f"the classes are the folders {', '.join(classes)}, which are called like splits; "
-            f"--data or --source of one of them ({files.path / classes[0]}) takes the folders in it"
+            f"--data of one of them ({files.path / classes[0]}) takes the folders in it"
         )
     elif all(name.count("/") > 1 for name in names):
         notes.append(

@@ -62,9 +62,7 @@ def lock_folder(folder: Path, file: str | None = LOCK_FILE) -> FolderLock | None
             who = f"process {os.pread(descriptor, 20, 0).decode(errors='replace').strip()}"
         os.close(descriptor)
         if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
-            raise ValueError(
-                f"outdir: expected a folder that no other run writes to, got {folder}, where {who} does"
-            ) from error
+            raise ValueError(f"out: expected a folder that no other run writes to, got {folder}, where {who} does") from error
         return None
     lock = FolderLock(descriptor)
     if file is not None:

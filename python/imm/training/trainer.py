@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from imm import checkpoints
-from imm.backends import repeatable
+from imm.backends import PRECISIONS, repeatable
 from imm.checkpoints.format import build, describe, load_state
 from imm.data import ImageData, augmentation, digest, to_float
 from imm.distributed import Exchange, Processes
@@ -34,7 +34,6 @@ STATE_FILE = "training-state.safetensors"
 STATS_FILE = "stats.jsonl"
 _SHAPE = ("channels", "resolution")
 #: What autocast computes in, if it is used.
-PRECISIONS = {"fp32": None, "tf32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 #: In torch's fused form where there is one: weights, gradient and moments pass through memory once.
 OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
     "adamw": functools.partial(torch.optim.AdamW, fused=True),
@@ -106,14 +105,14 @@ class Trainer:
 
     Args:
         objective: on the device to train on. data: whose classes fit the network's.
-        outdir: gets ``stats.jsonl``, ``training-state.safetensors`` and ``snapshot-STEP.safetensors``; made if absent.
+        out: gets ``stats.jsonl``, ``training-state.safetensors`` and ``snapshot-STEP.safetensors``; made if absent.
         config: see :class:`TrainConfig`. init: sha256 of the file that the network's weights came from, to be kept among the
             settings; None for fresh weights. The average begins at the network's weights in either case.
         where: which of several processes this is (:func:`imm.distributed.processes`), each with the whole data and a trainer
             of the same settings. They share a batch, times and noise of which are those of one process; so is the result, to
             rounding, but for a network's dropout. The first process writes. All make a trainer, run and save together.
 
-    A state file in ``outdir`` is continued, by the same settings only. The folder is locked against other processes until
+    A state file in ``out`` is continued, by the same settings only. The folder is locked against other processes until
     :meth:`close`, the end of the trainer, or of its process. Each step seeds torch's default generators from
     (seed, step).
 
@@ -126,7 +125,7 @@ class Trainer:
         self,
         objective: IMMObjective,
         data: ImageData,
-        outdir: str | os.PathLike[str],
+        out: str | os.PathLike[str],
         config: TrainConfig,
         *,
         init: str | None = None,
@@ -162,7 +161,7 @@ class Trainer:
             raise ValueError(f"xflip: expected images, a mirrored latent is no mirrored image's, got {data.source}")
         if config.augment:
             _check_augmentation(flow_map.network, data)
-        self.objective, self.config, self.outdir = objective, config, Path(outdir)
+        self.objective, self.config, self.out = objective, config, Path(out)
         self.device = parameter.device
         self.step = 0
         self.resumed_from: int | None = None
@@ -179,7 +178,7 @@ class Trainer:
         )
         self._scaler = torch.amp.GradScaler(self.device.type, enabled=config.precision == "fp16")
         self._permutation: tuple[int, Tensor] | None = None
-        self._lock = self._lock_outdir()
+        self._lock = self._lock_folder()
         self._pixels = data.pixels.to(self.device)
         self._deviations = None if data.deviations is None else data.deviations.to(self.device)
         labels = data.labels if flow_map.num_classes else None
@@ -187,12 +186,12 @@ class Trainer:
         self._settings = self._describe(data)
         if init is not None:
             self._settings["init"] = {"sha256": init}
-        if (self.outdir / STATE_FILE).exists():
+        if (self.out / STATE_FILE).exists():
             self._load()
         elif where.first:
             self._refuse_snapshots()
         if not where.alike(str(self.step)):
-            raise ValueError(f"outdir: expected a folder that all processes share, got {outdir}, whose state some do not find")
+            raise ValueError(f"out: expected a folder that all processes share, got {out}, whose state some do not find")
         intervals = config.log_every, config.snapshot_every, config.keep_every
         found: dict[str, Any] = {**self._settings, "data": self._settings["data"]["sha256"]}
         if not where.alike(f"{found} {intervals}"):
@@ -200,19 +199,19 @@ class Trainer:
         if where.first:
             self._trim_stats()
 
-    def _lock_outdir(self) -> FolderLock | None:
+    def _lock_folder(self) -> FolderLock | None:
         """Make and lock the folder, in the first process; after all checks of settings, so that a refusal leaves no folder."""
         lock, refusal = None, None
         if self._where.first:
             try:
-                self.outdir.mkdir(parents=True, exist_ok=True)
-                lock = lock_folder(self.outdir)
+                self.out.mkdir(parents=True, exist_ok=True)
+                lock = lock_folder(self.out)
             except OSError as error:
-                refusal = ValueError(f"outdir: expected a folder that can be written to, got {self.outdir}: {error}")
+                refusal = ValueError(f"out: expected a folder that can be written to, got {self.out}: {error}")
             except ValueError as error:
                 refusal = error
         if self._where.any(refusal is not None):
-            raise refusal or ValueError(f"outdir: expected a folder that the first process can write to, got {self.outdir}")
+            raise refusal or ValueError(f"out: expected a folder that the first process can write to, got {self.out}")
         return lock
 
     def close(self) -> None:
@@ -281,7 +280,7 @@ class Trainer:
         return self._snapshot_path(self.step)
 
     def _snapshot_path(self, step: int) -> Path:
-        return self.outdir / f"snapshot-{step:07d}.safetensors"
+        return self.out / f"snapshot-{step:07d}.safetensors"
 
     def _stays(self, step: int) -> bool:
         return self.config.keep_every is not None and step % self.config.keep_every == 0
@@ -310,7 +309,7 @@ class Trainer:
             "scaler": self._scaler.state_dict(),
             "settings": self._settings,
         }
-        checkpoints.write_file(self.outdir / STATE_FILE, tensors, settings)
+        checkpoints.write_file(self.out / STATE_FILE, tensors, settings)
         # A run that is killed from here on does the rest when it is resumed: the state says which snapshots are whose.
         self._write_snapshot()
         self._drop_snapshot(replaced)
@@ -438,7 +437,7 @@ class Trainer:
                 "a new run in another folder may want a smaller lr"
             )
         if self._where.first:
-            with open(self.outdir / STATS_FILE, "a") as file:
+            with open(self.out / STATS_FILE, "a") as file:
                 file.write(json.dumps(row) + "\n")
         if on_log is not None:
             on_log(row)
@@ -468,7 +467,7 @@ class Trainer:
         }
 
     def _load(self) -> None:
-        path = self.outdir / STATE_FILE
+        path = self.out / STATE_FILE
         tensors, settings = checkpoints.read_file(path, "training")
         kept = settings.get("settings")
         if isinstance(kept, dict) and isinstance(kept.get("config"), dict):
@@ -506,10 +505,10 @@ class Trainer:
 
     def _refuse_snapshots(self) -> None:
         """Raise ValueError for a run's folder whose state is lost: a new run would mix with it."""
-        found = sorted(self.outdir.glob("snapshot-*.safetensors"))
+        found = sorted(self.out.glob("snapshot-*.safetensors"))
         if found:
             raise ValueError(
-                f"outdir: expected {STATE_FILE} beside {found[-1].name}, got a folder without; a new run wants another folder, "
+                f"out: expected {STATE_FILE} beside {found[-1].name}, got a folder without; a new run wants another folder, "
                 f"and --init={found[-1]} begins with these weights"
             )
 
@@ -518,7 +517,7 @@ class Trainer:
 
         Rows of a run that never saved a state are kept beside, as ``stats-1.jsonl`` and so on.
         """
-        path = self.outdir / STATS_FILE
+        path = self.out / STATS_FILE
         lines = path.read_text().splitlines() if path.exists() else []
         kept = [line for i, line in enumerate(lines) if self._stays_in_stats(path, line, last=i + 1 == len(lines))]
         try:
@@ -528,7 +527,7 @@ class Trainer:
             with replacing(path) as part:
                 part.write_text("".join(line + "\n" for line in kept))
         except OSError as error:
-            raise ValueError(f"outdir: expected a folder that can be written to, got {self.outdir}: {error}") from error
+            raise ValueError(f"out: expected a folder that can be written to, got {self.out}: {error}") from error
 
     def _stays_in_stats(self, path: Path, line: str, *, last: bool) -> bool:
         """Whether a line is a row of a step up to the state's. Raises ValueError for one that is no row, but for the last."""
@@ -539,7 +538,7 @@ class Trainer:
         except (ValueError, TypeError, KeyError) as error:
             if last and isinstance(error, json.JSONDecodeError):
                 return False
-            raise ValueError(f"outdir: expected rows of a training run in {path}, got {line[:60]!r}") from error
+            raise ValueError(f"out: expected rows of a training run in {path}, got {line[:60]!r}") from error
 
 
 @contextlib.contextmanager

@@ -1,0 +1,418 @@
+"""Every command and its options. What a command does is imported when it runs, so that ``--help`` needs no torch.
+
+The words of choices are those of the library; tests/test_cli_options.py compares them with it.
+"""
+
+from __future__ import annotations
+
+import importlib
+import re
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import click
+
+from imm.cli.options import PATH, Number, grid_of, parse_floats
+
+PRECISIONS = ("fp32", "tf32", "bf16", "fp16")
+DEFAULT_METRICS = "fd-efficientnet-lite0,kid-efficientnet-lite0,mmd-pixels"
+METRICS = (
+    "fid, kid, prdc, is, fd-efficientnet-lite0, kid-efficientnet-lite0, prdc-efficientnet-lite0, "
+    "mmd-efficientnet-lite0, mmd-pixels, label-match"
+)
+PRESETS = (
+    *("cifar10", "imagenet256-ts-a2", "imagenet256-s-a1"),
+    *(f"dit-{size}-{patch}" for size in ("s", "b", "l", "xl") for patch in (2, 4, 8)),
+)
+Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
+COUNT = click.IntRange(min=1)
+
+
+def _run(name: str, **options: Any) -> None:
+    """``imm.cli.NAME.run``."""
+    importlib.import_module(f"imm.cli.{name}").run(**options)
+
+
+def _option(*names: str, **settings: Any) -> Decorator:
+    """A click option that shows its default, if it has one."""
+    return click.option(*names, **{"show_default": settings.get("default") is not None, **settings})
+
+
+def _all(options: Sequence[Decorator]) -> Decorator:
+    def decorate(command: Callable[..., Any]) -> Callable[..., Any]:
+        for option in reversed(options):
+            command = option(command)
+        return command
+
+    return decorate
+
+
+class _Grouped(click.Command):
+    """A command whose help has its options in groups, by their number in each."""
+
+    groups: Mapping[str, int]
+
+    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        records = [record for param in self.get_params(ctx) if (record := param.get_help_record(ctx)) is not None]
+        for title, count in {**self.groups, "Other": len(records)}.items():
+            with formatter.section(title):
+                formatter.write_dl(records[:count])
+            records = records[count:]
+
+
+def _choice(*words: str) -> click.Choice[str]:
+    return click.Choice(list(words))
+
+
+def _data(what: str, required: bool = True) -> Decorator:
+    return _option("--data", required=required, type=PATH, metavar="PATH", help=what)
+
+
+def _out(what: str, metavar: str = "FILE", required: bool = True) -> Decorator:
+    return _option("--out", required=required, type=PATH, metavar=metavar, help=what)
+
+
+def _net(what: str = "Checkpoint (.safetensors).") -> Decorator:
+    return _option("--net", required=True, type=PATH, metavar="FILE", help=what)
+
+
+def _batch(default: int, what: str) -> Decorator:
+    return _option("--batch", default=default, type=COUNT, help=what)
+
+
+def _precision(what: str) -> Decorator:
+    return _option("--precision", default="fp32", type=_choice(*PRECISIONS), help=what)
+
+
+SET = '"mnist5k", a folder, .zip, .npz, CIFAR-10 or MNIST (docs/data.md).'
+TRANSFORM = _option(
+    "--transform",
+    default="none",
+    type=_choice("none", "center-crop", "center-crop-dhariwal"),
+    help="What is cut out of a picture first; none squeezes what is not square.",
+)
+CHANNELS = _option(
+    "--channels",
+    type=_choice("1", "3"),
+    callback=lambda context, parameter, value: None if value is None else int(value),
+    help="Bring all pictures to one channel (luma) or three. [default: as they are, all grey or all in colour]",
+)
+SKIP_BROKEN = _option("--skip-broken", is_flag=True, help="Leave out pictures that cannot be read, and list them.")
+DEVICE = _option("--device", default="auto", help="auto, cpu, cuda or cuda:N.")
+#: Of the commands that torchrun starts as well.
+OWN_DEVICE = _option("--device", default="auto", help="cpu, cuda or cuda:N; under torchrun cuda is each process's own GPU.")
+STEPS = _option("--steps", default=2, type=COUNT, help="Sampling steps.")
+SAMPLER = (
+    STEPS,
+    _option("--kind", default="uniform", type=_choice("uniform", "edm", "eta"), help="Time grid."),
+    _option(
+        "--mid-eta",
+        default="",
+        show_default=False,
+        metavar="LIST",
+        callback=lambda context, parameter, value: parse_floats(value, "mid-eta"),
+        help="Noise levels in between, for --kind=eta, such as 1.4.",
+    ),
+    _option("--method", default="pushforward", type=_choice("pushforward", "restart"), help="Algorithm 2, or 5 of the paper."),
+)
+
+
+@click.command()
+@_option("--out", default="runs/demo", type=PATH, metavar="DIR", help="Where to write; trains in demo-training there.")
+@_option("--steps", default=3000, type=COUNT, help="Training steps.")
+@_option("--minutes", type=Number(min=0), help="Stop training after this long, whatever --steps says.")
+@_option("--seed", default=0, type=click.IntRange(0, 2**63 - 1))
+@_precision("Of training.")
+@_option("--resume", is_flag=True, help="Resume the run in --out instead of starting afresh.")
+@DEVICE
+def demo(**options: Any) -> None:
+    """Train on real digits from scratch, sample in 1-8 steps from the saved checkpoint, score, report.
+
+    Exits with 1 where the one-step samples are not good: a label match below 80 %, a spread below 60 % of real, or an MMD
+    above half of that of the class means.
+    """
+    _run("demo", **options)
+
+
+_TRAIN: dict[str, list[Decorator]] = {
+    "Data": [
+        _data('"mnist5k", a folder of images, .zip, .npz (images or latents), CIFAR-10, MNIST (docs/data.md).'),
+        _option("--resolution", type=click.IntRange(min=4), help="Resize to this side. [default: as they are; mnist5k: 16]"),
+        TRANSFORM,
+        CHANNELS,
+        SKIP_BROKEN,
+        _option("--xflip/--no-xflip", default=False, help="Also train on mirrored images (not latents)."),
+        _option(
+            "--augment",
+            default=0.0,
+            type=Number(0, 1),
+            help="DDPM++: probability of each geometric augmentation, which the network is told of (not latents).",
+        ),
+    ],
+    "Run": [
+        _out("Snapshots, state and stats.jsonl. A run found here is resumed.", "DIR"),
+        _option("--steps", default=10000, type=COUNT, help="Steps in all."),
+        _option("--minutes", type=Number(min=0), help="Stop after this long; run again to resume."),
+        _option("--snap", default=500, type=COUNT, help="Steps between saves."),
+        _option("--keep", type=COUNT, metavar="N", help="Keep the snapshots of every N steps. [default: only the newest]"),
+        _option("--tick", default=50, type=COUNT, help="Steps between rows of stats.jsonl."),
+        _option("--seed", default=0, type=click.IntRange(0, 2**63 - 1)),
+        OWN_DEVICE,
+    ],
+    "Optimization": [
+        _batch(64, "Images a training step, of all processes together."),
+        _option(
+            "--batch-gpu",
+            type=COUNT,
+            help="Images of a micro-batch of one process, for less memory; gradients are summed. [default: all]",
+        ),
+        _option("--lr", default=1e-4, type=Number(), help="Learning rate."),
+        _option("--warmup", default=0, type=click.IntRange(min=0), help="Steps of linear growth of the learning rate."),
+        _option("--optimizer", default="adamw", type=_choice("adamw", "radam")),
+        _option("--ema", default=0.9999, type=Number(), help="Beta of the moving average."),
+        _precision("Of both branches of the loss; bf16 and fp16 by autocast. docs/training.md has the error of the gradient."),
+        _option("--checkpointing", is_flag=True, help="DiT, DDPM++: compute blocks again in the backward, for less memory."),
+    ],
+    "Network": [
+        _option(
+            "--preset",
+            type=_choice(*PRESETS),
+            metavar="NAME",
+            help="The paper's network, flow map, objective, steps, batch, lr, optimizer, ema, precision, xflip, augment; "
+            f"options given beside it win. One of {', '.join(PRESETS)}.",
+        ),
+        _option(
+            "--init",
+            type=PATH,
+            metavar="FILE",
+            help="Start from this checkpoint, with its network and flow map.",
+        ),
+        _option("--network", default="unet", type=_choice("unet", "dit")),
+        _option("--width", default=16, type=int, help="U-Net, DDPM++: channels of the first layer."),
+        _option("--dropout", default=0.0, type=Number(0, 1, max_open=True), help="U-Net, DDPM++."),
+        _option("--size", default="S", type=_choice("S", "B", "L", "XL"), help="DiT: size."),
+        _option("--patch", default=2, type=COUNT, help="DiT: side of a patch."),
+    ],
+    "Flow map": [
+        _option("--schedule", default="fm", type=_choice("fm", "vp_cosine")),
+        _option("--parametrization", default="euler_fm", type=_choice("identity", "simple_edm", "euler_fm")),
+        _option("--second-time", default="stride", type=_choice("stride", "identity")),
+        _option("--t-min", default=0.0, type=Number()),
+        _option("--t-max", default=0.994, type=Number()),
+    ],
+    "Objective": [
+        _option("--particles", default=4, type=COUNT, help="M, particles a group."),
+        _option("--kernel", default="laplace", type=_choice("laplace", "rbf", "imq", "energy")),
+        _option("--mapping", default="eta", type=_choice("eta", "t", "log_snr", "inverse_eta"), help="How r(s, t) is found."),
+        _option("-k", "k", default=12, type=click.IntRange(1, 30), help="Step exponent of the mapping."),
+        _option("-a", "a", default=2, type=int, help="Exponent of alpha in the weighting."),
+        _option("-b", "b", default=4.0, type=Number(), help="Shift of the weighting."),
+        _option("--min-gap", type=Number(), help="Smallest t - r, such as 1e-4 in half precision. [default: none]"),
+        _option("--label-dropout", default=0.1, type=Number(0, 1)),
+    ],
+}
+_Grouped.groups = {title: len(options) for title, options in _TRAIN.items()}
+
+
+@click.command(cls=_Grouped)
+@_all([option for group in _TRAIN.values() for option in group])
+@click.pass_context
+def train(context: click.Context, **options: Any) -> None:
+    """Train a network on images. Stopped or killed at any moment, the same command resumes exactly where it was saved.
+
+    Processes that torchrun starts ("torchrun --nproc-per-node=8 -m imm train ...") share each batch.
+    """
+    default = click.core.ParameterSource.DEFAULT
+    given = {name for name in context.params if context.get_parameter_source(name) is not default}
+    _run("train", given=given, **options)
+
+
+class _Class(click.ParamType):
+    """A class's number, its name, or "none"."""
+
+    name = "class"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int | str:
+        return click.IntRange(min=0).convert(value, param, ctx) if re.fullmatch(r"[+-]?\d+", str(value)) else str(value)
+
+
+@click.command()
+@_net()
+@_out("Where to write the images; a run that was stopped is resumed there.", "DIR")
+@_option("--seeds", default="0-63", metavar="LIST", help="Image seeds, such as 0-49999 or 0-63,70.")
+@_option("--labels", metavar="LIST", help="Classes, repeated over the seeds. [default: all classes in turn]")
+@_option(
+    "--class",
+    "one_class",
+    type=_Class(),
+    metavar="NAME|N|none",
+    help="One class for all images, by name or number; none: unconditional.",
+)
+@_option("--guidance", "--cfg", type=Number(), metavar="W", help="Classifier-free guidance scale. [default: none]")
+@_all(SAMPLER)
+@_batch(64, "Images a call of the sampler, in each process.")
+@_precision("Of the network; bf16 and fp16: a copy with weights of 16 bits.")
+@_option("--subdirs", is_flag=True, help="A sub-folder for every thousand seeds.")
+@_option(
+    "--grid",
+    metavar="WxH",
+    callback=lambda context, parameter, value: None if value is None else grid_of(value),
+    help="Also write grid.png of the first W x H images, such as 8x8.",
+)
+@_option("--npz", type=PATH, metavar="FILE", help="Also write all images to one file, in the ADM evaluator's layout.")
+@_option(
+    "--vae",
+    type=PATH,
+    metavar="PATH|ID",
+    help="Decode latents with this AutoencoderKL, those of an earlier run in --out too (needs diffusers).",
+)
+@OWN_DEVICE
+def sample(**options: Any) -> None:
+    """Generate images from a checkpoint.
+
+    An image depends on its own seed and label only. The files are the same whatever the number of processes ("torchrun
+    --nproc-per-node=8 -m imm sample ...") and however often the run was stopped and started again.
+    """
+    _run("sample", **options)
+
+
+_SPLIT = _option("--split", type=_choice("train", "test", "all"), help="[default: train where the source has splits, else all]")
+_RESOLUTION = _option("--resolution", type=COUNT, help="Side to resize to. [default: as they are; mnist5k: 16]")
+_MAX_IMAGES = _option("--max-images", type=COUNT, metavar="N", help="N images evenly spaced over the data set.")
+
+
+@click.group()
+def data() -> None:
+    """Convert, encode and measure data sets."""
+
+
+@data.command()
+@_data(SET)
+@_out("A .zip or .npz file to write, or a new folder.", "PATH")
+@_all([_RESOLUTION, TRANSFORM, _SPLIT, _MAX_IMAGES, CHANNELS, SKIP_BROKEN])
+def convert(**options: Any) -> None:
+    """Write a data set as a zip or folder of PNGs with dataset.json, or as .npz. The same images give the same bytes.
+
+    Stopped, killed or failed, the same command resumes from there.
+    """
+    importlib.import_module("imm.cli.data").convert(**options)
+
+
+@data.command()
+@_data(SET)
+@_out("The .npz file to write.")
+@_option("--vae", required=True, type=PATH, metavar="PATH|ID", help="The AutoencoderKL that encodes (needs diffusers).")
+@_all([_RESOLUTION, TRANSFORM, _SPLIT, _MAX_IMAGES, _batch(8, "Images a call of the autoencoder."), DEVICE, SKIP_BROKEN])
+def encode(**options: Any) -> None:
+    """Write the latents of a data set's images, as training takes them: mean and deviation of each, and labels.
+
+    Grey pictures are encoded as three equal channels. Stopped, killed or failed, the same command resumes from there.
+    """
+    importlib.import_module("imm.cli.data").encode(**options)
+
+
+@data.command("stats")
+@_data(SET)
+@_all([_RESOLUTION, TRANSFORM, _SPLIT, CHANNELS, SKIP_BROKEN])
+@_out("Also write the numbers there, as JSON.", required=False)
+def data_stats(**options: Any) -> None:
+    """Print count, shape, classes, channel means and deviations, pixel range and digest of a data set."""
+    importlib.import_module("imm.cli.data").stats(**options)
+
+
+#: Of whatever runs a feature network over a reference.
+_OF_FEATURES = (
+    _option("--weights", type=PATH, metavar="FILE", help='Published weights of Inception (fid, kid, prdc, is); or "download".'),
+    _option("--resolution", type=COUNT, help="Resize a data set. [default: as stored]"),
+    _option("--split", metavar="NAME", help="Split of the reference, such as train; if it has none, for the record."),
+    TRANSFORM,
+    CHANNELS,
+    SKIP_BROKEN,
+    _batch(64, "Images a call of a feature network, in each process."),
+    OWN_DEVICE,
+)
+
+
+@click.group("eval", invoke_without_command=True)
+@_data("Images to judge: a folder that imm sample wrote, or a data set.", required=False)
+@_option("--ref", type=PATH, metavar="PATH", help="What to compare with: a data set, or statistics (docs/evaluation.md).")
+@_option("--metrics", default=DEFAULT_METRICS, metavar="LIST", help=f"Of {METRICS}.")
+@_out("Where to write the numbers and their protocol (.json).", required=False)
+@_all(_OF_FEATURES)
+@click.pass_context
+def evaluate(context: click.Context, **options: Any) -> None:
+    """Measure how good images are, and write every number with the protocol it was measured by.
+
+    Runs under torchrun as well: the processes share the work, and the numbers stay the same. docs/evaluation.md says what the
+    metrics are.
+    """
+    command_line = click.core.ParameterSource.COMMANDLINE
+    given = [p.name for p in context.command.params if context.get_parameter_source(p.name or "") is command_line]
+    if context.invoked_subcommand is not None:
+        if given:
+            raise click.UsageError(f"--{given[0]} belongs to imm eval itself, not before {context.invoked_subcommand}")
+        return
+    for name in ("data", "ref", "out"):
+        if options[name] is None:
+            raise click.UsageError(f"Missing option '--{name}'.")
+    _run("eval", **options)
+
+
+@evaluate.command("stats")
+@_data("The reference images (docs/data.md).")
+@_out("Where to write (.npz).")
+@_option("--features", default="efficientnet-lite0", metavar="LIST", help="Of inception, efficientnet-lite0.")
+@_all(_OF_FEATURES)
+def reference(**options: Any) -> None:
+    """Mean and covariance of a reference's features, for --ref of Frechet distances."""
+    importlib.import_module("imm.cli.eval").stats(**options)
+
+
+@evaluate.command()
+@click.argument("first", type=PATH, metavar="A.json")
+@click.argument("second", type=PATH, metavar="B.json")
+def compare(first: str, second: str) -> None:
+    """Two results side by side; exits with 1, saying what differs, where their protocols are not alike."""
+    importlib.import_module("imm.cli.eval").compare(first, second)
+
+
+@click.command("import")
+@_net("Published snapshot (.pkl).")
+@_out("Checkpoint to write (.safetensors).")
+@_option("--second-time", type=_choice("stride", "identity"), help="Of the network. [default: what the snapshot says]")
+def import_(**options: Any) -> None:
+    """Turn a published checkpoint into one of ours. Nothing in the file is run, and none of its names is imported."""
+    _run("import_", **options)
+
+
+@click.command()
+@_net()
+@_out("Package to write (.pt2).")
+@_batch(1, "Images a call of the package.")
+@_option("--guided", is_flag=True, help="For runs with a guidance scale.")
+@_all(SAMPLER)
+@_option(  # no tf32: that is a setting of the process that runs the package
+    "--precision", type=_choice("fp32", "bf16", "fp16"), help="Of the network. [default: the checkpoint's]"
+)
+@DEVICE
+def export(**options: Any) -> None:
+    """Compile a checkpoint's network and its sampling run into one file, which imm_generate runs without Python."""
+    _run("export", **options)
+
+
+@click.command()
+def doctor() -> None:
+    """Say what is installed and which implementation each op uses, and why."""
+    _run("doctor")
+
+
+COMMANDS: dict[str, click.Command] = {
+    "demo": demo,
+    "train": train,
+    "data": data,
+    "sample": sample,
+    "eval": evaluate,
+    "import": import_,
+    "export": export,
+    "doctor": doctor,
+}
