@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from imm.benchmark.case import COPY, Case, Claim, Peer, Step
-from imm.benchmark.losses import EPS, plain_mmd, trained_with
+from harness.case import COPY, Case, Claim, Peer, Step, call, compiled
+from harness.losses import EPS, plain_mmd, trained_with
 from imm.functional import flow_step, mmd_loss
 from imm.ops import flow_map_mmd
 
@@ -44,10 +44,6 @@ def trained(form: Callable[..., Tensor]) -> Peer:
     return trained_with(form, learned=2)
 
 
-def compiled(*inputs: Tensor) -> Step:
-    return trained(torch.compile(eager_form))(*inputs)
-
-
 def preallocated(*inputs: Tensor) -> Step:
     loss, grad = torch.empty(len(inputs[0]), device=inputs[0].device), torch.empty_like(inputs[2])
 
@@ -56,10 +52,6 @@ def preallocated(*inputs: Tensor) -> Step:
         return loss, grad
 
     return step
-
-
-def fresh(*inputs: Tensor) -> Step:
-    return lambda: torch.ops.imm.flow_map_mmd(*inputs, None, None, *KERNEL)
 
 
 def truth(*inputs: Tensor) -> tuple[Tensor, ...]:
@@ -76,7 +68,6 @@ def case(G: int, M: int, D: int, device: torch.device, dtype: torch.dtype = torc
         scale = torch.full((G,), D**0.5, device=device)
         return x[0], near[0], g.to(dtype), near[1].to(dtype), *numbers, *numbers, scale
 
-    element = torch.empty((), dtype=dtype).element_size()
     return Case(
         op="flow_map_mmd",
         mode="loss + gradient",
@@ -84,7 +75,7 @@ def case(G: int, M: int, D: int, device: torch.device, dtype: torch.dtype = torc
         dtype=dtype,
         # I/O: read x_t, x_r in float32, g_t, g_r [G, M, D], four coefficients in float64 and scale [G]; write the gradient to
         # g_t and the loss [G].
-        bytes=G * M * D * (8 + 3 * element) + 40 * G,
+        bytes=G * M * D * (8 + 3 * dtype.itemsize) + 40 * G,
         # Two products and a sum per particle and feature, then as mmd.
         flops=6 * G * M * D + 6 * G * D * (2 * M * M - M),
         inputs=inputs,
@@ -92,9 +83,9 @@ def case(G: int, M: int, D: int, device: torch.device, dtype: torch.dtype = torc
         tolerances=(1e-3, 1e-4 if dtype == torch.float32 else 1e-2),
         peers={
             OUT: preallocated,
-            "imm": fresh,
+            "imm": call(lambda *inputs: torch.ops.imm.flow_map_mmd(*inputs, None, None, *KERNEL)),
             SEPARATE: trained(separate_form),
-            COMPILED: compiled,
+            COMPILED: compiled(eager_form, trained),
             EAGER: trained(eager_form),
         },
         late=(COMPILED,),

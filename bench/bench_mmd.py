@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from imm.benchmark.case import COPY, MATMUL, Case, Claim, Step
-from imm.benchmark.losses import EPS, loss_of, plain_mmd, trained_with
-from imm.benchmark.machines import ISSUE
+from harness.case import COPY, MATMUL, Case, Claim, Peer, Step, call, compiled
+from harness.losses import EPS, loss_of, plain_mmd, trained_with
 from imm.functional import mmd_loss
 from imm.ops import mmd
 
@@ -33,7 +31,7 @@ CUDA_SHAPES = (
 KERNEL = ("laplace", [1.0], EPS, False)
 
 OUT, USER, EAGER, COMPILED = "imm out=", "imm as a user calls it", "eager broadcast", "torch.compile of the broadcast"
-GRAM, COMPILED_GRAM, GEOMLOSS = "bmm Gram", "torch.compile of the bmm Gram", "GeomLoss"
+GRAM, COMPILED_GRAM = "bmm Gram", "torch.compile of the bmm Gram"
 CLAIMS = (
     # Cold, torch.compile may be near memory's speed as well, and cannot then be far behind.
     Claim(OUT, COPY, at_most=1.3, up_to={"M": 8}, cache="warm"),
@@ -64,17 +62,6 @@ def gram(y_t: Tensor, y_r: Tensor, scale: Tensor) -> Tensor:
     return loss_of(mean_kernel)(y_t, y_r)
 
 
-def geomloss(y_t: Tensor, y_r: Tensor, scale: Tensor) -> Tensor:
-    """GeomLoss's kernel norm, half the squared MMD; one scale for all groups."""
-    from geomloss import SamplesLoss
-
-    return 2 * SamplesLoss("laplacian", blur=y_t.shape[2] ** 0.5, backend="tensorized")(y_t, y_r)
-
-
-def compiled(loss: Callable[..., Tensor]) -> Callable[..., Step]:
-    return lambda *inputs: trained_with(torch.compile(loss))(*inputs)
-
-
 def preallocated(y_t: Tensor, y_r: Tensor, scale: Tensor) -> Step:
     loss, grad = torch.empty(len(y_t), device=y_t.device), torch.empty_like(y_t)
 
@@ -85,12 +72,8 @@ def preallocated(y_t: Tensor, y_r: Tensor, scale: Tensor) -> Step:
     return step
 
 
-def fresh(*inputs: Tensor) -> Step:
-    return lambda: torch.ops.imm.mmd_loss_grad(*inputs, None, None, *KERNEL)
-
-
-def reference(*inputs: Tensor) -> Step:
-    return lambda: mmd.mmd_loss_grad(*inputs, None, None, *KERNEL)
+def with_kernel(function: Callable[..., tuple[Tensor, Tensor]]) -> Peer:
+    return call(lambda *inputs: function(*inputs, None, None, *KERNEL))
 
 
 def truth(*inputs: Tensor) -> tuple[Tensor, ...]:
@@ -103,39 +86,31 @@ def truth(*inputs: Tensor) -> tuple[Tensor, ...]:
     return torch.cat([loss for loss, _ in parts]), torch.cat([grad for _, grad in parts])
 
 
-def issued(G: int, M: int, D: int, dtype: torch.dtype) -> dict[str, float]:
-    """Warp instructions of the resident kernel at M = 4, counted in its machine code: those of 4096 features, and those that do
-    not depend on them (sums over threads, and the M x M part)."""
-    counted = {torch.float32: (19_100, 14_200), torch.bfloat16: (19_800, 7_100)}
-    if M != 4 or dtype not in counted:
-        return {}
-    features, fixed = counted[dtype]
-    return {ISSUE: G * (features * D / 4096 + fixed)}
-
-
 def case(G: int, M: int, D: int, device: torch.device, dtype: torch.dtype = torch.float32) -> Case:
     def inputs() -> tuple[Any, ...]:
         y_r = torch.randn(G, M, D, device=device)
         y_t = y_r + 0.1 * torch.randn_like(y_r)
         return y_t.to(dtype), y_r.to(dtype), torch.full((G,), D**0.5, device=device)
 
-    element, products = torch.empty((), dtype=dtype).element_size(), M > 8
-    peers = {OUT: preallocated, "imm": fresh, USER: trained_with(mmd_loss), COMPILED: compiled(plain_mmd)}
-    peers |= {COMPILED_GRAM: compiled(gram), GRAM: trained_with(gram)}
+    products = M > 8
+    peers: dict[str, Peer] = {OUT: preallocated, "imm": with_kernel(torch.ops.imm.mmd_loss_grad), USER: trained_with(mmd_loss)}
+    peers |= {
+        COMPILED: compiled(plain_mmd, trained_with),
+        COMPILED_GRAM: compiled(gram, trained_with),
+        GRAM: trained_with(gram),
+    }
     if M <= 16:  # a call of 64 takes five seconds on two cores
-        peers["reference"] = reference
+        peers["reference"] = with_kernel(mmd.mmd_loss_grad)
     # [G, M, M, D] of the broadcast, and of cdist's backward, beyond this only measures the memory.
     if (2**30 if device.type == "cuda" else 2**26) >= G * M * M * D:
         peers |= {"torch.cdist": trained_with(cdist), EAGER: trained_with(plain_mmd)}
-    if importlib.util.find_spec("geomloss") is not None:
-        peers[GEOMLOSS] = trained_with(geomloss)
     return Case(
         op="mmd",
         mode="loss + gradient",
         shape={"G": G, "M": M, "D": D},
         dtype=dtype,
         # I/O: read y_t, y_r [G, M, D] and scale [G]; write the gradient [G, M, D] and the loss [G].
-        bytes=3 * element * G * M * D + 8 * G,
+        bytes=3 * dtype.itemsize * G * M * D + 8 * G,
         # Directly: subtract, multiply, add per feature, of M (M - 1) / 2 pairs within each set and M^2 across for the
         # distances, and as many for the gradient (M (M - 1) ordered pairs within y_t). As products: three for the distances,
         # two for the gradient.
@@ -147,9 +122,8 @@ def case(G: int, M: int, D: int, device: torch.device, dtype: torch.dtype = torc
         peers=peers,
         late=(COMPILED, COMPILED_GRAM),
         # Products lose the digits of the matched pairs, which are close.
-        rough=dict.fromkeys((GRAM, COMPILED_GRAM, GEOMLOSS), 0.1),
+        rough=dict.fromkeys((GRAM, COMPILED_GRAM), 0.1),
         products=products,
-        kernel=issued(G, M, D, dtype),
     )
 
 

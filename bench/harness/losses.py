@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from imm.benchmark.case import Peer, Step
+from harness.case import Peer, Step
 
 EPS = 1e-8
 

@@ -1,0 +1,154 @@
+"""A model of a machine, the roofline: no case is faster than its bytes through the memory, or its flops through the units that
+do them. ``imm bench --predict=NAME`` prints it without the machine.
+
+A machine has rates that vendors state and rates that were reached.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+import torch
+
+from harness.case import Case, chosen, words
+from harness.rows import duration
+
+MEMORY = "memory"
+
+
+@dataclass(frozen=True)
+class Machine:
+    """Rates per unit: "memory" in bytes a second, read and written together, and "products DTYPE" and "vector DTYPE" in dense
+    flop a second. On a GPU, products are those of the tensor cores, and "products float32" are in TF32.
+
+    peak: stated by the vendor (``source``). reached: what was measured on one (``measured``); it takes the place of the peak.
+    l2: bytes.
+    """
+
+    name: str
+    peak: Mapping[str, float]
+    source: str
+    reached: Mapping[str, float] = field(default_factory=dict)
+    measured: str = ""
+    l2: int = 0
+
+    def rate(self, unit: str) -> float | None:
+        """The rate to count with; None where nobody states or measured it."""
+        return self.reached.get(unit, self.peak.get(unit))
+
+    @property
+    def description(self) -> str:
+        """Sizes, rates and their sources, in words."""
+        words = lambda rates: ", ".join(f"{unit} {rate / 1e12:.4g} T/s" for unit, rate in rates.items())
+        lines = [f"{self.name}: L2 {self.l2 / 2**20:.0f} MiB"]
+        lines += [f"  stated: {words(self.peak)} ({self.source})"] if self.peak else []
+        lines += [f"  measured: {words(self.reached)} ({self.measured})"] if self.reached else []
+        return "\n".join(lines)
+
+
+def _rates(memory: float, half: float, tf32: float, double: float, vector: float, vector_double: float) -> dict[str, float]:
+    """Peak rates of a GPU: TB/s, then dense TFLOP/s of the tensor cores and of the plain units. Where a datasheet prints those
+    with sparsity, half of them."""
+    products = {"products bfloat16": half, "products float16": half, "products float32": tf32, "products float64": double}
+    units = {MEMORY: memory, **products, "vector float32": vector, "vector float64": vector_double}
+    return {unit: 1e12 * rate for unit, rate in units.items()}
+
+
+_HOPPER = "NVIDIA H100 Tensor Core GPU Architecture, V1.04, table 1 (p. 20) and table 3 (pp. 39-40)"
+_MATMUL = "products: largest found, Bekman, ML Engineering, table of maximum achievable matmul FLOPS"
+MACHINES = {
+    "a100": Machine(
+        name="A100 80 GB SXM",
+        peak=_rates(2.039, 312.0, 156.0, 19.5, 19.5, 9.7),
+        source="NVIDIA A100 80GB datasheet; L2: NVIDIA A100 Tensor Core GPU Architecture, comparison of data center GPUs",
+        reached={"products bfloat16": 271.2e12},
+        measured=_MATMUL,
+        l2=40 * 2**20,
+    ),
+    "h100": Machine(
+        name="H100 SXM",
+        peak=_rates(3.35, 989.4, 494.7, 66.9, 66.9, 33.5),
+        source=_HOPPER,
+        reached={MEMORY: 3.01e12, "products bfloat16": 794.5e12},
+        measured="memory: a softmax of 16384 x 131072 float32, Guo, Zadouri and Dao, Getting Memory-bound Kernels to "
+        f"Speed-of-Light (2025); {_MATMUL}",
+        l2=50 * 2**20,
+    ),
+    "h200": Machine(
+        name="H200 SXM",
+        peak=_rates(4.8, 989.4, 494.7, 66.9, 66.9, 33.5),
+        source=f"NVIDIA H200 datasheet, which has those of the H100 SXM but for the memory: {_HOPPER}",
+        reached={MEMORY: 4.3e12, "products bfloat16": 790e12},
+        measured="memory: a copy on the device; products: 8192 x 8192 x 8192 of random numbers (769 to 798 TFLOP/s)",
+        l2=60 * 2**20,
+    ),
+    "b200": Machine(
+        name="B200",
+        peak=_rates(8.0, 2250.0, 1100.0, 40.0, 80.0, 40.0),
+        source="NVIDIA Blackwell Architecture Technical Brief, table of HGX B200 at 1000 W (pp. 19-20); L2: Chips and Cheese, "
+        "Nvidia's B200 (2025)",
+        reached={"products bfloat16": 1745e12},
+        measured=_MATMUL,
+        l2=126 * 2**20,
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Floor:
+    """The least time, in seconds: of the memory, and of the arithmetic on ``unit`` (0 where no flops are counted)."""
+
+    memory: float
+    arithmetic: float
+    unit: str
+
+    @property
+    def seconds(self) -> float:
+        return max(self.memory, self.arithmetic)
+
+    @property
+    def bound(self) -> str:
+        """What takes that time."""
+        return self.unit if self.arithmetic > self.memory else MEMORY
+
+
+def case_floor(machine: Machine, case: Case) -> Floor | None:
+    """The floor of a case; None where the machine's rate for one of the two is not known. Products run at their dtype's own
+    rate; sums and exponentials of 16 bits are float32's."""
+    dtype = case.arithmetic or case.dtype
+    wide = "float64" if dtype == torch.float64 else "float32"
+    unit = f"products {words(dtype)}" if case.products else f"vector {wide}"
+    memory, rate = machine.rate(MEMORY), machine.rate(unit)
+    if memory is None or (case.flops > 0 and rate is None):
+        return None
+    return Floor(case.bytes / memory, case.flops / rate if rate else 0.0, unit)
+
+
+def _line(machine: Machine, case: Case) -> list[str]:
+    """Op, mode, shape, dtype, what is the bound, bytes, flops, times and the floor."""
+    first = [case.op, case.mode, case.size, words(case.dtype)]
+    amounts = [f"{case.bytes / 1e6:.2f} MB", f"{case.flops / 1e9:.2f} GF" if case.flops else "-"]
+    found = case_floor(machine, case)
+    if found is None:
+        return [*first, "a rate is not known", *amounts, "-", "-", "-"]
+    bound = found.bound + " (in L2)" * (case.bytes <= machine.l2)
+    counted = duration(1e6 * found.arithmetic) if case.flops else "-"
+    return [*first, bound, *amounts, duration(1e6 * found.memory), counted, duration(1e6 * found.seconds)]
+
+
+def report(op: str, name: str, *, quick: bool, say: Callable[[str], None] = print) -> None:
+    """Print the floors of an op's cases ("all": every op's) on a machine. Raises ValueError for an unknown op or machine."""
+    if name not in MACHINES:
+        raise ValueError(f"predict: expected one of {list(MACHINES)}, got {name!r}")
+    machine, modules = MACHINES[name], chosen(op)
+    say(machine.description)
+    say("  floor: the larger of bytes / memory and flops / the rate of the unit that does them: no kernel is faster")
+    say("  in L2: all that the case moves fits there, so that warm buffers can be faster than the memory's time")
+    lines = [["op", "mode", "shape", "dtype", "bound", "bytes", "flops", "memory", "arithmetic", "floor"]]
+    cases = (case for module in modules.values() for case in module.cases(torch.device("cuda"), quick))
+    lines += [_line(machine, case) for case in cases]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    for line in lines:  # words to the left, numbers to the right
+        cells = (c.ljust(w) if i < 5 else c.rjust(w) for i, (c, w) in enumerate(zip(line, widths, strict=True)))
+        say("  ".join(["", *cells]).rstrip())
