@@ -44,7 +44,6 @@ _NVDISASM = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "nvdi
 class Usage:
     """What the machine code of a kernel uses; sizes in bytes. loads, stores: global accesses by width in bits."""
 
-    name: str
     warps: int
     registers: int
     stack: int
@@ -157,7 +156,7 @@ def overwritten(sass: str) -> list[str]:
     return [found[place] for place in sorted(found)]
 
 
-def usage(name: str, compiled: Any, said: str) -> Usage:
+def usage(compiled: Any, said: str) -> Usage:
     """What a compiled kernel uses; ``said``: the assembler. The stack of a math function's slow path is not a spill, and only
     what the assembler says tells."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
@@ -167,7 +166,6 @@ def usage(name: str, compiled: Any, said: str) -> Usage:
     registers, stack = (re.search(p, said) for p in (r"Used (\d+) registers", r"(\d+) bytes cumulative stack"))
     assert registers is not None
     return Usage(
-        name=name,
         warps=compiled.metadata.num_warps,
         registers=int(registers[1]),
         stack=int(stack[1]) if stack else 0,
@@ -209,7 +207,7 @@ def _rows(index: int, arch: int, quick: bool, only: str) -> dict[str, tuple[str,
         names = kernel.src.fn.arg_names
         constants = {names[place[0]]: value for place, value in kernel.src.constants.items()}
         kinds = dict(kernel.src.signature)
-        u = usage(name, kernel, _SAID[kernel.asm["cubin"]])
+        u = usage(kernel, _SAID[kernel.asm["cubin"]])
         half = "*bf16" in kinds.values() or "*fp16" in kinds.values()
         products = half and name.startswith("attention") and "delta" not in name
         only_wide = name in ("flow_step._flow_step_fwd_kernel", "noise._noise_kernel")

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from harness.case import COPY, Case, Claim, Peer, Step, call, compiled
-from harness.losses import EPS, plain_mmd, trained_with
+from harness.networks import EPS, plain_mmd, trained_with
 from imm.functional import flow_step, mmd_loss
 from imm.ops import flow_map_mmd
 

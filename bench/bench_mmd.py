@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from harness.case import COPY, MATMUL, Case, Claim, Peer, Step, call, compiled
-from harness.losses import EPS, loss_of, plain_mmd, trained_with
+from harness.networks import EPS, loss_of, plain_mmd, trained_with
 from imm.functional import mmd_loss
 from imm.ops import mmd
 

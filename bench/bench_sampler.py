@@ -42,7 +42,6 @@ GUIDANCE = 1.5
 SAMPLER, BARE, FIRST = "imm.Sampler", "the network alone", "imm.Sampler, first call (made and captured)"
 STEPWISE, EAGER, COMPILED = "imm.Sampler, without a graph", "plain eager loop", "plain loop, torch.compile"
 EAGER_32 = "plain eager loop, float32"
-SAMPLER_COMPILED = "imm.Sampler, torch.compile of the network"
 MODES = {"unet": "UNet, seeds to images"} | {size: f"DiT-{size}/2, seeds to images" for size in SIZES}
 CLAIMS = (
     Claim(SAMPLER, BARE, at_most=1.2, mode=MODES["unet"], up_to={"steps": 1, "images": 1}),
@@ -69,14 +68,10 @@ def eager(flow_map: FlowMap, times: Tensor, guidance: float | None) -> Peer:
     return call(lambda seeds, labels: sampling.pushforward(flow_map, start(seeds), times, labels, guidance))
 
 
-def with_compiled(flow_map: FlowMap, network: nn.Module, mode: str | None = None) -> FlowMap:
-    """The same flow map around a network that is compiled."""
-    return FlowMap(torch.compile(network, mode=mode), **flow_map.settings).eval()
-
-
 def compiled(flow_map: FlowMap, times: Tensor, guidance: float | None, mode: str | None) -> Peer:
     """The same loop; the network is compiled when the peer is made."""
-    return lambda *inputs: eager(with_compiled(flow_map, flow_map.network, mode), times, guidance)(*inputs)
+    made = lambda: FlowMap(torch.compile(flow_map.network, mode=mode), **flow_map.settings).eval()
+    return lambda *inputs: eager(made(), times, guidance)(*inputs)
 
 
 def sampled(sampler: Sampler) -> Peer:
@@ -128,8 +123,6 @@ def case(name: str, steps: int, images: int, device: torch.device, dtype: torch.
     }
     if name == "unet" or dtype != torch.float32:  # twice a DiT would be minutes of compiling
         make[COMPILED] = lambda: compiled(plain(dtype), times(), guidance, None)
-    if name == "unet":  # has no fused form
-        make[SAMPLER_COMPILED] = lambda: sampled(Sampler(with_compiled(exact(), copy.deepcopy(exact().network)), **options))
     if dtype != torch.float32 and rows <= 16:  # seconds a call at more
         make[EAGER_32] = lambda: eager(plain(torch.float32), times(), guidance)
     if cuda:

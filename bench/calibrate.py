@@ -1,11 +1,10 @@
 """What this machine can do at most: the numbers that design choices rest on, in a minute.
 
-    python bench/calibrate.py --out DIR [--device cuda|cpu] [--refused mmd]
+    python bench/calibrate.py --out DIR [--device cuda|cpu]
 
 DIR/calibration.json gets the numbers of each part, with their unit in the name, when it ends. A part that fails is recorded
-with what it has, and the next begins; run again with the same DIR, the parts that are not done are measured. ``--refused mmd``:
-its tests failed, so that it is not timed. On the CPU the parts that mean something there run in small. Nothing sets anything on
-the device.
+with what it has, and the next begins; run again with the same DIR, the parts that are not done are measured. On the CPU the
+parts that mean something there run in small. Nothing sets anything on the device.
 """
 
 # mypy: allow-untyped-defs
@@ -18,7 +17,6 @@ import math
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from statistics import median
@@ -29,8 +27,8 @@ import triton
 import triton.language as tl
 
 from harness import environment
-from harness.case import Step, load, words
-from harness.timing import Clock, captured, clock, sets_of_buffers, single_calls
+from harness.case import Step
+from harness.timing import Clock, captured, clock, single_calls
 
 TOTAL = 54.0  # seconds in which parts begin; with the imports under a minute
 ROUNDS = 7
@@ -38,10 +36,6 @@ ROUNDS = 7
 PRODUCTS = {"qkv": (1152, 3456), "proj": (1152, 1152), "fc1": (1152, 4608), "fc2": (4608, 1152)}
 BLOCKS, TOKENS = 28, 256
 WEIGHT_BYTES = 128e6  # to rotate among, so that they come from memory as in a network that has many
-#: (G, M, D) of the MMD: the sizes of ImageNet's latents and of CIFAR-10.
-MMD_SIZES = ((1024, 4, 4096), (1024, 4, 3072))
-#: Warps of a program of the resident MMD kernel, and programs of a multiprocessor.
-MMD_LAUNCHES = ((16, 1), (8, 2), (8, 1), (4, 4))
 READ_MEGABYTES = (16, 32, 48, 512)
 #: Of the kernel that reads: numbers of a block, warps, and programs of a multiprocessor, at 64 registers a thread.
 BLOCK, NUM_WARPS, PROGRAMS = 4096, 8, 4
@@ -137,44 +131,6 @@ def matrix_rates(device: torch.device) -> Numbers:
         yield f"products_of_{BLOCKS}_blocks_{rows}_rows_ms", 1e3 * total
 
 
-@contextmanager
-def mmd_launch(warps: int, programs: int, group_bytes: int) -> Iterator[None]:
-    """Within it the resident MMD kernel is launched with so many warps a program and programs a multiprocessor, for groups of
-    so many bytes. With 128 registers 16 warps fit there at once."""
-    from imm_kernels import mmd
-
-    shipped = mmd.direct_sizes, mmd._NEAR_BYTES
-
-    def sizes(*shape: Any, **options: Any) -> mmd.DirectSizes:
-        each = shipped[0](*shape, **options).EACH
-        return mmd.DirectSizes(32 * warps * each, each, warps, 128)
-
-    mmd.direct_sizes, mmd._NEAR_BYTES = sizes, programs * group_bytes
-    try:
-        yield
-    finally:
-        mmd.direct_sizes, mmd._NEAR_BYTES = shipped
-
-
-def mmd_launches(device: torch.device) -> Numbers:
-    """Microseconds of the MMD loss and gradient by warps and programs of the launch, beside a copy of the same bytes."""
-    declared = load("mmd")
-    for (G, M, D), dtype in ((size, dtype) for size in MMD_SIZES for dtype in (torch.float32, torch.bfloat16)):
-        case = declared.case(G, M, D, device, dtype)
-        sets = [case.inputs() for _ in range(sets_of_buffers(device, case.bytes))]
-        steps = [declared.preallocated(*given) for given in sets]
-        halves = [torch.empty(2, case.bytes // 8, device=device).normal_() for _ in sets]
-
-        def within(warps: int, programs: int, steps: list[Step] = steps, group: int = 2 * M * D * dtype.itemsize) -> Clock:
-            with mmd_launch(warps, programs, group):
-                return clock(device, steps)
-
-        copies: list[Step] = [lambda h=half: (h[0].copy_(h[1]),) for half in halves]
-        variants = {f"{w}_warps_{p}_programs": partial(within, w, p) for w, p in MMD_LAUNCHES}
-        for name, seconds in timed(device, {"copy": copies, "shipped": steps, **variants}).items():
-            yield f"mmd_{G}_{M}_{D}_{words(dtype)}_{name}_us", 1e6 * seconds
-
-
 def graph_gaps(device: torch.device) -> Numbers:
     """Microseconds of replays of graphs of empty kernels, and from one kernel to the next that waits for it."""
     # No cycles: one thread that looks at the clock once.
@@ -202,7 +158,7 @@ def sustained_clocks(device: torch.device) -> Numbers:
 
 
 #: Most valuable first.
-PARTS = (copy_bandwidth, read_bandwidth, matrix_rates, mmd_launches, graph_gaps, sustained_clocks)
+PARTS = (copy_bandwidth, read_bandwidth, matrix_rates, graph_gaps, sustained_clocks)
 ON_CPU = (copy_bandwidth, matrix_rates)
 
 
@@ -236,10 +192,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="folder of calibration.json")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--refused", choices=("mmd",), help="what is not timed")
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
-    parts = [part for part in (ON_CPU if options.device == "cpu" else PARTS) if not options.refused or part != mmd_launches]
+    parts = ON_CPU if options.device == "cpu" else PARTS
     return calibrate(options.out / "calibration.json", torch.device(options.device), parts)
 
 

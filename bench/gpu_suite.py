@@ -8,13 +8,10 @@ What gives figures runs first, what tests them after that, and baselines that co
 runs over its limit is recorded, and the next begins. Run again with the same DIR and commit, the suite takes the stages that
 were not tried before those to be repeated; a test that has passed is not run again. Another commit begins anew.
 
-A copy of the tree may come without .git: then pass --commit, and keep DIR inside the tree, where a second command finds it. DIR
-(build/gpu-suite unless given) gets at most 8 files of under 16 MB together: summary.json, environment.json, build.txt,
-tests.txt, sanitizer.txt, calibration.json, bench.txt, rows.csv. Copy them to bench/results/ to publish them.
-
-Only a wrong result of check_kernels.py stops the figures of an op. A failed test or a finding of the sanitizer marks its rows
-``unverified: why``. The native library is that of the bundle (`make gpu-bundle`) where it fits, the tree's where it loads, or
-is built; without one that has CUDA kernels the suite stops.
+A copy of the tree may come without .git: then pass --commit, and keep DIR inside the tree. DIR (build/gpu-suite unless given)
+gets at most 8 files of under 16 MB together; copy them to bench/results/ to publish them. Only a wrong result of
+check_kernels.py stops the figures of an op; a failed test or a finding of the sanitizer marks its rows ``unverified: why``. The
+native library is that of the bundle (`make gpu-bundle`), the tree's, or is built; without CUDA kernels the suite stops.
 """
 
 from __future__ import annotations
@@ -163,12 +160,11 @@ def described(stages: Sequence[Stage], budget: float, before: float) -> list[str
     """A line a stage: its expected seconds, when it begins, and whether that is within the budget."""
     lines, at = [f"budget {budget:.0f} s; the library takes {before:.0f} s of it"], before
     for stage in stages:
-        if isinstance(stage.command, str):
-            lines.append(f"  {stage.name:22s}     -  skipped: {stage.command}")
-            continue
         fits = "" if at + stage.expected <= budget else "  cut short" if at + LEAST <= budget else "  next command"
-        lines.append(f"  {stage.name:22s} {stage.expected:5.0f} s, from {at:5.0f}{fits}")
-        at += stage.expected
+        skipped = isinstance(stage.command, str)
+        what = f"    -  skipped: {stage.command}" if skipped else f"{stage.expected:5.0f} s, from {at:5.0f}{fits}"
+        lines.append(f"  {stage.name:22s} {what}")
+        at += 0.0 if skipped else stage.expected
     return lines
 
 
@@ -295,22 +291,12 @@ class Suite:
             if stage.name in self.done:  # what an earlier command found out about it stands
                 return
         else:
-            if stage.name == "calibrations" and concerning("mmd", wrong):
-                command = [*command, "--refused", "mmd"]
             outcome, text = execute(command, min(stage.limit, self.left - 2), environment)
         if stage.file in ("tests.txt", "sanitizer.txt") and (names := failed(text)):
             outcome["failed"] = names
         if stage.name == "kernels" and (names := failed(text, "WRONG")):
             outcome["wrong"] = names
         self.record(stage.name, stage.file, outcome, text)
-
-    def mark(self) -> None:
-        """Mark the rows whose tests fail, or unmark them."""
-        if (self.out / "rows.csv").exists():
-            sys.path[:0] = [str(ROOT / "python"), str(ROOT), str(ROOT / "bench")]
-            from harness.rows import mark
-
-            mark(self.out, unverified(self.done))
 
 
 def main() -> int:
@@ -342,7 +328,11 @@ def main() -> int:
         suite.run(stage)
         outcome = suite.done[stage.name]
         print(f"{stage.name}: {outcome['status']} {outcome.get('seconds', '')} {outcome.get('reason', '')}", flush=True)
-    suite.mark()
+    if (suite.out / "rows.csv").exists():
+        sys.path[:0] = [str(ROOT / "python"), str(ROOT), str(ROOT / "bench")]
+        from harness.rows import mark
+
+        mark(suite.out, unverified(suite.done))
     return 1 if any(outcome["status"] in ("failed", REFUSED) or "failed" in outcome for outcome in suite.done.values()) else 0
 
 

@@ -36,7 +36,7 @@ def test_configurations_compile_wide_and_without_spills(quick: bool) -> None:
 
 
 def test_what_is_wrong_is_said() -> None:
-    numbers = {"name": "kernel", "warps": 4, "stack": 0, "spills": 0, "shared": 0}
+    numbers = {"warps": 4, "stack": 0, "spills": 0, "shared": 0}
     good = aot_report.Usage(registers=32, loads={64: 2, 128: 4}, stores={128: 1}, **numbers)
     assert aot_report.problems(good, (3, 1), only_wide=True) == []
     assert good.occupancy(90) == 16

@@ -121,14 +121,6 @@ def test_peers_take_turns() -> None:
     assert all(row.rounds == 5 and row.threads == torch.get_num_threads() for row in found)
 
 
-def test_the_gate_is_no_part_of_the_test_run_around_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("PYTEST_XDIST_WORKER", "gw1")
-    monkeypatch.setenv("PYTEST_ADDOPTS", "--no-such-option")
-    (tmp_path / "tests").mkdir()
-    (tmp_path / "tests" / "test_a.py").write_text("import os\ndef test_a(): assert 'PYTEST_XDIST_WORKER' not in os.environ\n")
-    assert gate.refusals({"a": {"test_a.py": ""}}, tmp_path) == {}
-
-
 @pytest.mark.usefixtures("own_time")
 def test_slow_peers_have_the_least_rounds() -> None:
     effort = measure.Effort(0.2, 3, 30)  # slow: 4 ms
@@ -136,41 +128,6 @@ def test_slow_peers_have_the_least_rounds() -> None:
     assert found["late"].rounds == 3
     assert found["quick"].rounds == found[case.COPY].rounds == 30
     assert found["late"].ratio_to_copy == pytest.approx(rows.paired(found["late"].visits, found[case.COPY].visits), rel=0.02)
-
-
-def test_the_share_of_the_floor_is_that_of_the_slower_ceiling() -> None:
-    made = []
-    for peer, seconds in ((case.COPY, 1.0), (case.MATMUL, 2.0), ("imm", 4.0)):
-        made.append(rows.Row("op", "mode", "N=1", "float32", "cpu", peer=peer, bytes=8, flops=9))
-        made[-1].error = 0.0 if peer == "imm" else None
-        made[-1].timed([[seconds] * 3], [[1.0] * 3])
-    assert rows.share_of_floor(made[2], made) == 0.5
-    assert [rows.share_of_floor(row, made) for row in made[:2]] == [None, 1.0]
-    assert rows.share_of_floor(made[2], [made[0], made[2]]) == 0.25
-    assert rows.share_of_floor(dataclasses.replace(made[2], peer="imm, bfloat16"), made) is None
-
-
-def test_parts_have_times_and_no_figures_of_the_whole() -> None:
-    parts = {"part: a little": by(lambda x: x[:1] + 0), "part: broken": by(broken), case.MATMUL: by(lambda x: x)}
-    declared = dataclasses.replace(doubling(right=by(lambda x: 2 * x)), ceilings=parts)
-    measured = measure.measure(declared, CPU, BRIEF)
-    found = {row.peer: dict(zip(rows.HEADINGS, rows.line(row, measured), strict=True)) for row in measured}
-    shown = {
-        name: [column for column in ("median", "x imm", "GB/s", "x copy", "error") if line[column]]
-        for name, line in found.items()
-    }
-    assert shown == {
-        case.COPY: ["median", "GB/s", "x copy"],
-        "part: a little": ["median"],
-        "part: broken": ["median"],
-        case.MATMUL: ["median", "x copy"],
-        "right": ["median", "GB/s", "x copy", "error"],
-    }
-    assert found["part: broken"]["median"] == "refused: RuntimeError: no such luck"
-    assert found["part: a little"]["of floor"] == ""
-    rates = {row.peer: (row.gb_per_s is not None, row.gflop_per_s is not None) for row in measured}
-    assert rates["part: a little"] == (False, False)
-    assert (rates[case.COPY], rates[case.MATMUL], rates["right"]) == ((True, False), (False, True), (True, True))
 
 
 def test_a_broken_ceiling_ends_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -274,46 +231,6 @@ def test_peak_memory_counts_inputs_outputs_and_what_a_step_needs() -> None:
     assert found["wasteful"] == pytest.approx(4000 * (1 + 50 + 1), rel=0.02)
 
 
-def test_the_spread_is_that_of_all_visits() -> None:
-    steady = [1.0] * 8 + [9.0]
-    assert rows.interval([steady, steady]) == (1.0, 1.0)
-    assert rows.interval([steady, [2.0, 3.0]]) == (1.0, pytest.approx(2.8))
-    assert rows.interval([[5.0], [2.0, 3.0], [4.0]]) == (pytest.approx(2.2), 5.0)
-    assert rows.interval([[1.0] * 4 + [2.0] * 4]) == (1.0, 2.0)  # of one visit its halves
-    assert rows.interval([[3.0]]) == (3.0, 3.0)
-
-
-def test_rows_are_joined_visit_by_visit() -> None:
-    def row(peer: str, *visits: list[float], status: str = rows.OK, **values: Any) -> rows.Row:
-        made = rows.Row("op", "mode", "N=1", "float32", "cpu", "warm", peer, status, bytes=8, **values)
-        if visits:
-            made.timed(visits, ())
-        return made
-
-    first = [
-        row(case.COPY, [1.0, 2.0, 3.0, 4.0], [1.0, 1.0]),
-        row("imm", [10.0, 20.0], [20.0], error=1e-7, peak_bytes=9),
-        row("wrong", status="refused: wrong"),
-        row("fails", [3.0], error=0.0),
-        row("absent", [3.0], error=0.0),
-    ]
-    before = [dataclasses.replace(one) for one in first]
-    second = [row("imm", [100.0, 200.0]), row(case.COPY, [5.0, 20.0, 1.0]), row("fails", status="refused: no memory")]
-    copy, imm, wrong, fails = rows.joined(first, second)
-    assert [copy.visits, imm.visits] == [
-        [[1e6, 2e6, 3e6, 4e6], [1e6, 1e6], [5e6, 20e6, 1e6]],
-        [[10e6, 20e6], [20e6], [100e6, 200e6]],
-    ]
-    assert (imm.rounds, imm.median_us, imm.error, imm.peak_bytes) == (5, 20e6, 1e-7, 9)
-    assert imm.ratio_to_copy == 10.0  # of 10, 10, 20, 20, 10
-    assert (imm.gb_per_s, copy.ratio_to_copy) == (pytest.approx(8 / 20 * 1e-9, abs=1e-4), 1.0)
-    assert [(one.status, one.median_us, one.visits) for one in (wrong, fails)] == [
-        ("refused: wrong", None, []),
-        ("refused: no memory", None, []),
-    ]
-    assert first == before
-
-
 @pytest.mark.usefixtures("own_time")
 def test_claims() -> None:
     fast, slow = Claim("b", "a", at_least=2.0), Claim("b", "a", at_most=2.0)
@@ -333,14 +250,6 @@ def test_claims() -> None:
     assert len(text.splitlines()) == 3
 
 
-def test_ceilings_and_rough_peers() -> None:
-    rough = dataclasses.replace(doubling(wrong=by(lambda x: 2.001 * x)), rough={"wrong": 1e-2}, products=True)
-    found = {row.peer: row for row in measure.measure(rough, CPU, BRIEF)}
-    assert list(found) == [case.COPY, case.MATMUL, "wrong"]
-    assert all(row.status == rows.OK for row in found.values())
-    assert found["wrong"].error == pytest.approx(5e-4, rel=1e-2)
-
-
 def test_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     module = SimpleNamespace(cases=lambda device, quick: [doubling(right=by(lambda x: 2 * x))], CLAIMS=(), TESTS={})
     monkeypatch.setattr(gate, "refusals", lambda asked, root: {})
@@ -357,22 +266,6 @@ def test_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     wrong = CliRunner().invoke(main, ["bench", "nothing"])
     assert wrong.exit_code == 1
     assert wrong.output.startswith(f"Error: op: expected one of {operations()} or all")
-
-
-def test_a_run_goes_on_with_the_cases_that_are_not_done(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    cases = [doubling(right=by(lambda x: 2 * x))]
-    monkeypatch.setattr(measure, "chosen", lambda op: {op: SimpleNamespace(cases=lambda device, quick: cases)})
-    monkeypatch.setattr(measure, "QUICK", BRIEF)
-    modes_measured = lambda **options: [
-        row.mode for row in measure.run("noise", CPU, tmp_path, quick=True, tests=False, say=lambda text: None, **options)[::2]
-    ]
-    assert modes_measured(resume=True) == ["forward"]
-    cases.append(dataclasses.replace(cases[0], mode="backward"))
-    assert modes_measured(resume=True) == ["backward"]
-    assert modes_measured(resume=True) == []
-    assert modes_measured() == ["forward", "backward"]
-    monkeypatch.setattr(environment, "commit", lambda: ("another", False))
-    assert modes_measured(resume=True) == ["forward", "backward"]
 
 
 def visited(monkeypatch: pytest.MonkeyPatch, cases: list[Case], visits: int = 3, **more: Any) -> None:
@@ -415,45 +308,14 @@ def test_a_run_that_is_cut_short_keeps_its_visits_and_goes_on(tmp_path: Path, mo
     assert go_on() == ["a", "b"]
     assert (begun, visits()) == (["b", "a", "b"], {"a": {3}, "b": {3}})
     assert (go_on(), begun) == ([], [])
-    assert len((tmp_path / "rows.csv").read_text().splitlines()) == 7
-
-
-def test_long_steps_are_spread_over_the_visits() -> None:
-    declared = dataclasses.replace(doubling(right=by(lambda x: 2 * x)), rounds=5, caches=("warm",))
-    for visits, expected in ((1, 5), (2, 3), (3, 2)):
-        assert {row.rounds for row in measure.measure(declared, CPU, measure.Effort(0.0, 9, 9, visits))} == {expected}
+    monkeypatch.setattr(environment, "commit", lambda: ("another", False))
+    assert go_on() == ["a", "b"]
 
 
 def test_environment_names_the_commit_without_git(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(environment, "ROOT", tmp_path)
     monkeypatch.setenv("IMM_COMMIT", "abc")
     assert environment.commit() == ("abc", None)
-
-
-def test_the_page_about_benchmarks_names_every_other_file() -> None:
-    text = (case.ROOT / "docs" / "bench.md").read_text()
-    others = {path.name for path in OP_FILES} - {f"bench_{op}.py" for op in operations()}
-    assert {f"`{name}`" for name in others} <= set(re.findall(r"`\w+\.py`", text))
-    assert max(map(len, text.splitlines())) <= 128
-
-
-def test_latencies_of_the_sampler_are_of_calls_as_they_are_launched() -> None:
-    module = load("sampler")
-    declared = list(module.cases(torch.device("cuda"), quick=False))
-    assert {c.rounds for c in declared} == {9}
-    assert {(c.mode, c.size) for c in declared if c.dtype == torch.float32} == {
-        ("DiT-XL/2, seeds to images", "steps=1 images=1")
-    }
-    assert {c.rounds for c in module.cases(CPU, quick=False)} == {0}
-
-
-def test_buffers_exceed_the_cache() -> None:
-    cuda = torch.device("cuda")
-    for size in (1_000, 12_000_000, 10**9):
-        count = timing.sets_of_buffers(cuda, size)
-        assert count >= 8
-        assert count * size >= 400e6
-    assert [timing.sets_of_buffers(CPU, size) for size in (1_000, 40_000_000, 10**9)] == [64, 10, 2]
 
 
 def test_an_op_whose_tests_fail_is_not_timed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -533,14 +395,6 @@ def test_files_come_back_and_others_are_refused_before_the_work(tmp_path: Path, 
     (tmp_path / "environment.json").write_text("{")
     with pytest.raises(ValueError, match="expected what imm bench writes"):
         environment.read(tmp_path)
-
-
-def test_ratios_are_of_the_same_round_and_visit() -> None:
-    """A machine that is slow in some rounds is slow for both; a slow peer has fewer rounds than a quick one."""
-    assert rows.paired([[1.0, 10.0, 1.2, 11.0]], [[0.5, 5.0, 0.6, 5.5]]) == pytest.approx(2.0)
-    slow, quick = [[1.0, 10.0], [100.0, 100.0]], [[0.5, 5.0, 7.0, 7.0], [50.0, 50.0, 7.0]]
-    assert rows.beside(slow, quick) == rows.beside(slow, [visit[:2] for visit in quick]) == [[2.0, 2.0], [2.0, 2.0]]
-    assert rows.paired(quick, slow) == 0.5
 
 
 def test_committed_rows_are_readable() -> None:
@@ -669,18 +523,6 @@ def test_cuda_clock_keeps_the_outputs_of_cold_calls_alone(cache: str, most: int,
     assert clock.outputs[0].tolist() == [0.0] * 3  # cleared: this fake's replay does not write it
 
 
-def test_a_part_is_replayed_and_a_latency_is_one_call(monkeypatch: pytest.MonkeyPatch) -> None:
-    fake, calls = FakeCuda(monkeypatch), []
-    part = timing.captured(lambda: (calls.append(1), (torch.ones(3),))[1])
-    assert (fake.log, len(calls)) == (["capture"], 4)
-    fake.log.clear()
-    clock = timing.single_calls(CUDA, part)
-    assert (fake.log, len(calls)) == (["replay"] * 3, 4)
-    fake.log.clear()
-    assert clock.sample() == pytest.approx(8e-3)
-    assert fake.log == ["event", "replay", "event", "wait"]
-
-
 def test_cuda_clock_without_a_graph_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
     fake = FakeCuda(monkeypatch, capturable=False)
 
@@ -693,3 +535,61 @@ def test_cuda_clock_without_a_graph_says_why(monkeypatch: pytest.MonkeyPatch) ->
     fake.log.clear()
     assert clock.sample() == pytest.approx(1e-3)
     assert fake.log == ["event", "event", "wait"]
+
+
+def test_ceilings_parts_and_rough_peers() -> None:
+    """They have times, and no figures of the whole; the floor is the slower of copy and product."""
+    parts = {"part: a little": by(lambda x: x[:1] + 0), "part: broken": by(broken)}
+    rough = doubling(wrong=by(lambda x: 2.001 * x))
+    declared = dataclasses.replace(rough, ceilings=parts, rough={"wrong": 1e-2}, products=True)
+    measured = measure.measure(declared, CPU, BRIEF)
+    found = {row.peer: dict(zip(rows.HEADINGS, rows.line(row, measured), strict=True)) for row in measured}
+    assert list(found) == [case.COPY, "part: a little", "part: broken", case.MATMUL, "wrong"]
+    shown = {name: [what for what in ("GB/s", "x copy", "error") if line[what]] for name, line in found.items()}
+    assert list(shown.values()) == [["GB/s", "x copy"], [], [], ["x copy"], ["GB/s", "x copy", "error"]]
+    assert found["part: broken"]["median"] == "refused: RuntimeError: no such luck"
+    copy, *_, product, wrong = measured
+    slower = max(copy, product, key=lambda row: row.median_us)
+    assert rows.share_of_floor(wrong, measured) == rows.paired(slower.visits, wrong.visits)
+    assert rows.share_of_floor(dataclasses.replace(wrong, peer="imm, bfloat16"), measured) is None
+
+
+def test_ratios_spread_and_joined_visits() -> None:
+    """Ratios are of the same round and visit: a slow peer has fewer rounds. The spread is that of all visits."""
+    assert rows.paired([[1.0, 10.0, 1.2, 11.0]], [[0.5, 5.0, 0.6, 5.5]]) == pytest.approx(2.0)
+    slow, quick = [[1.0, 10.0], [100.0, 100.0]], [[0.5, 5.0, 7.0, 7.0], [50.0, 50.0, 7.0]]
+    assert rows.beside(slow, quick) == [[2.0, 2.0], [2.0, 2.0]]
+    assert rows.interval([[1.0] * 8 + [9.0], [2.0, 3.0]]) == (1.0, pytest.approx(2.8))
+    assert rows.interval([[1.0] * 4 + [2.0] * 4]) == (1.0, 2.0)  # of one visit its halves
+
+    def row(peer: str, *visits: list[float], status: str = rows.OK, **values: Any) -> rows.Row:
+        made = rows.Row("op", "mode", "N=1", "float32", "cpu", "warm", peer, status, bytes=8, **values)
+        if visits:
+            made.timed(visits, ())
+        return made
+
+    first = [row(case.COPY, [1.0, 2.0, 3.0, 4.0], [1.0, 1.0]), row("imm", [10.0, 20.0], [20.0], error=1e-7, peak_bytes=9)]
+    first += [row("wrong", status="refused: wrong"), row("fails", [3.0], error=0.0), row("absent", [3.0], error=0.0)]
+    second = [row("imm", [100.0, 200.0]), row(case.COPY, [5.0, 20.0, 1.0]), row("fails", status="refused: no memory")]
+    _, imm, wrong, fails = rows.joined(first, second)
+    assert imm.visits == [[10e6, 20e6], [20e6], [100e6, 200e6]]
+    assert (imm.rounds, imm.median_us, imm.error, imm.peak_bytes) == (5, 20e6, 1e-7, 9)
+    assert imm.ratio_to_copy == 10.0  # of 10, 10, 20, 20, 10
+    assert [(one.status, one.visits) for one in (wrong, fails)] == [("refused: wrong", []), ("refused: no memory", [])]
+
+
+def test_a_long_step_is_timed_call_by_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its rounds are shared out to the visits; on CUDA a part is the replay of a graph."""
+    declared = dataclasses.replace(doubling(right=by(lambda x: 2 * x)), rounds=5, caches=("warm",))
+    for visits, expected in ((1, 5), (2, 3), (3, 2)):
+        found = measure.measure(declared, CPU, measure.Effort(0.0, 9, 9, visits))
+        assert {(row.rounds, row.method) for row in found} == {(expected, "wall clock over one call")}
+    fake, calls = FakeCuda(monkeypatch), []
+    part = timing.captured(lambda: (calls.append(1), (torch.ones(3),))[1])
+    clock = timing.single_calls(CUDA, part)
+    assert (fake.log, len(calls)) == (["capture", *["replay"] * 3], 4)
+    fake.log.clear()
+    assert clock.sample() == pytest.approx(8e-3)
+    assert fake.log == ["event", "replay", "event", "wait"]
+    assert [timing.sets_of_buffers(CPU, size) for size in (1_000, 40_000_000, 10**9)] == [64, 10, 2]
+    assert [timing.sets_of_buffers(CUDA, size) for size in (4_000_000, 10**9)] == [100, 8]

@@ -10,15 +10,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from harness import measure, rows, steps
-from harness.case import Case, load
+from harness import measure, steps
+from harness.case import load
 from harness.measure import peak_bytes
 from harness.networks import random_convolutions, work_of
 from imm.networks import DDPMpp, UNet
 from imm.presets import Preset
 
 CPU = torch.device("cpu")
-BRIEF = measure.Effort(0.0, 3, 3)
 ACCEPTED = (1e-4, 1e-3, 1e-3)
 
 
@@ -81,48 +80,6 @@ def test_memory_of_a_step_does_not_grow_with_the_particles() -> None:
     assert ours[16] <= 1.01 * ours[4]
     assert plain[16] > 1.1 * plain[4]
     assert ours[16] < plain[16]
-
-
-def test_long_steps_are_timed_one_by_one() -> None:
-    calls: list[int] = []
-
-    def double(x: Tensor) -> Callable[[], tuple[Tensor, ...]]:
-        return lambda: (calls.append(1), (2 * x,))[1]
-
-    declared = Case(
-        op="double",
-        mode="forward",
-        shape={"N": 10},
-        dtype=torch.float32,
-        bytes=80,
-        flops=10,
-        inputs=lambda: (torch.randn(10),),
-        truth=lambda x: (2 * x.double(),),
-        tolerances=(1e-6,),
-        peers={"double": double},
-        caches=("warm",),
-        rounds=4,
-    )
-    first = measure.measure(declared, CPU, measure.Effort(9.0, 9, 9, visits=2))
-    assert len(calls) == 2 + 1 + 2  # memory, warm-up, half of the rounds
-    second = measure.measure(declared, CPU, measure.Effort(9.0, 9, 9, visits=2), first)
-    assert len(calls) == 5 + 1 + 2  # warm-up, the other half
-    (_, row) = rows.joined(first, second)
-    assert (row.rounds, row.method, row.status) == (4, "wall clock over one call", rows.OK)
-    (_, row) = measure.measure(declared, CPU, measure.Effort(9.0, 9, 9))
-    assert (row.rounds, len(calls)) == (4, 8 + 2 + 1 + 4)
-
-
-def test_many_bytes_are_copied_in_several_calls(monkeypatch: pytest.MonkeyPatch) -> None:
-    declared = load("noise").case(3, 1000, CPU)
-    monkeypatch.setattr(measure, "_COPIED", 100)
-    copied: list[int] = []
-    original = Tensor.copy_
-    monkeypatch.setattr(Tensor, "copy_", lambda self, source: (copied.append(source.nbytes), original(self, source))[1])
-    (target,) = measure.copy_peer(declared, CPU)()()
-    assert target.numel() == 100
-    assert max(copied) == 400
-    assert 2 * sum(copied) == pytest.approx(declared.bytes, abs=8)
 
 
 def test_counts_of_convolutions() -> None:

@@ -1,12 +1,10 @@
-"""What an op file ``bench/bench_<op>.py`` declares.
+"""What an op file ``bench/bench_<op>.py`` declares. To declare a case makes nothing and needs no device, so that ``imm bench
+--predict`` can read it anywhere: tensors and networks are made when ``inputs`` is called.
 
 cases(device, quick)   its Cases, real shapes first; ``quick``: the first one only
 TESTS                  its own tests, without which it is not timed (:mod:`harness.gate`)
 CUDA_TESTS             on CUDA besides: those of the kernels that run there; of a file in both, these
 CLAIMS                 ratios of two peers that are published with their bound (optional)
-
-To declare a case costs nothing and needs no device, so that ``imm bench --predict`` can read it anywhere: tensors and networks
-are made when ``inputs`` is called.
 """
 
 from __future__ import annotations

@@ -163,12 +163,11 @@ def checkout(root: Path, commit: str) -> Iterator[Path]:
     """A detached worktree of ``commit`` in a temporary folder; gone afterwards."""
     with tempfile.TemporaryDirectory(prefix="imm-base-") as name:
         tree = Path(name) / "tree"
+        _git(root, "worktree", "add", "--quiet", "--detach", str(tree), commit)
         try:
-            _git(root, "worktree", "add", "--quiet", "--detach", str(tree), commit)
             yield tree
         finally:
-            with contextlib.suppress(ChildProcessError):  # it was not added
-                _git(root, "worktree", "remove", "--force", str(tree))
+            _git(root, "worktree", "remove", "--force", str(tree))
 
 
 def build(tree: Path) -> str | None:

@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -102,25 +103,18 @@ def _cpu(call: Callable[[], Any]) -> tuple[Any, int, int]:
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # it prints when it starts and stops
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler:
         result = call()
-    recorded = profiler.profiler.kineto_results.events()
-    held = most = 0
-    for event in sorted((e for e in recorded if e.name() == "[memory]"), key=lambda e: e.start_ns()):
-        held += event.nbytes()
-        most = max(most, held)
-    return result, held, most
+    recorded = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
+    held = [0, *accumulate(event.nbytes() for event in sorted(recorded, key=lambda event: event.start_ns()))]
+    return result, held[-1], max(held)
 
 
 def errors(outputs: tuple[Tensor, ...], truth: tuple[Tensor, ...]) -> tuple[float, ...]:
     """Per output the largest error relative to the largest true number; infinite for a wrong count, shape or NaN."""
-    if len(outputs) != len(truth):
-        return (float("inf"),)
-    found = []
-    for output, exact in zip(outputs, truth, strict=True):
-        if output.shape != exact.shape:
-            return (float("inf"),)
-        error = (output.detach().double() - exact).abs().max() / exact.abs().max()
-        found.append(float(error) if bool(torch.isfinite(error)) else float("inf"))
-    return tuple(found)
+    if [output.shape for output in outputs] != [exact.shape for exact in truth]:
+        return (math.inf,)
+    pairs = zip(outputs, truth, strict=True)
+    found = (float((output.detach().double() - exact).abs().max() / exact.abs().max()) for output, exact in pairs)
+    return tuple(error if math.isfinite(error) else math.inf for error in found)
 
 
 def refusal(case: Case, peer: str, found: tuple[float, ...]) -> str | None:

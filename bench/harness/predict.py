@@ -1,8 +1,5 @@
 """A model of a machine, the roofline: no case is faster than its bytes through the memory, or its flops through the units that
-do them. ``imm bench --predict=NAME`` prints it without the machine.
-
-A machine has rates that vendors state and rates that were reached.
-"""
+do them. ``imm bench --predict=NAME`` prints it without the machine."""
 
 from __future__ import annotations
 
@@ -12,7 +9,7 @@ from dataclasses import dataclass, field
 import torch
 
 from harness.case import Case, chosen, words
-from harness.rows import duration
+from harness.rows import aligned, duration
 
 MEMORY = "memory"
 
@@ -41,10 +38,8 @@ class Machine:
     def description(self) -> str:
         """Sizes, rates and their sources, in words."""
         words = lambda rates: ", ".join(f"{unit} {rate / 1e12:.4g} T/s" for unit, rate in rates.items())
-        lines = [f"{self.name}: L2 {self.l2 / 2**20:.0f} MiB"]
-        lines += [f"  stated: {words(self.peak)} ({self.source})"] if self.peak else []
-        lines += [f"  measured: {words(self.reached)} ({self.measured})"] if self.reached else []
-        return "\n".join(lines)
+        stated, reached = f"{words(self.peak)} ({self.source})", f"{words(self.reached)} ({self.measured})"
+        return f"{self.name}: L2 {self.l2 / 2**20:.0f} MiB\n  stated: {stated}\n  measured: {reached}"
 
 
 def _rates(memory: float, half: float, tf32: float, double: float, vector: float, vector_double: float) -> dict[str, float]:
@@ -145,10 +140,6 @@ def report(op: str, name: str, *, quick: bool, say: Callable[[str], None] = prin
     say(machine.description)
     say("  floor: the larger of bytes / memory and flops / the rate of the unit that does them: no kernel is faster")
     say("  in L2: all that the case moves fits there, so that warm buffers can be faster than the memory's time")
-    lines = [["op", "mode", "shape", "dtype", "bound", "bytes", "flops", "memory", "arithmetic", "floor"]]
     cases = (case for module in modules.values() for case in module.cases(torch.device("cuda"), quick))
-    lines += [_line(machine, case) for case in cases]
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    for line in lines:  # words to the left, numbers to the right
-        cells = (c.ljust(w) if i < 5 else c.rjust(w) for i, (c, w) in enumerate(zip(line, widths, strict=True)))
-        say("  ".join(["", *cells]).rstrip())
+    head = ["op", "mode", "shape", "dtype", "bound", "bytes", "flops", "memory", "arithmetic", "floor"]
+    say(aligned([head, *(_line(machine, case) for case in cases)], left=5))

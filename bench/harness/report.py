@@ -6,8 +6,9 @@ PYTHONPATH=bench python -m harness.report FOLDER      (figures with matplotlib, 
 from __future__ import annotations
 
 import base64
+import json
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -15,15 +16,27 @@ from typing import Any
 from harness import plots
 from harness.case import COPY, load, operations
 from harness.environment import read as read_environment
-from harness.rows import OK, UNVERIFIED, Row, cases, cells, claims, duration, fastest, floor, grouped, ours, paired, read, title
+from harness.rows import (
+    OK,
+    UNVERIFIED,
+    Row,
+    aligned,
+    cases,
+    claims,
+    duration,
+    fastest,
+    floor,
+    grouped,
+    ours,
+    paired,
+    read,
+    table,
+)
 
 _CSS = """
 :root { color-scheme: light dark; } body { font: 16px/1.5 system-ui, sans-serif; max-width: 80rem; padding: 1rem; }
-p, figcaption { max-width: 50rem; } nav a { margin-right: 1rem; } .wide { overflow-x: auto; margin: 1rem 0; }
-table { border-collapse: collapse; font-size: .88rem; } caption { text-align: left; font-weight: 600; padding: .5rem 0; }
-th, td { padding: .22rem .7rem; border-bottom: 1px solid #8884; text-align: right; vertical-align: top; }
-th:first-child, td:first-child, .words td, .words th { text-align: left; } tr.ours td { background: #56b4e922; }
-tr.ceiling td { opacity: .7; } figure img { max-width: 100%; background: #fff; } pre { font-size: .88rem; overflow-x: auto; }
+p, figcaption { max-width: 50rem; } nav a { margin-right: 1rem; } pre { font-size: .85rem; overflow-x: auto; }
+figure img { max-width: 100%; background: #fff; }
 """
 _INTRO = """Ops of imm, an engine for Inductive Moment Matching (few-step image generation), each beside other ways to do the
 same work on the same machine. Peers whose names begin with imm are the engine's own: "out=" writes into memory that was there
@@ -38,7 +51,7 @@ buffers rotate, so that inputs and preallocated outputs come from memory and go 
 counts the bytes that the algorithm must move, whatever the peer moves. A ratio is the median of each round's: "x imm" to our
 fastest peer, "x copy" to a copy that moves as many bytes, "of floor" the share of the time that the floor takes. "error" is the
 largest difference from float64, relative to the largest number; a peer that is wrong is not timed. "peak" is inputs, what the
-peer keeps and the most that a step allocates, without the weights that were there before. Ours are tinted; grey lines are not
+peer keeps and the most that a step allocates, without the weights that were there before. Lines without an error are not
 compared with float64: ceilings, and what does a part of the work only."""
 
 
@@ -66,49 +79,35 @@ def make(folder: Path, say: Callable[[str], Any] = print) -> Path:
 
 def _page(rows: Sequence[Row], environment: dict[str, Any], figures: Sequence[plots.Figure]) -> str:
     refused = [row for row in rows if not row.status.startswith((OK, UNVERIFIED))]
-    reasons = [[row.op, _about(row), row.peer, row.status] for row in refused]
-    headings = ["case", "our fastest", "time", "torch.compile takes", "others take", "floor / time", "error"]
-    known = [[name, _words(value)] for name, value in environment.items() if name != "system"]
+    reasons = [f"{row.op} {_about(row)}, {row.peer}: {row.status}" for row in refused]
+    head = ["case", "our fastest", "time", "torch.compile takes", "others take", "floor / time", "error"]
+    lines = [head, *filter(None, map(_summary, cases(rows)))]
+    known = {name: value for name, value in environment.items() if name != "system"}
     sections = {
-        "summary": [_paragraph(_SUMMARY), _table([headings, *filter(None, map(_summary, cases(rows)))])],
-        "figures": [_figure(figure) for figure in figures] or [_paragraph("None: matplotlib is not installed.")],
+        "summary": [_text("p", _SUMMARY), _text("pre", aligned(lines, left=2))],
+        "figures": [_figure(figure) for figure in figures] or [_text("p", "None: matplotlib is not installed.")],
         "rows": [part for of_op in grouped(rows, "op") for part in _of_op(of_op)],
-        "refused": [_table([["op", "case", "peer", "reason"], *reasons], kind="words")],
-        "method": [_paragraph(_METHOD), _table([["what", "value"], *known], kind="words")],
+        "refused": [_text("pre", "\n".join(reasons))],
+        "method": [_text("p", _METHOD), _text("pre", json.dumps(known, indent=2))],
     }
     where = f"{environment['machine']}, {environment['threads']} threads, commit {environment['commit'][:10]}"
-    head = escape(f"imm bench: {where}{' with changes' if environment['dirty'] else ''}")
+    title = f"imm bench: {where}{' with changes' if environment['dirty'] else ''}"
     timed = sum(row.median_us is not None for row in rows)
     count = f"{len(cases(rows))} cases of {len(grouped(rows, 'op'))} ops, {timed} rows timed, {len(refused)} refused."
     policy = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
     top = [
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">',
         f'<meta http-equiv="Content-Security-Policy" content="{policy}">',
-        f"<title>{head}</title><style>{_CSS}</style></head><body><h1>{head}</h1>",
-        *(_paragraph(_INTRO), _paragraph(count)),
+        f"{_text('title', title)}<style>{_CSS}</style></head><body>",
+        *(_text("h1", title), _text("p", _INTRO), _text("p", count)),
         "<nav>" + "".join(f'<a href="#{name}">{name}</a>' for name in sections) + "</nav>",
     ]
     parts = [f'<h2 id="{name}">{name.capitalize()}</h2>\n' + "\n".join(inner) for name, inner in sections.items()]
     return "\n".join([*top, *parts, "</body></html>\n"])
 
 
-def _words(value: Any) -> str:
-    """What an environment says, in words."""
-    return ", ".join(f"{k}: {_words(v)}" for k, v in value.items()) if isinstance(value, dict) else str(value)
-
-
-def _paragraph(text: str) -> str:
-    return f"<p>{escape(text)}</p>"
-
-
-def _table(lines: Sequence[Iterable[str]], caption: str = "", kind: str = "", kinds: Sequence[str] = ()) -> str:
-    """A table below a line of headings, which scrolls sideways on a narrow screen. kinds: of the other lines."""
-    made = []
-    for i, line in enumerate(lines):
-        tag, of_line = ("td", kinds[i - 1] if kinds else "") if i else ("th", "")
-        made.append(f'<tr class="{of_line}">{"".join(f"<{tag}>{escape(text)}</{tag}>" for text in line)}</tr>')
-    above = f"<caption>{escape(caption)}</caption>" if caption else ""
-    return f'<div class="wide"><table class="{kind}">{above}\n' + "\n".join(made) + "</table></div>"
+def _text(tag: str, text: str) -> str:
+    return f"<{tag}>{escape(text)}</{tag}>"
 
 
 def _about(row: Row) -> str:
@@ -140,12 +139,8 @@ def _of_op(of_op: Sequence[Row]) -> list[str]:
     """What the op is, in the words of its file, and for every case its rows and the published ratios about it."""
     op = of_op[0].op
     module = load(op) if op in operations() else None
-    found = [f"<h3>{escape(op)}</h3>", _paragraph(" ".join((module.__doc__ or "").split()) if module else "")]
-    for case in cases(of_op):
-        kinds = ["ours" if ours(row.peer) else "ceiling" if row.status == OK and not row.whole else "" for row in case]
-        found.append(_table(cells(case), title(case[0]), kinds=kinds))
-        found.append(f"<pre>{escape(claims(case, getattr(module, 'CLAIMS', ())))}</pre>")
-    return found
+    tables = [f"{table(case)}\n{claims(case, getattr(module, 'CLAIMS', ()))}" for case in cases(of_op)]
+    return [_text("h3", op), _text("p", (module.__doc__ or "") if module else ""), _text("pre", "\n".join(tables))]
 
 
 if __name__ == "__main__":

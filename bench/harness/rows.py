@@ -286,16 +286,17 @@ def title(row: Row) -> str:
     return f"{found}, {row.cache} buffers, {row.bytes / 1e6:.1f} MB compulsory" if row.bytes else found
 
 
+def aligned(lines: Sequence[Sequence[str]], left: int = 1) -> str:
+    """Lines of cells, ``left`` columns of words to the left and numbers to the right. What is alone behind a name, such as a
+    reason, is longer than a number and has its line to itself."""
+    widths = [max(len(line[i]) for line in lines if i != left or any(line[left + 1 :])) for i in range(len(lines[0]))]
+    side = lambda i, cell: cell.ljust(widths[i]) if i < left else cell.rjust(widths[i])
+    return "\n".join("  ".join(["", *(side(i, cell) for i, cell in enumerate(line))]).rstrip() for line in lines)
+
+
 def table(rows: Sequence[Row]) -> str:
     """The rows of one case, aligned."""
-    lines = cells(rows)
-    # A reason is longer than a time and has its line to itself.
-    widths = [max(len(line[i]) for line in lines if i != 1 or any(line[2:])) for i in range(len(lines[0]))]
-    texts = []
-    for line in lines:
-        first, *others = (cell.rjust(width) for cell, width in zip(line, widths, strict=True))
-        texts.append("  ".join(["  " + first.strip().ljust(widths[0]), *others]).rstrip())
-    return "\n".join([title(rows[0]), *texts])
+    return f"{title(rows[0])}\n{aligned(cells(rows))}"
 
 
 def ratios(rows: Sequence[Row], asked: Sequence[Claim]) -> list[tuple[Claim, float | None]]:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from harness.case import Step
-from harness.losses import plain_mmd
+from harness.networks import plain_mmd
 from imm.backends import repeatable
 from imm.data import ImageData
 from imm.flow_map import FlowMap

@@ -1,9 +1,8 @@
 """The clocks. Each is made of a peer's steps, one per set of buffers, and gives seconds per step, one sample a call.
 
-Cold: the sets rotate, so that neither inputs nor outputs that were allocated before are in a cache, as where other work lies
-between two calls; on the CPU each call takes the set that no peer has touched for longest, and outputs that a step makes lie
-where the allocator puts them. Warm: one set, called again and again, as in a loop of calls. On CUDA a captured graph of many
-calls is replayed between two events, so that launches cost nothing.
+Cold: the sets rotate, so that neither inputs nor preallocated outputs are in a cache; on the CPU each call takes the set that
+no peer has touched for longest. Warm: one set, called again and again. On CUDA a captured graph of many calls is replayed
+between two events, so that launches cost nothing.
 """
 
 from __future__ import annotations
@@ -62,30 +61,21 @@ def capture(graph: torch.cuda.CUDAGraph) -> Iterator[None]:
     until anyone clears them), and a capture that fails, as that of any peer may, leaves stream, allocator and random numbers
     as they were."""
     stream, pool = torch.cuda.current_stream(), torch.cuda.graph_pool_handle()
-    _clear_workspaces()
+    clear_workspaces = getattr(torch._C, "_cuda_clearCublasWorkspaces", lambda: None)  # absent without CUDA
+    clear_workspaces()
     try:
         with torch.cuda.graph(graph, pool=pool):
             yield
     except BaseException:
         torch.cuda.set_stream(stream)  # torch leaves its own where the capture cannot be ended
-        if not _ended(graph):
+        try:
+            graph.pool()  # raises unless the capture came to a good end, though its body did not
+        except RuntimeError:
             _abandon(graph, pool)
             torch.cuda.set_stream(stream)
         raise
     finally:
-        _clear_workspaces()
-
-
-def _clear_workspaces() -> None:
-    getattr(torch._C, "_cuda_clearCublasWorkspaces", lambda: None)()  # absent without CUDA
-
-
-def _ended(graph: torch.cuda.CUDAGraph) -> bool:
-    """Whether the capture came to a good end, though perhaps its body did not."""
-    try:
-        return bool(graph.pool()) or True
-    except RuntimeError:
-        return False
+        clear_workspaces()
 
 
 def _abandon(graph: torch.cuda.CUDAGraph, pool: tuple[int, int]) -> None:

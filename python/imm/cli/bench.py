@@ -10,7 +10,6 @@ import click
 from imm.cli.options import PATH, device_line, pick_device, writable_folder
 
 BENCH = Path(__file__).resolve().parents[3] / "bench"
-_OF_BASE = ("out", "base", "fail_if_slower")
 
 
 @click.command()
@@ -60,7 +59,8 @@ def command(
         from harness.compare import against
 
         chosen(op)
-        comparison = against(base, op, _given(context), writable_folder(out) if out else None, say=click.echo)
+        given = [f"--device={device_name}", *["--quick"] * quick, *([f"--threads={threads}"] if threads else [])]
+        comparison = against(base, op, given, writable_folder(out) if out else None, say=click.echo)
     elif fail_if_slower:
         raise click.UsageError("--fail-if-slower belongs to --base, or to imm bench compare")
     else:
@@ -90,16 +90,3 @@ def _measure(op: str, device_name: str, out: str | None, quick: bool, threads: i
         click.echo(f"report: {report.make(folder, click.echo)}")
     if refused:
         raise ValueError(f"{', '.join(refused)}: not timed, since tests fail")
-
-
-def _given(context: click.Context) -> list[str]:
-    """The options of the command line that both runs of a comparison take."""
-    given = []
-    for option in context.command.params:
-        name = option.name or ""
-        source = context.get_parameter_source(name)
-        if isinstance(option, click.Option) and name not in _OF_BASE and source is click.core.ParameterSource.COMMANDLINE:
-            value = context.params[name]
-            names = option.opts if value else option.secondary_opts
-            given.append(names[0] if option.is_flag else f"{option.opts[0]}={value}")
-    return given
