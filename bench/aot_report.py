@@ -1,6 +1,6 @@
 """What every shipped Triton kernel uses, compiled without a GPU: registers, spills, shared memory, occupancy, access widths.
 
-    python bench/aot_report.py [--arch 90] [--only resident] [--quick]
+    python bench/aot_report.py [--arch 90] [--quick]
 
 Every launcher is called at the sizes of check_kernels.py with a driver that compiles and launches nothing. Fails where a kernel
 for sm_90 spills registers, moves fewer bytes an access than it should, or overwrites a register that a running wgmma reads.
@@ -191,7 +191,7 @@ def compiled(device: int) -> Iterator[tuple[str, Any]]:
                 yield from ((f"{found.name}.{name}", kernel) for kernel in function.device_caches[device][0].values())
 
 
-def _rows(index: int, arch: int, quick: bool, only: str) -> dict[str, tuple[str, list[str]]]:
+def _rows(index: int, arch: int, quick: bool) -> dict[str, tuple[str, list[str]]]:
     """A line of the report, and what is wrong, for each kernel that a group of calls needs; for a worker process."""
     fake_driver.install(arch, _SAID)
     before = {id(kernel) for _, kernel in compiled(arch)}
@@ -202,7 +202,7 @@ def _rows(index: int, arch: int, quick: bool, only: str) -> dict[str, tuple[str,
             row.run(*given)
     found = {}
     for name, kernel in compiled(arch):
-        if id(kernel) in before or only not in name:
+        if id(kernel) in before:
             continue
         names = kernel.src.fn.arg_names
         constants = {names[place[0]]: value for place, value in kernel.src.constants.items()}
@@ -224,14 +224,13 @@ def _rows(index: int, arch: int, quick: bool, only: str) -> dict[str, tuple[str,
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--arch", type=int, action="append", choices=list(ARCHITECTURES), help="default: all three")
-    parser.add_argument("--only", default="", help="kernels whose name contains this")
     parser.add_argument("--quick", action="store_true", help="few sizes")
     options = parser.parse_args()
     jobs = [(i, arch) for arch in options.arch or ARCHITECTURES for i in range(len(shipped(options.quick)))]
     failed, seen = [], set()
     print(f"{'kernel':72s} warps  arch  regs  spills  shared  stack overwrites occupancy  loads; stores (bits: count)")
     with ProcessPoolExecutor(os.cpu_count(), multiprocessing.get_context("spawn")) as pool:
-        futures = [(arch, pool.submit(_rows, i, arch, options.quick, options.only)) for i, arch in jobs]
+        futures = [(arch, pool.submit(_rows, i, arch, options.quick)) for i, arch in jobs]
         for arch, future in futures:
             for key, (line, wrong) in future.result().items():
                 if (key, arch) not in seen:

@@ -24,7 +24,6 @@ CUDA_SHAPES = (("XL", 2), ("XL", 16), ("XL", 128), ("S", 128), ("XL", 512))
 
 FUSED, PLAIN, COMPILED = "imm fused", "plain", "torch.compile of the plain form"
 MAX_AUTOTUNE, COMPILED_FUSED = "torch.compile max-autotune of the plain form", "torch.compile of the fused form"
-FLOAT32 = "plain float32"
 CLAIMS = (Claim(PLAIN, FUSED, at_least=1.1),)
 
 
@@ -52,8 +51,7 @@ def evaluated(make: Callable[[], Callable[..., Tensor]]) -> Peer:
 
 def case(size: str, rows: int, device: torch.device, dtype: torch.dtype = torch.float32) -> Case:
     features, depth, _ = SIZES[size]
-    exact = cache(lambda: random_dit(size, torch.float32, device))
-    made = cache(lambda: copy.deepcopy(exact()).to(dtype))
+    made = cache(lambda: random_dit(size, dtype, device))
     fused, plain = cache(lambda: form(made(), fused=True)), cache(lambda: form(made(), fused=False))
 
     def inputs() -> tuple[Any, ...]:
@@ -75,8 +73,6 @@ def case(size: str, rows: int, device: torch.device, dtype: torch.dtype = torch.
     }
     if device.type == "cuda":
         peers[MAX_AUTOTUNE] = evaluated(lambda: torch.compile(plain(), mode="max-autotune-no-cudagraphs"))
-    if dtype != torch.float32 and rows <= 16:  # seconds a call at more
-        peers[FLOAT32] = lambda x, *rest: evaluated(lambda: form(exact(), fused=False))(x.float(), *rest)
     cost = cost_of(size)
     return Case(
         op="dit",

@@ -42,15 +42,6 @@ CLAIMS = (
 )
 
 
-def cdist(y_t: Tensor, y_r: Tensor, scale: Tensor) -> Tensor:
-    """The form of training scripts with torch's own distances."""
-
-    def mean_kernel(x: Tensor, y: Tensor) -> Tensor:
-        return torch.exp(-scale[:, None, None] * torch.cdist(x, y).clamp_min(EPS) / x.shape[2]).mean((1, 2))
-
-    return loss_of(mean_kernel)(y_t, y_r)
-
-
 def gram(y_t: Tensor, y_r: Tensor, scale: Tensor) -> Tensor:
     """The same by products: fast, and without the digits of close pairs."""
 
@@ -101,9 +92,9 @@ def case(G: int, M: int, D: int, device: torch.device, dtype: torch.dtype = torc
     }
     if M <= 16:  # a call of 64 takes five seconds on two cores
         peers["reference"] = with_kernel(mmd.mmd_loss_grad)
-    # [G, M, M, D] of the broadcast, and of cdist's backward, beyond this only measures the memory.
+    # [G, M, M, D] of the broadcast, beyond this only measures the memory.
     if (2**30 if device.type == "cuda" else 2**26) >= G * M * M * D:
-        peers |= {"torch.cdist": trained_with(cdist), EAGER: trained_with(plain_mmd)}
+        peers[EAGER] = trained_with(plain_mmd)
     return Case(
         op="mmd",
         mode="loss + gradient",

@@ -35,6 +35,7 @@ CUDA_CASES = (
     ("DDPM++", 512, 4, False, 9),
 )
 
+F32 = torch.float32
 OURS, PLAIN = "imm.training.Trainer", "plain eager step"
 COMPILED = "plain step, torch.compile of network and loss"
 
@@ -71,13 +72,7 @@ NETWORKS = {
 
 
 def case(
-    name: str,
-    batch: int,
-    M: int,
-    device: torch.device,
-    dtype: torch.dtype = torch.float32,
-    compiled: bool = True,
-    rounds: int = 0,
+    name: str, batch: int, M: int, device: torch.device, dtype: torch.dtype = F32, compiled: bool = True, rounds: int = 0
 ) -> Case:
     """Nothing is allocated before the inputs, a peer or the truth are asked for."""
     chosen, cost = NETWORKS[name], work_of(NETWORKS[name].bare)

@@ -39,7 +39,7 @@ CUDA_SHAPES = (
 GUIDANCE = 1.5
 
 #: In the case's dtype, but for the last one.
-SAMPLER, BARE, FIRST = "imm.Sampler", "the network alone", "imm.Sampler, first call (made and captured)"
+SAMPLER, BARE = "imm.Sampler", "the network alone"
 STEPWISE, EAGER, COMPILED = "imm.Sampler, without a graph", "plain eager loop", "plain loop, torch.compile"
 EAGER_32 = "plain eager loop, float32"
 MODES = {"unet": "UNet, seeds to images"} | {size: f"DiT-{size}/2, seeds to images" for size in SIZES}
@@ -72,10 +72,6 @@ def compiled(flow_map: FlowMap, times: Tensor, guidance: float | None, mode: str
     """The same loop; the network is compiled when the peer is made."""
     made = lambda: FlowMap(torch.compile(flow_map.network, mode=mode), **flow_map.settings).eval()
     return lambda *inputs: eager(made(), times, guidance)(*inputs)
-
-
-def sampled(sampler: Sampler) -> Peer:
-    return call(sampler.sample)
 
 
 def bare(flow_map: FlowMap, rows: int) -> Peer:
@@ -118,7 +114,7 @@ def case(name: str, steps: int, images: int, device: torch.device, dtype: torch.
 
     options: dict[str, Any] = {"steps": steps, "guidance": guidance, "dtype": dtype}
     make: dict[str, Callable[[], Peer]] = {
-        SAMPLER: lambda: sampled(Sampler(exact(), **options)),
+        SAMPLER: lambda: call(Sampler(exact(), **options).sample),
         EAGER: lambda: eager(plain(dtype), times(), guidance),
     }
     if name == "unet" or dtype != torch.float32:  # twice a DiT would be minutes of compiling
@@ -126,11 +122,9 @@ def case(name: str, steps: int, images: int, device: torch.device, dtype: torch.
     if dtype != torch.float32 and rows <= 16:  # seconds a call at more
         make[EAGER_32] = lambda: eager(plain(torch.float32), times(), guidance)
     if cuda:
-        make[STEPWISE] = lambda: sampled(Sampler(exact(), graph=False, **options))
+        make[STEPWISE] = lambda: call(Sampler(exact(), graph=False, **options).sample)
         for mode in ("reduce-overhead", "max-autotune"):
             make[f"{COMPILED} {mode}"] = lambda mode=mode: compiled(plain(dtype), times(), guidance, mode)
-    if (steps, images) == (1, 1):
-        make[FIRST] = lambda: call(lambda *given: Sampler(exact(), **options).sample(*given))
     made = cache(lambda peer: make[peer]())
     alone: Peer = lambda *given: bare(own(), rows)(*given)
     if cuda:  # a call of imm.Sampler launches no more than a graph

@@ -1,8 +1,7 @@
 """The pytest plugin of gpu_suite.py: a line for every verdict as it falls, "tests/test_a.py::test_b: FAILED".
 
-A process whose GPU does not answer any more ends, lest one illegal access fails every later test too; with xdist, another
-worker takes the other tests. Tests that have passed in an earlier command of the suite (``IMM_SUITE_TESTS``, its tests.txt) are
-left out.
+A process whose GPU does not answer any more ends, lest one illegal access fails every later test too. Tests that have passed in
+an earlier command of the suite (``IMM_SUITE_TESTS``, its tests.txt) are left out.
 """
 
 from __future__ import annotations

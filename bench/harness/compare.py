@@ -1,8 +1,7 @@
 """What moved between two results folders of one machine, beyond the spread of both; and between two commits.
 
 ``imm bench OP --base REV`` measures each side by its own benchmark in processes of its own, in the order base, tree, base,
-tree: what slows the machine down for a while is seen on both sides, and the spread of a side includes what differs from one
-process to the next.
+tree: what slows the machine down for a while is seen on both sides.
 """
 
 from __future__ import annotations
@@ -41,8 +40,7 @@ class Results:
 
     @classmethod
     def of(cls, name: str, rows: Iterable[Row], environment: dict[str, Any]) -> Results:
-        """Of rows with the same key, as of two commits, the last counts."""
-        return cls(name, {row.key: row for row in rows}, environment)
+        return cls(name, {row.key: row for row in rows}, environment)  # of two commits the last counts
 
     @classmethod
     def read(cls, folder: Path) -> Results:

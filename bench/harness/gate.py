@@ -25,8 +25,7 @@ def tests_of(module: ModuleType, device: torch.device) -> Tests:
 
 
 def refusals(asked: Mapping[str, Tests], root: Path) -> dict[str, str]:
-    """Per op (of those in ``asked``, with their tests in the checkout ``root``) whose tests do not pass the reason. The tests
-    of all ops run at once, and op by op only where that fails."""
+    """Per op whose tests (in the checkout ``root``) do not pass the reason. All run at once, op by op only where that fails."""
     if not asked or _reason(list(asked.values()), root) is None:
         return {}
     found = {op: _reason([tests], root) for op, tests in asked.items()}

@@ -119,11 +119,10 @@ def errors(outputs: tuple[Tensor, ...], truth: tuple[Tensor, ...]) -> tuple[floa
 
 def refusal(case: Case, peer: str, found: tuple[float, ...]) -> str | None:
     """Why a peer with these errors is not timed, or None."""
-    accepted = [case.rough.get(peer, tolerance) for tolerance in case.tolerances]
-    pairs = enumerate(zip(found, accepted, strict=False))
-    wrong = [f"output {i}: {error:.1e} > {bound:.0e}" for i, (error, bound) in pairs if not error <= bound]
     if len(found) != len(case.tolerances):
-        wrong = ["outputs of another number or shape"]
+        return "refused: wrong, outputs of another number or shape"
+    pairs = enumerate(zip(found, (case.rough.get(peer, tolerance) for tolerance in case.tolerances), strict=True))
+    wrong = [f"output {i}: {error:.1e} > {bound:.0e}" for i, (error, bound) in pairs if not error <= bound]
     return f"refused: wrong, {'; '.join(wrong)}" if wrong else None
 
 

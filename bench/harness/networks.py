@@ -1,8 +1,5 @@
 """Networks to measure, with weights of the sizes that training gives: no layer is zero. What their forward costs. The MMD as
-training scripts have it, and a loss as a training loop calls it.
-
-An op file calls these from a case's ``inputs``, through ``functools.cache``: a case that is only declared makes no network.
-"""
+training scripts have it, and a loss as a training loop calls it."""
 
 from __future__ import annotations
 

@@ -53,14 +53,6 @@ def _rates(memory: float, half: float, tf32: float, double: float, vector: float
 _HOPPER = "NVIDIA H100 Tensor Core GPU Architecture, V1.04, table 1 (p. 20) and table 3 (pp. 39-40)"
 _MATMUL = "products: largest found, Bekman, ML Engineering, table of maximum achievable matmul FLOPS"
 MACHINES = {
-    "a100": Machine(
-        name="A100 80 GB SXM",
-        peak=_rates(2.039, 312.0, 156.0, 19.5, 19.5, 9.7),
-        source="NVIDIA A100 80GB datasheet; L2: NVIDIA A100 Tensor Core GPU Architecture, comparison of data center GPUs",
-        reached={"products bfloat16": 271.2e12},
-        measured=_MATMUL,
-        l2=40 * 2**20,
-    ),
     "h100": Machine(
         name="H100 SXM",
         peak=_rates(3.35, 989.4, 494.7, 66.9, 66.9, 33.5),

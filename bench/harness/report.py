@@ -144,8 +144,5 @@ def _of_op(of_op: Sequence[Row]) -> list[str]:
 
 
 if __name__ == "__main__":
-    try:
-        for argument in sys.argv[1:]:
-            print(make(Path(argument)))
-    except ValueError as error:
-        sys.exit(str(error))
+    for argument in sys.argv[1:]:
+        print(make(Path(argument)))

@@ -102,8 +102,7 @@ def quantile(values: Sequence[float], q: float) -> float:
 
 
 def interval(visits: Visits) -> tuple[float, float]:
-    """The 20 % to the 80 % quantile of each visit, together; of one visit, of its first and of its second half: the spread of
-    repeats."""
+    """The 20 % to the 80 % quantile of each visit, together; of one visit, of its first and of its second half."""
     if len(visits) == 1:
         (only,) = visits
         visits = [half for half in (only[: len(only) // 2], only[len(only) // 2 :]) if half]
@@ -121,10 +120,8 @@ def paired(times: Visits, others: Visits) -> float:
 
 
 def joined(first: Iterable[Row], second: Iterable[Row]) -> list[Row]:
-    """The rows of ``first`` with the visits of ``second`` after their own.
-
-    One without a time in either has none; one that has a time and is missing in ``second`` is left out.
-    """
+    """The rows of ``first`` with the visits of ``second`` after their own. One without a time in either has none; one that has
+    a time and is missing in ``second`` is left out."""
     later = {row.key: row for row in second}
     made: list[Row] = []
     for row in first:
@@ -238,8 +235,7 @@ def dtype_of(peer: str, dtype: str) -> str:
 
 
 def share_of_floor(row: Row, case: Iterable[Row]) -> float | None:
-    """Of a row's time, what the floor of its case takes; None without one, or where the row is of a part of the work or in
-    another dtype."""
+    """Of a row's time, what the floor of its case takes; None for a part of the work and in another dtype."""
     least = floor(case)
     if least is None or row.median_us is None or not (row.whole or row is least):
         return None
@@ -250,8 +246,7 @@ HEADINGS = ("peer", "median", "spread", "x imm", "GB/s", "x copy", "of floor", "
 
 
 def line(row: Row, case: Sequence[Row]) -> list[str]:
-    """A row as text, under HEADINGS; ``case`` has its ceilings and our fastest peer. Of what does a part of the work some
-    would be figures of nothing."""
+    """A row as text, under HEADINGS; ``case`` has its ceilings and our fastest peer."""
     peak = "" if row.peak_bytes is None else f"{row.peak_bytes / 1e6:.1f} MB"
     if row.median_us is None:
         return [row.peer, row.status, *6 * [""], peak if row.status.startswith(OK) else ""]

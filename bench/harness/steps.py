@@ -24,6 +24,7 @@ from imm.objective import Draws, IMMObjective
 from imm.presets import Preset
 from imm.training import TrainConfig, Trainer
 
+Function = Callable[..., Tensor]
 SEED = 0
 LEARNING_RATE = 1e-30
 BETA = 0.9999
@@ -55,10 +56,6 @@ class Training:
         settings = {**self.preset.objective, "particles": self.particles}
         return IMMObjective(FlowMap(made, **self.preset.flow_map), **settings).train()
 
-    def autocast(self, device: torch.device) -> torch.autocast:
-        """As the trainer's ``precision`` has it."""
-        return torch.autocast(device.type, self.dtype, enabled=self.dtype != torch.float32)
-
     def outputs(self, objective: IMMObjective, loss: Tensor) -> tuple[Tensor, ...]:
         """What is compared: the loss and two gradients."""
         grads = (objective.flow_map.network.get_parameter(name).grad for name in self.watched)
@@ -72,12 +69,7 @@ def drawn(objective: IMMObjective, x: Tensor, labels: Tensor | None) -> Draws:
 
 
 def plain_losses(
-    objective: IMMObjective,
-    network: Callable[..., Tensor],
-    mmd: Callable[..., Tensor],
-    x: Tensor,
-    labels: Tensor | None,
-    draws: Draws,
+    objective: IMMObjective, network: Function, mmd: Function, x: Tensor, labels: Tensor | None, draws: Draws
 ) -> Tensor:
     """The loss of each group in torch's operations and x's dtype: x_t and x_r, particles, broadcast MMD, weight."""
     flow_map, particles = objective.flow_map, objective.particles
@@ -107,7 +99,7 @@ def plain_step(training: Training, x: Tensor, labels: Tensor | None, *, compiled
     def step() -> tuple[Tensor, ...]:
         optimizer.zero_grad(set_to_none=True)
         draws = drawn(objective, x, labels)
-        with training.autocast(x.device):
+        with torch.autocast(x.device.type, training.dtype, enabled=training.dtype != torch.float32):  # as in the trainer
             loss = plain_losses(objective, network, mmd, x, labels, draws).mean()
         loss.backward()
         optimizer.step()
