@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from harness.case import Case, Claim, Peer, Step, compiled
+from harness.case import L2, Case, Claim, Peer, Step, compiled
 
 TESTS = {"test_attention.py": ""}
 CUDA_TESTS = {"test_triton_attention.py": ""}
@@ -103,6 +103,8 @@ def case(
         peers=peers,
         late=(COMPILED, FLEX),
         products=True,
+        # Each program of 64 queries reads all keys and values of its head.
+        kernel={} if backward else {L2: (1 + 2 * -(-T // 64)) * elements * dtype.itemsize},
     )
 
 

@@ -77,11 +77,21 @@ def test_to_declare_cases_makes_nothing_and_needs_no_gpu(op: str, device: str) -
     assert all(case.op == op and case.peers and case.bytes > 0 for case in found)
 
 
+def test_a_kernel_is_bound_by_more_than_bytes_and_flops() -> None:
+    """Attention of 256 tokens reads keys and values four times from L2: 680 MB at 5.5 TB/s. In 16 bits the MMD issues 26,900
+    warp instructions a group, four a cycle on 132 multiprocessors."""
+    h200, attention, mmd = MACHINES["h200"], at("attention", 128, 256, 16, 72, **FORWARD), at("mmd", 1024, 4, 4096, **BF16)
+    assert predict.kernel_bound(h200, attention) == (pytest.approx(680e6 / 5.5e12, rel=0.01), "L2")
+    assert predict.kernel_bound(h200, mmd) == (pytest.approx(1024 * 26.9e3 / (528 * 1.98e9), rel=0.01), "issue slots")
+    assert predict.kernel_bound(MACHINES["h100"], mmd) is None
+    assert at("mmd", 64, 64, 4096).kernel == {}
+
+
 def test_the_command_prints_a_table_without_a_gpu() -> None:
     result = invoke("mmd", "--predict=h200")
     assert result.exit_code == 0, result.output
     line = next(line for line in result.output.splitlines() if "G=1024 M=4 D=4096  float32" in line)
-    assert " ".join(line.split()).endswith(" memory 201.33 MB 0.70 GF 46.8 us 10.5 us 46.8 us")
+    assert " ".join(line.split()).endswith(" memory; our kernel: memory 201.33 MB 0.70 GF 46.8 us 10.5 us 46.8 us 46.8 us")
     small = next(line for line in result.output.splitlines() if "G=16 M=4 D=4096" in line)
     assert "memory (in L2)" in small
     assert len(invoke("mmd", "--predict=h200", "--quick").output) < len(result.output)

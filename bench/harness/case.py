@@ -26,6 +26,7 @@ Step = Callable[[], tuple[Tensor, ...]]
 Peer = Callable[..., Step]
 COPY = "copy of the same bytes"
 MATMUL = "product of as many flops"
+L2, ISSUE = "L2", "issue slots"
 BENCH = Path(__file__).resolve().parents[1]
 ROOT = BENCH.parent
 
@@ -73,6 +74,8 @@ class Case:
     products: whether its arithmetic is matrix products, whose rate is then measured in the same run.
     arithmetic: the dtype that it computes in, where that is not the case's or, of 16 bits besides products, float32.
     caches: "cold", "warm" or both: whether the buffers rotate or stay (:mod:`harness.timing`).
+    kernel: what our CUDA kernel needs of other units, counted in its machine code for sm_90: ``L2``, bytes from L2 to the
+        multiprocessors, and ``ISSUE``, warp instructions.
     rounds: of a long step, how many calls are timed, shared out to the visits, each alone and as the peer launches it; 0: as
         many as the effort says, on CUDA within a graph.
     """
@@ -93,6 +96,7 @@ class Case:
     products: bool = False
     arithmetic: torch.dtype | None = None
     caches: tuple[str, ...] = ("cold", "warm")
+    kernel: Mapping[str, float] = field(default_factory=dict)
     rounds: int = 0
 
     @property

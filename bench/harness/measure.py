@@ -210,11 +210,6 @@ def measure(case: Case, device: torch.device, effort: Effort = FULL, before: Seq
     return found
 
 
-def _done(rows: Sequence[Row], visits: int) -> bool:
-    """Whether a case's rows are of so many visits; what was refused stays so."""
-    return bool(rows) and all(row.median_us is None or len(row.visits) >= visits for row in rows)
-
-
 def run(
     op: str,
     device: torch.device,

@@ -1,5 +1,5 @@
 """A model of a machine, the roofline: no case is faster than its bytes through the memory, or its flops through the units that
-do them. ``imm bench --predict=NAME`` prints it without the machine."""
+do them; and what our own kernel needs of L2 or issue slots. ``imm bench --predict=NAME`` prints it without the machine."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from harness.case import Case, chosen, words
+from harness.case import ISSUE, L2, Case, chosen, words
 from harness.rows import aligned, duration
 
 MEMORY = "memory"
@@ -17,10 +17,11 @@ MEMORY = "memory"
 @dataclass(frozen=True)
 class Machine:
     """Rates per unit: "memory" in bytes a second, read and written together, and "products DTYPE" and "vector DTYPE" in dense
-    flop a second. On a GPU, products are those of the tensor cores, and "products float32" are in TF32.
+    flop a second. On a GPU, products are those of the tensor cores, and "products float32" are in TF32; "L2" is in bytes a
+    second from L2 to the multiprocessors, "issue slots" in warp instructions a second.
 
     peak: stated by the vendor (``source``). reached: what was measured on one (``measured``); it takes the place of the peak.
-    l2: bytes.
+    assumed: neither, until it is measured. l2: bytes.
     """
 
     name: str
@@ -28,18 +29,20 @@ class Machine:
     source: str
     reached: Mapping[str, float] = field(default_factory=dict)
     measured: str = ""
+    assumed: Mapping[str, float] = field(default_factory=dict)
     l2: int = 0
 
     def rate(self, unit: str) -> float | None:
         """The rate to count with; None where nobody states or measured it."""
-        return self.reached.get(unit, self.peak.get(unit))
+        return self.reached.get(unit, self.peak.get(unit, self.assumed.get(unit)))
 
     @property
     def description(self) -> str:
         """Sizes, rates and their sources, in words."""
         words = lambda rates: ", ".join(f"{unit} {rate / 1e12:.4g} T/s" for unit, rate in rates.items())
         stated, reached = f"{words(self.peak)} ({self.source})", f"{words(self.reached)} ({self.measured})"
-        return f"{self.name}: L2 {self.l2 / 2**20:.0f} MiB\n  stated: {stated}\n  measured: {reached}"
+        assumed = f"\n  assumed, neither stated nor measured: {words(self.assumed)}" if self.assumed else ""
+        return f"{self.name}: L2 {self.l2 / 2**20:.0f} MiB\n  stated: {stated}\n  measured: {reached}{assumed}"
 
 
 def _rates(memory: float, half: float, tf32: float, double: float, vector: float, vector_double: float) -> dict[str, float]:
@@ -68,6 +71,7 @@ MACHINES = {
         source=f"NVIDIA H200 datasheet, which has those of the H100 SXM but for the memory: {_HOPPER}",
         reached={MEMORY: 4.3e12, "products bfloat16": 790e12},
         measured="memory: a copy on the device; products: 8192 x 8192 x 8192 of random numbers (769 to 798 TFLOP/s)",
+        assumed={L2: 5.5e12, ISSUE: 132 * 4 * 1.98e9},
         l2=60 * 2**20,
     ),
     "b200": Machine(
@@ -112,16 +116,25 @@ def case_floor(machine: Machine, case: Case) -> Floor | None:
     return Floor(case.bytes / memory, case.flops / rate if rate else 0.0, unit)
 
 
+def kernel_bound(machine: Machine, case: Case) -> tuple[float, str] | None:
+    """Seconds that our kernel of the case needs at least of L2 or of issue slots, and which; None where neither is known."""
+    times = {unit: amount / rate for unit, amount in case.kernel.items() if (rate := machine.rate(unit))}
+    return max((seconds, unit) for unit, seconds in times.items()) if times else None
+
+
 def _line(machine: Machine, case: Case) -> list[str]:
-    """Op, mode, shape, dtype, what is the bound, bytes, flops, times and the floor."""
+    """Op, mode, shape, dtype, what is the bound, bytes, flops, times, the floor, and what our kernel takes at least."""
     first = [case.op, case.mode, case.size, words(case.dtype)]
     amounts = [f"{case.bytes / 1e6:.2f} MB", f"{case.flops / 1e9:.2f} GF" if case.flops else "-"]
     found = case_floor(machine, case)
     if found is None:
-        return [*first, "a rate is not known", *amounts, "-", "-", "-"]
-    bound = found.bound + " (in L2)" * (case.bytes <= machine.l2)
+        return [*first, "a rate is not known", *amounts, "-", "-", "-", "-"]
+    bound, ours, own = found.bound + " (in L2)" * (case.bytes <= machine.l2), "-", kernel_bound(machine, case)
+    if own is not None:
+        ours = duration(1e6 * max(own[0], found.seconds))
+        bound += f"; our kernel: {own[1] if own[0] > found.seconds else found.bound}"
     counted = duration(1e6 * found.arithmetic) if case.flops else "-"
-    return [*first, bound, *amounts, duration(1e6 * found.memory), counted, duration(1e6 * found.seconds)]
+    return [*first, bound, *amounts, duration(1e6 * found.memory), counted, duration(1e6 * found.seconds), ours]
 
 
 def report(op: str, name: str, *, quick: bool, say: Callable[[str], None] = print) -> None:
@@ -131,7 +144,8 @@ def report(op: str, name: str, *, quick: bool, say: Callable[[str], None] = prin
     machine, modules = MACHINES[name], chosen(op)
     say(machine.description)
     say("  floor: the larger of bytes / memory and flops / the rate of the unit that does them: no kernel is faster")
+    say("  our kernel: the larger of the floor and of what its machine code, counted for sm_90, needs of L2 or of issue slots")
     say("  in L2: all that the case moves fits there, so that warm buffers can be faster than the memory's time")
     cases = (case for module in modules.values() for case in module.cases(torch.device("cuda"), quick))
-    head = ["op", "mode", "shape", "dtype", "bound", "bytes", "flops", "memory", "arithmetic", "floor"]
+    head = ["op", "mode", "shape", "dtype", "bound", "bytes", "flops", "memory", "arithmetic", "floor", "our kernel"]
     say(aligned([head, *(_line(machine, case) for case in cases)], left=5))
