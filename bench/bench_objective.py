@@ -17,11 +17,7 @@ from imm.networks import DDPMpp, DiT, UNet
 from imm.presets import PRESETS, Preset
 
 TESTS = {"test_objective.py": "", "test_training.py": "bit_for_bit"}
-CUDA_TESTS = {
-    "test_triton_mmd.py": "flow_map",
-    "test_triton_adaln.py": "",
-    "test_triton_attention.py": "float64",
-}
+CUDA_TESTS = {"test_triton_mmd.py": "flow_map", "test_triton_adaln.py": "", "test_triton_attention.py": "float64"}
 
 #: Network, images, M, whether torch.compile is a peer (on two cores it takes one minute for the U-Net, two for DDPM++), and how
 #: many calls are timed (0: as many as the effort says).

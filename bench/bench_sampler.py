@@ -30,12 +30,8 @@ CUDA_TESTS = {
 #: Network, steps, images. With guidance, but for the network of the demo, which has one case in float32; a DiT has one in
 #: bfloat16, and one in float32 where that is not too slow.
 CPU_SHAPES = (("unet", 1, 1), ("unet", 4, 1), ("unet", 1, 64), ("S", 1, 1), ("S", 4, 1), ("S", 1, 8))
-CUDA_SHAPES = (
-    *(("XL", steps, images) for images in (1, 64) for steps in (1, 8)),
-    *(("XL", steps, 1) for steps in (2, 4)),
-    ("XL", 1, 8),
-    ("XL", 1, 256),
-)
+_OF_XL = (1, 1), (8, 1), (1, 64), (8, 64), (2, 1), (4, 1), (1, 8), (1, 256)
+CUDA_SHAPES = tuple(("XL", *shape) for shape in _OF_XL)
 GUIDANCE = 1.5
 
 #: In the case's dtype, but for the last one.
@@ -48,10 +44,6 @@ CLAIMS = (
     Claim(EAGER, SAMPLER, at_least=1.0, mode=MODES["S"]),
     Claim(EAGER_32, SAMPLER, at_least=1.5),  # from one precision to another
 )
-
-
-def network(name: str, device: torch.device) -> nn.Module:
-    return random_unet(device) if name == "unet" else random_dit(name, torch.float32, device)
 
 
 def with_network(flow_map: FlowMap, made: nn.Module, dtype: torch.dtype) -> FlowMap:
@@ -96,7 +88,7 @@ def case(name: str, steps: int, images: int, device: torch.device, dtype: torch.
     cuda = device.type == "cuda"
     guidance = None if name == "unet" else GUIDANCE
     rows = images * (1 if guidance is None else 2)
-    exact = cache(lambda: FlowMap(network(name, device)).eval())
+    exact = cache(lambda: FlowMap(random_unet(device) if name == "unet" else random_dit(name, torch.float32, device)).eval())
     times = cache(lambda: sampling.time_grid(exact(), steps))
     plain = cache(lambda dtype: with_network(exact(), exact().network, dtype))
     own = cache(lambda: FlowMap(copy.deepcopy(exact().network).to(dtype), **exact().settings).eval())

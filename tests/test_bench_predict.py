@@ -51,7 +51,6 @@ FORWARD, BF16 = {"bf16": True, "backward": False}, {"bf16": True}
 )
 def test_floors_worked_out_by_hand(op: str, shape: tuple[Any, ...], options: dict[str, Any], microseconds: float) -> None:
     found = predict.case_floor(MACHINES["h200"], at(op, *shape, **options))
-    assert found is not None
     assert 1e6 * found.seconds == pytest.approx(microseconds, rel=0.01, abs=0.05)
     assert found.bound == ("products bfloat16" if op in ("dit", "sampler") else "memory")
 
@@ -134,4 +133,3 @@ def test_the_slower_of_memory_and_arithmetic_is_the_floor() -> None:
             assert after.seconds == pytest.approx(factor * before.seconds)
     noise = at("noise", 256, 3072)
     assert predict.case_floor(h200, noise).arithmetic == pytest.approx(6 * 256 * 3072 / 33.5e12)
-    assert predict.case_floor(Machine("toy", {"memory": 1e9, "vector float32": 1e9}, "made up"), noise) is None

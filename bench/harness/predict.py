@@ -32,9 +32,10 @@ class Machine:
     assumed: Mapping[str, float] = field(default_factory=dict)
     l2: int = 0
 
-    def rate(self, unit: str) -> float | None:
-        """The rate to count with; None where nobody states or measured it."""
-        return self.reached.get(unit, self.peak.get(unit, self.assumed.get(unit)))
+    @property
+    def rates(self) -> dict[str, float]:
+        """The rates to count with."""
+        return {**self.assumed, **self.peak, **self.reached}
 
     @property
     def description(self) -> str:
@@ -104,21 +105,17 @@ class Floor:
         return self.unit if self.arithmetic > self.memory else MEMORY
 
 
-def case_floor(machine: Machine, case: Case) -> Floor | None:
-    """The floor of a case; None where the machine's rate for one of the two is not known. Products run at their dtype's own
-    rate; sums and exponentials of 16 bits are float32's."""
+def case_floor(machine: Machine, case: Case) -> Floor:
+    """The floor of a case. Products run at their dtype's own rate; sums and exponentials of 16 bits are float32's."""
     dtype = case.arithmetic or case.dtype
     wide = "float64" if dtype == torch.float64 else "float32"
     unit = f"products {words(dtype)}" if case.products else f"vector {wide}"
-    memory, rate = machine.rate(MEMORY), machine.rate(unit)
-    if memory is None or (case.flops > 0 and rate is None):
-        return None
-    return Floor(case.bytes / memory, case.flops / rate if rate else 0.0, unit)
+    return Floor(case.bytes / machine.rates[MEMORY], case.flops / machine.rates[unit], unit)
 
 
 def kernel_bound(machine: Machine, case: Case) -> tuple[float, str] | None:
     """Seconds that our kernel of the case needs at least of L2 or of issue slots, and which; None where neither is known."""
-    times = {unit: amount / rate for unit, amount in case.kernel.items() if (rate := machine.rate(unit))}
+    times = {unit: amount / machine.rates[unit] for unit, amount in case.kernel.items() if unit in machine.rates}
     return max((seconds, unit) for unit, seconds in times.items()) if times else None
 
 
@@ -126,10 +123,8 @@ def _line(machine: Machine, case: Case) -> list[str]:
     """Op, mode, shape, dtype, what is the bound, bytes, flops, times, the floor, and what our kernel takes at least."""
     first = [case.op, case.mode, case.size, words(case.dtype)]
     amounts = [f"{case.bytes / 1e6:.2f} MB", f"{case.flops / 1e9:.2f} GF" if case.flops else "-"]
-    found = case_floor(machine, case)
-    if found is None:
-        return [*first, "a rate is not known", *amounts, "-", "-", "-", "-"]
-    bound, ours, own = found.bound + " (in L2)" * (case.bytes <= machine.l2), "-", kernel_bound(machine, case)
+    found, own, ours = case_floor(machine, case), kernel_bound(machine, case), "-"
+    bound = found.bound + " (in L2)" * (case.bytes <= machine.l2)
     if own is not None:
         ours = duration(1e6 * max(own[0], found.seconds))
         bound += f"; our kernel: {own[1] if own[0] > found.seconds else found.bound}"

@@ -16,22 +16,7 @@ from typing import Any
 from harness import plots
 from harness.case import COPY, load, operations
 from harness.environment import read as read_environment
-from harness.rows import (
-    OK,
-    UNVERIFIED,
-    Row,
-    aligned,
-    cases,
-    claims,
-    duration,
-    fastest,
-    floor,
-    grouped,
-    ours,
-    paired,
-    read,
-    table,
-)
+from harness.rows import Row, aligned, cases, claims, duration, fastest, floor, grouped, ours, paired, read, table
 
 _CSS = """
 :root { color-scheme: light dark; } body { font: 16px/1.5 system-ui, sans-serif; max-width: 80rem; padding: 1rem; }
@@ -78,7 +63,7 @@ def make(folder: Path, say: Callable[[str], Any] = print) -> Path:
 
 
 def _page(rows: Sequence[Row], environment: dict[str, Any], figures: Sequence[plots.Figure]) -> str:
-    refused = [row for row in rows if not row.status.startswith((OK, UNVERIFIED))]
+    refused = [row for row in rows if row.median_us is None]
     reasons = [f"{row.op} {_about(row)}, {row.peer}: {row.status}" for row in refused]
     head = ["case", "our fastest", "time", "torch.compile takes", "others take", "floor / time", "error"]
     lines = [head, *filter(None, map(_summary, cases(rows)))]
