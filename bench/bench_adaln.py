@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from imm.benchmark.case import Case, Claim, Peer, Step
+from harness.case import Case, Claim, Peer, Step, call, compiled
 
 TESTS = {"test_adaln.py": ""}
 CUDA_TESTS = {"test_triton_adaln.py": ""}
@@ -33,10 +33,6 @@ def fused(*inputs: Tensor) -> tuple[Tensor, Tensor]:
     return torch.ops.imm.gated_residual_adaln(*inputs, EPS)
 
 
-def forward(form: Callable[..., tuple[Tensor, Tensor]]) -> Peer:
-    return lambda *inputs: lambda: form(*inputs)
-
-
 def trained(form: Callable[..., tuple[Tensor, Tensor]]) -> Peer:
     """Both results and the five gradients; the last two inputs are the results' own."""
 
@@ -53,21 +49,13 @@ def trained(form: Callable[..., tuple[Tensor, Tensor]]) -> Peer:
     return prepare
 
 
-def compiled(form: Callable[..., tuple[Tensor, Tensor]]) -> Callable[..., tuple[Tensor, Tensor]]:
-    return torch.compile(form)
-
-
 def case(B: int, T: int, C: int, device: torch.device, dtype: torch.dtype = torch.float32, *, backward: bool = True) -> Case:
     def inputs() -> tuple[Any, ...]:
         tokens = [torch.randn(B, T, C, device=device).to(dtype) for _ in range(4 if backward else 2)]
         return *tokens[:2], *torch.randn(B, 3 * C, device=device).to(dtype).chunk(3, dim=1), *tokens[2:]
 
-    run = trained if backward else forward
-    peers: dict[str, Peer] = {
-        FUSED: run(fused),
-        COMPILED: lambda *given: run(compiled(plain))(*given),
-        EAGER: run(plain),
-    }
+    run = trained if backward else call
+    peers: dict[str, Peer] = {FUSED: run(fused), COMPILED: compiled(plain, run), EAGER: run(plain)}
     tokens = B * T * C * dtype.itemsize
     rounding = 4 * torch.finfo(dtype).eps
     tolerance = max(rounding, 2e-5)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
-import importlib.util
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -12,8 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from imm.benchmark.case import Case, Claim, Peer, Step
-from imm.benchmark.machines import L2
+from harness.case import L2, Case, Claim, Peer, Step, compiled
 
 TESTS = {"test_attention.py": ""}
 CUDA_TESTS = {"test_triton_attention.py": ""}
@@ -58,16 +55,6 @@ def flex(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return torch.compile(flex_attention)(q, k, v)
 
 
-def flash_attention(module: str) -> Attention:
-    """FlashAttention's own packages take [B, T, H, d]."""
-
-    def run(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        found = importlib.import_module(module).flash_attn_func(*(x.transpose(1, 2) for x in (q, k, v)))
-        return (found[0] if isinstance(found, tuple) else found).transpose(1, 2)
-
-    return run
-
-
 def forward(run: Callable[[Tensor], Tensor]) -> Peer:
     return lambda qkv, grad: lambda: (run(qkv),)
 
@@ -90,13 +77,9 @@ def case(
     attentions: dict[str, Attention] = {"SDPA": F.scaled_dot_product_attention}
     if device.type == "cuda":
         attentions |= {name: forced(backend) for name, backend in BACKENDS.items()} | {FLEX: flex}
-        packages = {"FlashAttention-3": "flash_attn_interface", "FlashAttention-4": "flash_attn.cute.interface"}
-        for name, module in packages.items():
-            if importlib.util.find_spec(module.split(".")[0]) is not None:
-                attentions[name] = flash_attention(module)
     peers = {IMM: measured(lambda qkv: torch.ops.imm.timestep_attention(qkv, H, None, None, 1e-6)[0])}
     peers |= {name: measured(unpacked(attention, H)) for name, attention in attentions.items()}
-    peers[COMPILED] = lambda *given: measured(torch.compile(unpacked(F.scaled_dot_product_attention, H)))(*given)
+    peers[COMPILED] = compiled(unpacked(F.scaled_dot_product_attention, H), measured)
 
     def truth(qkv: Tensor, grad: Tensor) -> tuple[Tensor, ...]:
         """A few rows at a time: float64 scores of all of them would not fit."""
@@ -119,9 +102,9 @@ def case(
         tolerances=(2e-5 if dtype == torch.float32 else 4e-2,),
         peers=peers,
         late=(COMPILED, FLEX),
+        products=True,
         # Each program of 64 queries reads all keys and values of its head.
         kernel={} if backward else {L2: (1 + 2 * -(-T // 64)) * elements * dtype.itemsize},
-        products=True,
     )
 
 

@@ -1,18 +1,17 @@
-"""A DiT, evaluated and trained: the fused form beside the plain one, eager and compiled."""
+"""A DiT, evaluated: the fused form beside the plain one, eager and compiled. bench_objective.py trains one."""
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from imm.benchmark.case import Case, Claim, Peer, Step
-from imm.benchmark.networks import cost_of, random_dit
+from harness.case import Case, Claim, Peer, Step
+from harness.networks import cost_of, random_dit
 from imm.networks import DiT
 from imm.networks.dit import SIZES
 
@@ -22,11 +21,9 @@ CUDA_TESTS = {"test_triton_adaln.py": "", "test_triton_attention.py": "float64"}
 #: Size and rows: guidance takes two rows an image.
 CPU_SHAPES = (("S", 2), ("S", 16))
 CUDA_SHAPES = (("XL", 2), ("XL", 16), ("XL", 128), ("S", 128), ("XL", 512))
-CPU_TRAINED, CUDA_TRAINED = (("S", 2),), (("XL", 16), ("S", 128))
 
 FUSED, PLAIN, COMPILED = "imm fused", "plain", "torch.compile of the plain form"
 MAX_AUTOTUNE, COMPILED_FUSED = "torch.compile max-autotune of the plain form", "torch.compile of the fused form"
-FLOAT32, HOISTED = "plain float32", "the fused form without its conditioning"
 CLAIMS = (Claim(PLAIN, FUSED, at_least=1.1),)
 
 
@@ -52,46 +49,9 @@ def evaluated(make: Callable[[], Callable[..., Tensor]]) -> Peer:
     return prepare
 
 
-def trained(make: Callable[[], Callable[..., Tensor]], network: Callable[[], DiT]) -> Peer:
-    """Forward and backward; of the gradients those of the first and the last product are looked at. None is kept from one call
-    to the next: the peers share the network, and the memory of each is its own."""
-
-    def prepare(*inputs: Tensor) -> Step:
-        call, made = make(), network()
-
-        def step() -> tuple[Tensor, ...]:
-            out = call(*inputs)
-            out.float().square().mean().backward()
-            grads = made.blocks[0].attn.qkv.weight.grad, made.final_layer.linear.weight.grad
-            made.zero_grad(set_to_none=True)
-            return (out.detach(), *(grad for grad in grads if grad is not None))
-
-        return step
-
-    return prepare
-
-
-def hoisted(make: Callable[[], DiT]) -> Peer:
-    """What is left of an evaluation where the conditioning was computed before, as for all steps of a sampler."""
-
-    def prepare(x: Tensor, t: Tensor, s: Tensor, labels: Tensor) -> Step:
-        made = make()
-        with torch.no_grad():
-            modulation = made.condition(torch.stack([t[:1], s[:1]], dim=1), labels)[0]
-
-        @torch.no_grad()
-        def step() -> tuple[Tensor, ...]:
-            return (made(x, modulation=modulation),)
-
-        return step
-
-    return prepare
-
-
 def case(size: str, rows: int, device: torch.device, dtype: torch.dtype = torch.float32) -> Case:
     features, depth, _ = SIZES[size]
-    exact = cache(lambda: random_dit(size, torch.float32, device))
-    made = cache(lambda: copy.deepcopy(exact()).to(dtype))
+    made = cache(lambda: random_dit(size, dtype, device))
     fused, plain = cache(lambda: form(made(), fused=True)), cache(lambda: form(made(), fused=False))
 
     def inputs() -> tuple[Any, ...]:
@@ -113,8 +73,6 @@ def case(size: str, rows: int, device: torch.device, dtype: torch.dtype = torch.
     }
     if device.type == "cuda":
         peers[MAX_AUTOTUNE] = evaluated(lambda: torch.compile(plain(), mode="max-autotune-no-cudagraphs"))
-    if dtype != torch.float32 and rows <= 16:  # seconds a call at more
-        peers[FLOAT32] = lambda x, *rest: evaluated(lambda: form(exact(), fused=False))(x.float(), *rest)
     cost = cost_of(size)
     return Case(
         op="dit",
@@ -129,35 +87,9 @@ def case(size: str, rows: int, device: torch.device, dtype: torch.dtype = torch.
         tolerances=(1e-3 if dtype == torch.float32 else 0.1,),
         peers=peers,
         late=(COMPILED, COMPILED_FUSED, MAX_AUTOTUNE),
-        ceilings={HOISTED: hoisted(fused)},
         products=True,
         caches=("warm",),
     )
-
-
-def training_case(size: str, rows: int, device: torch.device, dtype: torch.dtype = torch.float32) -> Case:
-    evaluation = case(size, rows, device, dtype)
-    made = cache(lambda: random_dit(size, dtype, device).requires_grad_())
-    fused, plain = cache(lambda: form(made(), fused=True)), cache(lambda: form(made(), fused=False))
-
-    def inputs() -> tuple[Any, ...]:
-        made()
-        return evaluation.inputs()
-
-    def truth(x: Tensor, *rest: Tensor) -> tuple[Tensor, ...]:
-        wide = form(copy.deepcopy(made()).double(), fused=False)
-        return trained(lambda: wide, lambda: wide)(x.double(), *rest)()
-
-    peers: dict[str, Peer] = {
-        FUSED: trained(fused, made),
-        PLAIN: trained(plain, made),
-        COMPILED: trained(lambda: torch.compile(plain()), made),
-        COMPILED_FUSED: trained(lambda: torch.compile(fused()), made),
-    }
-    # The backward writes a gradient for each weight; its products are twice the forward's.
-    more = {"bytes": evaluation.bytes + dtype.itemsize * cost_of(size).parameters, "flops": 3 * evaluation.flops}
-    more |= {"tolerances": 3 * evaluation.tolerances, "ceilings": {}}
-    return replace(evaluation, mode="forward + backward", inputs=inputs, truth=truth, peers=peers, **more)
 
 
 def cases(device: torch.device, quick: bool) -> Iterator[Case]:
@@ -166,6 +98,3 @@ def cases(device: torch.device, quick: bool) -> Iterator[Case]:
     for dtype in (torch.bfloat16,) if cuda else (torch.float32, torch.bfloat16):
         for shape in shapes[:1] if quick else shapes:
             yield case(*shape, device, dtype)
-    if not quick:
-        for shape in CUDA_TRAINED if cuda else CPU_TRAINED:
-            yield training_case(*shape, device, torch.bfloat16 if cuda else torch.float32)

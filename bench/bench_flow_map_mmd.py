@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from imm.benchmark.case import COPY, Case, Claim, Peer, Step
-from imm.benchmark.losses import EPS, plain_mmd, trained_with
-from imm.functional import flow_step, mmd_loss
+from harness.case import COPY, Case, Claim, Peer, call, compiled
+from harness.networks import EPS, plain_mmd, trained_with
+from imm.functional import flow_map_mmd_loss, flow_step, mmd_loss
 from imm.ops import flow_map_mmd
 
 TESTS = {"test_mmd.py": "flow_map"}
@@ -20,8 +20,8 @@ CPU_SHAPES = ((256, 4, 3072), (512, 4, 4096))
 CUDA_SHAPES = ((1024, 4, 4096), (1024, 4, 3072), (256, 16, 4096))
 KERNEL = ("laplace", [1.0], EPS, False)
 
-OUT, SEPARATE, EAGER, COMPILED = "imm out=", "imm in separate ops", "eager", "torch.compile of the eager form"
-CLAIMS = (Claim(OUT, COPY, at_most=1.5), Claim(SEPARATE, OUT, at_least=1.0))
+USER, SEPARATE, EAGER, COMPILED = "imm as training calls it", "imm in separate ops", "eager", "torch.compile of the eager form"
+CLAIMS = (Claim("imm", COPY, at_most=1.5), Claim(SEPARATE, USER, at_least=1.0))
 
 Inputs = tuple[Tensor, ...]  # x_t, x_r, g_t, g_r [G, M, D], c_skip_t, c_out_t, c_skip_r, c_out_r, scale [G]
 
@@ -44,24 +44,6 @@ def trained(form: Callable[..., Tensor]) -> Peer:
     return trained_with(form, learned=2)
 
 
-def compiled(*inputs: Tensor) -> Step:
-    return trained(torch.compile(eager_form))(*inputs)
-
-
-def preallocated(*inputs: Tensor) -> Step:
-    loss, grad = torch.empty(len(inputs[0]), device=inputs[0].device), torch.empty_like(inputs[2])
-
-    def step() -> tuple[Tensor, ...]:
-        torch.ops.imm.flow_map_mmd.out(*inputs, None, None, *KERNEL, loss=loss, grad=grad)
-        return loss, grad
-
-    return step
-
-
-def fresh(*inputs: Tensor) -> Step:
-    return lambda: torch.ops.imm.flow_map_mmd(*inputs, None, None, *KERNEL)
-
-
 def truth(*inputs: Tensor) -> tuple[Tensor, ...]:
     """The reference in float64."""
     return flow_map_mmd.flow_map_mmd(*(v.double() for v in inputs), None, None, *KERNEL)
@@ -76,7 +58,6 @@ def case(G: int, M: int, D: int, device: torch.device, dtype: torch.dtype = torc
         scale = torch.full((G,), D**0.5, device=device)
         return x[0], near[0], g.to(dtype), near[1].to(dtype), *numbers, *numbers, scale
 
-    element = torch.empty((), dtype=dtype).element_size()
     return Case(
         op="flow_map_mmd",
         mode="loss + gradient",
@@ -84,17 +65,17 @@ def case(G: int, M: int, D: int, device: torch.device, dtype: torch.dtype = torc
         dtype=dtype,
         # I/O: read x_t, x_r in float32, g_t, g_r [G, M, D], four coefficients in float64 and scale [G]; write the gradient to
         # g_t and the loss [G].
-        bytes=G * M * D * (8 + 3 * element) + 40 * G,
+        bytes=G * M * D * (8 + 3 * dtype.itemsize) + 40 * G,
         # Two products and a sum per particle and feature, then as mmd.
         flops=6 * G * M * D + 6 * G * D * (2 * M * M - M),
         inputs=inputs,
         truth=truth,
         tolerances=(1e-3, 1e-4 if dtype == torch.float32 else 1e-2),
         peers={
-            OUT: preallocated,
-            "imm": fresh,
+            "imm": call(lambda *inputs: torch.ops.imm.flow_map_mmd(*inputs, None, None, *KERNEL)),
+            USER: trained(flow_map_mmd_loss),
             SEPARATE: trained(separate_form),
-            COMPILED: compiled,
+            COMPILED: compiled(eager_form, trained),
             EAGER: trained(eager_form),
         },
         late=(COMPILED,),

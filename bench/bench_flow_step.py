@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from imm.benchmark.case import Case, Peer, Step
+from harness.case import Case, Peer, Step, call, compiled
 from imm.functional import flow_step
 from imm.ops import flow_step as ops
 
@@ -41,34 +41,19 @@ def preallocated(*inputs: Tensor) -> Step:
     return step
 
 
-def fresh(*inputs: Tensor) -> Step:
-    given = arguments(*inputs)
-    return lambda: (torch.ops.imm.flow_step(*given),)
+def user(x: Tensor, g: Tensor, g_uncond: Tensor, c_skip: Tensor, c_out: Tensor, guidance: Tensor) -> Tensor:
+    return flow_step(x, g, c_skip, c_out, g_uncond=g_uncond, guidance=guidance)
 
 
-def user(x: Tensor, g: Tensor, g_uncond: Tensor, c_skip: Tensor, c_out: Tensor, guidance: Tensor) -> Step:
-    return lambda: (flow_step(x, g, c_skip, c_out, g_uncond=g_uncond, guidance=guidance),)
-
-
-def reference(*inputs: Tensor) -> Step:
-    given = arguments(*inputs)
-    return lambda: (ops.flow_step(*given),)
-
-
-def eager(*inputs: Tensor) -> Step:
-    return lambda: (expression(*inputs),)
-
-
-def compiled(*inputs: Tensor) -> Step:
-    form = torch.compile(expression)
-    return lambda: (form(*inputs),)
+def of_op(function: Callable[..., Tensor]) -> Peer:
+    """A peer that takes the op's arguments."""
+    return lambda *inputs: call(function)(*arguments(*inputs))
 
 
 def triton(*inputs: Tensor) -> Step:
     from imm_kernels.flow_step import flow_step as launch
 
-    given = arguments(*inputs)
-    return lambda: (launch(*given),)
+    return of_op(launch)(*inputs)
 
 
 def case(B: int, C: int, H: int, W: int, device: torch.device) -> Case:
@@ -80,11 +65,11 @@ def case(B: int, C: int, H: int, W: int, device: torch.device) -> Case:
 
     peers: dict[str, Peer] = {
         "imm out=": preallocated,
-        "imm": fresh,
-        "imm as a user calls it": user,
-        COMPILED: compiled,
-        "eager expression": eager,
-        "reference": reference,
+        "imm": of_op(torch.ops.imm.flow_step),
+        "imm as a user calls it": call(user),
+        COMPILED: compiled(expression),
+        "eager expression": call(expression),
+        "reference": of_op(ops.flow_step),
     }
     if device.type == "cuda":
         peers["triton"] = triton

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import importlib.util
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from imm.benchmark.case import COPY, MATMUL, Case, Claim, Step
-from imm.benchmark.losses import EPS, loss_of, plain_mmd, trained_with
-from imm.benchmark.machines import ISSUE
+from harness.case import ISSUE, MATMUL, Case, Claim, Peer, call, compiled
+from harness.networks import EPS, loss_of, plain_mmd, trained_with
 from imm.functional import mmd_loss
 from imm.ops import mmd
 
@@ -31,26 +29,17 @@ CUDA_SHAPES = (
     (16, 4, 4096),
 )
 KERNEL = ("laplace", [1.0], EPS, False)
+#: Warp instructions a group of the resident kernel at M = 4, counted in its machine code: those of 4096 features, and those
+#: that do not depend on them (sums over threads, and the M x M part).
+ISSUED = {torch.float32: (19_100, 14_200), torch.bfloat16: (19_800, 7_100)}
 
-OUT, USER, EAGER, COMPILED = "imm out=", "imm as a user calls it", "eager broadcast", "torch.compile of the broadcast"
-GRAM, COMPILED_GRAM, GEOMLOSS = "bmm Gram", "torch.compile of the bmm Gram", "GeomLoss"
+USER, EAGER, COMPILED = "imm as a user calls it", "eager broadcast", "torch.compile of the broadcast"
+GRAM, COMPILED_GRAM = "bmm Gram", "torch.compile of the bmm Gram"
 CLAIMS = (
-    # Cold, torch.compile may be near memory's speed as well, and cannot then be far behind.
-    Claim(OUT, COPY, at_most=1.3, up_to={"M": 8}, cache="warm"),
-    Claim(COMPILED, OUT, at_least=2.5, up_to={"M": 4}, cache="warm"),
     Claim(EAGER, USER, at_least=20.0, up_to={"M": 4}),
     Claim(COMPILED, USER, at_least=1.0, up_to={"M": 4}),
-    Claim(OUT, MATMUL, at_most=1.67),
+    Claim("imm", MATMUL, at_most=1.67),
 )
-
-
-def cdist(y_t: Tensor, y_r: Tensor, scale: Tensor) -> Tensor:
-    """The form of training scripts with torch's own distances."""
-
-    def mean_kernel(x: Tensor, y: Tensor) -> Tensor:
-        return torch.exp(-scale[:, None, None] * torch.cdist(x, y).clamp_min(EPS) / x.shape[2]).mean((1, 2))
-
-    return loss_of(mean_kernel)(y_t, y_r)
 
 
 def gram(y_t: Tensor, y_r: Tensor, scale: Tensor) -> Tensor:
@@ -64,53 +53,24 @@ def gram(y_t: Tensor, y_r: Tensor, scale: Tensor) -> Tensor:
     return loss_of(mean_kernel)(y_t, y_r)
 
 
-def geomloss(y_t: Tensor, y_r: Tensor, scale: Tensor) -> Tensor:
-    """GeomLoss's kernel norm, half the squared MMD; one scale for all groups."""
-    from geomloss import SamplesLoss
+def both(of: Any) -> Peer:
+    """The loss, then the gradient of its sum from the slopes that it saved."""
 
-    return 2 * SamplesLoss("laplacian", blur=y_t.shape[2] ** 0.5, backend="tensorized")(y_t, y_r)
+    def step(y_t: Tensor, y_r: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+        loss, slopes = of.mmd_loss(y_t, y_r, scale, None, *KERNEL)
+        return loss, of.mmd_loss_bwd(torch.ones_like(loss), slopes, y_t, y_r, None, False)
 
-
-def compiled(loss: Callable[..., Tensor]) -> Callable[..., Step]:
-    return lambda *inputs: trained_with(torch.compile(loss))(*inputs)
-
-
-def preallocated(y_t: Tensor, y_r: Tensor, scale: Tensor) -> Step:
-    loss, grad = torch.empty(len(y_t), device=y_t.device), torch.empty_like(y_t)
-
-    def step() -> tuple[Tensor, ...]:
-        torch.ops.imm.mmd_loss_grad.out(y_t, y_r, scale, None, None, *KERNEL, loss=loss, grad=grad)
-        return loss, grad
-
-    return step
-
-
-def fresh(*inputs: Tensor) -> Step:
-    return lambda: torch.ops.imm.mmd_loss_grad(*inputs, None, None, *KERNEL)
-
-
-def reference(*inputs: Tensor) -> Step:
-    return lambda: mmd.mmd_loss_grad(*inputs, None, None, *KERNEL)
+    return call(step)
 
 
 def truth(*inputs: Tensor) -> tuple[Tensor, ...]:
     """Autograd through the broadcast form in float64, some groups at a time for memory; of large sets the reference."""
     _, M, D = inputs[0].shape
     if M > 8:
-        return mmd.mmd_loss_grad(*(v.double() for v in inputs), None, None, *KERNEL)
+        return both(mmd)(*(v.double() for v in inputs))()
     groups = max(1, 2**26 // (M * M * D))
     parts = [trained_with(plain_mmd)(*part)() for part in zip(*(v.double().split(groups) for v in inputs), strict=True)]
     return torch.cat([loss for loss, _ in parts]), torch.cat([grad for _, grad in parts])
-
-
-def issued(G: int, M: int, D: int, dtype: torch.dtype) -> dict[str, float]:
-    """Warp instructions of the resident kernel at M = 4, counted in its machine code: those of 4096 features, and those that do
-    not depend on them (sums over threads, and the M x M part)."""
-    counted = {torch.float32: (19_100, 14_200), torch.bfloat16: (19_800, 7_100)}
-    if M != 4 or dtype not in counted:
-        return {}
-    features, fixed = counted[dtype]
-    return {ISSUE: G * (features * D / 4096 + fixed)}
 
 
 def case(G: int, M: int, D: int, device: torch.device, dtype: torch.dtype = torch.float32) -> Case:
@@ -119,23 +79,25 @@ def case(G: int, M: int, D: int, device: torch.device, dtype: torch.dtype = torc
         y_t = y_r + 0.1 * torch.randn_like(y_r)
         return y_t.to(dtype), y_r.to(dtype), torch.full((G,), D**0.5, device=device)
 
-    element, products = torch.empty((), dtype=dtype).element_size(), M > 8
-    peers = {OUT: preallocated, "imm": fresh, USER: trained_with(mmd_loss), COMPILED: compiled(plain_mmd)}
-    peers |= {COMPILED_GRAM: compiled(gram), GRAM: trained_with(gram)}
+    products, (features, fixed) = M > 8, ISSUED[dtype]
+    peers: dict[str, Peer] = {"imm": both(torch.ops.imm), USER: trained_with(mmd_loss)}
+    peers |= {
+        COMPILED: compiled(plain_mmd, trained_with),
+        COMPILED_GRAM: compiled(gram, trained_with),
+        GRAM: trained_with(gram),
+    }
     if M <= 16:  # a call of 64 takes five seconds on two cores
-        peers["reference"] = reference
-    # [G, M, M, D] of the broadcast, and of cdist's backward, beyond this only measures the memory.
+        peers["reference"] = both(mmd)
+    # [G, M, M, D] of the broadcast, beyond this only measures the memory.
     if (2**30 if device.type == "cuda" else 2**26) >= G * M * M * D:
-        peers |= {"torch.cdist": trained_with(cdist), EAGER: trained_with(plain_mmd)}
-    if importlib.util.find_spec("geomloss") is not None:
-        peers[GEOMLOSS] = trained_with(geomloss)
+        peers[EAGER] = trained_with(plain_mmd)
     return Case(
         op="mmd",
         mode="loss + gradient",
         shape={"G": G, "M": M, "D": D},
         dtype=dtype,
         # I/O: read y_t, y_r [G, M, D] and scale [G]; write the gradient [G, M, D] and the loss [G].
-        bytes=3 * element * G * M * D + 8 * G,
+        bytes=3 * dtype.itemsize * G * M * D + 8 * G,
         # Directly: subtract, multiply, add per feature, of M (M - 1) / 2 pairs within each set and M^2 across for the
         # distances, and as many for the gradient (M (M - 1) ordered pairs within y_t). As products: three for the distances,
         # two for the gradient.
@@ -147,9 +109,9 @@ def case(G: int, M: int, D: int, device: torch.device, dtype: torch.dtype = torc
         peers=peers,
         late=(COMPILED, COMPILED_GRAM),
         # Products lose the digits of the matched pairs, which are close.
-        rough=dict.fromkeys((GRAM, COMPILED_GRAM, GEOMLOSS), 0.1),
+        rough=dict.fromkeys((GRAM, COMPILED_GRAM), 0.1),
         products=products,
-        kernel=issued(G, M, D, dtype),
+        kernel={ISSUE: G * (features * D / 4096 + fixed)} if M == 4 else {},
     )
 
 

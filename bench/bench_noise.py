@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from imm.benchmark.case import Case, Peer, Step
+from harness.case import Case, Peer, Step, call, compiled
 from imm.functional import noise
 from imm.ops import noise as ops
 
@@ -31,27 +31,10 @@ def preallocated(seeds: Tensor, numel: int) -> Step:
     return step
 
 
-def fresh(seeds: Tensor, numel: int) -> Step:
-    return lambda: (torch.ops.imm.noise(seeds, numel, STEP),)
-
-
-def user(seeds: Tensor, numel: int) -> Step:
-    return lambda: (noise(seeds, (numel,), STEP),)
-
-
-def reference(seeds: Tensor, numel: int) -> Step:
-    return lambda: (ops.noise(seeds, numel, STEP),)
-
-
-def compiled(seeds: Tensor, numel: int) -> Step:
-    form = torch.compile(ops.noise)
-    return lambda: (form(seeds, numel, STEP),)
-
-
 def triton(seeds: Tensor, numel: int) -> Step:
     from imm_kernels.noise import noise as launch
 
-    return lambda: (launch(seeds, numel, STEP),)
+    return call(launch)(seeds, numel, STEP)
 
 
 def case(B: int, D: int, device: torch.device) -> Case:
@@ -60,10 +43,10 @@ def case(B: int, D: int, device: torch.device) -> Case:
 
     peers: dict[str, Peer] = {
         "imm out=": preallocated,
-        "imm": fresh,
-        "imm as a user calls it": user,
-        COMPILED: compiled,
-        "reference": reference,
+        "imm": call(lambda seeds, numel: torch.ops.imm.noise(seeds, numel, STEP)),
+        "imm as a user calls it": call(lambda seeds, numel: noise(seeds, (numel,), STEP)),
+        COMPILED: lambda seeds, numel: compiled(ops.noise)(seeds, numel, STEP),
+        "reference": call(lambda seeds, numel: ops.noise(seeds, numel, STEP)),
     }
     if device.type == "cuda":
         peers["triton"] = triton

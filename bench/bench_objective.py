@@ -4,28 +4,20 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
-from imm.benchmark import steps
-from imm.benchmark.case import Case, Peer, Step
-from imm.benchmark.memory import allocator_limit, bytes_of_two_steps, largest, peak_bytes
-from imm.benchmark.networks import Work, random_convolutions, random_dit, work_of
-from imm.benchmark.rows import OK, Row
+from harness import steps
+from harness.case import Case, Peer
+from harness.networks import random_convolutions, random_dit, work_of
 from imm.flow_map import FlowMap
 from imm.networks import DDPMpp, DiT, UNet
 from imm.presets import PRESETS, Preset
 
 TESTS = {"test_objective.py": "", "test_training.py": "bit_for_bit"}
-CUDA_TESTS = {
-    "test_bench_objective.py": "replayed",
-    "test_triton_mmd.py": "flow_map",
-    "test_triton_adaln.py": "",
-    "test_triton_attention.py": "float64",
-}
+CUDA_TESTS = {"test_triton_mmd.py": "flow_map", "test_triton_adaln.py": "", "test_triton_attention.py": "float64"}
 
 #: Network, images, M, whether torch.compile is a peer (on two cores it takes one minute for the U-Net, two for DDPM++), and how
 #: many calls are timed (0: as many as the effort says).
@@ -38,14 +30,10 @@ CUDA_CASES = (
     ("DiT-B/2", 256, 4, False, 9),
     ("DDPM++", 512, 4, False, 9),
 )
-#: Networks and images whose memory is measured by M.
-CPU_MEMORY = (("UNet", 16), ("DiT-S/2", 16))
-#: Networks whose largest batch is looked for, within so many bytes of torch's allocator and seconds: memory grows with the
-#: batch, and small ones are quick to try.
-CUDA_MEMORY, LIMIT, SECONDS = ("DiT-S/2", "DiT-B/2", "DDPM++"), 24 << 30, 8.0
 
-OURS, CAPTURED = "imm.training.Trainer", "imm, the step as one CUDA graph"
-PLAIN, COMPILED = "plain eager step", "plain step, torch.compile of network and loss"
+F32 = torch.float32
+OURS, PLAIN = "imm.training.Trainer", "plain eager step"
+COMPILED = "plain step, torch.compile of network and loss"
 
 
 class Network(NamedTuple):
@@ -59,50 +47,33 @@ class Network(NamedTuple):
 
 
 def _dit(size: str) -> Network:
-    made = functools.partial(random_dit, size, torch.float32)
     watched = "blocks.0.attn.qkv.weight", "final_layer.linear.weight"
-    return Network(PRESETS[f"dit-{size.lower()}-2"], "adamw", watched, functools.partial(DiT, size, fused=False), made)
+    bare, made = functools.partial(DiT, size, fused=False), functools.partial(random_dit, size, torch.float32)
+    return Network(PRESETS[f"dit-{size.lower()}-2"], "adamw", watched, bare, made)
 
 
-def _convolutional(preset: Preset, optimizer: str, watched: tuple[str, str], bare: Callable[[], nn.Module]) -> Network:
-    return Network(preset, optimizer, watched, bare, lambda device: random_convolutions(bare()).to(device))
+def _ddpmpp() -> nn.Module:
+    return DDPMpp(**{**PRESETS["cifar10"].arguments, "dropout": 0.0})  # (steps.Training)
 
 
-_CIFAR10 = PRESETS["cifar10"]
-#: "UNet" is the demo's network and objective; DDPM++ has the published CIFAR-10 settings, but no dropout (``steps.Training``).
+_ENDS = "enc.32x32_conv.weight", "dec.32x32_aux_conv.weight"
+_DEMO = Preset("UNet", {}, objective={"a": 1}), "adamw", ("conv_in.weight", "conv_out.weight")
+#: "UNet" is the demo's network and objective; DDPM++ has the published CIFAR-10 settings, but no dropout.
 NETWORKS = {
-    "UNet": _convolutional(Preset("UNet", {}, objective={"a": 1}), "adamw", ("conv_in.weight", "conv_out.weight"), UNet),
+    "UNet": Network(*_DEMO, UNet, lambda device: random_convolutions(UNet).to(device)),
     "DiT-S/2": _dit("S"),
     "DiT-B/2": _dit("B"),
-    "DDPM++": _convolutional(
-        _CIFAR10,
-        "radam",
-        ("enc.32x32_conv.weight", "dec.32x32_aux_conv.weight"),
-        functools.partial(DDPMpp, **{**_CIFAR10.arguments, "dropout": 0.0}),
-    ),
+    "DDPM++": Network(PRESETS["cifar10"], "radam", _ENDS, _ddpmpp, lambda device: random_convolutions(_ddpmpp).to(device)),
 }
 
 
-@functools.cache
-def cost_of(name: str) -> Work:
-    with torch.device("meta"):
-        return work_of(NETWORKS[name].bare())
-
-
 def case(
-    name: str,
-    batch: int,
-    particles: int,
-    device: torch.device,
-    dtype: torch.dtype = torch.float32,
-    *,
-    compiled: bool = True,
-    rounds: int = 0,
+    name: str, batch: int, M: int, device: torch.device, dtype: torch.dtype = F32, compiled: bool = True, rounds: int = 0
 ) -> Case:
     """Nothing is allocated before the inputs, a peer or the truth are asked for."""
-    chosen, cost = NETWORKS[name], cost_of(name)
+    chosen, cost = NETWORKS[name], work_of(NETWORKS[name].bare)
     made = functools.cache(lambda: chosen.made(device))
-    training = steps.Training(made, chosen.preset, particles, chosen.optimizer, dtype, chosen.watched)
+    training = steps.Training(made, chosen.preset, M, chosen.optimizer, dtype, chosen.watched)
 
     def inputs() -> tuple[Any, ...]:
         flow_map = FlowMap(made())
@@ -117,12 +88,10 @@ def case(
     peers = {OURS: peer(steps.trainer_step), PLAIN: peer(steps.plain_step)}
     if compiled:
         peers[COMPILED] = peer(steps.plain_step, compiled=True)
-    if device.type == "cuda":
-        peers[CAPTURED] = peer(steps.captured_step)
     return Case(
         op="objective",
         mode=f"{name}, one step",
-        shape={"batch": batch, "M": particles},
+        shape={"batch": batch, "M": M},
         dtype=dtype,
         # I/O in float32, each number once: weights, two moments and average, read and written; gradient, written and read; the
         # images; what the network reads and gives at t and at r. What lies between may stay in a cache.
@@ -135,7 +104,6 @@ def case(
         peers=peers,
         late=(COMPILED,),
         products=True,
-        ceilings=steps.parts(training),
         caches=("warm",),
         rounds=rounds,
     )
@@ -145,58 +113,5 @@ def cases(device: torch.device, quick: bool) -> Iterator[Case]:
     cuda = device.type == "cuda"
     dtype = torch.bfloat16 if cuda else torch.float32
     shapes = CUDA_CASES if cuda else CPU_CASES
-    for name, batch, particles, compiled, rounds in shapes[:1] if quick else shapes:
-        yield case(name, batch, particles, device, dtype, compiled=compiled, rounds=rounds)
-
-
-def limits(device: torch.device) -> Iterator[list[Row]]:
-    """What a step needs: on the CPU bytes per image by M, on CUDA the largest batch and the largest M that fit."""
-    return largest_that_fit(device) if device.type == "cuda" else bytes_per_image(device)
-
-
-def bytes_per_image(device: torch.device) -> Iterator[list[Row]]:
-    for name, batch in CPU_MEMORY:
-        found = []
-        for peer in (OURS, PLAIN):
-            for particles in (4, 16):
-                declared = case(name, batch, particles, device)
-                peak = peak_bytes(declared.peers[peer], declared.inputs(), device)
-                status = f"{OK}: {peak / batch / 1e6:.1f} MB an image"
-                row = Row.of(declared, device, cache="warm", peer=f"{peer}, M={particles}", status=status, peak_bytes=peak)
-                found.append(replace(row, mode=f"{name}, memory of a step", shape=f"batch={batch}", bytes=0, flops=0))
-        yield found
-
-
-def largest_that_fit(device: torch.device) -> Iterator[list[Row]]:
-    for name in CUDA_MEMORY:
-        peak = functools.partial(_peak, name, device)
-        searched = replace(case(name, 4, 4, device, torch.bfloat16), mode=f"{name}, largest in {LIMIT >> 30} GiB")
-
-        def row(peer: str, text: str, taken: int, shape: str, searched: Case = searched) -> Row:
-            found = Row.of(searched, device, cache="warm", peer=peer, status=f"{OK}: {text}", peak_bytes=taken)
-            return replace(found, shape=shape, bytes=0, flops=0)
-
-        rows, common = [], 4
-        for peer in (OURS, PLAIN):
-            with allocator_limit(LIMIT, device):
-                batch, taken, above = largest(functools.partial(peak, peer, 4), 4, SECONDS)
-            text = f"{batch} images" + ("" if above is None else f", {above} are too many")
-            rows.append(row(peer, text, taken, shape="M=4"))
-            common = max(common, batch)
-        yield rows
-        common = 1 << ((common // 2).bit_length() - 1)  # a power of two of at most half as many: groups of any size divide it
-        rows = []
-        for peer in (OURS, PLAIN):
-            with allocator_limit(LIMIT, device):
-                tried = ((m, peak(peer, m, common)) for m in (common >> i for i in range(common.bit_length() - 1)))
-                particles, taken = next((found for found in tried if found[1] is not None), (0, 0))
-            rows.append(row(peer, f"M up to {particles}", taken, shape=f"batch={common}"))
-        yield rows
-
-
-def _peak(name: str, device: torch.device, peer: str, particles: int, batch: int) -> int | None:
-    def make() -> Step:
-        declared = case(name, batch, particles, device, torch.bfloat16)
-        return declared.peers[peer](*declared.inputs())
-
-    return bytes_of_two_steps(make)
+    for name, batch, M, compiled, rounds in shapes[:1] if quick else shapes:
+        yield case(name, batch, M, device, dtype, compiled, rounds)

@@ -4,7 +4,6 @@
     compute-sanitizer --tool memcheck python bench/check_kernels.py
     compute-sanitizer --tool racecheck python bench/check_kernels.py --small
 
-With jobs, so many processes share the checks: most of the time goes to compiling Triton's kernels, which are then kept.
 ``--repeat 100`` launches each op that often and expects the same bits. ``--ptxas toolkit`` assembles Triton's kernels with the
 assembler of nvcc's toolkit instead of Triton's own: right with one and wrong with the other is a fault of the assembler. Some
 sizes of the attention are picked at random; ``--seed`` picks them again.
@@ -13,12 +12,13 @@ sizes of the attention are picked at random; ``--seed`` picks them again.
 from __future__ import annotations
 
 import argparse
+import itertools
 import os
 import random
 import re
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -26,8 +26,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-import imm.ops  # noqa: F401  (registers torch.ops.imm)
+from imm.ops import dispatch
 
+#: (what it is, the op, its arguments, the unit of its errors)
+Call = tuple[str, str, tuple[Any, ...], float]
+#: A process makes the calls of a whole group.
+Group = Callable[[], Iterator[Call]]
+FLOATS = (torch.float32, torch.bfloat16)
 #: Aligned rows, odd rows, a single element.
 SHAPES = ((2, 1024), (3, 37), (1, 1))
 #: (M, D) of the MMD: resident and split, every pair and products; aligned and odd.
@@ -35,45 +40,6 @@ MMD_SIZES = ((1, 5), (4, 37), (4, 4096), (4, 40000), (8, 64), (12, 70), (40, 128
 #: (rows, tokens, features), (rows, tokens, heads, head size), with one block of keys and with several.
 TOKENS = ((2, 5, 37), (2, 64, 1152))
 ATTENTION = ((2, 37, 2, 8), (2, 256, 16, 72), (1, 300, 2, 64))
-#: Of these the smallest that take every kernel; 8208 as 40000 more features than one program's, in fewer of them.
-SMALL = {"SHAPES": SHAPES[1:2], "MMD_SIZES": ((4, 37), (4, 8208), (12, 70)), "TOKENS": TOKENS[:1], "ATTENTION": ATTENTION[:1]}
-LARGE = {"SHAPES": SHAPES, "MMD_SIZES": MMD_SIZES, "TOKENS": TOKENS, "ATTENTION": ATTENTION}
-
-#: (name, the op or kernel, its arguments on the CPU, the right results, the unit of its errors)
-Check = tuple[str, Callable[..., Any], tuple[Any, ...], Any, float]
-
-
-def on(device: str, values: tuple[Any, ...]) -> tuple[Any, ...]:
-    return tuple(v.to(device) if isinstance(v, Tensor) else v for v in values)
-
-
-def tensors(results: Any) -> list[Tensor]:
-    return [results] if isinstance(results, Tensor) else list(results)
-
-
-def same_bits(a: Any, b: Any) -> bool:
-    """Whether two results of an op are equal to the bit, a NaN like any other number."""
-    pairs = zip(tensors(a), tensors(b), strict=True)
-    return all(
-        x.shape == y.shape and torch.equal(x.reshape(-1).view(torch.uint8), y.reshape(-1).view(torch.uint8)) for x, y in pairs
-    )
-
-
-def check(name: str, run: Callable[..., Any], given: tuple[Any, ...], right: Any, eps: float, repeat: int = 1) -> bool:
-    """Run on CUDA, ``repeat`` times, and compare; prints a line."""
-    try:
-        given = on("cuda", given)
-        results = run(*given)
-        pairs = list(zip(tensors(results), tensors(right), strict=True))
-        errors = [float((a.cpu().double() - b.double()).abs().max()) for a, b in pairs if b.numel()]
-        other = sum(not same_bits(results, run(*given)) for _ in range(repeat - 1))
-    except Exception as error:
-        print(f"{name}: FAILED: {type(error).__name__}: {error}")
-        return False
-    good = all(error <= 16 * eps for error in errors) and not other
-    launches = f", other bits in {other} of {repeat} launches" if other else ""
-    print(f"{name}: {'ok' if good else 'WRONG'}, largest error {max(errors):.1e}{launches}")
-    return good
 
 
 def random_attention(seed: int, count: int = 4) -> tuple[tuple[int, int, int, int], ...]:
@@ -83,169 +49,187 @@ def random_attention(seed: int, count: int = 4) -> tuple[tuple[int, int, int, in
     return tuple((pick.randint(1, 3), T, pick.randint(1, 4), 8 * pick.randint(1, 16)) for T in tokens)
 
 
-def toolkit_ptxas() -> Path:
-    """The assembler of nvcc's toolkit, which may be elsewhere than the nvcc on the path. Raises OSError where there is none."""
-    said = subprocess.run(["nvcc", "--dryrun", "x.cu"], capture_output=True, text=True, check=False).stderr
-    root = re.search(r"^#\$ TOP=(.+)$", said, re.MULTILINE)
-    path = Path(root[1].strip() if root else "", "bin", "ptxas").resolve()
-    if not root or not path.is_file():
-        raise FileNotFoundError(f"expected ptxas in nvcc's toolkit, got {path if root else said[:200]!r}")
-    return path
+def steps(shape: tuple[int, int], dtype: torch.dtype) -> Iterator[Call]:
+    """flow_step with its backward, and the step of sampling; with guidance and noise, and with neither."""
+    x, g, g_uncond = (torch.randn(shape).to(dtype) for _ in range(3))
+    c_skip, c_out, guidance, c_noise, c_in = (torch.rand(shape[0], dtype=torch.float64) + 0.5 for _ in range(5))
+    seeds, eps, what = torch.arange(shape[0]) + 2**40, torch.finfo(dtype).eps, f"{shape} {dtype}"
+    given = (x, g, c_skip, c_out, g_uncond, guidance, c_noise, seeds, 3)
+    plain = (x, g, c_skip, c_out, None, None, None, None, 0)
+    yield f"imm::flow_step {what}", "flow_step", given, eps
+    yield f"imm::flow_step alone {what}", "flow_step", plain, eps
+    yield f"imm::flow_step out= {what}", "flow_step.out", (*given, {"out": torch.empty_like(x)}), eps
+    yield f"imm::flow_step_bwd {what}", "flow_step_bwd", given[:6], eps
+    yield f"imm::sampling_step {what}", "sampling_step", (*given, c_in, 2), 2 * eps
 
 
-def use_ptxas(which: str) -> str:
-    """Make Triton assemble with a ptxas, "toolkit" or a path; its version. Triton's cache tells them apart by that."""
-    path = toolkit_ptxas() if which == "toolkit" else Path(which)
+def noises(shape: tuple[int, int]) -> Iterator[Call]:
+    given, eps = (torch.arange(shape[0]) + 2**40, shape[1], 3), torch.finfo(torch.float32).eps
+    yield f"imm::noise {shape}", "noise", given, eps
+    yield f"imm::noise out= {shape}", "noise.out", (*given, {"out": torch.empty(shape)}), eps
+
+
+def mmds(M: int, D: int, dtype: torch.dtype, G: int = 3, gram: bool = True) -> Iterator[Call]:
+    """Every MMD op at one size."""
+    eps, what = torch.finfo(dtype).eps, f"M={M} D={D} {dtype}"
+    y_r = torch.randn(G, M, D)
+    y_t = (y_r + 0.1 * torch.randn(G, M, D)).to(dtype)
+    y_r, scale, weight, one = y_r.to(dtype), torch.rand(G) + 1.0, torch.rand(G), torch.ones(1)
+    kernel = ("rbf", [0.5, 1.0], 1e-8)
+    numbers = [torch.rand(G, dtype=torch.float64) for _ in range(4)]
+    states = y_t.float(), y_r.float(), y_t, y_r
+    slopes = torch.ops.imm.mmd_loss(y_t, y_r, scale, weight, *kernel, False)[1] if gram else torch.randn(G, M, 2 * M)
+    yield f"imm::mmd_loss {what}", "mmd_loss", (y_t, y_r, scale, weight, *kernel, False), 4 * eps
+    yield f"imm::mmd_loss_bwd {what}", "mmd_loss_bwd", (torch.ones(G), slopes, y_t, y_r, weight, False), 4 * eps
+    yield f"imm::flow_map_mmd {what}", "flow_map_mmd", (*states, *numbers, scale, weight, one, *kernel, False), 4 * eps
+    yield f"imm::flow_map_mmd_bwd {what}", "flow_map_mmd_bwd", (torch.rand(G), y_t, y_r, one), 4 * eps
+    if gram:
+        yield f"imm::mmd_gram {what}", "mmd_gram", (y_t, y_r, scale, *kernel), 4 * eps
+        yield f"imm::mmd_gram_bwd {what}", "mmd_gram_bwd", (torch.randn(G, M, M), y_t, y_r, scale, *kernel), 4 * eps
+
+
+def norms(B: int, T: int, C: int, dtype: torch.dtype, output: torch.dtype | None = None) -> Iterator[Call]:
+    """The norms of a block with their backwards, whose sums over the tokens are as large as these are many."""
+    eps, what = torch.finfo(dtype).eps, f"{(B, T, C)} {dtype}"
+    x, y, up, up_z = (torch.randn(B, T, C).to(dtype) for _ in range(4))
+    gate, shift, scale = (torch.randn(B, C).to(output or dtype) for _ in range(3))
+    y, up = y.to(output or dtype), up.to(output or dtype)
+    yield f"imm::adaln_modulate {what}", "adaln_modulate", (x, shift, scale, 1e-6), 4 * eps
+    yield f"imm::adaln_modulate_bwd {what}", "adaln_modulate_bwd", (up, x, scale, 1e-6), T * eps
+    yield f"imm::gated_residual_adaln {what}", "gated_residual_adaln", (x, y, gate, shift, scale, 1e-6), 4 * eps
+    back = (up_z, up, x, y, gate, scale, 1e-6)
+    yield f"imm::gated_residual_adaln_bwd {what}", "gated_residual_adaln_bwd", back, T * eps
+
+
+def attentions(B: int, T: int, H: int, d: int, dtype: torch.dtype) -> Iterator[Call]:
+    """Attention with and without norms of q and k, forward and backward."""
+    eps = torch.finfo(dtype).eps
+    qkv, up = torch.randn(B, T, 3 * H * d).to(dtype), torch.randn(B, T, H * d).to(dtype)
+    for weights, word in (((None, None), ""), ((torch.rand(d).to(dtype), torch.rand(d).to(dtype)), " norm")):
+        given = (qkv, H, *weights, 1e-6)
+        out, lse = torch.ops.imm.timestep_attention(*given)
+        what = f"{(B, T, H, d)}{word} {dtype}"
+        yield f"imm::timestep_attention {what}", "timestep_attention", given, 4 * eps
+        back = (up, qkv, out, lse, H, *weights, 1e-6)
+        yield f"imm::timestep_attention_bwd {what}", "timestep_attention_bwd", back, 8 * eps
+
+
+def embeddings(dtype: torch.dtype) -> Iterator[Call]:
+    given = (*(1000 * torch.rand(2, 3, dtype=torch.float64)), 256, 10000.0, dtype)
+    yield f"imm::timestep_embedding {dtype}", "timestep_embedding", given, torch.finfo(dtype).eps
+
+
+def checked(seed: int | None) -> list[Group]:
+    """Small, odd sizes, and some of the attention at random; without a seed the smallest that take every kernel, where 8208 is
+    as 40000: more features than one program's."""
+    sizes = (SHAPES, MMD_SIZES, TOKENS, (*ATTENTION, *random_attention(seed or 0)))
+    if seed is None:
+        sizes = (SHAPES[1:2], ((4, 37), (4, 8208), (12, 70)), TOKENS[:1], ATTENTION[:1])
+    groups = [(steps, (shape,)) for shape in sizes[0]] + [(mmds, size) for size in sizes[1]]
+    groups += [(norms, size) for size in sizes[2]] + [(attentions, size) for size in sizes[3]] + [(embeddings, ())]
+    of_dtype: list[Group] = [partial(make, *size, dtype) for make, size in reversed(groups) for dtype in FLOATS]
+    return [*of_dtype, *(partial(noises, shape) for shape in sizes[0])]
+
+
+def shipped(quick: bool) -> list[Group]:
+    """Aligned sizes: whatever a launcher chooses by shape and dtype is among them; quick: a few of each kernel."""
+    halves, single = (torch.bfloat16, torch.float16), torch.float32
+    every = (single, *halves)
+    sizes = [(132, M, D) for M in range(1, 9) for D in (1024, 2048, 4096)] + [(1, M, 65536) for M in range(1, 9)]
+    sizes += [(1, M, 1024) for M in (16, 32, 64, 128, 256)]
+    heads = [(72, 256), *itertools.product((64, 72, 80, 128), (256, 1024)), (64, 250), (40, 256), (96, 256), (8, 16), (72, 300)]
+    if quick:
+        sizes, heads = [(132, 4, 4096), (1, 4, 65536), (1, 64, 1024)], [(72, 256)]
+    pairs = ((single, None), (torch.bfloat16, None), (single, torch.bfloat16))
+    return [
+        *(partial(attentions, 1, T, 2, d, dtype) for d, T in heads for dtype in (every[1:2] if quick else every)),
+        *(partial(mmds, M, D, dtype, G=G, gram=M == 64) for G, M, D in sizes for dtype in every[: 2 if quick else 3]),
+        *(partial(norms, 2, 64, C, *dtypes) for C in ((384, 1152)[quick:]) for dtypes in pairs[quick:]),
+        *(partial(steps, SHAPES[0], dtype) for dtype in (FLOATS if quick else (*every, torch.float64))),
+        partial(noises, SHAPES[0]),
+        *(partial(embeddings, dtype) for dtype in FLOATS),
+    ]
+
+
+def on(device: str, values: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Copies there."""
+    move = lambda v: v.to(device, copy=True) if isinstance(v, Tensor) else v
+    return tuple({k: move(v) for k, v in value.items()} if isinstance(value, dict) else move(value) for value in values)
+
+
+def run(function: Callable[..., Any], given: tuple[Any, ...]) -> list[Tensor]:
+    """The results, of an out= form those that were given last."""
+    *rest, last = given
+    if isinstance(last, dict):
+        function(*rest, **last)
+        return list(last.values())
+    results = function(*given)
+    return [results] if isinstance(results, Tensor) else list(results)
+
+
+def same_bits(a: Tensor, b: Tensor) -> bool:
+    """Whether two results are equal to the bit, a NaN like any other number."""
+    return a.shape == b.shape and torch.equal(a.reshape(-1).view(torch.uint8), b.reshape(-1).view(torch.uint8))
+
+
+def check(
+    name: str, function: Callable[..., Any], given: tuple[Any, ...], right: list[Tensor], eps: float, repeat: int
+) -> bool:
+    """Run on CUDA, ``repeat`` times, and compare; prints a line."""
+    try:
+        results = [[r.clone() for r in run(function, on("cuda", given))] for _ in range(repeat)]
+        pairs = list(zip(results[0], right, strict=True))
+        errors = [float((a.cpu().double() - b.double()).abs().max()) for a, b in pairs if b.numel()]
+        other = sum(not all(map(same_bits, results[0], again)) for again in results[1:])
+    except Exception as error:
+        print(f"{name}: FAILED: {type(error).__name__}: {error}")
+        return False
+    good = all(error <= 16 * eps for error in errors) and not other
+    launches = f", other bits in {other} of {repeat} launches" if other else ""
+    print(f"{name}: {'ok' if good else 'WRONG'}, largest error {max(errors):.1e}{launches}")
+    return good
+
+
+def run_part(groups: Sequence[Group], repeat: int = 1) -> int:
+    """Check each op as it is called, and by Triton where that has another kernel; 1 where a check fails."""
+    good = True
+    for make in groups:
+        torch.manual_seed(0)
+        for name, op, given, eps in make():
+            packet, _, overload = op.partition(".")
+            function = getattr(getattr(torch.ops.imm, packet), overload or "default")
+            right = [r.clone() for r in run(function, on("cpu", given))]
+            good &= check(name, function, given, right, eps, repeat)
+            rows = {row.name: row.run for row in dispatch._TABLE[op]}
+            if {"cuda", "triton"} <= rows.keys():
+                good &= check(name.replace("imm::", "triton "), rows["triton"], given, right, eps, repeat)
+            if not good:
+                try:  # after an illegal access nothing in this process would
+                    torch.cuda.synchronize()
+                except RuntimeError:
+                    print("the device does not answer any more; what follows in this process is not checked")
+                    return 1
+    return 0 if good else 1
+
+
+def use_ptxas(path: str) -> str:
+    """Make Triton assemble with a ptxas, "toolkit" (that of nvcc, which may be a wrapper elsewhere) or a path; its version.
+    Triton's cache tells them apart by that. Raises OSError where there is none."""
+    if path == "toolkit":
+        said = subprocess.run(["nvcc", "--dryrun", "x.cu"], capture_output=True, text=True, check=False).stderr
+        root = re.search(r"^#\$ TOP=(.+)$", said, re.MULTILINE)
+        path = str(Path(root[1].strip() if root else "no toolkit", "bin", "ptxas").resolve())
     said = subprocess.run([path, "--version"], capture_output=True, text=True, check=True).stdout
     version = re.search(r"release .*", said)
     if not version:  # Triton would take its own without a word
         raise FileNotFoundError(f"--ptxas: expected an assembler that names its release, got {path}")
-    os.environ["TRITON_PTXAS_PATH"] = str(path)
+    os.environ["TRITON_PTXAS_PATH"] = path
     return version[0]
 
 
-def flow_step_in_place(x: Tensor, *rest: Any) -> Tensor:
-    x = x.clone()
-    torch.ops.imm.flow_step.out(x, *rest, out=x)
-    return x
-
-
-def noise_into(seeds: Tensor, numel: int, step: int) -> Tensor:
-    out = torch.empty(len(seeds), numel, device=seeds.device)
-    torch.ops.imm.noise.out(seeds, numel, step, out=out)
-    return out
-
-
-def step_checks(shape: tuple[int, int], dtype: torch.dtype) -> Iterator[Check]:
-    """flow_step with its backward, in place and in Triton, and the step of sampling."""
-    from imm_kernels.flow_step import flow_step as triton_flow_step
-
-    ops, eps = torch.ops.imm, torch.finfo(dtype).eps
-    x, g, g_uncond = (torch.randn(shape).to(dtype) for _ in range(3))
-    c_skip, c_out, guidance, c_noise = (torch.rand(shape[0], dtype=torch.float64) + 0.5 for _ in range(4))
-    given = (x, g, c_skip, c_out, g_uncond, guidance, c_noise, torch.arange(shape[0]) + 2**40, 3)
-    right = ops.flow_step(*given)
-    yield f"imm::flow_step {shape} {dtype}", ops.flow_step, given, right, eps
-    yield f"imm::flow_step in place {shape} {dtype}", flow_step_in_place, given, right, eps
-    yield f"triton flow_step {shape} {dtype}", triton_flow_step, given, right, eps
-    yield f"imm::flow_step_bwd {shape} {dtype}", ops.flow_step_bwd, given[:6], ops.flow_step_bwd(*given[:6]), eps
-    given = (*given, torch.rand(shape[0], dtype=torch.float64) + 0.5, 2)
-    yield f"imm::sampling_step {shape} {dtype}", ops.sampling_step, given, ops.sampling_step(*given), 2 * eps
-
-
-def noise_checks(shape: tuple[int, int]) -> Iterator[Check]:
-    from imm_kernels.noise import noise as triton_noise
-
-    seeds = (torch.arange(shape[0]) + 2**40, shape[1], 3)
-    right, eps = torch.ops.imm.noise(*seeds), torch.finfo(torch.float32).eps
-    for name, run in (("imm::noise", torch.ops.imm.noise), ("imm::noise out=", noise_into), ("triton noise", triton_noise)):
-        yield f"{name} {shape}", run, seeds, right, eps
-
-
-def mmd_checks(M: int, D: int, dtype: torch.dtype) -> Iterator[Check]:
-    """Every MMD op at one size."""
-    ops, eps = torch.ops.imm, torch.finfo(dtype).eps
-    y_r = torch.randn(3, M, D)
-    y_t = (y_r + 0.1 * torch.randn(3, M, D)).to(dtype)
-    y_r, scale, weight, one = y_r.to(dtype), torch.rand(3) + 1.0, torch.rand(3), torch.ones(1)
-    kernel = ("rbf", [0.5, 1.0], 1e-8)
-    numbers = [torch.rand(3, dtype=torch.float64) for _ in range(4)]
-    slopes = ops.mmd_loss(y_t, y_r, scale, weight, *kernel, False)[1]
-    gram_up = torch.randn(3, M, M)
-    calls: tuple[tuple[str, Callable[..., Any], tuple[Any, ...]], ...] = (
-        ("mmd_loss", lambda *a: ops.mmd_loss(*a)[0], (y_t, y_r, scale, weight, *kernel, False)),
-        ("mmd_loss_bwd", ops.mmd_loss_bwd, (torch.ones(3), slopes, y_t, y_r, weight, False)),
-        ("mmd_loss_grad", ops.mmd_loss_grad, (y_t, y_r, scale, weight, one, *kernel, False)),
-        ("flow_map_mmd", ops.flow_map_mmd, (y_t.float(), y_r.float(), y_t, y_r, *numbers, scale, weight, one, *kernel, False)),
-        ("mmd_gram", ops.mmd_gram, (y_t, y_r, scale, *kernel)),
-        ("mmd_gram_bwd", ops.mmd_gram_bwd, (gram_up, y_t, y_r, scale, *kernel)),
-    )
-    for name, run, given in calls:
-        yield f"imm::{name} M={M} D={D} {dtype}", run, given, run(*given), 4 * eps
-
-
-def adaln_checks(B: int, T: int, C: int, dtype: torch.dtype) -> Iterator[Check]:
-    """The norms of a block with their backwards, whose sums over the tokens are as large as these are many."""
-    ops, eps = torch.ops.imm, torch.finfo(dtype).eps
-    x, y, up, up_z = (torch.randn(B, T, C).to(dtype) for _ in range(4))
-    gate, shift, scale = (torch.randn(B, C).to(dtype) for _ in range(3))
-    for name, given, unit in (
-        ("adaln_modulate", (x, shift, scale, 1e-6), 4 * eps),
-        ("adaln_modulate_bwd", (up, x, scale, 1e-6), T * eps),
-        ("gated_residual_adaln", (x, y, gate, shift, scale, 1e-6), 4 * eps),
-        ("gated_residual_adaln_bwd", (up_z, up, x, y, gate, scale, 1e-6), T * eps),
-    ):
-        run = getattr(ops, name)
-        yield f"imm::{name} {(B, T, C)} {dtype}", run, given, run(*given), unit
-
-
-def attention_checks(B: int, T: int, H: int, d: int, dtype: torch.dtype) -> Iterator[Check]:
-    """Attention with and without norms of q and k, forward and backward."""
-    ops, eps = torch.ops.imm, torch.finfo(dtype).eps
-    qkv, up = torch.randn(B, T, 3 * H * d).to(dtype), torch.randn(B, T, H * d).to(dtype)
-    for norms, words in (((None, None), ""), ((torch.rand(d).to(dtype), torch.rand(d).to(dtype)), " norm")):
-        given = (qkv, H, *norms, 1e-6)
-        out, lse = ops.timestep_attention(*given)
-        name = f"{(B, T, H, d)}{words} {dtype}"
-        yield f"imm::timestep_attention {name}", ops.timestep_attention, given, (out, lse), 4 * eps
-        back = (up, qkv, out, lse, H, *norms, 1e-6)
-        yield (
-            f"imm::timestep_attention_bwd {name}",
-            ops.timestep_attention_bwd,
-            back,
-            ops.timestep_attention_bwd(*back),
-            8 * eps,
-        )
-
-
-def embedding_checks(dtype: torch.dtype) -> Iterator[Check]:
-    t, s = 1000 * torch.rand(3, dtype=torch.float64), 1000 * torch.rand(3, dtype=torch.float64)
-    given = (t, s, 256, 10000.0, dtype)
-    run = torch.ops.imm.timestep_embedding
-    yield f"imm::timestep_embedding {dtype}", run, given, run(*given), torch.finfo(dtype).eps
-
-
-def groups(sizes: dict[str, Any]) -> Iterator[Callable[[], Iterator[Check]]]:
-    """Groups of checks; a process takes whole ones."""
-    dtypes = (torch.float32, torch.bfloat16)
-    for size in sizes["ATTENTION"]:
-        yield from (partial(attention_checks, *size, dtype) for dtype in dtypes)
-    for size in sizes["MMD_SIZES"]:
-        yield from (partial(mmd_checks, *size, dtype) for dtype in dtypes)
-    for size in sizes["TOKENS"]:
-        yield from (partial(adaln_checks, *size, dtype) for dtype in dtypes)
-    for shape in sizes["SHAPES"]:
-        yield from (partial(step_checks, shape, dtype) for dtype in dtypes)
-        yield partial(noise_checks, shape)
-    yield from (partial(embedding_checks, dtype) for dtype in dtypes)
-
-
-def answers() -> bool:
-    """Whether the device does: after an illegal access nothing in this process would."""
-    try:
-        torch.cuda.synchronize()
-    except RuntimeError:
-        return False
-    return True
-
-
-def run_part(index: int, parts: int, sizes: dict[str, Any], repeat: int = 1) -> int:
-    """Every ``parts``-th group from ``index``; 1 where a check fails."""
-    good = True
-    for make in list(groups(sizes))[index::parts]:
-        torch.manual_seed(0)
-        for one in make():
-            good &= check(*one, repeat)
-            if not good and not answers():
-                print("the device does not answer any more; what follows in this process is not checked")
-                return 1
-    return 0 if good else 1
-
-
-def share(jobs: int, small: bool, *options: str) -> int:
+def share(jobs: int, *options: str) -> int:
     """The checks in so many processes, whose output comes in their order."""
-    command = [sys.executable, __file__, *(["--small"] if small else []), *options]
-    parts = [[*command, "--part", str(i), "--jobs", str(jobs)] for i in range(jobs)]
+    parts = [[sys.executable, __file__, *options, "--part", str(i), "--jobs", str(jobs)] for i in range(jobs)]
     running = [subprocess.Popen(part, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) for part in parts]
     status = 0
     for process in running:
@@ -276,9 +260,10 @@ def main() -> int:
         if not options.small:
             print(f"attention of --seed={options.seed}: {random_attention(options.seed)}")
         if options.jobs > 1:
-            return share(options.jobs, options.small, f"--seed={options.seed}", f"--repeat={options.repeat}")
-    sizes = SMALL if options.small else {**LARGE, "ATTENTION": (*ATTENTION, *random_attention(options.seed))}
-    return run_part(options.part or 0, options.jobs, sizes, options.repeat)
+            given = [f"--seed={options.seed}", f"--repeat={options.repeat}", *["--small"] * options.small]
+            return share(options.jobs, *given)
+    groups = checked(None if options.small else options.seed)
+    return run_part(groups[options.part or 0 :: options.jobs], options.repeat)
 
 
 if __name__ == "__main__":

@@ -1,8 +1,7 @@
-"""The pytest plugin of gpu_suite.py: pytest -p suite_plugin tests/test_mmd.py
+"""The pytest plugin of gpu_suite.py: a line for every verdict as it falls, "tests/test_a.py::test_b: FAILED".
 
-A process whose GPU does not answer any more ends, lest one illegal access fails every later test too; with xdist, another
-worker takes the other tests. Tests that have passed in an earlier command of the suite (``IMM_SUITE_TESTS``, its tests.txt) are
-left out.
+A process whose GPU does not answer any more ends, lest one illegal access fails every later test too. Tests that have passed in
+an earlier command of the suite (``IMM_SUITE_TESTS``, its tests.txt) are left out.
 """
 
 from __future__ import annotations
@@ -15,16 +14,19 @@ from pathlib import Path
 import pytest
 
 
-def passed(text: str) -> set[str]:
-    """The tests that pytest's output says have passed, with its workers or without."""
-    return set(re.findall(r"^(tests/test_\w+\.py::.+?) PASSED\b", text, re.MULTILINE)) | set(
-        re.findall(r"^\[gw\d+\].*? PASSED (tests/test_\w+\.py::.+?) *$", text, re.MULTILINE)
-    )
+def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    if "PYTEST_XDIST_WORKER" not in os.environ and (report.failed or (report.when == "call" and report.passed)):
+        print(f"\n{report.nodeid}: {report.outcome.upper()}", flush=True)
+
+
+def pytest_collectreport(report: pytest.CollectReport) -> None:
+    if report.failed and "ModuleNotFoundError" not in str(report.longrepr):  # what is not installed says nothing of a GPU
+        print(f"\n{report.nodeid}: FAILED: it cannot be imported", flush=True)
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     before = Path(os.environ.get("IMM_SUITE_TESTS") or os.devnull)
-    known = passed(before.read_text()) if before.exists() else set()
+    known = set(re.findall(r"^(\S.*): PASSED$", before.read_text(), re.MULTILINE)) if before.exists() else set()
     again = [item for item in items if item.nodeid not in known]
     if again:  # pytest takes it for an error when nothing is left
         config.hook.pytest_deselected(items=[item for item in items if item.nodeid in known])
@@ -34,10 +36,9 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 @pytest.hookimpl(trylast=True)
 def pytest_runtest_teardown(item: pytest.Item) -> None:
     torch = sys.modules.get("torch")
-    if torch is None or not torch.cuda.is_initialized():
-        return
     try:
-        torch.cuda.synchronize()
+        if torch is not None and torch.cuda.is_initialized():
+            torch.cuda.synchronize()
     except RuntimeError as error:
         if "PYTEST_XDIST_WORKER" not in os.environ:  # xdist says itself which test ended a worker
             with item.config.pluginmanager.getplugin("capturemanager").global_and_fixture_disabled():

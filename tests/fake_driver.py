@@ -1,12 +1,13 @@
 """A driver of Triton without a GPU, for a child process: what the launchers ask for is compiled for sm_90, and recorded.
 
-Everything up to PTX is the real thing, from JITFunction.run with its specialisation to the choice of shared memory. PTX is not
-assembled (tests/test_aot.py does that), and the launch itself, whose arguments need a device, does nothing.
+Everything up to PTX is the real thing, from JITFunction.run with its specialisation to the choice of shared memory. PTX is
+assembled for bench/aot_report.py only, and the launch itself, whose arguments need a device, does nothing.
 """
 
 from __future__ import annotations
 
 import contextlib
+import io
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -37,8 +38,11 @@ class Launch:
     given: dict[str, Any]
 
 
-def install() -> list[Launch]:
-    """Make it this process's driver; the list gets every launch from here on."""
+def install(arch: int = 90, said: dict[bytes, str] | None = None) -> list[Launch]:
+    """Make it this process's driver; the list gets every launch from here on. said: gets what the assembler says of each
+    cubin, and nothing is taken from Triton's cache; None: nothing is assembled. The device has the number of its architecture.
+    """
+    from triton import knobs
     from triton.backends.compiler import GPUTarget
     from triton.backends.nvidia.compiler import CUDABackend
     from triton.runtime import driver
@@ -78,11 +82,24 @@ def install() -> list[Launch]:
             load_binary=lambda name, kernel, shared, device: (1, 1, 0, 0, 1024),  # module, function, registers, spills, threads
             unload_module=lambda module: None,
         ),
-        get_current_target=lambda: GPUTarget("cuda", 90, 32),
-        get_current_device=lambda: 0,
+        get_current_target=lambda: GPUTarget("cuda", arch, 32),
+        get_current_device=lambda: arch,
         get_current_stream=lambda device: 0,
     )
-    CUDABackend.make_cubin = lambda self, source, metadata, options, capability: b"not assembled"
+    assemble = getattr(CUDABackend.make_cubin, "assemble", CUDABackend.make_cubin)
+
+    def make_cubin(*given: Any) -> bytes:
+        if said is None:
+            return b"not assembled"
+        with contextlib.redirect_stdout(io.StringIO()) as output:
+            cubin: bytes = assemble(*given)
+        said[cubin] = output.getvalue()
+        return cubin
+
+    make_cubin.assemble = assemble
+    CUDABackend.make_cubin = make_cubin
+    if said is not None:
+        knobs.compilation.always_compile = knobs.nvidia.dump_ptxas_log = True
     driver.set_active(fake)
     torch.cuda.device_of = lambda tensor: contextlib.nullcontext()
     return launches

@@ -6,10 +6,10 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 
@@ -17,61 +17,46 @@ pytest.importorskip("triton")
 if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("nothing is compiled in the interpreter", allow_module_level=True)
 
-REPORT = Path(__file__).parents[1] / "bench" / "aot_report.py"
+import aot_report
+
+#: Of imm_kernels, those with kernels.
+FILES = ("adaln", "attention", "flow_step", "mmd_direct", "mmd_dot", "mmd_gram", "noise", "timestep_embedding")
 
 
 @pytest.mark.parametrize("quick", [True, pytest.param(False, marks=pytest.mark.full)], ids=["quick", "all"])
 def test_configurations_compile_wide_and_without_spills(quick: bool) -> None:
-    command = [sys.executable, REPORT, "--arch", "90", *(["--quick"] if quick else [])]
+    command = [sys.executable, aot_report.__file__, "--arch", "90", *(["--quick"] if quick else [])]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     rows = done.stdout.splitlines()[1:]
     assert len(rows) > (30 if quick else 400)
-    for kernel in (
-        "flow_step",
-        "noise",
-        "mmd resident",
-        "mmd products",
-        "mmd pairs",
-        "mmd gram",
-        "attention",
-        "adaln",
-        "timestep",
-    ):
-        assert any(kernel in row for row in rows), kernel
+    files = {name: Path(importlib.import_module(f"imm_kernels.{name}").__file__).read_text() for name in FILES}
+    kernels = {f"{name}.{found}" for name, text in files.items() for found in re.findall(r"^def (_\w+_kernel)\(", text, re.M)}
+    assert {row.split()[0] for row in rows} == kernels
 
 
-@pytest.fixture
-def aot_report(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    monkeypatch.syspath_prepend(str(REPORT.parent))
-    return importlib.import_module("aot_report")
-
-
-def test_what_is_wrong_is_said(aot_report: ModuleType) -> None:
-    first = aot_report.CONFIGURATIONS[0]
-    good = aot_report.Usage(registers=32, stack=0, spills=0, shared=0, loads={64: 2, 128: 4}, stores={128: 1})
-    assert aot_report.problems(first, good) == []
-    assert good.occupancy(4, 90) == 16
-    bad = aot_report.Usage(registers=255, stack=8, spills=12, shared=100_000, loads={32: 8}, stores={32: 2})
-    assert [p.partition(" ")[0] for p in aot_report.problems(first, bad)] == ["spills", "expected", "expected", "expected"]
-    assert bad.occupancy(4, 90) == 2
-    products = dataclasses.replace(first, tensor_cores=True)
-    assert aot_report.problems(products, good) == ["expected products by tensor cores, got none"]
-    assert aot_report.problems(products, dataclasses.replace(good, tensor_cores=4)) == []
-    (overwrites,) = aot_report.problems(first, dataclasses.replace(good, overwrites=2))
+def test_what_is_wrong_is_said() -> None:
+    numbers = {"warps": 4, "stack": 0, "spills": 0, "shared": 0}
+    good = aot_report.Usage(registers=32, loads={64: 2, 128: 4}, stores={128: 1}, **numbers)
+    assert aot_report.problems(good, (3, 1), only_wide=True) == []
+    assert good.occupancy(90) == 16
+    bad = dataclasses.replace(good, registers=255, spills=12, shared=100_000, loads={32: 8}, stores={32: 2})
+    found = aot_report.problems(bad, (3, 1), only_wide=True)
+    assert [p.partition(" ")[0] for p in found] == ["spills", "expected", "expected", "expected"]
+    assert bad.occupancy(90) == 2
+    assert aot_report.problems(good, (3, 1), products=True) == ["expected products by tensor cores, got none"]
+    assert aot_report.problems(dataclasses.replace(good, products=4), (3, 1), products=True) == []
+    (overwrites,) = aot_report.problems(dataclasses.replace(good, overwrites=2), (3, 1))
     assert overwrites == "expected no write to a register that a running wgmma reads, got 2"
 
 
-def test_the_quick_selection_has_every_kernel_and_size_of_number(aot_report: ModuleType) -> None:
-    everything, few = aot_report.CONFIGURATIONS, [aot_report.CONFIGURATIONS[i] for i in aot_report.quick()]
-    assert {c.kernel for c in few} == {c.kernel for c in everything}
-    of_16_bits = [
-        {(c.kernel, "*bf16" in types or "*fp16" in types) for c in chosen for types in [c.signature.values()]}
-        for chosen in (everything, few)
-    ]
-    assert of_16_bits[0] == of_16_bits[1]
-    assert any(c.constexprs.get("EXACT_BF16") for c in few)
-    assert len(few) < len(everything) / 6
+def test_what_a_kernel_should_move() -> None:
+    least = aot_report.least_wide
+    assert least("mmd_direct._gradient_kernel", {"M": 4}, {"t_ptr": "*bf16"}) == (8, 4)
+    assert least("mmd_direct._gradient_kernel", {"M": 6}, {"t_ptr": "*bf16"}) == (0, 0)  # 8 bytes a thread
+    assert least("mmd_direct._partial_kernel", {"M": 4, "HAS_MIX": True}, {"t_ptr": "*bf16"}) == (16, 0)
+    assert least("adaln._adaln_fwd_kernel", {"y_ptr": None}, {}) == (2, 1)
+    assert least("adaln._adaln_fwd_kernel", {}, {}) == (4, 2)
 
 
 #: As nvdisasm writes it: a product whose A is in R24 to R27, and the wait for it.
@@ -101,7 +86,7 @@ RUNNING = """
         "LOP3.LUT P0, R25, R4, 0x3, RZ, 0xc0, !PT",
     ],
 )
-def test_a_write_to_what_a_running_product_reads_is_found(aot_report: ModuleType, instruction: str) -> None:
+def test_a_write_to_what_a_running_product_reads_is_found(instruction: str) -> None:
     line = f"        /*0120*/                   {instruction} ;"
     assert aot_report.overwritten(RUNNING.format(between=line, after="")) == [instruction.removeprefix("@!P0 ")]
     assert aot_report.overwritten(RUNNING.format(between="", after=line)) == []
@@ -123,12 +108,12 @@ def test_a_write_to_what_a_running_product_reads_is_found(aot_report: ModuleType
         "HGMMA.64x64x16.F32.BF16 R88, R24, gdesc[UR8], R88, gsb0",
     ],
 )
-def test_what_only_reads_them_is_not(aot_report: ModuleType, instruction: str) -> None:
+def test_what_only_reads_them_is_not(instruction: str) -> None:
     line = f"        /*0120*/                   {instruction} ;"
     assert aot_report.overwritten(RUNNING.format(between=line, after="")) == []
 
 
-def test_a_loop_may_come_back_to_the_write(aot_report: ModuleType) -> None:
+def test_a_loop_may_come_back_to_the_write() -> None:
     """The write is above the product, and no wait is between them on the way back."""
     back = "        /*0120*/               @P0 BRA `(.L_x_0) ;"
     text = RUNNING.format(between=back, after="")

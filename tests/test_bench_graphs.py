@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from imm.benchmark import graphs
+from harness import timing
 
 POOL = (0, 7)
 
@@ -27,7 +27,7 @@ class _Fake:
         for name in ("endAllocateToPool", "releasePool", "clearCublasWorkspaces"):
             call = lambda *given, name=name: self.log.append((name, *given) if given else name)
             monkeypatch.setattr(torch._C, f"_cuda_{name}", call, raising=False)
-        monkeypatch.setattr(graphs, "_FAILED", [])
+        monkeypatch.setattr(timing, "_FAILED", [])
 
     def set_stream(self, stream: str) -> None:
         self.now = stream
@@ -55,7 +55,7 @@ class _Fake:
 
 def test_a_capture_has_workspaces_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
     fake = _Fake(monkeypatch, invalid=False)
-    with graphs.capture(fake.CUDAGraph()):
+    with timing.capture(fake.CUDAGraph()):
         fake.log.append("body")
     assert fake.log == ["clearCublasWorkspaces", "capture", "body", "clearCublasWorkspaces"]
     assert fake.now == "caller's"
@@ -64,7 +64,7 @@ def test_a_capture_has_workspaces_of_its_own(monkeypatch: pytest.MonkeyPatch) ->
 def test_an_invalid_capture_is_cleaned_up(monkeypatch: pytest.MonkeyPatch) -> None:
     fake = _Fake(monkeypatch, invalid=True)
     graph = fake.CUDAGraph()
-    with pytest.raises(RuntimeError, match="previous error"), graphs.capture(graph):
+    with pytest.raises(RuntimeError, match="previous error"), timing.capture(graph):
         raise RuntimeError("operation not permitted")
     assert fake.log[:2] == ["clearCublasWorkspaces", "capture"]
     assert fake.log[2:] == [
@@ -75,15 +75,15 @@ def test_an_invalid_capture_is_cleaned_up(monkeypatch: pytest.MonkeyPatch) -> No
         "clearCublasWorkspaces",
     ]
     assert fake.now == "caller's"
-    assert graphs._FAILED[0] is graph
+    assert timing._FAILED[0] is graph
 
 
 def test_a_body_that_throws_leaves_its_graph_to_itself(monkeypatch: pytest.MonkeyPatch) -> None:
     fake = _Fake(monkeypatch, invalid=False)
-    with pytest.raises(KeyboardInterrupt), graphs.capture(fake.CUDAGraph()):
+    with pytest.raises(KeyboardInterrupt), timing.capture(fake.CUDAGraph()):
         raise KeyboardInterrupt
     assert fake.log == ["clearCublasWorkspaces", "capture", "clearCublasWorkspaces"]  # its destructor releases the pool, once
-    assert not graphs._FAILED
+    assert not timing._FAILED
 
 
 cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
@@ -93,7 +93,7 @@ cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 @cuda
 def test_after_a_failed_capture_everything_works() -> None:
     drawn, x = torch.cuda.CUDAGraph(), torch.ones(8, device="cuda")
-    with graphs.capture(drawn):
+    with timing.capture(drawn):
         y = torch.randn(8, device="cuda")
     stream, failed = torch.cuda.current_stream(), torch.cuda.CUDAGraph()
     reserved = torch.cuda.memory_reserved()
@@ -102,7 +102,7 @@ def test_after_a_failed_capture_everything_works() -> None:
         torch.empty(1 << 28, device="cuda")
         x.sum().item()
 
-    with pytest.raises(RuntimeError), graphs.capture(failed):
+    with pytest.raises(RuntimeError), timing.capture(failed):
         waits()
     assert torch.cuda.current_stream() == stream
     torch.cuda.synchronize()
@@ -115,7 +115,7 @@ def test_after_a_failed_capture_everything_works() -> None:
     assert torch.equal(y, expected)
     torch.empty(1 << 20, pin_memory=True)
     again = torch.cuda.CUDAGraph()
-    with graphs.capture(again):
+    with timing.capture(again):
         doubled = 2 * x
     again.replay()
     assert torch.equal(doubled, 2 * x)
@@ -128,7 +128,7 @@ def test_a_graph_outlives_others_of_its_stream_and_cleared_workspaces() -> None:
     expected, made = x @ x, []
     for _ in range(2):
         graph = torch.cuda.CUDAGraph()
-        with graphs.capture(graph):
+        with timing.capture(graph):
             y = x @ x
         made.append((graph, y))
     made.pop()

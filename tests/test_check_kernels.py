@@ -1,26 +1,29 @@
-"""bench/check_kernels.py: what of it can be tried without a GPU. Its checks themselves: tests/test_gpu_suite.py."""
+"""bench/check_kernels.py on the CPU, which is compared with itself."""
 
 from __future__ import annotations
 
-import importlib
 import os
 import re
 import sys
 from pathlib import Path
-from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
 
-BENCH = Path(__file__).parents[1] / "bench"
+from imm.ops import dispatch
+
+pytest.importorskip("triton")
+import check_kernels
 
 
-@pytest.fixture
-def check_kernels(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    monkeypatch.syspath_prepend(str(BENCH))
-    module = importlib.import_module("check_kernels")
-    monkeypatch.setattr(module, "on", lambda device, values: values)
-    return module
+@pytest.fixture(autouse=True)
+def _on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    on = check_kernels.on
+    monkeypatch.setattr(check_kernels, "on", lambda device, values: on("cpu", values))
+    reference = lambda row, rows: dispatch.Implementation("triton", rows[-1].run) if row.name == "triton" else row
+    for op, rows in list(dispatch._TABLE.items()):
+        monkeypatch.setitem(dispatch._TABLE, op, [reference(row, rows) for row in rows])
 
 
 def program(path: Path, output: str, stream: int = 1) -> Path:
@@ -30,48 +33,8 @@ def program(path: Path, output: str, stream: int = 1) -> Path:
     return path
 
 
-def test_results_of_other_bits_are_wrong(check_kernels: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
-    calls = []
-
-    def steady() -> tuple[torch.Tensor, torch.Tensor]:
-        return torch.ones(2), torch.zeros(0)
-
-    def moody() -> torch.Tensor:
-        calls.append(len(calls))
-        return torch.ones(2) + 1e-7 * (len(calls) == 3)
-
-    assert check_kernels.check("steady", steady, (), steady(), 1e-3, 5)
-    assert not check_kernels.check("moody", moody, (), torch.ones(2), 1e-3, 5)
-    assert len(calls) == 5
-    assert check_kernels.check("moody", moody, (), torch.ones(2), 1e-3)
-    lines = capsys.readouterr().out.splitlines()
-    assert lines[0] == "steady: ok, largest error 0.0e+00"
-    assert lines[1] == "moody: WRONG, largest error 0.0e+00, other bits in 1 of 5 launches"
-
-
-def test_the_same_bits(check_kernels: ModuleType) -> None:
-    same, nan = check_kernels.same_bits, torch.tensor([float("nan"), 1.0])
-    assert same(nan, nan.clone())
-    assert same((nan.bfloat16(), torch.tensor(2)), (nan.bfloat16(), torch.tensor(2)))
-    rows = torch.randn(2, 3)
-    assert same(rows.t(), rows.t().contiguous())
-    assert not same(torch.zeros(1), -torch.zeros(1))
-    assert not same(torch.zeros(2), torch.zeros(1, 2))
-    with pytest.raises(ValueError, match="shorter"):
-        same((nan, nan), (nan,))
-
-
-def test_sizes_of_a_seed(check_kernels: ModuleType) -> None:
-    """The same for the same seed, and such as attention takes."""
-    sizes = [check_kernels.random_attention(seed) for seed in range(50)]
-    assert sizes[7] == check_kernels.random_attention(7) != sizes[8]
-    assert all(d % 8 == 0 and 8 <= d <= 128 and T >= 1 for of in sizes for _, T, _, d in of)
-    assert all(of[1][1] % 16 == of[3][1] % 16 == 0 for of in sizes)
-    assert len({d for of in sizes for *_, d in of}) == 16
-
-
 def test_options_reach_every_process(
-    check_kernels: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     script = tmp_path / "script.py"
     script.write_text("import os, sys\nprint(*sys.argv[1:], os.environ.get('TRITON_PTXAS_PATH'))\n")
@@ -87,30 +50,8 @@ def test_options_reach_every_process(
     assert rest == [f"--seed=5 --repeat=100 --part {i} --jobs 2 {ptxas}" for i in range(2)]
 
 
-def test_one_process_checks_the_sizes_of_the_seed_as_often_as_asked(
-    check_kernels: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    parts = []
-    monkeypatch.setattr(check_kernels, "run_part", lambda *given: parts.append(given) or 0)
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    for options in (["--seed", "5", "--repeat", "3"], ["--small"], ["--part", "1", "--jobs", "4", "--seed", "5"], []):
-        monkeypatch.setattr(sys, "argv", ["x", *options])
-        assert check_kernels.main() == 0
-    sizes = (*check_kernels.ATTENTION, *check_kernels.random_attention(5))
-    assert [(index, of, given["ATTENTION"], repeat) for index, of, given, repeat in parts[:3]] == [
-        (0, 1, sizes, 3),
-        (0, 1, check_kernels.SMALL["ATTENTION"], 1),
-        (1, 4, sizes, 1),
-    ]
-    seeds = re.findall(r"--seed=(\d+)", capsys.readouterr().out)
-    assert parts[3][2]["ATTENTION"][len(check_kernels.ATTENTION) :] == check_kernels.random_attention(int(seeds[-1]))
-
-
-def test_the_assembler_is_that_of_the_toolkit_and_tritons_cache_knows(
-    check_kernels: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_the_assembler_is_that_of_the_toolkit_and_tritons_cache_knows(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """nvcc may be a wrapper far from its toolkit."""
-    pytest.importorskip("triton")
     from triton import knobs
     from triton.backends.compiler import GPUTarget
     from triton.backends.nvidia import compiler
@@ -131,5 +72,69 @@ def test_the_assembler_is_that_of_the_toolkit_and_tritons_cache_knows(
     with pytest.raises(FileNotFoundError, match="expected an assembler that names its release, got"):
         check_kernels.use_ptxas(str(ptxas))
     ptxas.unlink()
-    with pytest.raises(FileNotFoundError, match="expected ptxas in nvcc's toolkit, got"):
-        check_kernels.toolkit_ptxas()
+    with pytest.raises(FileNotFoundError, match="bin/ptxas"):
+        check_kernels.use_ptxas("toolkit")
+
+
+@pytest.mark.parametrize("small", [True, False])
+def test_every_check_of_the_kernels(small: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """Every op that has a kernel is checked, and all of the checks are made whatever the number of processes."""
+    monkeypatch.setattr(check_kernels, "MMD_SIZES", ((4, 37),))
+    groups = check_kernels.checked(None if small else 5)
+    assert check_kernels.run_part(groups) == 0
+    alone = capsys.readouterr().out.splitlines()
+    assert all(": ok, largest error" in line for line in alone)
+    checked = {re.match(r"(?:imm::|triton )(\w+)", line)[1] for line in alone}
+    with_kernels = {op for op in dispatch.names() if {"cuda", "triton"} & {i.name for i in dispatch._TABLE[op]}}
+    assert {op for op in with_kernels if not op.endswith(".out")} <= checked
+    assert any(line.startswith("triton flow_step ") for line in alone)
+
+
+def test_wrong_results_other_bits_and_a_device_that_does_not_answer(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    calls: list[int] = []
+
+    def moody(x: torch.Tensor) -> torch.Tensor:
+        calls.append(1)
+        return x + 1e-7 * (len(calls) == 3)
+
+    def broken(*given: Any) -> None:
+        raise RuntimeError("an illegal access")
+
+    one, nan = torch.ones(2), torch.tensor([float("nan")])
+    assert check_kernels.same_bits(nan, nan.clone())
+    assert not check_kernels.same_bits(torch.zeros(1), -torch.zeros(1))
+    assert not check_kernels.check("moody", moody, (one,), [one], 1e-3, 5)
+    assert not check_kernels.check("wrong", lambda x: 0 * x, (one,), [one], 1e-3, 1)
+    assert not check_kernels.check("broken", broken, (one,), [one], 1e-3, 1)
+    assert capsys.readouterr().out.splitlines() == [
+        "moody: WRONG, largest error 0.0e+00, other bits in 1 of 5 launches",
+        "wrong: WRONG, largest error 1.0e+00",
+        "broken: FAILED: RuntimeError: an illegal access",
+    ]
+    monkeypatch.setattr(check_kernels, "check", lambda *given: print(given[0]) is not None)
+    monkeypatch.setattr(torch.cuda, "synchronize", broken)
+    assert check_kernels.run_part(check_kernels.checked(None)) == 1
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 2
+    assert lines[1].startswith("the device does not answer")
+
+
+def test_checks_in_several_processes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    script = tmp_path / "script.py"
+    script.write_text("import os, sys\nprint('part', *sys.argv[1:], flush=True)\nos.abort() if '2' in sys.argv[1:3] else 0\n")
+    monkeypatch.setattr(check_kernels, "__file__", str(script))
+    assert check_kernels.share(3) == 1
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[:2] == [f"part --part {i} --jobs 3" for i in (0, 1)]
+    assert lines[-1] == "after part --part 2 --jobs 3: FAILED: the process ended with -6"
+
+
+def test_sizes_of_a_seed() -> None:
+    """The same for the same seed, and such as attention takes."""
+    sizes = [check_kernels.random_attention(seed) for seed in range(50)]
+    assert sizes[7] == check_kernels.random_attention(7) != sizes[8]
+    assert all(d % 8 == 0 and 8 <= d <= 128 and T >= 1 for of in sizes for _, T, _, d in of)

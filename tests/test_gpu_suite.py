@@ -1,10 +1,8 @@
 """bench/gpu_suite.py on a machine without a GPU: the plan, limits that are kept, what is written, going on where it stopped,
-what is refused; and the checks that it runs, bench/check_kernels.py, on the CPU."""
+what is refused."""
 
 from __future__ import annotations
 
-import importlib
-import importlib.util
 import json
 import os
 import re
@@ -12,29 +10,16 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
+import gpu_suite as suite
 import pytest
-import torch
 
-from imm.benchmark import rows
-from imm.ops import dispatch
+from harness import rows
 
-SUITE = Path(__file__).parent.parent / "bench" / "gpu_suite.py"
+SUITE = Path(suite.__file__)
 FILES = {"summary.json", "environment.json", "build.txt", "tests.txt", "sanitizer.txt", "calibration.json"}
 FILES |= {"bench.txt", "rows.csv"}
-
-
-@pytest.fixture(scope="module")
-def suite() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("gpu_suite", SUITE)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["gpu_suite"] = module  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    return module
 
 
 def run(out: Path, *options: str, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -47,11 +32,11 @@ def stages(out: Path) -> dict[str, dict[str, Any]]:
     return json.loads((out / "summary.json").read_text())["stages"]
 
 
-def planned(suite: ModuleType, cpu: bool = False, tools: bool = True) -> list[Any]:
-    return suite.plan(Path("results"), {"tools": dict.fromkeys(suite.TOOLS, tools)}, cpu)[0]
+def planned(cpu: bool = False, tools: bool = True) -> list[Any]:
+    return suite.plan(Path("results"), {"tools": dict.fromkeys(suite.TOOLS, tools)}, cpu)
 
 
-def test_a_dry_run_prints_order_and_seconds_and_writes_nothing(suite: ModuleType, tmp_path: Path, monkeypatch, capsys) -> None:
+def test_a_dry_run_prints_order_and_seconds_and_writes_nothing(tmp_path: Path, monkeypatch, capsys) -> None:
     out, lines = tmp_path / "out", {}
     monkeypatch.setattr(suite, "probe", lambda: {"gpu": "none", "tools": dict.fromkeys(suite.TOOLS, False)})
     for budget in (540, 240):
@@ -76,27 +61,19 @@ def test_a_dry_run_prints_order_and_seconds_and_writes_nothing(suite: ModuleType
     assert {line[0] for line in lines[540] if not line[3]} >= {f"bench {op}" for op in ("attention", "dit", "sampler", "mmd")}
 
 
-def test_a_finished_run_replaces_the_expected_seconds(suite: ModuleType) -> None:
-    done = {"kernels": {"status": "ok", "seconds": 12.5}, "calibrations": {"status": "cut short", "seconds": 99.0}}
-    before = {stage.name: stage.expected for stage in planned(suite)}
-    after = {stage.name: stage.expected for stage in suite.with_measured(planned(suite), done)}
-    assert {name for name in before if before[name] != after[name]} == {"kernels"}
-    assert after["kernels"] == 12.5
-
-
-def test_what_was_not_tried_comes_before_what_is_repeated(suite: ModuleType) -> None:
+def test_what_was_not_tried_comes_before_what_is_repeated() -> None:
     done = {"kernels": "ok", "calibrations": "failed", "bench attention": "cut short", "bench dit": "skipped"}
     done |= {"bench sampler": suite.REFUSED}
-    left = suite.ordered(planned(suite), {name: {"status": status} for name, status in done.items()})
+    left = suite.ordered(planned(), {name: {"status": status} for name, status in done.items()})
     names = [stage.name for stage in left]
     assert names[:3] == ["bench dit", "bench sampler", "bench mmd"]
     assert names[-2:] == ["bench attention", "calibrations"]
     assert "kernels" not in names
-    assert len(names) == len(planned(suite)) - 1
+    assert len(names) == len(planned()) - 1
 
 
-def test_the_plan_has_every_benchmark_and_every_file_is_known(suite: ModuleType) -> None:
-    of_gpu = planned(suite)
+def test_the_plan_has_every_benchmark_and_every_file_is_known() -> None:
+    of_gpu = planned()
     commands = {stage.name: stage.command for stage in of_gpu}
     assert all(isinstance(command, list) for command in commands.values())
     ops = {path.stem[6:] for path in SUITE.parent.glob("bench_*.py")}
@@ -110,10 +87,10 @@ def test_the_plan_has_every_benchmark_and_every_file_is_known(suite: ModuleType)
     assert commands["racecheck"][-1] == "--small"
     assert max(1, os.cpu_count() - 1) == suite.WORKERS
     assert str(suite.WORKERS) in commands["triton tests"]
-    bare = {stage.name: stage.command for stage in planned(suite, tools=False)}
+    bare = {stage.name: stage.command for stage in planned(tools=False)}
     assert bare["memcheck"] == bare["racecheck"] == "compute-sanitizer not found"
     assert bare["toolkit's ptxas"] == "nvcc not found"
-    assert set(suite.ABOUT) == set(suite.BENCHES) == ops
+    assert set(suite.BENCHES) == ops
     assert len(FILES) == 8
     assert {stage.file for stage in of_gpu} <= FILES
     assert all(
@@ -150,14 +127,13 @@ def test_a_rehearsal_runs_every_command(tmp_path: Path) -> None:
     assert set(re.findall(r"^([\w ]+): ok", again.stdout, re.MULTILINE)) == set()  # nothing is repeated
 
 
-def command(suite: ModuleType, monkeypatch: pytest.MonkeyPatch, out: Path, programs: dict[str, str], *options: str) -> int:
+def command(monkeypatch: pytest.MonkeyPatch, out: Path, programs: dict[str, str], *options: str) -> int:
     """One command of the suite with stages that run these programs of Python in the place of its own."""
     files = {"kernels": "tests.txt", "op tests": "tests.txt", "racecheck": "sanitizer.txt"}
 
-    def plan(*given: Any) -> tuple[list[Any], list[str]]:
+    def plan(*given: Any) -> list[Any]:
         run_by_python = lambda text: [sys.executable, "-c", text]
-        made = [suite.Stage(name, 1.0, files.get(name, "bench.txt"), run_by_python(text)) for name, text in programs.items()]
-        return made, []
+        return [suite.Stage(name, 1.0, files.get(name, "bench.txt"), run_by_python(text)) for name, text in programs.items()]
 
     monkeypatch.setattr(suite, "plan", plan)
     monkeypatch.setattr(suite, "probe", lambda: {"gpu": "a GPU", "tools": {}})
@@ -167,48 +143,47 @@ def command(suite: ModuleType, monkeypatch: pytest.MonkeyPatch, out: Path, progr
     return suite.main()
 
 
-def test_a_stage_that_sleeps_or_crashes_leaves_the_others_results(suite: ModuleType, tmp_path: Path, monkeypatch) -> None:
+def test_a_stage_that_sleeps_or_crashes_leaves_the_others_results(tmp_path: Path, monkeypatch) -> None:
     programs = {
         "bench mmd": "import time; print('begun', flush=True); time.sleep(60)",
         "bench dit": "import os; print('begun', flush=True); os.abort()",
         "bench noise": "print('measured')",
     }
-    assert command(suite, monkeypatch, tmp_path, programs) == 1
+    assert command(monkeypatch, tmp_path, programs) == 1
     found = stages(tmp_path)
     assert [found[name]["status"] for name in programs] == ["cut short", "failed", "ok"]
     assert (found["bench mmd"]["reason"], found["bench dit"]["returncode"]) == ("begun", -6)
     assert "measured" in (tmp_path / "bench.txt").read_text()
+    assert len(suite.shorten("a" * 10_000_000)) < suite.TEXT_BYTES
     # Again: what was cut short, what failed, and not what was done.
-    assert command(suite, monkeypatch, tmp_path, {**programs, "bench mmd": "print('in time')"}) == 1
+    assert command(monkeypatch, tmp_path, {**programs, "bench mmd": "print('in time')"}) == 1
     assert [stages(tmp_path)[name]["status"] for name in programs] == ["ok", "failed", "ok"]
     assert (tmp_path / "bench.txt").read_text().count("measured") == 1
-    # A commit or --fresh begins anew.
-    assert command(suite, monkeypatch, tmp_path, {"bench adaln": "print('other')"}, "--fresh") == 0
+    # Another commit begins anew.
+    assert command(monkeypatch, tmp_path, {"bench adaln": "print('other')"}, "--commit=def") == 0
     assert set(stages(tmp_path)) == {"bench adaln"}
 
 
-def test_the_last_seconds_are_not_overrun(suite: ModuleType, tmp_path: Path, monkeypatch) -> None:
+def test_the_last_seconds_are_not_overrun(tmp_path: Path, monkeypatch) -> None:
     """What was begun is recorded as cut short, what was not is left for the next command, which begins with it."""
     monkeypatch.setattr(suite, "LEAST", 20.0)
     programs = {"bench mmd": "import time; time.sleep(60)", "bench dit": "print('measured')"}
-    assert command(suite, monkeypatch, tmp_path, programs, "--budget=21") == 0
+    assert command(monkeypatch, tmp_path, programs, "--budget=21") == 0
     found = stages(tmp_path)
     assert found["bench mmd"]["status"] == "cut short"
     assert found["bench dit"] == {"status": "skipped", "reason": "no time left; run again with the same folder"}
-    assert command(suite, monkeypatch, tmp_path, programs, "--budget=21") == 0
+    assert command(monkeypatch, tmp_path, programs, "--budget=21") == 0
     assert list(stages(tmp_path)) == list(programs)
     assert [outcome["status"] for outcome in stages(tmp_path).values()] == ["cut short", "ok"]
 
 
-def test_the_library_is_asked_for_and_without_one_the_suite_stops(
-    suite: ModuleType, tmp_path: Path, monkeypatch, capsys
-) -> None:
+def test_the_library_is_asked_for_and_without_one_the_suite_stops(tmp_path: Path, monkeypatch, capsys) -> None:
     ran: list[str] = []
     works: list[str] = []
 
     def execute(given: list[str], limit: float, environment: dict[str, str]) -> tuple[dict[str, Any], str]:
         folder = Path(environment.get("IMM_NATIVE_DIR", "tree")).name
-        ran.append("build" if "build_in_place.py" in given[-2] else folder if given[2] == suite.LIBRARY else "stage")
+        ran.append("build" if "setup.py" in given else folder if given[2] == suite.LIBRARY else "stage")
         good = folder in works or ran[-1] in ("build", "stage")
         return {"status": "ok" if good else "failed", "seconds": 1.0}, "built for another torch\n" * (not good)
 
@@ -223,7 +198,7 @@ def test_the_library_is_asked_for_and_without_one_the_suite_stops(
     ):
         works[:] = loads
         ran.clear()
-        assert command(suite, monkeypatch, tmp_path / "out", programs, options, "--fresh") == status
+        assert command(monkeypatch, tmp_path / "out", programs, options, f"--commit={status}{len(expected)}") == status
         assert ran == expected
     output = capsys.readouterr().out
     assert "the bundle's: built for another torch" in output
@@ -239,46 +214,37 @@ noise,m,s,float32,cuda,reference,refused: RuntimeError,,
 """
 
 
-def test_a_failed_test_marks_the_rows_of_its_ops_and_refuses_nothing(suite: ModuleType, tmp_path: Path, monkeypatch) -> None:
+def test_a_failed_test_marks_the_rows_of_its_ops_and_refuses_nothing(tmp_path: Path, monkeypatch) -> None:
     (tmp_path / "given.csv").write_text(ROWS)
     rows.write(tmp_path, rows.read(tmp_path / "given.csv"))
     statuses = lambda: [row.status for row in rows.read(tmp_path / "rows.csv")]
     programs = {
-        "op tests": "print('tests/test_mmd.py::test_a FAILED [ 10%]'); raise SystemExit(1)",
+        "op tests": "print('tests/test_mmd.py::test_a: FAILED'); raise SystemExit(1)",
         "bench mmd": "print('measured')",
     }
-    assert command(suite, monkeypatch, tmp_path, programs) == 1
+    assert command(monkeypatch, tmp_path, programs) == 1
     assert stages(tmp_path)["op tests"]["failed"] == ["tests/test_mmd.py::test_a"]
     assert stages(tmp_path)["bench mmd"]["status"] == "ok"
     marked = "unverified: tests/test_mmd.py::test_a (op tests)"
     assert statuses() == [marked, "ok", "ok", "refused: RuntimeError"]
     assert marked in rows.table(rows.read(tmp_path / "rows.csv")[:2])
     # Once they pass, the rows are good.
-    assert command(suite, monkeypatch, tmp_path, {**programs, "op tests": "print('1 passed')"}) == 0
+    assert command(monkeypatch, tmp_path, {**programs, "op tests": "print('1 passed')"}) == 0
     assert statuses() == ["ok", "ok", "ok", "refused: RuntimeError"]
 
 
-def test_a_wrong_kernel_refuses_the_figures_of_its_ops(suite: ModuleType, tmp_path: Path, monkeypatch) -> None:
+def test_a_wrong_kernel_refuses_the_figures_of_its_ops(tmp_path: Path, monkeypatch) -> None:
     kernels = (
         "print('imm::mmd_loss M=4: WRONG, largest error 1.0\\nimm::noise (1, 1): FAILED: RuntimeError'); raise SystemExit(1)"
     )
     programs = {"kernels": kernels, "bench mmd": "print()", "bench flow_map_mmd": "print()", "bench noise": "print()"}
-    assert command(suite, monkeypatch, tmp_path, programs) == 1
+    assert command(monkeypatch, tmp_path, programs) == 1
     found = stages(tmp_path)
     assert found["kernels"]["wrong"] == ["imm::mmd_loss M=4"]
     assert [found[f"bench {op}"]["status"] for op in ("mmd", "flow_map_mmd", "noise")] == [suite.REFUSED, suite.REFUSED, "ok"]
     assert suite.unverified(found)["noise"] == "imm::noise (1, 1) (kernels)"
 
 
-PYTEST = """
-tests/test_mmd.py::test_a[3-4] PASSED                       [ 10%]
-tests/test_mmd.py::test_a[4-4] FAILED                       [ 20%]
-[gw1] [ 30%] FAILED tests/test_ops.py::test_opcheck[noise-sliced-torch.float32-cuda]
-[gw0] [ 35%] PASSED tests/test_flow_step.py::test_b
-=========================== short test summary info ============================
-FAILED tests/test_mmd.py::test_a[4-4] - AssertionError: tests/test_adaln.py is innocent
-ERROR tests/test_triton_adaln.py - ImportError: no such luck
-"""
 CHECKS = """imm::flow_step (3, 37) torch.float32: ok, largest error 1.0e-07
 imm::sampling_step (3, 37) torch.float32: WRONG, largest error 1.0e+00
 after imm::timestep_attention (2, 37, 2, 8) torch.float32: FAILED: the process ended with -6
@@ -294,14 +260,9 @@ imm::mmd_gram M=4 D=37 torch.float32: ok, largest error 1.0e-07
 """
 
 
-def test_what_failed_is_read_from_the_output(suite: ModuleType) -> None:
-    assert suite.failed(PYTEST) == [
-        "tests/test_mmd.py::test_a[4-4]",
-        "tests/test_ops.py::test_opcheck[noise-sliced-torch.float32-cuda]",
-        "tests/test_triton_adaln.py",
-    ]
-    assert suite.failed("tests/test_dit.py::test_a Fatal Python error: Segmentation fault\n") == ["tests/test_dit.py::test_a"]
-    assert suite.failed("\ntests/test_dit.py::test_a: FAILED: the device does not answer\n") == ["tests/test_dit.py::test_a"]
+def test_what_failed_is_read_from_the_output() -> None:
+    assert suite.failed("\ntests/test_dit.py::test_a[3: 4]: FAILED\nx\n") == ["tests/test_dit.py::test_a[3: 4]"]
+    assert suite.failed(CHECKS, "WRONG") == ["imm::sampling_step (3, 37) torch.float32"]
     assert suite.failed(CHECKS) == [
         "after imm::timestep_attention (2, 37, 2, 8) torch.float32",
         "imm::sampling_step (3, 37) torch.float32",
@@ -310,54 +271,49 @@ def test_what_failed_is_read_from_the_output(suite: ModuleType) -> None:
     assert suite.failed(SANITIZER.replace("Error: Race", "Warning: Race")) == []
     unknown = "========= COMPUTE-SANITIZER\n========= Error: Device not supported\nimm::noise (1, 1): FAILED: Error: 999\n"
     assert suite.failed(unknown) == []
-    assert suite.failed("= 12 passed in 3.21s =\ntests/test_mmd.py::test_a PASSED\n") == []
+    assert suite.failed("= 12 passed in 3.21s =\ntests/test_mmd.py::test_a: PASSED\n") == []
 
 
-@pytest.mark.parametrize(
-    ("name", "benches"),
-    [
-        ("tests/test_triton_mmd.py::test_a", {"mmd", "flow_map_mmd", "objective"}),
-        ("tests/test_ops.py::test_opcheck[mmd_loss_grad-empty]", {"mmd", "flow_map_mmd", "objective"}),
-        ("tests/test_attention.py::test_a", {"attention", "dit", "sampler", "objective"}),
-        ("imm::gated_residual_adaln_bwd (2, 5, 37)", {"adaln", "dit", "sampler", "objective"}),
-        ("triton noise (1, 1)", {"noise", "sampler"}),
-        ("tests/test_sampler.py::test_a", {"sampler"}),
-        ("tests/test_package.py::test_a", {"sampler"}),
-        ("tests/test_dit.py::test_a", {"dit", "sampler", "objective"}),
-        ("tests/test_flow_step.py::test_a", {"flow_step", "flow_map_mmd", "sampler", "objective"}),
-        ("tests/test_seeds.py::test_conditional", set()),
-    ],
-)
-def test_a_failure_concerns_the_benchmarks_that_rest_on_it(suite: ModuleType, name: str, benches: set[str]) -> None:
-    assert {op for op in suite.BENCHES if suite.concerning(op, [name])} == benches
+def test_a_failure_concerns_the_benchmarks_that_rest_on_it() -> None:
+    for name, benches in {
+        "tests/test_ops.py::test_opcheck[mmd_loss-empty]": {"mmd", "flow_map_mmd", "objective"},
+        "imm::gated_residual_adaln_bwd (2, 5, 37)": {"adaln", "dit", "sampler", "objective"},
+        "triton noise (1, 1)": {"noise", "sampler"},
+        "tests/test_flow_step.py::test_a": {"flow_step", "flow_map_mmd", "sampler", "objective"},
+        "tests/test_seeds.py::test_conditional": set(),
+    }.items():
+        assert {op for op in suite.BENCHES if suite.concerning(op, [name])} == benches
 
 
-def test_a_device_that_died_ends_the_process_and_no_other_test_fails(suite: ModuleType, tmp_path: Path) -> None:
+def test_a_device_that_died_ends_the_process_and_no_other_test_fails(tmp_path: Path) -> None:
     (tmp_path / "test_dead.py").write_text(DEAD)
     done = plugged(tmp_path, "test_dead.py")
     assert done.returncode == 3, done.stdout + done.stderr
-    assert "test_fine PASSED" in done.stdout
+    assert "test_dead.py::test_fine: PASSED" in done.stdout
     assert "test_dead.py::test_illegal: FAILED: the device does not answer: an illegal access" in done.stdout
     assert "test_after" not in done.stdout
     assert suite.failed(done.stdout) == ["test_dead.py::test_illegal"]
 
 
-def test_what_passed_before_is_left_out(tmp_path: Path, monkeypatch) -> None:
-    monkeypatch.syspath_prepend(str(SUITE.parent))
-    from suite_plugin import passed
-
-    assert passed(PYTEST) == {"tests/test_mmd.py::test_a[3-4]", "tests/test_flow_step.py::test_b"}
+def test_verdicts_are_said_and_what_passed_before_is_left_out(tmp_path: Path) -> None:
     (tmp_path / "tests").mkdir()
     (tmp_path / "tests" / "test_two.py").write_text("def test_a():\n    pass\n\ndef test_b():\n    assert False\n")
-    (tmp_path / "tests.txt").write_text("tests/test_two.py::test_a PASSED           [ 50%]\n")
+    (tmp_path / "tests" / "test_bad.py").write_text("import torch.no_such_thing\n")
+    (tmp_path / "tests" / "test_name.py").write_text("from torch import no_such_name\n")
+    first = plugged(tmp_path, "tests", "--continue-on-collection-errors", "-n2")
+    assert suite.failed(first.stdout) == [
+        "tests/test_name.py",
+        "tests/test_two.py::test_b",
+    ]
+    (tmp_path / "tests.txt").write_text(first.stdout)
     done = plugged(tmp_path, "tests/test_two.py", IMM_SUITE_TESTS=str(tmp_path / "tests.txt"))
     assert "1 failed, 1 deselected" in done.stdout, done.stdout + done.stderr
 
 
-def plugged(folder: Path, tests: str, **environment: str) -> subprocess.CompletedProcess[str]:
+def plugged(folder: Path, *tests: str, **environment: str) -> subprocess.CompletedProcess[str]:
     """pytest with the suite's plugin, in a folder."""
     own = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_XDIST")}
-    options = ["-c", os.devnull, "--rootdir", str(folder), "-p", "no:cacheprovider", "-p", "suite_plugin", "-vv", tests]
+    options = ["-c", os.devnull, "--rootdir", str(folder), "-p", "no:cacheprovider", "-p", "suite_plugin", *tests]
     variables = {**own, "PYTHONPATH": str(SUITE.parent), **environment}
     command = [sys.executable, "-m", "pytest", *options]
     return subprocess.run(command, env=variables, capture_output=True, text=True, check=False, cwd=folder)
@@ -378,95 +334,3 @@ def test_illegal():
 def test_after():
     assert False
 """
-
-
-@pytest.fixture
-def check_kernels(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    """bench/check_kernels.py, comparing the CPU with itself."""
-    pytest.importorskip("triton")
-    monkeypatch.syspath_prepend(str(SUITE.parent))
-    module = importlib.import_module("check_kernels")
-    monkeypatch.setattr(module, "on", lambda device, values: values)
-    for name in ("flow_step", "noise"):
-        monkeypatch.setattr(importlib.import_module(f"imm_kernels.{name}"), name, getattr(torch.ops.imm, name))
-    return module
-
-
-@pytest.mark.parametrize("sizes", ["SMALL", "LARGE"])
-def test_every_check_of_the_kernels(
-    check_kernels: ModuleType, sizes: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """In every op that has a kernel, and all of the checks whatever the number of processes."""
-    monkeypatch.setattr(check_kernels, "MMD_SIZES", ((4, 37),))
-    given = getattr(check_kernels, sizes)
-    assert check_kernels.run_part(0, 1, given) == 0
-    alone = capsys.readouterr().out.splitlines()
-    assert all(": ok, largest error" in line for line in alone)
-    assert sum(check_kernels.run_part(i, 3, given) for i in range(3)) == 0
-    assert sorted(capsys.readouterr().out.splitlines()) == sorted(alone)
-    checked = {re.match(r"(?:imm::|triton )(\w+)", line)[1] for line in alone}
-    with_kernels = {op for op in dispatch.names() if {"cuda", "triton"} & {i.name for i in dispatch._TABLE[op]}}
-    assert {op for op in with_kernels if not op.endswith(".out")} <= checked | WITHOUT_A_CHECK
-
-
-#: The backwards of these are torch's operations on every device.
-WITHOUT_A_CHECK: set[str] = set()
-
-
-def test_checks_end_where_the_device_does_not_answer(
-    check_kernels: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    def broken(*given: Any) -> None:
-        raise RuntimeError("an illegal access")
-
-    def dead() -> None:
-        raise RuntimeError("an illegal access")
-
-    checks = [("a", broken, (), torch.ones(1), 1.0), ("b", broken, (), torch.ones(1), 1.0)]
-    monkeypatch.setattr(check_kernels, "groups", lambda sizes: iter([lambda: iter(checks)]))
-    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
-    assert check_kernels.run_part(0, 1, {}) == 1
-    assert capsys.readouterr().out.count("FAILED") == 2
-    monkeypatch.setattr(torch.cuda, "synchronize", dead)
-    assert check_kernels.run_part(0, 1, {}) == 1
-    text = capsys.readouterr().out
-    assert text.startswith("a: FAILED: RuntimeError: an illegal access\n")
-    assert "b: " not in text
-    wrong = ("c", lambda: torch.zeros(1), (), torch.ones(1), 1e-3)
-    assert not check_kernels.check(*wrong)
-    assert capsys.readouterr().out == "c: WRONG, largest error 1.0e+00\n"
-
-
-def test_checks_in_several_processes(
-    check_kernels: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    script = tmp_path / "script.py"
-    script.write_text("import os, sys\nprint('part', *sys.argv[1:], flush=True)\nos.abort() if '2' in sys.argv[1:3] else 0\n")
-    monkeypatch.setattr(check_kernels, "__file__", str(script))
-    assert check_kernels.share(2, small=False) == 0
-    assert capsys.readouterr().out == "part --part 0 --jobs 2\npart --part 1 --jobs 2\n"
-    assert check_kernels.share(3, small=False) == 1
-    assert "after part --part 2 --jobs 3: FAILED: the process ended with -6" in capsys.readouterr().out
-
-
-def test_files_that_lack_a_package_are_skipped_by_name(suite: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
-    there = suite.importlib.util.find_spec
-    without = lambda *absent: lambda name: None if name in absent else there(name)
-    monkeypatch.setattr(suite.importlib.util, "find_spec", without("hypothesis"))
-    command, notes = suite.pytest_command(("test_noise", "test_parametrizations", "test_mmd"), "not full")
-    lacking = [n for n in ("test_noise", "test_parametrizations", "test_mmd") if "hypothesis" in _source(n)]
-    assert notes == [f"{name}.py skipped: hypothesis not installed" for name in lacking]
-    assert not any(name in " ".join(command) for name in lacking)
-    monkeypatch.setattr(suite.importlib.util, "find_spec", without("pytest"))
-    assert suite.pytest_command(("test_noise",), "not full")[0].startswith("pytest is not installed")
-
-
-def _source(name: str) -> str:
-    return (Path(__file__).parent / f"{name}.py").read_text()
-
-
-def test_long_output_is_shortened(suite: ModuleType) -> None:
-    text = suite.shorten("a" * 10_000_000 + "the end")
-    assert len(text) < suite.TEXT_BYTES
-    assert text.endswith("the end")
-    assert suite.shorten("short") == "short"

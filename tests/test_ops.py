@@ -14,7 +14,7 @@ import torch._dynamo.testing
 from op_samples import SAMPLES, VARIANTS
 
 import imm
-from imm.benchmark.graphs import capture
+from harness.timing import capture
 from imm.ops import dispatch
 from imm.ops.schemas import SCHEMAS
 

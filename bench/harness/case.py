@@ -1,18 +1,16 @@
-"""What an op file ``bench/bench_<op>.py`` declares.
+"""What an op file ``bench/bench_<op>.py`` declares. To declare a case makes nothing and needs no device, so that ``imm bench
+--predict`` can read it anywhere: tensors and networks are made when ``inputs`` is called.
 
 cases(device, quick)   its Cases, real shapes first; ``quick``: the first one only
-TESTS                  its own tests, without which it is not timed (:mod:`imm.benchmark.gate`)
+TESTS                  its own tests, without which it is not timed (:mod:`harness.gate`)
 CUDA_TESTS             on CUDA besides: those of the kernels that run there; of a file in both, these
 CLAIMS                 ratios of two peers that are published with their bound (optional)
-limits(device)         lists of Rows about memory, found in another way than by timing a Case; not in the quick form (optional)
-
-To declare a case costs nothing and needs no device, so that ``imm bench --predict`` can read it anywhere: tensors and networks
-are made when ``inputs`` is called (:mod:`imm.benchmark.networks`).
 """
 
 from __future__ import annotations
 
-import importlib.util
+import importlib
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -28,6 +26,32 @@ Step = Callable[[], tuple[Tensor, ...]]
 Peer = Callable[..., Step]
 COPY = "copy of the same bytes"
 MATMUL = "product of as many flops"
+L2, ISSUE = "L2", "issue slots"
+BENCH = Path(__file__).resolve().parents[1]
+ROOT = BENCH.parent
+
+
+def call(function: Callable[..., Any]) -> Peer:
+    """A peer whose step calls a function with the inputs."""
+
+    def prepare(*inputs: Any) -> Step:
+        def step() -> tuple[Tensor, ...]:
+            found = function(*inputs)
+            return found if isinstance(found, tuple) else (found,)
+
+        return step
+
+    return prepare
+
+
+def compiled(function: Callable[..., Any], form: Callable[..., Peer] = call, **options: Any) -> Peer:
+    """The peer ``form`` of a function that torch compiles when the peer is prepared."""
+    return lambda *inputs: form(torch.compile(function, **options))(*inputs)
+
+
+def words(dtype: torch.dtype) -> str:
+    """A dtype's name: "float32"."""
+    return str(dtype).removeprefix("torch.")
 
 
 def product_shape(flops: int) -> tuple[int, int]:
@@ -41,21 +65,19 @@ def product_shape(flops: int) -> tuple[int, int]:
 class Case:
     """One op at one shape.
 
-    inputs: makes one independent set of tensors; called once on the CPU, many times where buffers rotate.
-    truth: the inputs -> the right outputs in float64.
-    tolerances: per output, the largest error accepted of a peer, relative to the output's largest number.
     bytes: what the algorithm must read and write once, whatever a peer does. flops: its arithmetic.
-    late: peers that compile for seconds or minutes, the slowest last. On CUDA every case is measured without them first, then
-        with one more of them at a time: a time limit may end the run meanwhile.
+    inputs: makes one independent set of tensors. truth: the inputs -> the right outputs in float64.
+    tolerances: per output, the largest error accepted of a peer, relative to the output's largest number.
+    late: peers that compile for seconds or minutes: on CUDA every case is measured without them first.
     rough: peers that are known to be less accurate, with the error accepted of all their outputs.
     ceilings: what is timed beside the peers and not checked, since it does a part of the work only.
     products: whether its arithmetic is matrix products, whose rate is then measured in the same run.
     arithmetic: the dtype that it computes in, where that is not the case's or, of 16 bits besides products, float32.
-    caches: "cold", "warm" or both: whether the buffers rotate or stay (:mod:`imm.benchmark.timing`).
-    kernel: what our CUDA kernel of the case needs of other units than those, counted in its machine code for sm_90: "L2", bytes
-        from L2 to the multiprocessors, and "issue slots", warp instructions.
-    rounds: of a step that takes so long that caches and launches do not matter, how many calls are timed, shared out to the
-        visits (rounded up), each alone and as the peer launches it; 0: as many as the effort says, on CUDA within a graph.
+    caches: "cold", "warm" or both: whether the buffers rotate or stay (:mod:`harness.timing`).
+    kernel: what our CUDA kernel needs of other units, counted in its machine code for sm_90: ``L2``, bytes from L2 to the
+        multiprocessors, and ``ISSUE``, warp instructions.
+    rounds: of a long step, how many calls are timed, shared out to the visits, each alone and as the peer launches it; 0: as
+        many as the effort says, on CUDA within a graph.
     """
 
     op: str
@@ -103,7 +125,7 @@ class Claim:
         return self.mode in (None, mode) and self.cache in (None, cache) and small
 
     def holds(self, ratio: float) -> bool:
-        return (self.at_least is None or ratio >= self.at_least) and (self.at_most is None or ratio <= self.at_most)
+        return (self.at_least or 0.0) <= ratio <= (self.at_most or math.inf)
 
     @property
     def bound(self) -> str:
@@ -111,26 +133,18 @@ class Claim:
         return f"at least {self.at_least}" if self.at_least is not None else f"at most {self.at_most}"
 
 
-def folder() -> Path:
-    """The checkout's ``bench``. Raises FileNotFoundError where imm is an installed package without one."""
-    path = Path(__file__).resolve().parents[3] / "bench"
-    if not (path / "bench_mmd.py").is_file():
-        raise FileNotFoundError("bench: needs a checkout of the project (its folder bench/ declares what is measured)")
-    return path
-
-
 def operations() -> list[str]:
     """The ops that have a file, by name."""
-    return sorted(path.stem.removeprefix("bench_") for path in folder().glob("bench_*.py"))
+    return sorted(path.stem.removeprefix("bench_") for path in BENCH.glob("bench_*.py"))
 
 
 def load(op: str) -> ModuleType:
     """The op's file as a module. Raises ValueError for an op without one."""
     if op not in operations():
         raise ValueError(f"op: expected one of {operations()} or all, got {op!r}")
-    spec = importlib.util.spec_from_file_location(f"bench_{op}", folder() / f"bench_{op}.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return importlib.import_module(f"bench_{op}")
+
+
+def chosen(op: str) -> dict[str, ModuleType]:
+    """The op's file by its name; "all": every one. Raises ValueError for an op without one."""
+    return {name: load(name) for name in (operations() if op == "all" else [op])}

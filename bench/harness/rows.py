@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from imm.benchmark.case import COPY, MATMUL, Case, Claim
+from harness.case import COPY, MATMUL, Case, Claim, words
 from imm.files import write_text
 
 OK = "ok"
@@ -28,9 +28,8 @@ class Row:
     """One peer at one case. Times in microseconds; None where there is none: refused, or not applicable.
 
     cache: "cold" or "warm". error: the largest relative error against float64. peak_bytes: inputs, what the peer keeps and the
-    most that a step allocates. ratio_to_copy: the median of the ratios to the copy of the same round.
-    do_bench_us: the median of triton.testing.do_bench, on CUDA. samples_us: every round's time, in order, with spaces between,
-    and a semicolon between two visits (:mod:`imm.benchmark.harness`).
+    most that a step allocates. ratio_to_copy: the median of the ratios to the copy of the same round. do_bench_us: of earlier
+    results. samples_us: every round's time, with spaces between, and a semicolon between two visits.
     """
 
     op: str
@@ -62,22 +61,12 @@ class Row:
     @classmethod
     def of(cls, case: Case, device: torch.device, **values: Any) -> Row:
         """A row of a case, not timed yet."""
-        dtype = str(case.dtype).removeprefix("torch.")
-        threads = torch.get_num_threads()
-        known: dict[str, Any] = {
-            "bytes": case.bytes,
-            "flops": case.flops,
-            "threads": threads,
-            "device": device.type,
-            "dtype": dtype,
-        }
-        return cls(op=case.op, mode=case.mode, shape=case.size, **known, **values)
+        known = {"bytes": case.bytes, "flops": case.flops, "threads": torch.get_num_threads(), **values}
+        return cls(case.op, case.mode, case.size, words(case.dtype), device.type, **known)
 
     def timed(self, seconds: Visits, copy: Visits) -> None:
-        """Fill in the times, from this peer's samples and those of the copy (none where it failed), round by round, in seconds.
-
-        Rates are those of peers, which do the case's work, and of the ceiling that is made of it.
-        """
+        """Fill in the times, from this peer's samples and those of the copy (none where it failed), round by round, in
+        seconds. Rates are those of peers, which do the case's work, and of the ceiling that is made of it."""
         every = flat(seconds)
         p20, median, p80 = (quantile(every, q) for q in (0.2, 0.5, 0.8))
         self.rounds = len(every)
@@ -98,11 +87,6 @@ class Row:
         return [[float(word) for word in visit.split()] for visit in self.samples_us.split(";") if visit]
 
     @property
-    def samples(self) -> list[float]:
-        """Every round's time in microseconds."""
-        return flat(self.visits)
-
-    @property
     def key(self) -> tuple[str, ...]:
         """What names it among the rows of one commit, the peer last."""
         return self.op, self.mode, self.shape, self.dtype, self.device, self.cache, self.peer
@@ -118,8 +102,7 @@ def quantile(values: Sequence[float], q: float) -> float:
 
 
 def interval(visits: Visits) -> tuple[float, float]:
-    """The 20 % to the 80 % quantile of each visit, together; of one visit, of its first and of its second half: the spread of
-    repeats."""
+    """The 20 % to the 80 % quantile of each visit, together; of one visit, of its first and of its second half."""
     if len(visits) == 1:
         (only,) = visits
         visits = [half for half in (only[: len(only) // 2], only[len(only) // 2 :]) if half]
@@ -137,10 +120,8 @@ def paired(times: Visits, others: Visits) -> float:
 
 
 def joined(first: Iterable[Row], second: Iterable[Row]) -> list[Row]:
-    """The rows of ``first`` with the visits of ``second`` after their own.
-
-    One without a time in either has none; one that has a time and is missing in ``second`` is left out.
-    """
+    """The rows of ``first`` with the visits of ``second`` after their own. One without a time in either has none; one that has
+    a time and is missing in ``second`` is left out."""
     later = {row.key: row for row in second}
     made: list[Row] = []
     for row in first:
@@ -161,15 +142,37 @@ def joined(first: Iterable[Row], second: Iterable[Row]) -> list[Row]:
 COLUMNS = tuple(field.name for field in fields(Row))
 
 
+def _parsed(kind: Any, text: str | None) -> Any:
+    """A cell as a field of a row; ``kind`` is the field's type."""
+    if text is None:
+        raise ValueError("a line ends early")
+    if kind == "str":
+        return text
+    return None if "None" in kind and not text else float(text) if "float" in kind else int(text)
+
+
+def _last(rows: Iterable[Row]) -> list[Row]:
+    """Of rows with the same key and commit the last, in the place of the first."""
+    return list({(*row.key, row.commit): row for row in rows}.values())
+
+
+def read(path: Path) -> list[Row]:
+    """The rows of a ``rows.csv``, a column that it lacks at its default; of rows with the same key and commit the last. Raises
+    ValueError for another file."""
+    with path.open(newline="") as file:
+        parse = lambda line: {f.name: _parsed(f.type, line[f.name]) for f in fields(Row) if f.name in line}
+        try:
+            return _last(Row(**parse(line)) for line in csv.DictReader(file))
+        except (ValueError, TypeError) as error:
+            raise ValueError(f"results: expected rows as imm bench writes them, got {path}: {error}") from error
+
+
 def written(folder: Path) -> list[Row]:
     """The rows of the folder, none where it has no ``rows.csv``. Raises ValueError for one that cannot be added to."""
     path = folder / "rows.csv"
-    if not path.exists():
-        return []
-    with path.open() as file:
-        if file.readline() != ",".join(COLUMNS) + "\n":
-            raise ValueError(f"out: expected a folder whose rows.csv has this version's columns, got {folder}")
-    return read(path)
+    if path.exists() and path.read_text().partition("\n")[0] != ",".join(COLUMNS):
+        raise ValueError(f"out: expected a folder whose rows.csv has this version's columns, got {folder}")
+    return read(path) if path.exists() else []
 
 
 def write(folder: Path, rows: Iterable[Row]) -> None:
@@ -192,43 +195,6 @@ def mark(folder: Path, reasons: Mapping[str, str]) -> None:
     write(folder, rows)
 
 
-def _last(rows: Iterable[Row]) -> list[Row]:
-    """Of rows with the same key and commit the last, in the place of the first."""
-    return list({(*row.key, row.commit): row for row in rows}.values())
-
-
-def _words(text: str | None) -> str:
-    if text is None:
-        raise ValueError("a line ends early")
-    return text
-
-
-_PARSERS: dict[Any, Callable[[str], Any]] = {
-    "str": _words,
-    "int": int,
-    "int | None": lambda text: int(text) if text else None,
-    "float | None": lambda text: float(text) if text else None,
-}
-
-
-#: What earlier commits called a peer: rows of theirs are still compared with.
-_EARLIER_NAMES = {"square product of as many flops": MATMUL}
-
-
-def read(path: Path) -> list[Row]:
-    """The rows of a ``rows.csv``, a column that it lacks at its default; of rows with the same op, mode, shape, dtype, device,
-    cache, peer and commit the last. Raises ValueError for another file."""
-    with path.open(newline="") as file:
-        parse = lambda line: {f.name: _PARSERS[f.type](line[f.name]) for f in fields(Row) if f.name in line}
-        try:
-            rows = [Row(**parse(line)) for line in csv.DictReader(file)]
-            for row in rows:
-                row.peer = _EARLIER_NAMES.get(row.peer, row.peer)
-        except (ValueError, TypeError) as error:
-            raise ValueError(f"results: expected rows as imm bench writes them, got {path}: {error}") from error
-    return _last(rows)
-
-
 def grouped(rows: Iterable[Row], *columns: str) -> list[list[Row]]:
     """Rows with the same values in these columns together, in the order of each group's first row."""
     groups: dict[tuple[Any, ...], list[Row]] = {}
@@ -249,21 +215,18 @@ def ours(peer: str) -> bool:
 
 def fastest(rows: Iterable[Row]) -> Row | None:
     """The row with the least median; None without a timed one."""
-    return min((row for row in rows if row.median_us is not None), key=lambda row: row.median_us or 0.0, default=None)
+    return min((row for row in rows if row.median_us), key=lambda row: row.median_us or 0.0, default=None)
 
 
 def floor(rows: Iterable[Row]) -> Row | None:
-    """Of one case, the slower of the copy and, where it was timed, the product: what limits a peer of the same dtype.
-    None where nothing was timed or the case's flops are not counted."""
-    ceilings = [row for row in rows if row.peer in (COPY, MATMUL) and row.median_us is not None and row.flops]
+    """Of one case, the slower of the copy and, where it was timed, the product: what limits a peer of the same dtype."""
+    ceilings = [row for row in rows if row.peer in (COPY, MATMUL) and row.median_us and row.flops]
     return max(ceilings, key=lambda row: row.median_us or 0.0, default=None)
 
 
 def duration(us: float | None) -> str:
     """A time with a unit that suits it."""
-    if us is None:
-        return "-"
-    return f"{us / 1e3:.2f} ms" if us >= 1e3 else f"{us:.1f} us"
+    return "-" if us is None else f"{us / 1e3:.2f} ms" if us >= 1e3 else f"{us:.1f} us"
 
 
 def dtype_of(peer: str, dtype: str) -> str:
@@ -272,50 +235,40 @@ def dtype_of(peer: str, dtype: str) -> str:
 
 
 def share_of_floor(row: Row, case: Iterable[Row]) -> float | None:
-    """Of a row's time, what the floor of its case takes; None without one, or where the row is of a part of the work or in
-    another dtype."""
+    """Of a row's time, what the floor of its case takes; None for a part of the work and in another dtype."""
     least = floor(case)
     if least is None or row.median_us is None or not (row.whole or row is least):
         return None
-    if dtype_of(row.peer, row.dtype) != least.dtype:
-        return None
-    return paired(least.visits, row.visits)
+    return paired(least.visits, row.visits) if dtype_of(row.peer, row.dtype) == least.dtype else None
 
 
-HEADINGS = ("peer", "median", "spread", "x imm", "GB/s", "x copy", "of floor", "error", "peak", "do_bench")
+HEADINGS = ("peer", "median", "spread", "x imm", "GB/s", "x copy", "of floor", "error", "peak")
 
 
 def line(row: Row, case: Sequence[Row]) -> list[str]:
     """A row as text, under HEADINGS; ``case`` has its ceilings and our fastest peer."""
     peak = "" if row.peak_bytes is None else f"{row.peak_bytes / 1e6:.1f} MB"
     if row.median_us is None:
-        return [row.peer, row.status, "", "", "", "", "", "", peak if row.status.startswith(OK) else "", ""]
-    error = "" if row.error is None else f"{row.error:.0e}"
-    do_bench = "" if row.do_bench_us is None else duration(row.do_bench_us)
-    share, best = share_of_floor(row, case), fastest(r for r in case if r.error is not None and ours(r.peer))
+        return [row.peer, row.status, *6 * [""], peak if row.status.startswith(OK) else ""]
+    share, best = share_of_floor(row, case), fastest(r for r in case if r.whole and ours(r.peer))
     low, high = interval(row.visits)
-    marked = f" ({row.status})" if row.status.startswith(UNVERIFIED) else ""
-    texts = [row.peer + marked, duration(row.median_us), f"{duration(low)} to {duration(high)}"]
-    texts.append("" if best is None else f"{paired(row.visits, best.visits):.2f}")
-    # Of what does a part of the work these would be figures of nothing.
-    texts.append(f"{row.gb_per_s:.1f}" if row.gb_per_s is not None and (row.whole or row.peer == COPY) else "")
-    beside_copy = row.ratio_to_copy is not None and (row.whole or row.peer in (COPY, MATMUL))
-    texts += [f"{row.ratio_to_copy:.2f}" if beside_copy else "", "" if share is None else f"{share:.0%}"]
-    return [*texts, error, peak, do_bench]
-
-
-def _about_time(row: Row) -> bool:
-    """Whether a row is of a call that was to be timed; of memory alone, its status says how much fits or is needed."""
-    return not row.status.startswith(f"{OK}: ")
+    rate = row.gb_per_s if row.whole or row.peer == COPY else None
+    to_copy = row.ratio_to_copy if row.whole or row.peer in (COPY, MATMUL) else None
+    return [
+        row.peer + (f" ({row.status})" if row.status.startswith(UNVERIFIED) else ""),
+        duration(row.median_us),
+        f"{duration(low)} to {duration(high)}",
+        "" if best is None else f"{paired(row.visits, best.visits):.2f}",
+        "" if rate is None else f"{rate:.1f}",
+        "" if to_copy is None else f"{to_copy:.2f}",
+        "" if share is None else f"{share:.0%}",
+        "" if row.error is None else f"{row.error:.0e}",
+        peak,
+    ]
 
 
 def cells(case: Sequence[Row]) -> list[list[str]]:
     """The rows of a case as text below a line of headings, without the columns that none of them has."""
-    if not any(_about_time(row) for row in case):
-        return [
-            ["peer", "memory", "peak"],
-            *([row.peer, row.status.removeprefix(f"{OK}: "), line(row, case)[8]] for row in case),
-        ]
     lines = [list(HEADINGS), *(line(row, case) for row in case)]
     kept = [i for i in range(len(HEADINGS)) if any(texts[i] for texts in lines[1:])]
     return [[texts[i] for i in kept] for texts in lines]
@@ -324,20 +277,21 @@ def cells(case: Sequence[Row]) -> list[list[str]]:
 def title(row: Row) -> str:
     """What the rows of a case share, in words."""
     where = f"{row.device}, {row.threads} threads" if row.device == "cpu" else row.device
-    words = f"{row.op} {row.mode}, {row.shape}, {row.dtype}, {where}"
-    return f"{words}, {row.cache} buffers, {row.bytes / 1e6:.1f} MB compulsory" if _about_time(row) else words
+    found = f"{row.op} {row.mode}, {row.shape}, {row.dtype}, {where}"
+    return f"{found}, {row.cache} buffers, {row.bytes / 1e6:.1f} MB compulsory" if row.bytes else found
+
+
+def aligned(lines: Sequence[Sequence[str]], left: int = 1) -> str:
+    """Lines of cells, ``left`` columns of words to the left and numbers to the right. What is alone behind a name, such as a
+    reason, is longer than a number and has its line to itself."""
+    widths = [max(len(line[i]) for line in lines if i != left or any(line[left + 1 :])) for i in range(len(lines[0]))]
+    side = lambda i, cell: cell.ljust(widths[i]) if i < left else cell.rjust(widths[i])
+    return "\n".join("  ".join(["", *(side(i, cell) for i, cell in enumerate(line))]).rstrip() for line in lines)
 
 
 def table(rows: Sequence[Row]) -> str:
     """The rows of one case, aligned."""
-    lines = cells(rows)
-    # A reason is longer than a time and has its line to itself.
-    widths = [max(len(line[i]) for line in lines if i != 1 or any(line[2:])) for i in range(len(lines[0]))]
-    texts = []
-    for line in lines:
-        first, *others = (cell.rjust(width) for cell, width in zip(line, widths, strict=True))
-        texts.append("  ".join(["  " + first.strip().ljust(widths[0]), *others]).rstrip())
-    return "\n".join([title(rows[0]), *texts])
+    return f"{title(rows[0])}\n{aligned(cells(rows))}"
 
 
 def ratios(rows: Sequence[Row], asked: Sequence[Claim]) -> list[tuple[Claim, float | None]]:

@@ -1,0 +1,135 @@
+"""Floors on machines: what they follow from, figures worked out by hand, and the comparison with measured rows."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from click.testing import CliRunner
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from harness import case as declared
+from harness import predict
+from harness.case import load, operations
+from harness.predict import MACHINES, Machine
+from imm.cli import main
+
+CUDA = torch.device("cuda")
+
+
+def invoke(*arguments: str) -> Any:
+    return CliRunner().invoke(main, ["bench", *arguments])
+
+
+def at(op: str, *shape: Any, bf16: bool = False, **options: Any) -> declared.Case:
+    return load(op).case(*shape, CUDA, **options, **({"dtype": torch.bfloat16} if bf16 else {}))
+
+
+FORWARD, BF16 = {"bf16": True, "backward": False}, {"bf16": True}
+
+
+@pytest.mark.parametrize(
+    ("op", "shape", "options", "microseconds"),
+    [
+        # Loss and gradient of B = G M images: 3 B D numbers at 4.3 TB/s.
+        ("mmd", (1024, 4, 4096), {}, 46.8),
+        ("mmd", (1024, 4, 4096), BF16, 23.4),
+        ("mmd", (64, 64, 4096), {}, 46.8),
+        # 14 bytes a number: 235 MB.
+        ("flow_map_mmd", (1024, 4, 4096), BF16, 54.7),
+        # q, k, v and the result: 4 T C numbers a row; as many of the fused residual and norm.
+        ("attention", (128, 256, 16, 72), FORWARD, 70),
+        ("adaln", (128, 256, 1152), FORWARD, 70),
+        # 237 GFLOP a row at 790 TFLOP/s; two rows an image with guidance.
+        ("dit", ("XL", 2), BF16, 600),
+        ("dit", ("XL", 128), BF16, 38_400),
+        ("sampler", ("XL", 1, 1), BF16, 600),
+        ("sampler", ("XL", 8, 64), BF16, 8 * 38_400),
+    ],
+)
+def test_floors_worked_out_by_hand(op: str, shape: tuple[Any, ...], options: dict[str, Any], microseconds: float) -> None:
+    found = predict.case_floor(MACHINES["h200"], at(op, *shape, **options))
+    assert 1e6 * found.seconds == pytest.approx(microseconds, rel=0.01, abs=0.05)
+    assert found.bound == ("products bfloat16" if op in ("dit", "sampler") else "memory")
+
+
+class _NothingMade(TorchDispatchMode):
+    """Refuses tensors of more than a number, but for those without memory."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for value in result if isinstance(result, (tuple, list)) else (result,):
+            made = isinstance(value, torch.Tensor) and value.device.type != "meta" and value.numel() > 1
+            assert not made, f"{func} made a tensor of {value.shape} on {value.device}"
+        return result
+
+
+@pytest.mark.parametrize("device", ["cuda", "cpu"])
+@pytest.mark.parametrize("op", operations())
+def test_to_declare_cases_makes_nothing_and_needs_no_gpu(op: str, device: str) -> None:
+    with _NothingMade():
+        found = list(load(op).cases(torch.device(device), quick=False))
+    assert found
+    assert len({(case.mode, case.size, case.dtype) for case in found}) == len(found)
+    assert all(case.op == op and case.peers and case.bytes > 0 for case in found)
+
+
+def test_a_kernel_is_bound_by_more_than_bytes_and_flops() -> None:
+    """Attention of 256 tokens reads keys and values four times from L2: 680 MB at 5.5 TB/s. In 16 bits the MMD issues 26,900
+    warp instructions a group, four a cycle on 132 multiprocessors."""
+    h200, attention, mmd = MACHINES["h200"], at("attention", 128, 256, 16, 72, **FORWARD), at("mmd", 1024, 4, 4096, **BF16)
+    assert predict.kernel_bound(h200, attention) == (pytest.approx(680e6 / 5.5e12, rel=0.01), "L2")
+    assert predict.kernel_bound(h200, mmd) == (pytest.approx(1024 * 26.9e3 / (528 * 1.98e9), rel=0.01), "issue slots")
+    assert predict.kernel_bound(MACHINES["h100"], mmd) is None
+    assert at("mmd", 64, 64, 4096).kernel == {}
+
+
+def test_the_command_prints_a_table_without_a_gpu() -> None:
+    result = invoke("mmd", "--predict=h200")
+    assert result.exit_code == 0, result.output
+    line = next(line for line in result.output.splitlines() if "G=1024 M=4 D=4096  float32" in line)
+    assert " ".join(line.split()).endswith(" memory; our kernel: memory 201.33 MB 0.70 GF 46.8 us 10.5 us 46.8 us 46.8 us")
+    small = next(line for line in result.output.splitlines() if "G=16 M=4 D=4096" in line)
+    assert "memory (in L2)" in small
+    assert len(invoke("mmd", "--predict=h200", "--quick").output) < len(result.output)
+
+
+def test_wrong_use_is_one_line() -> None:
+    unknown = invoke("--predict=h1000")
+    assert unknown.exit_code == 1
+    assert unknown.output == f"Error: predict: expected one of {list(MACHINES)}, got 'h1000'\n"
+    assert invoke("nothing", "--predict=h100").output.startswith("Error: op: expected one of")
+    assert invoke("--predict=h100", "--device=cpu").output.startswith("Error: predict: expected OP and --quick")
+
+
+@pytest.mark.parametrize("machine", MACHINES.values(), ids=lambda machine: machine.name)
+def test_the_table_is_consistent(machine: Machine) -> None:
+    """Slips of the pen: a rate with sparsity, TB for GB, a measured rate above the stated one."""
+    peak = machine.peak
+    assert peak["products bfloat16"] == peak["products float16"] == pytest.approx(2 * peak["products float32"], rel=0.03)
+    assert peak["vector float64"] <= peak["products float64"] <= peak["vector float32"] < 1e14
+    assert 1e11 < peak["memory"] < 1e13
+    assert all(0.7 < rate / peak[unit] < 1.0 for unit, rate in machine.reached.items())
+    assert bool(machine.measured) == bool(machine.reached)
+
+
+def test_every_op_is_predicted() -> None:
+    result = invoke("--predict=h100")
+    assert result.exit_code == 0, result.output
+    assert {line.split()[0] for line in result.output.splitlines() if line.startswith("  ")} >= set(operations())
+
+
+def test_the_slower_of_memory_and_arithmetic_is_the_floor() -> None:
+    """The rate that binds it moves it and no other; a measured rate takes the place of the stated one; normals are float64."""
+    h200 = replace(MACHINES["h200"], reached={})
+    adaln, dit = at("adaln", 128, 256, 1152, **FORWARD), at("dit", "XL", 128, bf16=True)
+    for case, unit, other in ((adaln, "memory", "vector float32"), (dit, "products bfloat16", "memory")):
+        before = predict.case_floor(h200, case)
+        assert (before.bound, before.seconds) == (unit, max(before.memory, before.arithmetic))
+        for halved, factor in ((unit, 2), (other, 1)):
+            after = predict.case_floor(replace(h200, reached={halved: h200.peak[halved] / 2}), case)
+            assert after.seconds == pytest.approx(factor * before.seconds)
+    noise = at("noise", 256, 3072)
+    assert predict.case_floor(h200, noise).arithmetic == pytest.approx(6 * 256 * 3072 / 33.5e12)
