@@ -53,37 +53,26 @@ class _Fake:
             graph.ended, self.now = True, before
 
 
-def test_a_capture_has_workspaces_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
-    fake = _Fake(monkeypatch, invalid=False)
-    with timing.capture(fake.CUDAGraph()):
-        fake.log.append("body")
-    assert fake.log == ["clearCublasWorkspaces", "capture", "body", "clearCublasWorkspaces"]
-    assert fake.now == "caller's"
-
-
-def test_an_invalid_capture_is_cleaned_up(monkeypatch: pytest.MonkeyPatch) -> None:
-    fake = _Fake(monkeypatch, invalid=True)
+@pytest.mark.parametrize(
+    ("invalid", "error", "expected"),
+    [
+        (False, None, ["body"]),
+        (False, KeyboardInterrupt, ["body"]),  # the graph's destructor releases the pool, once
+        (True, RuntimeError, ["body", ("endAllocateToPool", 0, POOL), ("releasePool", 0, POOL), "capture", "zeros"]),
+    ],
+)
+def test_a_capture_has_workspaces_of_its_own_and_an_invalid_one_is_cleaned_up(
+    invalid: bool, error: type[BaseException] | None, expected: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fake = _Fake(monkeypatch, invalid=invalid)
     graph = fake.CUDAGraph()
-    with pytest.raises(RuntimeError, match="previous error"), timing.capture(graph):
-        raise RuntimeError("operation not permitted")
-    assert fake.log[:2] == ["clearCublasWorkspaces", "capture"]
-    assert fake.log[2:] == [
-        ("endAllocateToPool", 0, POOL),
-        ("releasePool", 0, POOL),
-        "capture",
-        "zeros",
-        "clearCublasWorkspaces",
-    ]
+    with pytest.raises(error) if error else contextlib.nullcontext(), timing.capture(graph):
+        fake.log.append("body")
+        if error:
+            raise error
+    assert fake.log == ["clearCublasWorkspaces", "capture", *expected, "clearCublasWorkspaces"]
     assert fake.now == "caller's"
-    assert timing._FAILED[0] is graph
-
-
-def test_a_body_that_throws_leaves_its_graph_to_itself(monkeypatch: pytest.MonkeyPatch) -> None:
-    fake = _Fake(monkeypatch, invalid=False)
-    with pytest.raises(KeyboardInterrupt), timing.capture(fake.CUDAGraph()):
-        raise KeyboardInterrupt
-    assert fake.log == ["clearCublasWorkspaces", "capture", "clearCublasWorkspaces"]  # its destructor releases the pool, once
-    assert not timing._FAILED
+    assert ([graph] if invalid else []) == timing._FAILED
 
 
 cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
