@@ -14,6 +14,7 @@ import itertools
 import json
 import re
 import weakref
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -37,17 +38,9 @@ COLUMNS = (
     "op,mode,shape,dtype,device,cache,peer,status,method,threads,rounds,median_us,p20_us,p80_us,bytes,gb_per_s,ratio_to_copy,"
     "do_bench_us,flops,gflop_per_s,error,peak_bytes,machine,commit,samples_us"
 )
-SMALL = {
-    "mmd": (2, 4, 24),
-    "flow_map_mmd": (2, 4, 24),
-    "flow_step": (2, 3, 4, 4),
-    "noise": (3, 10),
-    "adaln": (2, 3, 17),
-    "attention": (2, 16, 2, 8),
-    "dit": ("S", 1),
-    "sampler": ("unet", 2, 2),
-    "objective": ("UNet", 8, 4),
-}
+SMALL: dict[str, tuple[Any, ...]] = {"mmd": (2, 4, 24), "flow_map_mmd": (2, 4, 24), "flow_step": (2, 3, 4, 4)}
+SMALL |= {"noise": (3, 10), "adaln": (2, 3, 17), "attention": (2, 16, 2, 8)}
+SMALL |= {"dit": ("S", 1), "sampler": ("unet", 2, 2), "objective": ("UNet", 8, 4)}
 
 
 def doubling(**peers: Callable[..., Any]) -> Case:
@@ -67,8 +60,8 @@ def doubling(**peers: Callable[..., Any]) -> Case:
     )
 
 
-def by(function: Callable[[Tensor], Tensor]) -> Callable[..., Any]:
-    return case.call(function)
+by = case.call
+RIGHT = by(lambda x: 2 * x)
 
 
 def broken(x: Tensor) -> Tensor:
@@ -105,38 +98,27 @@ def test_wrong_and_broken_peers_are_refused_and_a_slow_one_is_slower() -> None:
     assert (found[case.COPY].ratio_to_copy, slow.ratio_to_copy) == (1.0, pytest.approx(5001.0, rel=1e-3))
     assert right.gb_per_s == pytest.approx(8000 / right.median_us * 1e-3, rel=0.01)
     assert "refused: wrong" in rows.table(list(found.values()))
-    text = rows.claims(
-        list(found.values()),
-        [
-            *(Claim("late", "right", at_least=2.0), Claim("late", "right", at_most=2.0), Claim("late", "wrong", at_least=1.0)),
-            *(Claim("late", "nobody", at_least=1.0), Claim("late", "right", at_most=2.0, up_to={"N": 999})),
-        ],
-    )
-    holds, fails, unmeasured = text.splitlines()
-    assert holds == "  late / right, at least 2.0: 5001.00 (holds)"
-    assert fails == "  late / right, at most 2.0: 5001.00 (DOES NOT HOLD)"
-    assert unmeasured == "  late / wrong, at least 1.0: not measured"
+    asked = [Claim("late", "right", at_least=2.0), Claim("late", "right", at_most=2.0), Claim("late", "wrong", at_least=1.0)]
+    asked += [Claim("late", "nobody", at_least=1.0), Claim("late", "right", at_most=2.0, up_to={"N": 999})]
+    assert rows.claims(list(found.values()), asked).splitlines() == [
+        "  late / right, at least 2.0: 5001.00 (holds)",
+        "  late / right, at most 2.0: 5001.00 (DOES NOT HOLD)",
+        "  late / wrong, at least 1.0: not measured",
+    ]
 
 
-def test_peers_take_turns() -> None:
+def test_peers_take_turns_and_slow_ones_have_the_least_rounds(monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[str] = []
-
-    def noting(name: str) -> Callable[..., Any]:
-        return by(lambda x: (calls.append(name), 2 * x)[1])
-
+    noting = lambda name: by(lambda x: (calls.append(name), 2 * x)[1])
     found = measure.measure(doubling(a=noting("a"), b=noting("b"), c=noting("c")), CPU, BRIEF)
     turns = [name for name, _ in itertools.groupby(calls)]
     assert "".join(turns[-15:]) == "abc" * 5
     assert all(row.rounds == 5 and row.threads == torch.get_num_threads() for row in found)
-
-
-@pytest.mark.usefixtures("own_time")
-def test_slow_peers_have_the_least_rounds() -> None:
-    effort = measure.Effort(0.2, 3, 30)  # slow: 4 ms
-    found = {row.peer: row for row in measure.measure(doubling(quick=by(lambda x: 2 * x), late=by(late)), CPU, effort)}
-    assert found["late"].rounds == 3
-    assert found["quick"].rounds == found[case.COPY].rounds == 30
-    assert found["late"].ratio_to_copy == pytest.approx(rows.paired(found["late"].visits, found[case.COPY].visits), rel=0.02)
+    for module in (timing, measure):
+        monkeypatch.setattr(module, "time", FakeClock(look=1e-6))
+    copy, *_, slow = measure.measure(doubling(quick=RIGHT, late=by(late)), CPU, measure.Effort(0.2, 3, 30))  # slow: 4 ms
+    assert (copy.rounds, slow.rounds) == (30, 3)
+    assert slow.ratio_to_copy == pytest.approx(rows.paired(slow.visits, copy.visits), rel=0.02)
 
 
 def test_every_op_file_declares_right_peers() -> None:
@@ -188,17 +170,10 @@ def test_compulsory_bytes_and_flops_of_networks() -> None:
 
 
 def test_cold_buffers_rotate_and_warm_ones_stay() -> None:
-    seen: dict[int, int] = {}
-
-    def noting(x: Tensor) -> Tensor:
-        seen[x.data_ptr()] = seen.get(x.data_ptr(), 0) + 1
-        return 2 * x
-
-    declared = dataclasses.replace(doubling(a=by(noting)), caches=("cold", "warm"))
-    found = measure.measure(declared, CPU, BRIEF)
-    assert [(row.cache, row.peer) for row in found] == [
-        (cache, name) for cache in ("cold", "warm") for name in (case.COPY, "a")
-    ]
+    seen: Counter[int] = Counter()
+    noting = by(lambda x: (seen.update([x.data_ptr()]), 2 * x)[1])
+    found = measure.measure(dataclasses.replace(doubling(a=noting), caches=("cold", "warm")), CPU, BRIEF)
+    assert [(row.cache, row.peer) for row in found] == list(itertools.product(("cold", "warm"), (case.COPY, "a")))
     assert [row.method for row in found[1::2]] == ["wall clock over 64 sets", "wall clock over one set"]
     assert len(seen) == 64
     assert sorted(seen.values())[-2] <= 3  # all but the set that stays
@@ -211,19 +186,15 @@ def test_peak_memory_counts_inputs_outputs_and_what_a_step_needs() -> None:
         out = torch.empty_like(x)
         return lambda: (torch.add(x, x, out=out),)
 
-    def wasteful(x: Tensor) -> Callable[[], tuple[Tensor, ...]]:
-        return lambda: ((x[:, None] * torch.ones(50)).sum(1) / 25,)
-
-    declared = doubling(fresh=by(lambda x: x + x), kept=kept, wasteful=wasteful)
-    found = {row.peer: row.peak_bytes for row in measure.measure(declared, CPU, BRIEF)}
-    assert found[case.COPY] is None
-    assert found["fresh"] == pytest.approx(8000, abs=200)
-    assert found["kept"] == pytest.approx(8000, abs=200)
-    assert found["wasteful"] == pytest.approx(4000 * (1 + 50 + 1), rel=0.02)
+    wasteful = by(lambda x: (x[:, None] * torch.ones(50)).sum(1) / 25)
+    measured = measure.measure(doubling(fresh=RIGHT, kept=kept, wasteful=wasteful), CPU, BRIEF)
+    assert measured[0].peak_bytes is None
+    expected = [pytest.approx(8000, abs=200)] * 2 + [pytest.approx(4000 * (1 + 50 + 1), rel=0.02)]
+    assert [row.peak_bytes for row in measured[1:]] == expected
 
 
 def test_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    module = SimpleNamespace(cases=lambda device, quick: [doubling(right=by(lambda x: 2 * x))], CLAIMS=(), TESTS={})
+    module = SimpleNamespace(cases=lambda device, quick: [doubling(right=RIGHT)], CLAIMS=(), TESTS={})
     monkeypatch.setattr(gate, "refusals", lambda asked, root: {})
     monkeypatch.setattr(measure, "chosen", lambda op: {op: module})
     monkeypatch.setattr(measure, "QUICK", BRIEF)
@@ -239,31 +210,22 @@ def test_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert wrong.exit_code == 1
     assert wrong.output.startswith(f"Error: op: expected one of {operations()} or all")
     monkeypatch.setattr(importlib.import_module("imm.cli.bench"), "BENCH", tmp_path)
-    result = CliRunner().invoke(main, ["bench", "all", "--device=cpu"])
-    assert (result.exit_code, result.output) == (
-        1,
-        "Error: bench: needs a checkout of the project, installed with pip install --editable\n",
-    )
+    error = "Error: bench: needs a checkout of the project, installed with pip install --editable\n"
+    assert CliRunner().invoke(main, ["bench", "all", "--device=cpu"]).output == error
     monkeypatch.setattr(environment, "ROOT", tmp_path)
     monkeypatch.setenv("IMM_COMMIT", "abc")  # where git cannot say it
     assert environment.commit() == ("abc", None)
 
 
-def visited(monkeypatch: pytest.MonkeyPatch, cases: list[Case], visits: int = 3, **more: Any) -> None:
+def visited(monkeypatch: pytest.MonkeyPatch, cases: list[Case], visits: int = 3) -> None:
     """Ops are these cases, measured in so many visits of two rounds."""
-    module = SimpleNamespace(cases=lambda device, quick: cases, **more)
-    monkeypatch.setattr(measure, "chosen", lambda op: {op: module})
-    for effort in ("QUICK", "FULL"):
-        monkeypatch.setattr(measure, effort, measure.Effort(0.0, 2, 2, visits))
+    monkeypatch.setattr(measure, "chosen", lambda op: {op: SimpleNamespace(cases=lambda device, quick: cases)})
+    monkeypatch.setattr(measure, "QUICK", measure.Effort(0.0, 2, 2, visits))
 
 
-def test_a_run_visits_every_case_again_and_goes_on_where_it_was_cut_short(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_run_that_is_cut_short_keeps_its_visits_and_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The first visit looks at results and memory, and what it refuses is left out of the others."""
-    done: list[str] = []
-    said: list[str] = []
-    peak = measure.peak_bytes
+    peak, done, said = measure.peak_bytes, [], []
     monkeypatch.setattr(measure, "peak_bytes", lambda *given: (done.append("memory"), peak(*given))[1])
 
     def noted(mode: str, last: int) -> Case:
@@ -274,20 +236,18 @@ def test_a_run_visits_every_case_again_and_goes_on_where_it_was_cut_short(
             return (torch.randn(1000),)
 
         truth = lambda x: (done.append("truth"), 2.0 * x.double())[1:]
-        peers = {"right": by(lambda x: 2 * x), "wrong": by(lambda x: 3 * x)}
+        peers = {"right": RIGHT, "wrong": by(lambda x: 3 * x)}
         return dataclasses.replace(doubling(**peers), mode=mode, inputs=inputs, truth=truth, caches=("warm",))
 
-    def visits(last: int = 0) -> list[tuple[str, str, int]]:
+    def visits(last: int = 0) -> list[tuple[str, int]]:
         done.clear()
         visited(monkeypatch, [noted("a", 0), noted("b", last)])
         with pytest.raises(KeyboardInterrupt) if last else contextlib.nullcontext():
             measure.run("double", CPU, tmp_path, quick=True, tests=False, resume=True, say=said.append)
-        return [(row.mode, row.peer, len(row.visits)) for row in rows.read(tmp_path / "rows.csv")]
+        return [(row.mode, len(row.visits)) for row in rows.read(tmp_path / "rows.csv")]
 
     first = ["truth", "memory", "memory"]
-    of = lambda a, b: [
-        (m, peer, n) for m, n in (("a", a), ("b", b)) for peer, n in ((case.COPY, n), ("right", n), ("wrong", 0))
-    ]
+    of = lambda a, b: [("a", a), ("a", a), ("a", 0), ("b", b), ("b", b), ("b", 0)]  # the copy, the right one, the wrong one
     assert visits(last=2) == of(2, 1)
     assert done == ["a", *first, "b", *first, "a", "b"]
     assert said == [f"visit {i} of 3: double {mode}, N=1000, float32" for i in (1, 2) for mode in "ab"]
@@ -339,7 +299,7 @@ def test_on_cuda_the_kernels_that_run_there_are_tested() -> None:
 
 
 def test_files_come_back_and_others_are_refused_before_the_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    measured = measure.measure(doubling(right=by(lambda x: 2 * x), broken=by(broken)), CPU, BRIEF)
+    measured = measure.measure(doubling(right=RIGHT, broken=by(broken)), CPU, BRIEF)
     path = tmp_path / "rows.csv"
     rows.write(tmp_path, measured[:1])
     rows.write(tmp_path, measured[1:])
@@ -347,13 +307,8 @@ def test_files_come_back_and_others_are_refused_before_the_work(tmp_path: Path, 
     assert rows.read(path) == measured
     again = [dataclasses.replace(row, threads=9) for row in measured[:2]]
     rows.write(tmp_path, [*again, dataclasses.replace(measured[0], commit="another")])
-    found = [(row.peer, row.threads, row.commit) for row in rows.read(path)]
-    assert found == [
-        (case.COPY, 9, ""),
-        ("right", 9, ""),
-        ("broken", measured[2].threads, ""),
-        (case.COPY, measured[0].threads, "another"),
-    ]
+    before, found = measured[0].threads, [(row.peer, row.threads, row.commit) for row in rows.read(path)]
+    assert found == [(case.COPY, 9, ""), ("right", 9, ""), ("broken", before, ""), (case.COPY, before, "another")]
     whole = path.read_text()
     for cut in (whole[: whole.index("float32") + 3], whole[: whole.rindex(",")] + "\n"):
         path.write_text(cut)
@@ -396,29 +351,27 @@ def test_compulsory_bytes_and_flops() -> None:
 
 
 def test_what_compiles_for_long_takes_nothing_with_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    compiles: list[str] = []
+    compiles: list[BaseException | None] = [KeyboardInterrupt(), None, None]
 
     def late(x: Tensor) -> Callable[[], tuple[Tensor, ...]]:
-        compiles.append("late")
-        if len(compiles) == 1:
-            raise KeyboardInterrupt
+        if error := compiles.pop(0) if compiles else None:
+            raise error
         return lambda: (2 * x,)
 
-    declared = dataclasses.replace(doubling(right=by(lambda x: 2 * x), late=late), late=("late",), caches=("warm",))
-    both = [declared, dataclasses.replace(declared, mode="backward")]
+    declared = dataclasses.replace(doubling(right=RIGHT, late=late), late=("late",), caches=("warm",))
+    visited(monkeypatch, [declared, dataclasses.replace(declared, mode="backward")], visits=1)
 
     def go_on(late: bool | None = None) -> list[str]:
         found = measure.run("double", CPU, tmp_path, quick=True, tests=False, resume=True, late=late, say=lambda text: None)
         return [row.peer for row in found]
 
-    timed = lambda: [row.peer for row in rows.read(tmp_path / "rows.csv") if row.median_us is not None]
-    visited(monkeypatch, both, visits=1)
+    timed = lambda: sorted(row.peer for row in rows.read(tmp_path / "rows.csv") if row.median_us is not None)
     with pytest.raises(KeyboardInterrupt):
         go_on()
-    assert timed() == [case.COPY, "right"] * 2
+    assert timed() == sorted([case.COPY, "right"] * 2)
     assert go_on(late=False) == []
     assert go_on(late=True) == [case.COPY, "right", "late"] * 2
-    assert sorted(timed()) == sorted([case.COPY, "right", "late"] * 2)
+    assert timed() == sorted([case.COPY, "right", "late"] * 2)
     assert go_on() == []
 
 
@@ -486,7 +439,7 @@ def test_ceilings_parts_and_rough_peers(monkeypatch: pytest.MonkeyPatch) -> None
     assert rows.share_of_floor(dataclasses.replace(wrong, peer="imm, bfloat16"), measured) is None
     # A broken ceiling ends nothing, not even the copy: a large case may leave no memory for it.
     monkeypatch.setattr(measure, "copy_peer", lambda case, device: by(broken))
-    copy, right = measure.measure(doubling(right=by(lambda x: 2 * x)), CPU, BRIEF)
+    copy, right = measure.measure(doubling(right=RIGHT), CPU, BRIEF)
     assert copy.status == "refused: RuntimeError: no such luck"
     assert (right.status, right.ratio_to_copy, right.median_us is None) == (rows.OK, None, False)
     assert "right" in rows.table([copy, right])
@@ -511,14 +464,14 @@ def test_ratios_spread_and_joined_visits() -> None:
     second = [row("imm", [100.0, 200.0]), row(case.COPY, [5.0, 20.0, 1.0]), row("fails", status="refused: no memory")]
     _, imm, wrong, fails = rows.joined(first, second)
     assert imm.visits == [[10e6, 20e6], [20e6], [100e6, 200e6]]
-    assert (imm.rounds, imm.median_us, imm.error, imm.peak_bytes) == (5, 20e6, 1e-7, 9)
-    assert imm.ratio_to_copy == 10.0  # of 10, 10, 20, 20, 10
+    found = (imm.rounds, imm.median_us, imm.error, imm.peak_bytes, imm.ratio_to_copy)
+    assert found == (5, 20e6, 1e-7, 9, 10.0)  # the last of 10, 10, 20, 20, 10
     assert [(one.status, one.visits) for one in (wrong, fails)] == [("refused: wrong", []), ("refused: no memory", [])]
 
 
 def test_a_long_step_is_timed_call_by_call(monkeypatch: pytest.MonkeyPatch) -> None:
     """Its rounds are shared out to the visits; on CUDA a part is the replay of a graph."""
-    declared = dataclasses.replace(doubling(right=by(lambda x: 2 * x)), rounds=5, caches=("warm",))
+    declared = dataclasses.replace(doubling(right=RIGHT), rounds=5, caches=("warm",))
     for visits, expected in ((1, 5), (2, 3), (3, 2)):
         found = measure.measure(declared, CPU, measure.Effort(0.0, 9, 9, visits))
         assert {(row.rounds, row.method) for row in found} == {(expected, "wall clock over one call")}

@@ -8,10 +8,9 @@ from typing import Any
 import pytest
 import torch
 from click.testing import CliRunner
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from harness import case as declared
-from harness import predict
+from harness import measure, predict
 from harness.case import load, operations
 from harness.predict import MACHINES, Machine
 from imm.cli import main
@@ -33,20 +32,13 @@ FORWARD, BF16 = {"bf16": True, "backward": False}, {"bf16": True}
 @pytest.mark.parametrize(
     ("op", "shape", "options", "microseconds"),
     [
-        # Loss and gradient of B = G M images: 3 B D numbers at 4.3 TB/s.
-        ("mmd", (1024, 4, 4096), {}, 46.8),
+        ("mmd", (1024, 4, 4096), {}, 46.8),  # loss and gradient of B = G M images: 3 B D numbers at 4.3 TB/s
         ("mmd", (1024, 4, 4096), BF16, 23.4),
-        ("mmd", (64, 64, 4096), {}, 46.8),
-        # 14 bytes a number: 235 MB.
-        ("flow_map_mmd", (1024, 4, 4096), BF16, 54.7),
-        # q, k, v and the result: 4 T C numbers a row; as many of the fused residual and norm.
-        ("attention", (128, 256, 16, 72), FORWARD, 70),
-        ("adaln", (128, 256, 1152), FORWARD, 70),
-        # 237 GFLOP a row at 790 TFLOP/s; two rows an image with guidance.
-        ("dit", ("XL", 2), BF16, 600),
-        ("dit", ("XL", 128), BF16, 38_400),
-        ("sampler", ("XL", 1, 1), BF16, 600),
-        ("sampler", ("XL", 8, 64), BF16, 8 * 38_400),
+        ("flow_map_mmd", (1024, 4, 4096), BF16, 54.7),  # 14 bytes a number: 235 MB
+        ("attention", (128, 256, 16, 72), FORWARD, 70),  # q, k, v and the result: 4 T C numbers a row
+        ("adaln", (128, 256, 1152), FORWARD, 70),  # as many of the fused residual and norm
+        ("dit", ("XL", 128), BF16, 38_400),  # 237 GFLOP a row at 790 TFLOP/s
+        ("sampler", ("XL", 8, 64), BF16, 8 * 38_400),  # two rows an image with guidance
     ],
 )
 def test_floors_worked_out_by_hand(op: str, shape: tuple[Any, ...], options: dict[str, Any], microseconds: float) -> None:
@@ -55,23 +47,12 @@ def test_floors_worked_out_by_hand(op: str, shape: tuple[Any, ...], options: dic
     assert found.bound == ("products bfloat16" if op in ("dit", "sampler") else "memory")
 
 
-class _NothingMade(TorchDispatchMode):
-    """Refuses tensors of more than a number, but for those without memory."""
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        for value in result if isinstance(result, (tuple, list)) else (result,):
-            made = isinstance(value, torch.Tensor) and value.device.type != "meta" and value.numel() > 1
-            assert not made, f"{func} made a tensor of {value.shape} on {value.device}"
-        return result
-
-
 @pytest.mark.parametrize("device", ["cuda", "cpu"])
 @pytest.mark.parametrize("op", operations())
 def test_to_declare_cases_makes_nothing_and_needs_no_gpu(op: str, device: str) -> None:
-    with _NothingMade():
-        found = list(load(op).cases(torch.device(device), quick=False))
+    found, _, bytes_made = measure._cpu(lambda: list(load(op).cases(torch.device(device), quick=False)))
     assert found
+    assert bytes_made < 1000  # a few numbers
     assert len({(case.mode, case.size, case.dtype) for case in found}) == len(found)
     assert all(case.op == op and case.peers and case.bytes > 0 for case in found)
 
