@@ -22,7 +22,6 @@ from harness import timing
 pytest.importorskip("triton")
 import calibrate
 
-BENCH = Path(__file__).parents[1] / "bench"
 CPU = torch.device("cpu")
 UNITS = ("_us", "_ms", "_gb_per_s", "_tflop_per_s", "_mhz", "_w")
 LAUNCH, NODE = 9e-6, 1.25e-6  # seconds of a replay and of a node of the fake's graphs
@@ -104,21 +103,18 @@ def test_parts_of_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(calibrate.environment, "clocks", clocks)
     monkeypatch.setattr(calibrate, "SIDE", 8)
     found = checked(dict(calibrate.sustained_clocks(CPU)))
-    assert (found["second_0_sm_clock_mhz"], found["second_1_sm_clock_mhz"]) == (1980, 1755)
-    assert found["second_0_power_w"] == 690.5
-    assert "second_1_power_w" not in found
+    asked = {name: number for name, number in found.items() if name.endswith(("_mhz", "_w"))}
+    assert asked == {"second_0_sm_clock_mhz": 1980, "second_0_power_w": 690.5, "second_1_sm_clock_mhz": 1755}
 
 
-INTERPRETED = """
-import torch, calibrate as k
+INTERPRETED = """import torch, calibrate as k
 x, sums = torch.randn(5 * k.BLOCK), torch.full((3,), float("nan"))
 k.read(x, sums, 4)
-torch.testing.assert_close(sums.double().sum(), 4 * x.double().sum(), rtol=1e-4, atol=1e-2)
-"""
+torch.testing.assert_close(sums.double().sum(), 4 * x.double().sum(), rtol=1e-4, atol=1e-2)"""
 
 
 def test_the_kernel_reads_everything() -> None:
-    path = f"{BENCH}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"
+    path = os.pathsep.join([str(Path(calibrate.__file__).parent), os.environ.get("PYTHONPATH", "")])
     environment = {**os.environ, "PYTHONPATH": path, "TRITON_INTERPRET": "1"}
     done = subprocess.run([sys.executable, "-c", INTERPRETED], env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr

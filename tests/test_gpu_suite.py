@@ -39,8 +39,8 @@ def test_a_dry_run_prints_order_and_seconds_and_writes_nothing(tmp_path: Path, m
         assert suite.main() == 0
         first, *rest = capsys.readouterr().out.splitlines()
         assert first == f"budget {budget} s; the library takes 10 s of it"
-        found = [re.match(r"  ([\w' ]+?) +(\d+) s, from +(\d+)(.*)$", line) for line in rest]
-        lines[budget] = [(m[1], float(m[2]), float(m[3]), m[4].strip()) for m in found if m]
+        found = filter(None, (re.match(r"  ([\w' ]+?) +(\d+) s, from +(\d+)(.*)$", line) for line in rest))
+        lines[budget] = [(m[1], float(m[2]), float(m[3]), m[4].strip()) for m in found]
     assert not out.exists()
     names = [line[0] for line in lines[540]]
     assert names[:5] == ["kernels", "calibrations", "bench attention", "bench dit", "bench sampler"]
@@ -153,8 +153,7 @@ def test_a_stage_that_sleeps_or_crashes_leaves_the_others_results(tmp_path: Path
 
 
 def test_the_library_is_asked_for_and_without_one_the_suite_stops(tmp_path: Path, monkeypatch, capsys) -> None:
-    ran: list[str] = []
-    works: list[str] = []
+    ran, works, programs = [], [], {"bench mmd": "print()"}
 
     def execute(given: list[str], limit: float, environment: dict[str, str]) -> tuple[dict[str, Any], str]:
         folder = Path(environment.get("IMM_NATIVE_DIR", "tree")).name
@@ -162,18 +161,17 @@ def test_the_library_is_asked_for_and_without_one_the_suite_stops(tmp_path: Path
         good = folder in works or ran[-1] in ("build", "stage")
         return {"status": "ok" if good else "failed", "seconds": 1.0}, "built for another torch\n" * (not good)
 
-    programs = {"bench mmd": "print()"}
     monkeypatch.setattr(suite, "execute", execute)
     (tmp_path / "bundle").mkdir()
-    options = f"--bundle={tmp_path / 'bundle'}"
     for loads, expected, status in (
-        ({"bundle"}, ["bundle", "stage"], 0),
-        ({"tree"}, ["bundle", "tree", "stage"], 0),
-        (set(), ["bundle", "tree", "build", "tree"], 1),
+        (["bundle"], ["bundle", "stage"], 0),
+        (["tree"], ["bundle", "tree", "stage"], 0),
+        ([], ["bundle", "tree", "build", "tree"], 1),
     ):
-        works[:] = loads
         ran.clear()
-        assert command(monkeypatch, tmp_path / "out", programs, options, f"--commit={status}{len(expected)}") == status
+        works[:] = loads
+        options = f"--bundle={tmp_path / 'bundle'}", f"--commit={status}{len(expected)}"
+        assert command(monkeypatch, tmp_path / "out", programs, *options) == status
         assert ran == expected
     output = capsys.readouterr().out
     assert "the bundle's: built for another torch" in output
@@ -208,16 +206,11 @@ def test_a_failed_test_marks_the_rows_of_its_ops_and_refuses_nothing(tmp_path: P
 
 def test_a_wrong_kernel_refuses_the_figures_of_its_ops(tmp_path: Path, monkeypatch) -> None:
     said = "imm::mmd_loss M=4: WRONG, largest error 1.0\\nimm::noise (1, 1): FAILED: RuntimeError"
-    programs = {
-        "kernels": f"print('{said}'); raise SystemExit(1)",
-        "bench mmd": "print()",
-        "bench flow_map_mmd": "print()",
-        "bench noise": "print()",
-    }
-    assert command(monkeypatch, tmp_path, programs) == 1
+    benches = {f"bench {op}": "print()" for op in ("mmd", "flow_map_mmd", "noise")}
+    assert command(monkeypatch, tmp_path, {"kernels": f"print('{said}'); raise SystemExit(1)", **benches}) == 1
     found = stages(tmp_path)
     assert found["kernels"]["wrong"] == ["imm::mmd_loss M=4"]
-    assert [found[f"bench {op}"]["status"] for op in ("mmd", "flow_map_mmd", "noise")] == [suite.REFUSED, suite.REFUSED, "ok"]
+    assert [found[name]["status"] for name in benches] == [suite.REFUSED, suite.REFUSED, "ok"]
     assert suite.unverified(found)["noise"] == "imm::noise (1, 1) (kernels)"
 
 
@@ -288,18 +281,13 @@ def plugged(folder: Path, *tests: str, **environment: str) -> subprocess.Complet
     return subprocess.run(command, env=variables, capture_output=True, text=True, check=False, cwd=folder)
 
 
-DEAD = """
-import torch
-
+DEAD = """import torch
 def test_fine():
     assert not torch.cuda.is_initialized()
-
 def test_illegal():
     def dead():
         raise RuntimeError("an illegal access\\nmore")
-
     torch.cuda.is_initialized, torch.cuda.synchronize = lambda: True, dead
-
 def test_after():
     assert False
 """
