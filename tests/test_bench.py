@@ -121,30 +121,34 @@ def test_peers_take_turns_and_slow_ones_have_the_least_rounds(monkeypatch: pytes
     assert slow.ratio_to_copy == pytest.approx(rows.paired(slow.visits, copy.visits), rel=0.02)
 
 
-def test_every_op_file_declares_right_peers() -> None:
+def test_every_op_file_declares_right_peers_and_tests_of_what_runs() -> None:
     assert set(operations()) == set(SMALL)
     for op, shape in SMALL.items():
-        declared = load(op).case(*shape, CPU)
+        module = load(op)
+        declared = module.case(*shape, CPU)
         inputs = declared.inputs()
         truth = declared.truth(*inputs)
         assert len(declared.tolerances) == len(truth)
         for name, peer in declared.peers.items():
             if "compile" not in name:
                 assert measure.refusal(declared, name, measure.errors(peer(*inputs)(), truth)) is None, (op, name)
-        assert next(iter(load(op).cases(CPU, quick=True))).op == op
+        assert next(iter(module.cases(CPU, quick=True))).op == op
+        assert gate.tests_of(module, CPU) == module.TESTS
+        asked = gate.tests_of(module, torch.device("cuda"))
+        assert module.TESTS.keys() <= asked.keys()
+        assert any(name.startswith("test_triton_") for name in asked)
+        for name, words in asked.items():
+            functions = re.findall(r"^def (test_\w+)", (Path(__file__).parent / name).read_text(), re.MULTILINE)
+            assert all(any(word in function for function in functions) for word in words.split()), (op, name, words)
 
 
-OP_FILES = sorted((Path(__file__).parents[1] / "bench").glob("*.py"))
-
-
-@pytest.mark.parametrize("path", OP_FILES, ids=lambda path: path.stem)
-def test_what_is_imported_late_exists(path: Path) -> None:
+def test_what_is_imported_late_exists() -> None:
     """Also within functions: a peer of a GPU is made on no other machine."""
-    nodes = [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, (ast.Import, ast.ImportFrom))]
-    for line in filter(re.compile(r"(?:from|import) imm").match, map(ast.unparse, nodes)):
-        if "imm_kernels" in line:
-            pytest.importorskip("triton")
-        exec(line, {})
+    pytest.importorskip("triton")
+    for path in case.BENCH.glob("*.py"):
+        nodes = [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, (ast.Import, ast.ImportFrom))]
+        for line in filter(re.compile(r"(?:from|import) imm").match, map(ast.unparse, nodes)):
+            exec(line, {})
 
 
 def test_compulsory_bytes_and_flops_of_networks() -> None:
@@ -276,26 +280,11 @@ def test_an_op_whose_tests_fail_is_not_timed(tmp_path: Path, monkeypatch: pytest
     assert found["none"].startswith("none of its tests ran")
     assert gate.refusals({"b": {"test_b.py": ""}}, tmp_path)["b"].startswith("its tests did not run")
     monkeypatch.setattr(gate, "refusals", lambda asked, root: dict.fromkeys(asked, "its tests fail"))
-    said: list[str] = []
-    (row,) = measure.run("flow_step", CPU, None, quick=True, say=said.append)
-    assert (row.op, row.mode, row.status) == ("flow_step", rows.TESTS, "refused: its tests fail")
     result = CliRunner().invoke(main, ["bench", "flow_step", "--device=cpu", "--quick", "--out", str(tmp_path / "out")])
     assert result.exit_code == 1
+    assert "flow_step: refused: its tests fail\n" in result.output
     assert result.output.endswith("Error: flow_step: not timed, since tests fail\n")
-    assert said == ["flow_step: refused: its tests fail\n"]
-
-
-def test_on_cuda_the_kernels_that_run_there_are_tested() -> None:
-    tests = Path(__file__).parent
-    for op in operations():
-        module = load(op)
-        assert gate.tests_of(module, CPU) == module.TESTS
-        asked = gate.tests_of(module, torch.device("cuda"))
-        assert module.TESTS.keys() <= asked.keys()
-        assert any(name.startswith("test_triton_") for name in asked)
-        for name, words in asked.items():
-            functions = re.findall(r"^def (test_\w+)", (tests / name).read_text(), re.MULTILINE)
-            assert all(any(word in function for function in functions) for word in words.split()), (op, name, words)
+    assert not (tmp_path / "out" / "rows.csv").exists()
 
 
 def test_files_come_back_and_others_are_refused_before_the_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

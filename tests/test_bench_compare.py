@@ -14,6 +14,7 @@ import pytest
 import torch
 from click.testing import CliRunner
 from fake_clock import FakeClock
+from test_bench import doubling
 
 from harness import compare, measure, rows, timing
 from harness.case import COPY, Case, call
@@ -27,7 +28,7 @@ ENVIRONMENT = {"torch": "2.13", "commit": "0123456789abcdef", "dirty": False, "n
 def row(peer: str, times: Sequence[float], case: str = "N=1", **values: Any) -> Row:
     """A row with these samples in microseconds; its ratio to the copy is filled in by ``results``."""
     made = Row("double", "forward", case, "float32", "cpu", "warm", peer, rows.OK, threads=2, machine="mill")
-    made = replace(made, error=None if peer == COPY or peer.startswith("part: ") else 1e-7, **values)
+    made = replace(made, error=None if peer == COPY else 1e-7, **values)
     if times:
         made.timed([[1e-6 * t for t in times]], [[1.0] * len(times)])
     return made
@@ -42,23 +43,6 @@ def around(middle: float) -> list[float]:
     return [middle * (1 + 0.01 * i) for i in (-4, 3, 0, 2, -1, 1, -2, 4, 0, -3)]
 
 
-def pausing(milliseconds: int) -> Case:
-    """An op whose only peer takes so long."""
-    return Case(
-        op="double",
-        mode="forward",
-        shape={"N": 1000},
-        dtype=torch.float32,
-        bytes=4_000_000,
-        flops=1000,
-        inputs=lambda: (torch.randn(1000),),
-        truth=lambda x: (2 * x.double(),),
-        tolerances=(1e-6,),
-        peers={"imm": call(lambda x: (timing.time.sleep(1e-3 * milliseconds), 2 * x)[1])},
-        caches=("warm",),
-    )
-
-
 def test_visits_outlast_a_machine_that_changes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """In every other minute it takes 40 % longer for what we do, and the copy does not show it. Runs begin in a fast and in a
     slow one."""
@@ -70,7 +54,7 @@ def test_visits_outlast_a_machine_that_changes(tmp_path: Path, monkeypatch: pyte
         def cases(device: torch.device, quick: bool) -> list[Case]:
             if clock.now > began:
                 clock.now += 60  # what else is measured
-            return [pausing(3 * times)]
+            return [replace(doubling(imm=call(lambda x: (timing.time.sleep(0.003 * times), 2 * x)[1])), caches=("warm",))]
 
         clock.now = began
         monkeypatch.setattr(measure, "QUICK", measure.Effort(0.0, 4, 4, visits))
@@ -90,43 +74,31 @@ def test_visits_outlast_a_machine_that_changes(tmp_path: Path, monkeypatch: pyte
             assert list(compare.Comparison(more, before).moved.values()) == [-1]
 
 
-def test_a_slower_machine_moves_only_the_copy() -> None:
-    before = results(row(COPY, around(100)), row("imm", around(130)))
-    after = results(row(COPY, around(150)), row("imm", around(195)))
-    found = compare.Comparison(before, after)
-    assert [key[-1] for key in found.moved] == [COPY]
-    assert "the copy itself took 1.50 to 1.50 times as long" in str(found)
-    assert str(found).endswith("1 of 2 rows agree within their spread (50 %)")
+BEFORE, COPIED = {"imm": around(130), "plain": around(130)}, {COPY: around(100)}
+FIVE = ("imm", "imm out=", "a", "b", "c")
 
 
 @pytest.mark.parametrize(
-    ("times", "moved"),
+    ("before", "after", "slower"),
     [
-        ([100 * (1 + 0.9 * compare.LEAST)] * 10, []),
-        ([100 * (1 + 1.1 * compare.LEAST)] * 10, ["imm"]),
-        ([100.0] * 3 + [180.0] * 7, []),
-        ([100.0] + [180.0] * 9, ["imm"]),
+        (BEFORE, {COPY: around(150), "imm": around(195), "plain": around(195)}, []),  # the machine, as the copy shows
+        # Intervals that meet, and medians that are near, agree.
+        ({"imm": [100.0] * 10}, {"imm": [100 * (1 + 0.9 * compare.LEAST)] * 10}, []),
+        ({"imm": [100.0] * 10}, {"imm": [100 * (1 + 1.1 * compare.LEAST)] * 10}, ["imm"]),
+        ({"imm": [100.0] * 10}, {"imm": [100.0] * 3 + [180.0] * 7}, []),
+        ({"imm": [100.0] * 10}, {"imm": [100.0] + [180.0] * 9}, ["imm"]),
+        # The copy knows nothing of a machine that computes slower: the others do.
+        (dict.fromkeys(FIVE, around(500)), dict(zip(FIVE, map(around, (660, 900, 650, 640, 620)), strict=True)), ["imm out="]),
+        # A peer of ours that is refused or lost is slower.
+        (BEFORE, {"imm": [], "plain": around(130)}, ["imm"]),
+        (BEFORE, {"plain": around(130)}, ["imm"]),
+        (BEFORE, {"imm": around(130)}, []),
     ],
 )
-def test_intervals_that_meet_and_near_medians_agree(times: list[float], moved: list[str]) -> None:
-    before, after = (results(row(COPY, [100.0] * 10), row("imm", of)) for of in ([100.0] * 10, times))
-    assert [row.peer for row in compare.Comparison(before, after).slower] == moved
-
-
-def test_what_the_others_did_as_well_is_the_machine() -> None:
-    """The copy knows nothing of a machine that computes slower."""
-    before = results(row(COPY, around(100)), *(row(name, around(500)) for name in ("imm", "imm out=", "a", "b", "c")))
-    times = {"imm": 660, "imm out=": 900, "a": 650, "b": 640, "c": 620}
-    after = results(row(COPY, around(100)), *(row(name, around(time)) for name, time in times.items()))
-    assert [row.peer for row in compare.Comparison(before, after).slower] == ["imm out="]
-
-
-def test_a_peer_of_ours_that_is_lost_is_slower() -> None:
-    before = results(row(COPY, around(100)), row("imm", around(130)), row("plain", around(130)))
-    for lost in ([row("imm", [], status="refused: wrong")], []):
-        after = results(row(COPY, around(100)), row("plain", around(130)), *lost)
-        assert [row.peer for row in compare.Comparison(before, after).slower] == ["imm"]
-    assert compare.Comparison(before, results(row(COPY, around(100)), row("imm", around(130)))).slower == []
+def test_which_of_ours_are_slower(before: dict[str, Any], after: dict[str, Any], slower: list[str]) -> None:
+    sides = [{**COPIED, **side} for side in (before, after)]
+    made = [[row(name, times, status=rows.OK if times else "refused: wrong") for name, times in side.items()] for side in sides]
+    assert [row.peer for row in compare.Comparison(*(results(*side) for side in made)).slower] == slower
 
 
 def test_what_is_missing_is_said() -> None:
@@ -136,6 +108,7 @@ def test_what_is_missing_is_said() -> None:
     before = results(*peers, *other)
     after = results(copy, peers[1], row("fails", [], status="refused: RuntimeError: no"), row("young", around(9)))
     text = str(compare.Comparison(before, after))
+    assert "the copy itself took 1.00 to 1.00 times as long\n2 of 2 rows agree within their spread (100 %)" in text
     assert "2 rows in both, 0 moved, 3 vanished, 1 newly refused, 1 new" in text
     assert "vanished: double forward, N=1, float32, warm, gone" in text
     assert "vanished: double forward, N=2, float32, warm, imm" in text

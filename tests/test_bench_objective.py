@@ -27,8 +27,7 @@ def tiny() -> UNet:
 
 
 def training(particles: int = 2, optimizer: str = "adamw", dtype: torch.dtype = torch.float32) -> steps.Training:
-    watched = "conv_in.weight", "conv_out.weight"
-    return steps.Training(tiny, Preset("UNet", {}), particles, optimizer, dtype, watched)
+    return steps.Training(tiny, Preset("UNet", {}), particles, optimizer, dtype, ("conv_in.weight", "conv_out.weight"))
 
 
 def batch(images: int) -> tuple[Tensor, Tensor]:

@@ -6,6 +6,7 @@ import re
 import sys
 from html import unescape
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -18,13 +19,13 @@ from harness.rows import OK, Row
 HOSTILE = '<script>alert(1)</script> & "$x_'
 
 
-def timed(op: str, peer: str, us: float, shape: str, *, error: float | None = 1e-6, **values: object) -> Row:
+def timed(op: str, peer: str, us: float, shape: str, *, error: float | None = 1e-6, **values: Any) -> Row:
     """A row whose rounds all took about ``us`` microseconds; without an error a ceiling."""
-    row = Row(op=op, mode="forward", shape=shape, dtype="float32", device="cpu", cache="cold", peer=peer, status=OK, threads=2)
-    row.machine, row.commit, row.error, row.bytes, row.flops = "Some CPU", "c0ffee", error, 10_000_000, 5_000_000
-    row.peak_bytes = None if error is None else 20_000_000
-    for name, value in values.items():
-        setattr(row, name, value)
+    values = {"cache": "cold", "commit": "c0ffee", **values}
+    row = Row(
+        op, "forward", shape, "float32", "cpu", peer=peer, status=OK, threads=2, machine="Some CPU", error=error, **values
+    )
+    row.bytes, row.flops, row.peak_bytes = 10_000_000, 5_000_000, None if error is None else 20_000_000
     row.timed([[1e-6 * us * factor for factor in (0.9, 1.0, 1.1)]], [[1e-4] * 3])
     return row
 

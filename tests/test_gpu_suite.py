@@ -222,28 +222,24 @@ SANITIZER = """========= COMPUTE-SANITIZER
 imm::flow_step (3, 37) torch.float32: ok, largest error 1.0e-07
 ========= Error: Race reported between Write access at _resident_kernel+0x1d0
 =========     and Read access at _resident_kernel+0x2d0 [64 hazards]
-=========
 imm::mmd_loss M=4 D=37 torch.float32: ok, largest error 1.0e-07
 imm::mmd_gram M=4 D=37 torch.float32: ok, largest error 1.0e-07
 ========= RACECHECK SUMMARY: 1 hazard displayed (1 error, 0 warnings)
 """
 
 
-def test_what_failed_is_read_from_the_output() -> None:
-    assert suite.failed("\ntests/test_dit.py::test_a[3: 4]: FAILED\nx\n") == ["tests/test_dit.py::test_a[3: 4]"]
-    assert suite.failed(CHECKS, "WRONG") == ["imm::sampling_step (3, 37) torch.float32"]
-    assert suite.failed(CHECKS) == [
-        "after imm::timestep_attention (2, 37, 2, 8) torch.float32",
-        "imm::sampling_step (3, 37) torch.float32",
-    ]
-    assert suite.failed(SANITIZER) == ["imm::mmd_loss M=4 D=37 torch.float32"]
-    assert suite.failed(SANITIZER.replace("Error: Race", "Warning: Race")) == []
+def test_what_failed_is_read_from_the_output_and_concerns_the_benchmarks_that_rest_on_it() -> None:
     unknown = "========= COMPUTE-SANITIZER\n========= Error: Device not supported\nimm::noise (1, 1): FAILED: Error: 999\n"
-    assert suite.failed(unknown) == []
-    assert suite.failed("= 12 passed in 3.21s =\ntests/test_mmd.py::test_a: PASSED\n") == []
-
-
-def test_a_failure_concerns_the_benchmarks_that_rest_on_it() -> None:
+    crashed, wrong = "after imm::timestep_attention (2, 37, 2, 8) torch.float32", "imm::sampling_step (3, 37) torch.float32"
+    assert suite.failed("\ntests/test_dit.py::test_a[3: 4]: FAILED\nx\n") == ["tests/test_dit.py::test_a[3: 4]"]
+    assert (suite.failed(CHECKS, "WRONG"), suite.failed(CHECKS)) == ([wrong], [crashed, wrong])
+    assert suite.failed(SANITIZER) == ["imm::mmd_loss M=4 D=37 torch.float32"]
+    for text in (
+        SANITIZER.replace("Error: Race", "Warning: Race"),
+        unknown,
+        "= 12 passed =\ntests/test_mmd.py::test_a: PASSED\n",
+    ):
+        assert suite.failed(text) == []
     for name, benches in {
         "tests/test_ops.py::test_opcheck[mmd_loss_grad-empty]": {"mmd", "flow_map_mmd", "objective"},
         "imm::gated_residual_adaln_bwd (2, 5, 37)": {"adaln", "dit", "sampler", "objective"},
