@@ -11,22 +11,18 @@ from fake_cuda import FakeCuda
 
 from harness import timing
 
+POOL = FakeCuda.POOL
+
 
 @pytest.mark.parametrize(
     ("invalid", "error", "expected"),
     [
         (False, None, ["body"]),
         (False, KeyboardInterrupt, ["body"]),  # the graph's destructor releases the pool, once
-        (
-            True,
-            RuntimeError,
-            ["body", ("endAllocateToPool", 0, FakeCuda.POOL), ("releasePool", 0, FakeCuda.POOL), "capture", "zeros"],
-        ),
+        (True, RuntimeError, ["body", ("endAllocateToPool", 0, POOL), ("releasePool", 0, POOL), "capture", "zeros"]),
     ],
 )
-def test_a_capture_has_workspaces_of_its_own_and_an_invalid_one_is_cleaned_up(
-    invalid: bool, error: type[BaseException] | None, expected: list[Any], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_capture_has_workspaces_of_its_own_and_is_cleaned_up(invalid: bool, error: Any, expected: Any, monkeypatch) -> None:
     fake = FakeCuda(monkeypatch, invalid=invalid)
     graph = torch.cuda.CUDAGraph()
     with pytest.raises(error) if error else contextlib.nullcontext(), timing.capture(graph):

@@ -32,8 +32,7 @@ FORWARD, BF16 = {"bf16": True, "backward": False}, {"bf16": True}
 @pytest.mark.parametrize(
     ("op", "shape", "options", "microseconds"),
     [
-        ("mmd", (1024, 4, 4096), {}, 46.8),  # loss and gradient of B = G M images: 3 B D numbers at 4.3 TB/s
-        ("mmd", (1024, 4, 4096), BF16, 23.4),
+        ("mmd", (1024, 4, 4096), BF16, 23.4),  # loss and gradient of B = G M images: 3 B D numbers at 4.3 TB/s
         ("flow_map_mmd", (1024, 4, 4096), BF16, 54.7),  # 14 bytes a number: 235 MB
         ("attention", (128, 256, 16, 72), FORWARD, 70),  # q, k, v and the result: 4 T C numbers a row
         ("adaln", (128, 256, 1152), FORWARD, 70),  # as many of the fused residual and norm
@@ -88,7 +87,6 @@ def test_the_table_is_consistent(machine: Machine) -> None:
     assert peak["vector float64"] <= peak["products float64"] <= peak["vector float32"] < 1e14
     assert 1e11 < peak["memory"] < 1e13
     assert all(0.7 < rate / peak[unit] < 1.0 for unit, rate in machine.reached.items())
-    assert bool(machine.measured) == bool(machine.reached)
 
 
 def test_the_slower_of_memory_and_arithmetic_is_the_floor() -> None:

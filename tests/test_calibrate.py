@@ -45,10 +45,6 @@ def test_on_the_cpu_and_again(tmp_path: Path) -> None:
     for entry in found.values():
         assert entry["status"] == "ok", entry
         assert min(value for name, value in checked(entry["values"]).items() if "saves" not in name) > 0
-    rates = found["matrix_rates"]["values"]
-    forms = {name: f"{name}_1_rows_with_bias{'_and_gelu' * (name == 'fc1')}_tflop_per_s" for name in calibrate.PRODUCTS}
-    seconds = sum(2e-12 * 16 * K * N / rates[forms[name]] for name, (K, N) in calibrate.PRODUCTS.items())
-    assert rates["products_of_28_blocks_1_rows_ms"] == pytest.approx(28e3 * seconds, rel=1e-2)
     assert {"device", "machine", "torch", "triton", "commit"} <= set(json.loads(path.read_text()))
     before = path.read_text()
     assert calibrate.calibrate(path, CPU, calibrate.ON_CPU) == 0
@@ -95,8 +91,7 @@ def test_parts_of_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(calibrate, "read", lambda x, sums, passes: (reads.append((x.nbytes, len(sums), passes)), (sums,))[1])
     monkeypatch.setattr(calibrate, "READ_MEGABYTES", (1, 2))
     found = checked(dict(calibrate.read_bandwidth(CPU)))
-    size, count, passes = reads[0]
-    assert count == 2 * calibrate.PROGRAMS
+    size, _, passes = reads[0]
     assert found["read_of_1_mb_gb_per_s"] == pytest.approx(1e-9 * size * passes / LAUNCH, rel=1e-3)
     seen = iter([("1980 MHz", "690.5 W"), ("1755 MHz", "[N/A]")])
     clocks = lambda device: dict(zip(("clocks.sm", "power.draw"), next(seen, ("", "")), strict=True))

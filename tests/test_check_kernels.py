@@ -33,9 +33,7 @@ def program(path: Path, output: str, stream: int = 1) -> Path:
     return path
 
 
-def test_options_reach_every_process_and_one_that_dies_is_said(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capfd: pytest.CaptureFixture[str]
-) -> None:
+def test_options_reach_every_process_and_one_that_dies_is_said(monkeypatch, tmp_path: Path, capfd) -> None:
     script = tmp_path / "script.py"
     text = "import os, sys\nprint(*sys.argv[1:], os.environ.get('TRITON_PTXAS_PATH', ''), flush=True)\n"
     script.write_text(f"{text}os.abort() if '--part 1' in ' '.join(sys.argv) else 0\n")
@@ -98,9 +96,7 @@ def test_every_check_of_the_kernels(small: bool, monkeypatch: pytest.MonkeyPatch
     assert any(line.startswith("triton flow_step ") for line in alone)
 
 
-def test_wrong_results_other_bits_and_a_device_that_does_not_answer(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_wrong_results_other_bits_and_a_device_that_does_not_answer(monkeypatch, capsys) -> None:
     changes = iter((0.0, 0.0, 1e-7, 0.0, 0.0))
 
     def broken(*given: Any) -> None:

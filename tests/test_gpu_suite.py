@@ -26,8 +26,8 @@ def stages(out: Path) -> dict[str, dict[str, Any]]:
     return json.loads((out / "summary.json").read_text())["stages"]
 
 
-def planned(cpu: bool = False, tools: bool = True) -> list[Any]:
-    return suite.plan(Path("results"), {"tools": dict.fromkeys(suite.TOOLS, tools)}, cpu)
+def planned(tools: bool = True) -> list[Any]:
+    return suite.plan(Path("results"), {"tools": dict.fromkeys(suite.TOOLS, tools)}, cpu=False)
 
 
 def test_a_dry_run_prints_order_and_seconds_and_writes_nothing(tmp_path: Path, monkeypatch, capsys) -> None:
@@ -69,8 +69,8 @@ def test_the_plan_has_every_benchmark_and_every_file_is_known() -> None:
     assert set(suite.BENCHES) == ops
     assert commands.keys() >= {f"{kind} {op}" for op in ops for kind in ("bench", "baselines")}
     results = str(Path("results").resolve())
-    assert commands["bench dit"][3:] == ["dit", "cuda", results, "full", "first"]
-    assert commands["baselines dit"][3:] == ["dit", "cuda", results, "full", "late"]
+    for kind, peers in (("bench", "first"), ("baselines", "late")):
+        assert commands[f"{kind} dit"][3:] == ["dit", "cuda", results, "full", peers]
     assert commands["racecheck"][:3] == ["compute-sanitizer", "--error-exitcode", "9"]
     assert commands["racecheck"][-1] == "--small"
     assert str(suite.WORKERS) in commands["triton tests"]
