@@ -10,16 +10,22 @@ from typing import Any
 import pytest
 import torch
 
+from harness import timing
+
 
 class FakeCuda:
     """A replay takes ``launch`` seconds and ``node`` more for each ``_sleep`` of its capture, and calls ``effect``; events read
-    this clock, ``now``. What is captured runs at once. ``log``: captures, replays, events and waits, in their order."""
+    this clock, ``now``. What is captured runs at once. Like torch's, a capture ends on whatever stream is current, and an
+    ``invalid`` one cannot be ended in a pool. ``log``: captures, replays, events, waits and what cleans up, in their order."""
+
+    POOL = (0, 7)
 
     def __init__(
         self,
         monkeypatch: pytest.MonkeyPatch,
         *,
         capturable: bool = True,
+        invalid: bool = False,
         launch: float = 8e-3,
         node: float = 0.0,
         effect: Callable[[], Any] = lambda: None,
@@ -28,6 +34,8 @@ class FakeCuda:
         self.now, self.nodes = 0.0, 0
         self.log: list[str] = []
         outer = self
+        self.callers, side = (SimpleNamespace(wait_stream=lambda other: None) for _ in range(2))
+        self.stream = self.callers
 
         class Event:
             def __init__(self, enable_timing: bool) -> None:
@@ -47,7 +55,7 @@ class FakeCuda:
                 return 1e3 * max(end.at - self.at, 1e-9)
 
         class CUDAGraph:
-            nodes = 0
+            nodes, ended = 0, False
 
             def replay(self) -> None:
                 outer.log.append("replay")
@@ -55,7 +63,9 @@ class FakeCuda:
                 effect()
 
             def pool(self) -> tuple[int, int]:
-                return (0, 1)
+                if not self.ended:
+                    raise RuntimeError("no capture")
+                return outer.POOL
 
         @contextlib.contextmanager
         def graph(made: CUDAGraph, pool: tuple[int, int] | None = None) -> Iterator[None]:
@@ -63,24 +73,39 @@ class FakeCuda:
             if not capturable:
                 raise RuntimeError("operation not permitted when stream is capturing\nmore")
             on_capture()
-            before, outer.nodes = outer.nodes, 0
-            yield
-            made.nodes, outer.nodes = outer.nodes, before
+            (before, stream), (outer.nodes, outer.stream) = (outer.nodes, outer.stream), (0, side)
+            try:
+                yield
+            finally:
+                if invalid and pool:
+                    raise RuntimeError("operation failed due to a previous error during capture")
+                made.ended, outer.stream = True, stream
+                made.nodes, outer.nodes = outer.nodes, before
 
         def sleep(cycles: int) -> None:
             outer.nodes += 1
 
-        stream = SimpleNamespace(wait_stream=lambda other: None)
+        def zeros(*shape: int, **options: Any) -> Any:
+            on_device = str(options.get("device")).startswith("cuda")
+            return outer.log.append("zeros") if on_device else on_the_cpu(*shape, **options)
+
+        on_the_cpu = torch.zeros
+        monkeypatch.setattr(torch, "zeros", zeros)
+        for name in ("endAllocateToPool", "releasePool", "clearCublasWorkspaces"):
+            call = lambda *given, name=name: outer.log.append((name, *given) if given else name)
+            monkeypatch.setattr(torch._C, f"_cuda_{name}", call, raising=False)
+        monkeypatch.setattr(timing, "_FAILED", [])
         for name, value in {
             "Event": Event,
             "CUDAGraph": CUDAGraph,
             "graph": graph,
-            "graph_pool_handle": lambda: (0, 1),
+            "graph_pool_handle": lambda: self.POOL,
+            "current_device": lambda: 0,
             "_sleep": sleep,
             "synchronize": lambda: None,
-            "Stream": lambda: stream,
-            "current_stream": lambda: stream,
-            "set_stream": lambda given: None,
+            "Stream": lambda: side,
+            "current_stream": lambda: self.stream,
+            "set_stream": lambda given: setattr(self, "stream", given),
             "stream": lambda side: contextlib.nullcontext(),
             "get_device_properties": lambda device: SimpleNamespace(multi_processor_count=2),
         }.items():

@@ -3,87 +3,35 @@
 from __future__ import annotations
 
 import contextlib
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from fake_cuda import FakeCuda
 
 from harness import timing
 
-POOL = (0, 7)
+POOL = FakeCuda.POOL
 
 
-class _Fake:
-    """In the place of torch.cuda and of torch's own functions; like torch's, its capture ends on whatever stream is current."""
-
-    def __init__(self, monkeypatch: pytest.MonkeyPatch, *, invalid: bool) -> None:
-        self.log: list[Any] = []
-        self.now, self.invalid = "caller's", invalid
-        self.current_device, self.current_stream = lambda: 0, lambda: self.now
-        self.graph_pool_handle = lambda: POOL
-        monkeypatch.setattr(torch, "cuda", self)
-        monkeypatch.setattr(torch, "zeros", lambda *shape, device: self.log.append("zeros"))
-        for name in ("endAllocateToPool", "releasePool", "clearCublasWorkspaces"):
-            call = lambda *given, name=name: self.log.append((name, *given) if given else name)
-            monkeypatch.setattr(torch._C, f"_cuda_{name}", call, raising=False)
-        monkeypatch.setattr(timing, "_FAILED", [])
-
-    def set_stream(self, stream: str) -> None:
-        self.now = stream
-
-    def CUDAGraph(self) -> SimpleNamespace:
-        def pool() -> tuple[int, int]:
-            if not graph.ended:
-                raise RuntimeError("no capture")
-            return POOL
-
-        graph = SimpleNamespace(ended=False, pool=pool)
-        return graph
-
-    @contextlib.contextmanager
-    def graph(self, graph: SimpleNamespace, pool: tuple[int, int] | None = None) -> Any:
-        before, self.now = self.now, "capture's"
-        self.log.append("capture")
-        try:
-            yield
-        finally:
-            if self.invalid and pool:
-                raise RuntimeError("operation failed due to a previous error during capture")
-            graph.ended, self.now = True, before
-
-
-def test_a_capture_has_workspaces_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
-    fake = _Fake(monkeypatch, invalid=False)
-    with timing.capture(fake.CUDAGraph()):
+@pytest.mark.parametrize(
+    ("invalid", "error", "expected"),
+    [
+        (False, None, ["body"]),
+        (False, KeyboardInterrupt, ["body"]),  # the graph's destructor releases the pool, once
+        (True, RuntimeError, ["body", ("endAllocateToPool", 0, POOL), ("releasePool", 0, POOL), "capture", "zeros"]),
+    ],
+)
+def test_a_capture_has_workspaces_of_its_own_and_is_cleaned_up(invalid: bool, error: Any, expected: Any, monkeypatch) -> None:
+    fake = FakeCuda(monkeypatch, invalid=invalid)
+    graph = torch.cuda.CUDAGraph()
+    with pytest.raises(error) if error else contextlib.nullcontext(), timing.capture(graph):
         fake.log.append("body")
-    assert fake.log == ["clearCublasWorkspaces", "capture", "body", "clearCublasWorkspaces"]
-    assert fake.now == "caller's"
-
-
-def test_an_invalid_capture_is_cleaned_up(monkeypatch: pytest.MonkeyPatch) -> None:
-    fake = _Fake(monkeypatch, invalid=True)
-    graph = fake.CUDAGraph()
-    with pytest.raises(RuntimeError, match="previous error"), timing.capture(graph):
-        raise RuntimeError("operation not permitted")
-    assert fake.log[:2] == ["clearCublasWorkspaces", "capture"]
-    assert fake.log[2:] == [
-        ("endAllocateToPool", 0, POOL),
-        ("releasePool", 0, POOL),
-        "capture",
-        "zeros",
-        "clearCublasWorkspaces",
-    ]
-    assert fake.now == "caller's"
-    assert timing._FAILED[0] is graph
-
-
-def test_a_body_that_throws_leaves_its_graph_to_itself(monkeypatch: pytest.MonkeyPatch) -> None:
-    fake = _Fake(monkeypatch, invalid=False)
-    with pytest.raises(KeyboardInterrupt), timing.capture(fake.CUDAGraph()):
-        raise KeyboardInterrupt
-    assert fake.log == ["clearCublasWorkspaces", "capture", "clearCublasWorkspaces"]  # its destructor releases the pool, once
-    assert not timing._FAILED
+        if error:
+            raise error
+    assert fake.log == ["clearCublasWorkspaces", "capture", *expected, "clearCublasWorkspaces"]
+    assert fake.stream is fake.callers
+    assert ([graph] if invalid else []) == timing._FAILED
 
 
 cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
