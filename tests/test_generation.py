@@ -134,7 +134,7 @@ def test_a_folder_of_other_images_is_refused(net, tmp_path) -> None:
     before = files(tmp_path / "out")
     assert "seeds '0-3' there, '0-4' here" in refused(*base, "--seeds", "0-4")
     assert "steps 2 there, 3 here" in refused(*base, "--seeds", "0-3", "--steps", "3")
-    assert "cfg None there, 2.0 here" in refused(*base, "--seeds", "0-3", "--cfg", "2")
+    assert "guidance None there, 2.0 here" in refused(*base, "--seeds", "0-3", "--cfg", "2")
     torch.manual_seed(7)
     other = FlowMap(UNet(resolution=8, num_classes=3, width=8, multipliers=(1, 2)))
     checkpoints.save(net, other)
@@ -330,4 +330,4 @@ def test_a_folder_with_a_manifest_and_no_image_is_free(net, tmp_path) -> None:
         path.unlink()
     call(*options, "--cfg", "1.5")
     assert json.loads((tmp_path / "out" / GENERATION_FILE).read_text())["guidance"] == 1.5
-    assert "holds images of another run (cfg 1.5 there, 3.0 here)" in refused(*options, "--cfg", "3")
+    assert "holds images of another run (guidance 1.5 there, 3.0 here)" in refused(*options, "--cfg", "3")

@@ -48,7 +48,7 @@ def test_it_is_set_before_torch_is_loaded() -> None:
     watch += "def note(name, *rest, **more):\n"
     watch += "    if name == 'torch' and not seen: seen.append(os.environ.get('GOMP_SPINCOUNT'))\n"
     watch += "    return real(name, *rest, **more)\n"
-    watch += "builtins.__import__ = note\nimport imm\nprint(seen)"
+    watch += "builtins.__import__ = note\nimport imm\nimm.FlowMap\nprint(seen)"
     own = {name: value for name, value in os.environ.items() if name not in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")}
     done = subprocess.run([sys.executable, "-c", watch], env=own, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "['1000']"
