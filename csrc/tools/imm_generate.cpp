@@ -95,7 +95,8 @@ std::map<std::string, std::string> parse(int count, char** words) {
     std::string name(word.substr(0, equals));
     if (name == "--cfg") name = "--guidance";
     const bool flag = name == "--no-graph";
-    if (!flag && name != "--package" && name != "--seeds" && name != "--labels" && name != "--guidance" && name != "--out")
+    if (!flag && name != "--package" && name != "--seeds" && name != "--labels" && name != "--guidance" &&
+        name != "--out")
       throw Failure{"unknown option " + name};
     if (flag != (equals == std::string_view::npos))
       throw Failure{name + (flag ? ": takes no value" : ": expected a value")};
