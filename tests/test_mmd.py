@@ -158,6 +158,21 @@ def test_flow_map_loss_is_the_loss_of_its_particles(particles, g_dtype, upstream
         assert_close(g_t.grad, exact.grad, 50 * particles)
 
 
+def test_a_gradient_is_memory_of_its_own(device) -> None:
+    """Whatever becomes of one, the next backward pass gives the same; also of many at once."""
+    x, g = torch.randn(3, 2, 8, device=device), torch.randn(3, 2, 8, device=device).requires_grad_()
+    loss = F.flow_map_mmd_loss(x, x + 1, g, g.detach(), 0.5, 0.5, 0.5, 0.5, torch.ones(3, device=device))
+    right = torch.autograd.grad(loss.sum(), g, retain_graph=True)[0].clone()
+    for _ in range(2):
+        loss.sum().backward(retain_graph=True)
+    assert torch.equal(g.grad, 2 * right)
+    g.grad.zero_()
+    torch.autograd.grad(loss.sum(), g, retain_graph=True)[0].zero_()
+    assert torch.equal(torch.autograd.grad(loss.sum(), g, retain_graph=True)[0], right)
+    rows = torch.autograd.grad(loss, g, torch.eye(3, device=device), is_grads_batched=True)[0]
+    assert torch.equal(rows.sum(0), right)
+
+
 def test_a_group_left_out_by_its_upstream_has_no_gradient(device) -> None:
     x, g = torch.randn(3, 2, 8, device=device), torch.randn(3, 2, 8, device=device).requires_grad_()
     mask = torch.tensor([1.0, 0.0, 2.0], device=device)

@@ -233,17 +233,14 @@ def test_a_scaled_loss_gives_a_scaled_gradient(given, after) -> None:
     assert torch.equal(*losses)
 
 
-def test_a_finished_gradient_is_handed_on_as_it_is(monkeypatch) -> None:
-    """No pass over [G, M, D] where the factor is the one that it was finished for."""
-    called = []
-    kernel = torch.ops.imm.flow_map_mmd_bwd
-    monkeypatch.setattr(torch.ops.imm, "flow_map_mmd_bwd", lambda *args: called.append(args) or kernel(*args))
-    target, x = objective(particles=2), torch.randn(12, 1, 4, 4)
-    for scale in (None, torch.tensor(0.7), torch.tensor(65536.0)):
-        target(x, grad_scale=scale)[0].backward()
-    assert not called
-    (3.0 * target(x)[0]).backward()
-    assert len(called) == 1
+def test_a_scale_is_one_number() -> None:
+    target, x = objective(particles=2), torch.randn(8, 1, 4, 4)
+    losses = [target(x, generator=torch.Generator().manual_seed(1), grad_scale=s)[0] for s in (2.0, 2, torch.tensor([2.0]))]
+    assert [loss.shape for loss in losses] == [torch.Size([])] * 3
+    assert torch.equal(losses[0], losses[1])
+    assert torch.equal(losses[0], losses[2])
+    with pytest.raises(ValueError, match=r"grad_scale: expected one number, got \[2\]"):
+        target(x, grad_scale=torch.ones(2))
 
 
 @pytest.mark.parametrize("options", [{"kernel": "imq", "bandwidths": (0.5, 2.0)}, {"kernel": "energy", "estimator": "u"}])

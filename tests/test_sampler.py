@@ -13,6 +13,7 @@ import warnings
 import weakref
 from typing import Any, ClassVar
 
+import numpy as np
 import parity
 import pytest
 import torch
@@ -391,6 +392,11 @@ def test_out_of_memory_while_capturing_gives_smaller_graphs(flow_map, recorded, 
     with pytest.warns(RuntimeWarning, match="going on with at most 2"):
         assert made.sample(range(4)).shape == (4, *SHAPE)
     assert made.stats()["cached"] == [(2, False)]
+
+
+def test_integers_of_numpy_are_integers(small_flow_map) -> None:
+    made = Sampler(small_flow_map.eval(), steps=np.int64(2), rows=np.int64(4), graph=False)
+    assert torch.equal(made.sample([1, 2]), Sampler(small_flow_map, steps=2, rows=4).sample([1, 2]))
 
 
 @pytest.mark.parametrize(

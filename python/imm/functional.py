@@ -99,8 +99,7 @@ def flow_map_mmd_loss(
         c_skip_t, c_out_t, c_skip_r, c_out_r: numbers or ``[G]`` tensors, taken as float64 (eq. 14, section C.5).
         upstream: what the loss of each group is about to be multiplied by on its way to the scalar that backward starts from,
             ``[G]`` or ``[1]``: 1 / G for a mean, times a gradient scaler's factor. The gradient is computed with the loss and
-            finished for this factor before it is rounded; backward with another is right too, and costs a pass over it.
-            None for 1.
+            multiplied by this factor before it is rounded; backward with another is right too. None for 1.
         scale, weight, kernel, bandwidths, eps, estimator: as in :func:`mmd_loss`.
 
     Returns:

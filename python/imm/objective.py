@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from imm.flow_map import FlowMap
 from imm.functional import ESTIMATORS, flow_map_mmd_loss
+from imm.ops.dtypes import accumulate_dtype
 from imm.ops.mmd import check_kernel
 from imm.schedules import Time, as_time
 
@@ -193,7 +194,7 @@ class IMMObjective(nn.Module):
         *,
         augment: Tensor | None = None,
         generator: torch.Generator | None = None,
-        grad_scale: Tensor | None = None,
+        grad_scale: Tensor | float | None = None,
         draws: Draws | None = None,
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """The loss of a batch of data.
@@ -204,7 +205,7 @@ class IMMObjective(nn.Module):
             augment: ``[B, augment_dim]``, how the data was augmented (:func:`imm.data.augment`), which the network is told in
                 both branches; None for not at all.
             generator: of times, noise and label dropout; None for torch's default one.
-            grad_scale: a scalar tensor that multiplies the loss, such as a gradient scaler's factor. Given here, not after the
+            grad_scale: a number that multiplies the loss, such as a gradient scaler's factor. Given here, not after the
                 call, it reaches small gradients before they are rounded to 16 bits. None for 1.
             draws: from :meth:`draw`, whose ``part`` makes the loss of a large batch one of its parts at a time; None to draw.
 
@@ -241,7 +242,11 @@ class IMMObjective(nn.Module):
             # In the precision of the other branch: the rounding that both share cancels in y_t - y_r, and of unlike ones stays.
             with torch.no_grad(), replay():
                 x_r, g_r = branch(r, dropped if self.target_labels == "dropped" else labels)
-        factor = torch.ones((), device=x.device) if grad_scale is None else grad_scale
+        given = 1.0 if grad_scale is None else grad_scale
+        factor = torch.as_tensor(given, dtype=accumulate_dtype(x.dtype), device=x.device)
+        if factor.numel() != 1:
+            raise ValueError(f"grad_scale: expected one number, got {list(factor.shape)}")
+        factor = factor.reshape(())
         c_skip, c_out = flow_map.parametrization.c_skip, flow_map.parametrization.c_out
         per_group = flow_map_mmd_loss(
             x_t,
@@ -254,7 +259,7 @@ class IMMObjective(nn.Module):
             c_out(s, r),
             self.kernel_scale(t, s),
             weight=self.weight(t),
-            upstream=(factor.detach().to(torch.promote_types(x.dtype, torch.float32)) / groups).reshape(1),
+            upstream=(factor.detach() / groups).reshape(1),
             kernel=self.kernel,
             bandwidths=self.bandwidths,
             eps=self.eps,

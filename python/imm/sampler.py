@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import numbers
 import threading
 import warnings
 import weakref
@@ -223,7 +224,7 @@ class Sampler:
         if dtype not in (None, torch.float32, torch.bfloat16, torch.float16, torch.float64):
             raise TypeError(f"dtype: expected None or a floating dtype of 16, 32 or 64 bits, got {dtype}")
         for name, count in (("rows", rows), ("max_graphs", max_graphs)):
-            if count is not None and (not isinstance(count, int) or count < 1):
+            if count is not None and (not isinstance(count, numbers.Integral) or count < 1):
                 raise ValueError(f"{name}: expected a count >= 1, got {count!r}")
         self.flow_map, self.times = flow_map, sampling.time_grid(flow_map, steps, kind, mid_eta)
         self.table = sampling.step_table(flow_map, self.times, method)

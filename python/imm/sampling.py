@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 
@@ -35,8 +36,10 @@ def time_grid(flow_map: FlowMap, steps: int, kind: str = "uniform", mid_eta: Seq
     """
     if kind not in KINDS:
         raise ValueError(f"unknown kind {kind!r}; expected one of {list(KINDS)}")
-    if not isinstance(steps, int):
-        raise TypeError(f"steps: expected an integer, got {steps!r}")
+    try:
+        steps = operator.index(steps)  # NumPy's integers too
+    except TypeError as error:
+        raise TypeError(f"steps: expected an integer, got {steps!r}") from error
     if steps < 1:
         raise ValueError(f"steps: expected at least 1, got {steps}")
     if kind != "eta" and len(mid_eta):

@@ -44,14 +44,6 @@ class Arguments(NamedTuple):
         return self[self._fields.index("scale") :]
 
 
-class Saved(NamedTuple):
-    """What the forward pass keeps for the backward pass."""
-
-    finished: Tensor  # the gradient to g_t for ``upstream``, [G, M, D]
-    g_t: Tensor
-    upstream: Tensor | None
-
-
 def _check(a: Arguments) -> None:
     check_loss(a.x_t, a.x_r, *a.loss, names=("x_t", "x_r"))
     for name, value in (("g_t", a.g_t), ("g_r", a.g_r)):
@@ -132,22 +124,12 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> 
     if needed - {"g_t"}:
         raise RuntimeError("flow_map_mmd: the gradient goes to g_t only; detach the other arguments")
     ctx.mark_non_differentiable(finished)
-    ctx.save_for_backward(*Saved(finished, a.g_t, a.upstream))
+    ctx.save_for_backward(finished, a.g_t, a.upstream)
 
 
 def _backward(ctx: Any, grad: Tensor, _: Any) -> tuple[Tensor | None, ...]:
-    saved = Saved(*ctx.saved_tensors)
-    as_it_is = not torch.is_grad_enabled() and _finished_for(grad, saved.upstream)
-    to_g_t = saved.finished if as_it_is else torch.ops.imm.flow_map_mmd_bwd(grad, *saved)
+    to_g_t = torch.ops.imm.flow_map_mmd_bwd(grad, *ctx.saved_tensors)
     return tuple(to_g_t if name == "g_t" else None for name in Arguments._fields)
-
-
-def _finished_for(grad: Tensor, upstream: Tensor | None) -> bool:
-    """Whether the finished gradient is that of ``grad``, where looking at it costs no device synchronisation."""
-    if type(grad) is not Tensor or grad.device.type != "cpu":  # not while it is traced
-        return False
-    wanted = torch.ones(()) if upstream is None else upstream
-    return bool((grad.double() == wanted.double()).all())
 
 
 def _triton(*args: Any) -> tuple[Tensor, Tensor]:
