@@ -29,7 +29,7 @@ CUDA_SHAPES = (
     (16, 4, 4096),
 )
 KERNEL = ("laplace", [1.0], EPS, False)
-#: Warp instructions a group of the resident kernel at M = 4, counted in its machine code: those of 4096 features, and those
+#: Warp instructions a group of the fused kernel at M = 4, counted in its machine code: those of 4096 features, and those
 #: that do not depend on them (sums over threads, and the M x M part).
 ISSUED = {torch.float32: (19_100, 14_200), torch.bfloat16: (19_800, 7_100)}
 
@@ -63,6 +63,14 @@ def both(of: Any) -> Peer:
     return call(step)
 
 
+def fused(y_t: Tensor, y_r: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+    """The kernel of flow_map_mmd on particles as they are, without the op layer."""
+    from imm_kernels import mmd as kernels
+
+    kernel, bandwidths, eps, unbiased = KERNEL
+    return kernels.loss_and_gradient(y_t, y_r, scale, None, None, kernels.Kernel(kernel, tuple(bandwidths), eps, unbiased))
+
+
 def truth(*inputs: Tensor) -> tuple[Tensor, ...]:
     """Autograd through the broadcast form in float64, some groups at a time for memory; of large sets the reference."""
     _, M, D = inputs[0].shape
@@ -86,6 +94,8 @@ def case(G: int, M: int, D: int, device: torch.device, dtype: torch.dtype = torc
         COMPILED_GRAM: compiled(gram, trained_with),
         GRAM: trained_with(gram),
     }
+    if device.type == "cuda":
+        peers["triton"] = call(fused)
     if M <= 16:  # a call of 64 takes five seconds on two cores
         peers["reference"] = both(mmd)
     # [G, M, M, D] of the broadcast, beyond this only measures the memory.
