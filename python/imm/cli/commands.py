@@ -113,7 +113,7 @@ SAMPLER = (
         callback=lambda context, parameter, value: parse_floats(value, "mid-eta"),
         help="Noise levels in between, for --kind=eta, such as 1.4.",
     ),
-    _option("--method", default="pushforward", type=_choice("pushforward", "restart"), help="Algorithm 2, or 5 of the paper."),
+    _option("--method", default="pushforward", type=_choice("pushforward", "restart"), help="The paper's algorithm 2 or 5."),
 )
 
 

@@ -12,13 +12,7 @@ from pathlib import Path
 import click
 
 from imm.cli import progress
-from imm.cli.options import (
-    device_line,
-    name_list,
-    pick_device,
-    say_left_out,
-    say_notes,
-)
+from imm.cli.options import device_line, name_list, pick_device, say_left_out, say_notes
 from imm.data import load, summarize
 from imm.data.convert import check_request, spread, write, write_latents
 from imm.data.sources import Source, open_source
@@ -36,7 +30,7 @@ def convert(
     channels: int | None,
     skip_broken: bool,
 ) -> None:
-    """``imm data convert``."""
+    """Run ``imm data convert``; the arguments are its options."""
     check_request(out, resolution, transform, data)
     with open_source(data, split) as opened:
         numbers = spread(opened.count, max_images)
@@ -90,7 +84,7 @@ def encode(
     device: str,
     skip_broken: bool,
 ) -> None:
-    """``imm data encode``."""
+    """Run ``imm data encode``; the arguments are its options."""
     target = pick_device(device)
     check_request(out, resolution, transform, data)
     if Path(out).suffix != ".npz":
@@ -124,7 +118,7 @@ def stats(
     skip_broken: bool,
     out: str | None,
 ) -> None:
-    """``imm data stats``."""
+    """Run ``imm data stats``; the arguments are its options."""
     if out is not None and not os.access(Path(out).parent, os.W_OK):
         raise ValueError(f"out: expected a file in a folder that can be written to, got {out}")
     images = load(data, resolution, split, transform=transform, channels=channels, skip_broken=skip_broken)

@@ -112,7 +112,7 @@ def table(rows: dict[str, PixelScores]) -> list[str]:
 
 
 def run(out: str, steps: int, minutes: float | None, seed: int, precision: str, resume: bool, device: str) -> None:
-    """``imm demo``."""
+    """Run ``imm demo``; the arguments are its options."""
     target = pick_device(device)
     data = mnist_5k(RESOLUTION)
     folder = writable_folder(out)

@@ -31,7 +31,7 @@ def _package(name: str) -> str:
 
 
 def run() -> None:
-    """``imm doctor``."""
+    """Run ``imm doctor``."""
     click.echo(f"imm {__version__}, Python {platform.python_version()}, {platform.platform()}")
     click.echo(f"torch {torch.__version__}, built for CUDA {torch.version.cuda or '(none)'}")
     for name in ("triton", "safetensors", "numpy", "PIL", "matplotlib", "mlxtend"):

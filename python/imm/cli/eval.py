@@ -13,12 +13,7 @@ from typing import Any
 import click
 from tqdm import tqdm
 
-from imm.cli.options import (
-    device_line,
-    process_device,
-    say_left_out,
-    say_notes,
-)
+from imm.cli.options import device_line, process_device, say_left_out, say_notes
 from imm.cli.progress import bar
 from imm.distributed import Processes, processes
 from imm.evaluation import compare as comparison
@@ -91,7 +86,7 @@ def run(
     device: str,
     **pictures_as: Any,
 ) -> None:
-    """``imm eval``."""
+    """Run ``imm eval``; the arguments are its options."""
     names = parse_metrics(metrics)
     _check_weights(weights, [METRICS[name].features for name in names])
     target = _writable_file(out)
@@ -161,7 +156,7 @@ def stats(
     device: str,
     **pictures_as: Any,
 ) -> None:
-    """``imm eval stats``."""
+    """Run ``imm eval stats``; the arguments are its options."""
     names = list(dict.fromkeys(features.split(",")))
     target = _writable_file(out)
     if target.suffix != ".npz":
@@ -191,7 +186,7 @@ def stats(
 
 
 def compare(first: str, second: str) -> None:
-    """``imm eval compare``."""
+    """Run ``imm eval compare``; the arguments are its two files."""
     a, b = comparison.read_result(first), comparison.read_result(second)
     wrong = comparison.differences(a, b)
     if wrong:

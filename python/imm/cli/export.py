@@ -23,7 +23,7 @@ def run(
     precision: str | None,
     device: str,
 ) -> None:
-    """``imm export``."""
+    """Run ``imm export``; the arguments are its options."""
     target = pick_device(device)
     flow_map = checkpoints.load(net).to(target)
     package.export(

@@ -11,7 +11,7 @@ from imm.checkpoints.format import read_settings
 
 
 def run(net: str, out: str, second_time: str | None) -> None:
-    """``imm import``."""
+    """Run ``imm import``; the arguments are its options."""
     with warnings.catch_warnings(record=True) as notes:
         warnings.simplefilter("always")
         flow_map = checkpoints.import_published(net, out, second_time=second_time)

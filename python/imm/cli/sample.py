@@ -16,12 +16,7 @@ from torch import Tensor
 from imm import checkpoints, generation, latents
 from imm.backends import PRECISIONS, repeatable
 from imm.checkpoints.format import read_settings
-from imm.cli.options import (
-    device_line,
-    printable,
-    process_device,
-    writable_folder,
-)
+from imm.cli.options import device_line, printable, process_device, writable_folder
 from imm.cli.progress import bar
 from imm.distributed import Processes, processes
 from imm.evaluation import pictures
@@ -37,7 +32,7 @@ NONE = "none"
 
 
 def run(net: str, out: str, seeds: str, batch: int, device: str, **options: Any) -> None:
-    """``imm sample``."""
+    """Run ``imm sample``; the arguments are its options."""
     seed_list = parse_integers(seeds, "seeds")
     if len(set(seed_list)) < len(seed_list):
         raise ValueError(f"seeds: expected every seed once, got {seeds!r}")

@@ -15,13 +15,7 @@ import torch
 from imm import checkpoints
 from imm.checkpoints.format import describe
 from imm.cli import progress
-from imm.cli.options import (
-    device_line,
-    name_list,
-    process_device,
-    say_left_out,
-    say_notes,
-)
+from imm.cli.options import device_line, name_list, process_device, say_left_out, say_notes
 from imm.data import ImageData, load, to_float
 from imm.data.augmentation import LABELS
 from imm.distributed import Processes, processes
@@ -45,7 +39,7 @@ OBJECTIVE_OPTIONS = {
 
 
 def run(data: str, out: str, device: str, given: set[str], **options: Any) -> None:
-    """``imm train``. given: the options that are not at their defaults."""
+    """Run ``imm train``; the arguments are its options. given: the names of those that are not at their defaults."""
     with processes() as where:
         _check_device(device, where)
         _run(data, out, process_device(device, where), where, given, **options)
