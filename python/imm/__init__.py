@@ -6,9 +6,9 @@
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from imm import threads  # isort: skip  (before torch, which starts OpenMP)
+from imm import startup  # isort: skip  (before torch, which starts OpenMP)
 
-if TYPE_CHECKING or not threads.command_line():  # the command line imports what a command needs, so that --help is quick
+if TYPE_CHECKING or not startup.command_line():  # the command line imports what a command needs, so that --help is quick
     from imm import checkpoints, functional, latents, networks, package, parametrizations, presets, sampling, schedules
     from imm.checkpoints import load
     from imm.flow_map import FlowMap
@@ -43,7 +43,7 @@ _ROOM_OF = {
     "noise": "functional",
 }
 
-del threads
+del startup
 
 
 def __getattr__(name: str) -> Any:

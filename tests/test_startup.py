@@ -1,15 +1,16 @@
-"""How waiting threads are told to wait: by the command line, before torch, unless the user has said so."""
+"""What the command line sets before torch loads, unless the user has set it: how threads wait, what malloc keeps."""
 
 from __future__ import annotations
 
 import importlib
 import os
+import platform
 import subprocess
 import sys
 
 import pytest
 
-from imm import threads
+from imm import startup
 
 
 @pytest.mark.parametrize(
@@ -26,7 +27,7 @@ from imm import threads
 def test_the_command_line_is_known(argv, orig_argv, is_command_line, monkeypatch) -> None:
     monkeypatch.setattr(sys, "argv", argv)
     monkeypatch.setattr(sys, "orig_argv", orig_argv)
-    assert threads.command_line() is is_command_line
+    assert startup.command_line() is is_command_line
 
 
 def test_it_is_set_for_the_command_line_alone_and_not_over_the_users_own(monkeypatch) -> None:
@@ -36,10 +37,10 @@ def test_it_is_set_for_the_command_line_alone_and_not_over_the_users_own(monkeyp
         for name, value in given.items():
             monkeypatch.setenv(name, value)
         monkeypatch.setattr(sys, "argv", ["train.py"])
-        importlib.reload(threads)
+        importlib.reload(startup)
         assert os.environ.get("GOMP_SPINCOUNT") == given.get("GOMP_SPINCOUNT")
         monkeypatch.setattr(sys, "argv", ["/usr/bin/imm"])
-        importlib.reload(threads)
+        importlib.reload(startup)
         assert os.environ.get("GOMP_SPINCOUNT") == expected
 
 
@@ -52,3 +53,17 @@ def test_it_is_set_before_torch_is_loaded() -> None:
     own = {name: value for name, value in os.environ.items() if name not in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")}
     done = subprocess.run([sys.executable, "-c", watch], env=own, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "['1000']"
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="a setting of glibc's malloc")
+def test_freed_memory_is_kept_unless_the_user_sets_malloc() -> None:
+    program = "import sys; sys.argv = ['imm']; import imm, resource, torch\n"
+    program += "for _ in range(40):\n    torch.ones(2**21)\n"  # 8 MiB, 2048 pages
+    program += "print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt)"
+    own = {name: value for name, value in os.environ.items() if name not in {*startup.MALLOC, "GLIBC_TUNABLES"}}
+
+    def faults(**more: str) -> int:
+        done = subprocess.run([sys.executable, "-c", program], env=own | more, capture_output=True, text=True, check=True)
+        return int(done.stdout)
+
+    assert faults() + 30 * 2048 < faults(MALLOC_MMAP_THRESHOLD_=str(2**20))
