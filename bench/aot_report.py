@@ -63,9 +63,9 @@ class Usage:
 def least_wide(kernel: str, given: Mapping[str, Any], kinds: Mapping[str, str]) -> tuple[int, int]:
     """The least loads and stores of 16 bytes that a kernel ("mmd_dot._pairs_kernel") has. given: its constants; kinds: its
     arguments' types."""
-    M, mixed = given.get("M", 0), bool(given.get("HAS_MIX"))
+    M, mixed = given.get("M", 0), kinds.get("t.x", "constexpr") != "constexpr"
     # From M = 5 a thread of the direct kernels has four features, of which 16 bits each make 8 bytes.
-    narrow = M > 4 and kinds.get("t_ptr") in ("*bf16", "*fp16")
+    narrow = M > 4 and kinds.get("t.y") in ("*bf16", "*fp16")
     loads, stores = (2 * M if mixed else 0, 0) if narrow else (2 * M * (2 if mixed else 1), M)
     residual = given.get("y_ptr", True) is not None
     return {
@@ -74,7 +74,7 @@ def least_wide(kernel: str, given: Mapping[str, Any], kinds: Mapping[str, str]) 
         "mmd_direct._resident_kernel": (loads, 0) if given.get("grad_ptr", True) is None else (2 * loads, stores),
         "mmd_direct._partial_kernel": (loads, 0),
         "mmd_direct._gradient_kernel": (loads, stores),
-        "mmd_dot._products_kernel": (0 if kinds.get("t_ptr") == "*fp16" else 2, 0),
+        "mmd_dot._products_kernel": (0 if kinds.get("t.y") == "*fp16" else 2, 0),
         "mmd_dot._gradient_kernel": (2, 1),
         "mmd_dot._pairs_kernel": (2, 0),
         "mmd_gram._gram_kernel": (2, 0),
@@ -204,9 +204,9 @@ def _rows(index: int, arch: int, quick: bool) -> dict[str, tuple[str, list[str]]
     for name, kernel in compiled(arch):
         if id(kernel) in before:
             continue
-        names = kernel.src.fn.arg_names
-        constants = {names[place[0]]: value for place, value in kernel.src.constants.items()}
-        kinds = dict(kernel.src.signature)
+        kinds = fake_driver.flat(kernel.src.signature)
+        places = fake_driver.places(kernel.src.fn.arg_names, kernel.src.signature)
+        constants = {places[place]: value for place, value in kernel.src.constants.items() if place in places}
         u = usage(kernel, _SAID[kernel.asm["cubin"]])
         half = "*bf16" in kinds.values() or "*fp16" in kinds.values()
         products = half and name.startswith("attention") and "delta" not in name

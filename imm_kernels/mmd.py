@@ -1,6 +1,6 @@
-"""Launches of the MMD loss, its gradient and their fusion with a flow map, for up to LARGEST particles.
+"""Launches of the MMD loss, its gradient and their fusion with a flow map, for up to LARGEST_SET particles.
 
-Which kernels run is chosen here, by shape: up to 8 particles (6 with a mix) are compared pair by pair, whole groups to a
+Which kernels run is chosen here, by shape: up to 8 particles (6 of a flow map) are compared pair by pair, whole groups to a
 program where there are groups enough to fill the device (resident) and slices of groups where there are not (split); larger M
 takes tensor-core products (mmd_dot.py). All are deterministic. Floors, resources and figures: docs/mmd.md.
 """
@@ -18,8 +18,7 @@ import triton
 from torch import Tensor
 
 from imm_kernels import mmd_direct, mmd_dot
-
-LARGEST = 256
+from imm_kernels.mmd_math import number_of, set_of
 
 #: Bytes that the resident programs of a multiprocessor may work on together, so that the second pass finds the group near.
 _NEAR_BYTES = 200 * 1024
@@ -108,205 +107,117 @@ def slices(groups: int, D: int, programs: int, block: int, most: int) -> tuple[i
     return -(-D // features), features
 
 
-class _Sets:
-    """Both sets of particles as every kernel takes them."""
+class _Groups:
+    """Both sets of particles, and what a launcher chooses by."""
 
     def __init__(self, y_t: Tensor, y_r: Tensor, mix: Mix | None) -> None:
         self.G, self.M, self.D = y_t.shape
         self.device = y_t.device
-        tensors = [y_t, y_r] if mix is None else [y_t, y_r, mix.x_t, mix.x_r]
-        rows = [x if x.stride(2) == 1 or self.D == 1 else x.contiguous() for x in tensors]
-        t, r, x_t, x_r = rows if mix is not None else (*rows, None, None)
-        strides = [(x.stride(0), x.stride(1)) if x is not None else (0, 0) for x in (t, r, x_t, x_r)]
-        numbers = (None,) * 4 if mix is None else (mix.c_skip_t, mix.c_out_t, mix.c_skip_r, mix.c_out_r)
-        self.pointers = (t, r, x_t, x_r, *(None if c is None else c.contiguous() for c in numbers))
-        self.strides = tuple(s for pair in strides for s in pair)
-        self.has_mix = mix is not None
-        self.bits = 8 * min(x.element_size() for x in rows)
-        self.group_bytes = self.M * self.D * sum(x.element_size() for x in rows)
+        self.t = set_of(y_t, mix.x_t, mix.c_skip_t, mix.c_out_t) if mix else set_of(y_t)
+        self.r = set_of(y_r, mix.x_r, mix.c_skip_r, mix.c_out_r) if mix else set_of(y_r)
+        self.mixed = mix is not None
+        sizes = [x.element_size() for x in (y_t, y_r, *((mix.x_t, mix.x_r) if mix else ()))]
+        self.bits, self.group_bytes = 8 * min(sizes), self.M * self.D * sum(sizes)
         self.exact_bf16 = mix is None and y_t.dtype == torch.bfloat16 and not _INTERPRETED
+        self.direct = largest_direct(mix=self.mixed) >= self.M
+
+    def empty(self, *shape: int) -> Tensor:
+        return torch.empty((self.G, *shape), dtype=torch.float32, device=self.device)
 
 
-def _stride(value: Tensor | None) -> int:
-    return 0 if value is None or value.shape[0] == 1 else value.stride(0)
-
-
-def _loss(
-    sets: _Sets,
-    scale: Tensor,
-    weight: Tensor | None,
-    upstream: Tensor | None,
-    what: Kernel,
-    loss: Tensor,
-    slopes: Tensor,
-    grad: Tensor | None,
-) -> None:
-    if sets.G == 0:
-        return
+def _compute(
+    groups: _Groups, scale: Tensor, weight: Tensor | None, upstream: Tensor | None, what: Kernel, grad: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Launch what computes loss [G], slopes [G, M, 2 M] and, where there is room for it, the gradient."""
+    G, M, D = groups.G, groups.M, groups.D
+    loss, slopes = groups.empty(), groups.empty(M, 2 * M)
+    if G == 0:
+        return loss, slopes
+    numbers = number_of(scale), number_of(weight)
     kernel = {"KERNEL": what.kernel, "BANDWIDTHS": what.bandwidths, "UNBIASED": what.unbiased}
-    numbers: dict[str, Any] = {"HAS_MIX": sets.has_mix, "HAS_WEIGHT": weight is not None}
-    count = _multiprocessors(sets.device)
-    if largest_direct(mix=sets.has_mix) < sets.M:
-        return _loss_by_products(sets, scale, weight, upstream, what, loss, slopes, grad)
-    sizes = direct_sizes(sets.M, sets.D, sets.bits, mix=sets.has_mix)
-    launch = {"BLOCK": sizes.BLOCK, "EACH": sizes.EACH, "num_warps": sizes.num_warps, "maxnreg": sizes.maxnreg}
-    if count <= sets.G or sets.D <= 4 * sizes.BLOCK:  # resident
-        programs = count * max(1, min(16, _NEAR_BYTES // sets.group_bytes))
-        mmd_direct._resident_kernel[(min(sets.G, programs),)](
-            *sets.pointers,
-            scale,
-            weight,
-            upstream,
-            loss,
-            slopes,
-            grad,
-            *sets.strides,
-            _stride(scale),
-            _stride(weight),
-            _stride(upstream),
-            sets.G,
-            sets.D,
-            what.eps,
-            M=sets.M,
-            **kernel,
-            **numbers,
-            HAS_UPSTREAM=upstream is not None,
-            **launch,
+    count = _multiprocessors(groups.device)
+    if groups.direct:
+        sizes = direct_sizes(M, D, groups.bits, mix=groups.mixed)
+        direct: dict[str, Any] = {"M": M, **vars(sizes)}
+        if count <= G or D <= 4 * sizes.BLOCK:  # resident
+            programs = min(G, count * max(1, min(16, _NEAR_BYTES // groups.group_bytes)))
+            resident = mmd_direct._resident_kernel[(programs,)]
+            resident(groups.t, groups.r, *numbers, number_of(upstream), loss, slopes, grad, G, D, what.eps, **kernel, **direct)
+            return loss, slopes
+        parts, features = slices(G, D, 2 * count, sizes.BLOCK, D)
+        partial = groups.empty(parts, 2 * mmd_direct.leaves(M * (M - 1) // 2) + mmd_direct.leaves(M**2))
+        mmd_direct._partial_kernel[(G * parts,)](groups.t, groups.r, partial, D, parts, features, **direct)
+        mmd_direct._combine_kernel[(G,)](partial, *numbers, loss, slopes, D, parts, what.eps, M=M, **kernel, num_warps=1)
+    else:
+        dot = dot_sizes(M, exact_bf16=groups.exact_bf16, mix=groups.mixed)
+        blocks, row_blocks = -(-M // dot.rows), -(-M // _ROWS)
+        most = max(1, D * groups.bits // (320 * M))  # at most a tenth of what the inputs and the gradient take
+        parts, features = slices(G, D, 2 * (8 // dot.warps) * count // blocks**2, 4 * dot.features, most)
+        products, norms = groups.empty(parts, 3, M, M), groups.empty(parts, 3, M)
+        mmd_dot._products_kernel[(G * parts, blocks**2)](
+            groups.t,
+            groups.r,
+            products,
+            norms,
+            M,
+            D,
+            parts,
+            features,
+            EXACT_BF16=groups.exact_bf16,
+            ONE_BLOCK=blocks == 1,
+            BLOCK_M=dot.rows,
+            BLOCK_D=dot.features,
+            num_warps=dot.warps,
+            num_stages=dot.stages,
         )
-        return
-    parts, features = slices(sets.G, sets.D, 2 * count, sizes.BLOCK, sets.D)
-    width = 2 * mmd_direct.leaves(sets.M * (sets.M - 1) // 2) + mmd_direct.leaves(sets.M**2)
-    partial = torch.empty((sets.G, parts, width), dtype=torch.float32, device=sets.device)
-    mmd_direct._partial_kernel[(sets.G * parts,)](
-        *sets.pointers, partial, *sets.strides, sets.D, parts, features, M=sets.M, HAS_MIX=sets.has_mix, **launch
-    )
-    mmd_direct._combine_kernel[(sets.G,)](
-        partial,
-        scale,
-        weight,
-        loss,
-        slopes,
-        _stride(scale),
-        _stride(weight),
-        sets.D,
-        parts,
-        what.eps,
-        M=sets.M,
-        **kernel,
-        HAS_WEIGHT=weight is not None,
-        num_warps=1,
-    )
+        by_rows = loss if row_blocks == 1 else groups.empty(row_blocks)
+        columns = triton.next_power_of_2(M)
+        mmd_dot._pairs_kernel[(G * row_blocks,)](
+            groups.t,
+            groups.r,
+            products,
+            norms,
+            *numbers,
+            by_rows,
+            slopes,
+            M,
+            D,
+            parts,
+            what.eps,
+            **kernel,
+            ROWS=_ROWS,
+            COLUMNS=columns,
+            BLOCK_D=_FEATURES,
+            num_warps=8 if columns > 128 else 4,
+            maxnreg=255,
+        )
+        if row_blocks > 1:
+            torch.sum(by_rows, 1, out=loss)
     if grad is not None:
-        _gradient(sets, weight, upstream, slopes, what.unbiased, grad)
-
-
-def _loss_by_products(
-    sets: _Sets,
-    scale: Tensor,
-    weight: Tensor | None,
-    upstream: Tensor | None,
-    what: Kernel,
-    loss: Tensor,
-    slopes: Tensor,
-    grad: Tensor | None,
-) -> None:
-    M, D = sets.M, sets.D
-    sizes = dot_sizes(M, exact_bf16=sets.exact_bf16, mix=sets.has_mix)
-    blocks = -(-M // sizes.rows)
-    # At most a tenth of what the inputs and the gradient take.
-    most = max(1, D * sets.bits // (320 * M))
-    per_multiprocessor = 8 // sizes.warps
-    programs = 2 * per_multiprocessor * _multiprocessors(sets.device) // blocks**2
-    parts, features = slices(sets.G, D, programs, 4 * sizes.features, most)
-    products = torch.empty((sets.G, parts, 3, M, M), dtype=torch.float32, device=sets.device)
-    norms = torch.empty((sets.G, parts, 3, M), dtype=torch.float32, device=sets.device)
-    mmd_dot._products_kernel[(sets.G * parts, blocks**2)](
-        *sets.pointers,
-        products,
-        norms,
-        *sets.strides,
-        M,
-        D,
-        parts,
-        features,
-        HAS_MIX=sets.has_mix,
-        EXACT_BF16=sets.exact_bf16,
-        ONE_BLOCK=blocks == 1,
-        BLOCK_M=sizes.rows,
-        BLOCK_D=sizes.features,
-        num_warps=sizes.warps,
-        num_stages=sizes.stages,
-    )
-    row_blocks = -(-M // _ROWS)
-    by_rows = loss if row_blocks == 1 else torch.empty((sets.G, row_blocks), dtype=torch.float32, device=sets.device)
-    columns = triton.next_power_of_2(M)
-    mmd_dot._pairs_kernel[(sets.G * row_blocks,)](
-        *sets.pointers,
-        products,
-        norms,
-        scale,
-        weight,
-        by_rows,
-        slopes,
-        *sets.strides,
-        _stride(scale),
-        _stride(weight),
-        M,
-        D,
-        parts,
-        what.eps,
-        KERNEL=what.kernel,
-        BANDWIDTHS=what.bandwidths,
-        UNBIASED=what.unbiased,
-        HAS_MIX=sets.has_mix,
-        HAS_WEIGHT=weight is not None,
-        ROWS=_ROWS,
-        COLUMNS=columns,
-        BLOCK_D=_FEATURES,
-        num_warps=8 if columns > 128 else 4,
-        maxnreg=255,
-    )
-    if row_blocks > 1:
-        torch.sum(by_rows, 1, out=loss)
-    if grad is not None:
-        _gradient(sets, weight, upstream, slopes, what.unbiased, grad)
+        _gradient(groups, weight, upstream, slopes, what.unbiased, grad)
+    return loss, slopes
 
 
 def _gradient(
-    sets: _Sets, weight: Tensor | None, upstream: Tensor | None, slopes: Tensor, unbiased: bool, grad: Tensor
+    groups: _Groups, weight: Tensor | None, upstream: Tensor | None, slopes: Tensor, unbiased: bool, grad: Tensor
 ) -> None:
-    if sets.G == 0:
+    M, D = groups.M, groups.D
+    if groups.G == 0:
         return
-    common: dict[str, Any] = {
-        "UNBIASED": unbiased,
-        "HAS_MIX": sets.has_mix,
-        "HAS_WEIGHT": weight is not None,
-        "HAS_UPSTREAM": upstream is not None,
-    }
-    arguments = (*sets.pointers, weight, upstream, slopes, grad, *sets.strides, _stride(weight), _stride(upstream))
-    if largest_direct(mix=sets.has_mix) >= sets.M:
-        sizes = direct_sizes(sets.M, sets.D, sets.bits, mix=sets.has_mix)
-        parts, features = slices(sets.G, sets.D, 16 * _multiprocessors(sets.device), sizes.BLOCK, sets.D)
-        mmd_direct._gradient_kernel[(sets.G * parts,)](
-            *arguments,
-            sets.D,
-            parts,
-            features,
-            M=sets.M,
-            **common,
-            BLOCK=sizes.BLOCK,
-            num_warps=sizes.num_warps,
-            maxnreg=sizes.maxnreg,
-        )
+    given = groups.t, groups.r, number_of(weight), number_of(upstream), slopes, grad
+    if groups.direct:
+        sizes = direct_sizes(M, D, groups.bits, mix=groups.mixed)
+        parts, features = slices(groups.G, D, 16 * _multiprocessors(groups.device), sizes.BLOCK, D)
+        launch = {name: value for name, value in vars(sizes).items() if name != "EACH"}
+        mmd_direct._gradient_kernel[(groups.G * parts,)](*given, D, parts, features, M=M, UNBIASED=unbiased, **launch)
         return
-    dot = dot_sizes(sets.M, exact_bf16=sets.exact_bf16, mix=sets.has_mix)
-    programs = sets.G * -(-sets.M // dot.rows) * -(-sets.D // dot.gradient_features)
-    mmd_dot._gradient_kernel[(programs,)](
-        *arguments,
-        sets.M,
-        sets.D,
-        **common,
-        EXACT_BF16=sets.exact_bf16,
+    dot = dot_sizes(M, exact_bf16=groups.exact_bf16, mix=groups.mixed)
+    mmd_dot._gradient_kernel[(groups.G * -(-M // dot.rows) * -(-D // dot.gradient_features),)](
+        *given,
+        M,
+        D,
+        UNBIASED=unbiased,
+        EXACT_BF16=groups.exact_bf16,
         BLOCK_M=dot.rows,
         BLOCK_K=16,
         BLOCK_D=dot.gradient_features,
@@ -315,21 +226,13 @@ def _gradient(
     )
 
 
-def _outputs(sets: _Sets) -> tuple[Tensor, Tensor]:
-    loss = torch.empty((sets.G,), dtype=torch.float32, device=sets.device)
-    return loss, torch.empty((sets.G, sets.M, 2 * sets.M), dtype=torch.float32, device=sets.device)
-
-
 def loss(y_t: Tensor, y_r: Tensor, scale: Tensor, weight: Tensor | None, what: Kernel) -> tuple[Tensor, Tensor]:
     """y_t, y_r [G, M, D] -> loss [G], slopes [G, M, 2 M], float32. Arguments are the caller's to check, here and below.
 
     Particles are float32, bfloat16 or float16 of any strides; scale and weight [G] are of any floating dtype.
     """
-    sets = _Sets(y_t, y_r, None)
-    values, slopes = _outputs(sets)
     with torch.cuda.device_of(y_t):
-        _loss(sets, scale, weight, None, what, values, slopes, None)
-    return values, slopes
+        return _compute(_Groups(y_t, y_r, None), scale, weight, None, what, None)
 
 
 def loss_and_gradient(
@@ -345,11 +248,9 @@ def loss_and_gradient(
 
     With ``mix``, y_t and y_r are network outputs (any two dtypes) and the gradient goes to that of t.
     """
-    sets = _Sets(y_t, y_r, mix)
-    values, slopes = _outputs(sets)
     grad = torch.empty(y_t.shape, dtype=y_t.dtype, device=y_t.device)
     with torch.cuda.device_of(y_t):
-        _loss(sets, scale, weight, upstream, what, values, slopes, grad)
+        values, _ = _compute(_Groups(y_t, y_r, mix), scale, weight, upstream, what, grad)
     return values, grad
 
 
@@ -362,24 +263,14 @@ def rescaled(finished: Tensor, grad: Tensor, upstream: Tensor | None) -> Tensor:
         block = 4096
         with torch.cuda.device_of(finished):
             mmd_direct._rescale_kernel[(groups, -(-features // block))](
-                finished,
-                grad,
-                upstream,
-                out,
-                _stride(grad),
-                _stride(upstream),
-                features,
-                upstream is not None,
-                block,
-                num_warps=8,
+                finished, number_of(grad), number_of(upstream), out, features, BLOCK=block, num_warps=8
             )
     return out
 
 
 def gradient(grad: Tensor, slopes: Tensor, y_t: Tensor, y_r: Tensor, weight: Tensor | None, unbiased: bool) -> Tensor:
     """The gradient [G, M, D] to y_t of sum(grad loss), from the slopes of :func:`loss`."""
-    sets = _Sets(y_t, y_r, None)
     out = torch.empty(y_t.shape, dtype=y_t.dtype, device=y_t.device)
     with torch.cuda.device_of(y_t):
-        _gradient(sets, weight, grad, slopes.contiguous(), unbiased, out)
+        _gradient(_Groups(y_t, y_r, None), weight, grad, slopes.contiguous(), unbiased, out)
     return out

@@ -9,8 +9,8 @@ resident: one launch, a program takes whole groups, 3 G M D elements moved. part
 features, a program takes a slice of a group and the slices' sums are added in order. gradient is also the backward from saved
 slopes.
 
-A particle is a row of y (HAS_MIX false), or c_skip x + c_out g formed in float32 from state x and network output g; its
-gradient is then that of g. slopes [G, M, 2 M] are those of the pairs (t_j, t_k), then (t_j, r_k); see mmd_math.py.
+The gradient of a flow map's particles (mmd_math.Set) is that of the network's output. slopes [G, M, 2 M] are those of the pairs
+(t_j, t_k), then (t_j, r_k); see mmd_math.py.
 """
 
 # mypy: allow-untyped-defs, disable-error-code="assignment"
@@ -20,7 +20,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from imm_kernels.mmd_math import number, share, source, value_and_slope
+from imm_kernels.mmd_math import c_out, load_number, load_row, rows_of, share, value_and_slope
 
 
 def leaves(pairs):
@@ -86,15 +86,11 @@ def _some(total, first: tl.constexpr, pairs: tl.constexpr):
 
 
 @triton.jit
-def _rows(where, offs, mask, M: tl.constexpr, HAS_MIX: tl.constexpr):
-    """The M particles of a set at features offs, float32 each."""
-    ptr, stride, x_ptr, x_stride, c_skip, c_out = where
+def _particles(of, offs, mask, M: tl.constexpr):
+    """The M particles of a group at features offs, float32 each."""
     rows = ()
     for j in tl.static_range(M):
-        row = tl.load(ptr + j * stride + offs, mask=mask, other=0.0).to(tl.float32)
-        if HAS_MIX:
-            row = c_skip * tl.load(x_ptr + j * x_stride + offs, mask=mask, other=0.0).to(tl.float32) + c_out * row
-        rows = rows + (row,)
+        rows = rows + (load_row(of, j, offs, mask).to(tl.float32),)
     return rows
 
 
@@ -134,19 +130,17 @@ def _zeros(n: tl.constexpr, threads: tl.constexpr):
 
 
 @triton.jit
-def _squared_distances(
-    t_source, r_source, first, last, M: tl.constexpr, BLOCK: tl.constexpr, EACH: tl.constexpr, HAS_MIX: tl.constexpr
-):
+def _squared_distances(t_rows, r_rows, first, last, M: tl.constexpr, BLOCK: tl.constexpr, EACH: tl.constexpr):
     """Over features [first, last): within t and within r [_leaves(M (M - 1) / 2)], across [_leaves(M^2)]."""
     INNER: tl.constexpr = M * (M - 1) // 2
     offs = tl.arange(0, BLOCK)
-    if (4 if HAS_MIX else 6) >= M:
+    if (6 if len(t_rows.state) == 0 else 4) >= M:
         tt = _zeros(INNER, BLOCK // EACH)
         rr = _zeros(INNER, BLOCK // EACH)
         tr = _zeros(M * M, BLOCK // EACH)
         for start in range(first, last, BLOCK):
-            t = _rows(t_source, start + offs, start + offs < last, M, HAS_MIX)
-            r = _rows(r_source, start + offs, start + offs < last, M, HAS_MIX)
+            t = _particles(t_rows, start + offs, start + offs < last, M)
+            r = _particles(r_rows, start + offs, start + offs < last, M)
             if M > 1:
                 tt = _add_within(tt, t, M, EACH)
                 rr = _add_within(rr, r, M, EACH)
@@ -161,18 +155,18 @@ def _squared_distances(
     else:  # the partial sums of all pairs at once would not fit the registers
         tt = _zeros(INNER, BLOCK // EACH)
         for start in range(first, last, BLOCK):
-            t = _rows(t_source, start + offs, start + offs < last, M, HAS_MIX)
+            t = _particles(t_rows, start + offs, start + offs < last, M)
             tt = _add_within(tt, t, M, EACH)
         total_tt = _some(_total(tt, INNER), 0, INNER)
         rr = _zeros(INNER, BLOCK // EACH)
         for start in range(first, last, BLOCK):
-            r = _rows(r_source, start + offs, start + offs < last, M, HAS_MIX)
+            r = _particles(r_rows, start + offs, start + offs < last, M)
             rr = _add_within(rr, r, M, EACH)
         total_rr = _some(_total(rr, INNER), 0, INNER)
         tr = _zeros(M * M, BLOCK // EACH)
         for start in range(first, last, BLOCK):
-            t = _rows(t_source, start + offs, start + offs < last, M, HAS_MIX)
-            r = _rows(r_source, start + offs, start + offs < last, M, HAS_MIX)
+            t = _particles(t_rows, start + offs, start + offs < last, M)
+            r = _particles(r_rows, start + offs, start + offs < last, M)
             tr = _add_across(tr, t, r, M, EACH)
         return total_tt, total_rr, _some(_total(tr, M * M), 0, M * M)
 
@@ -247,10 +241,10 @@ def _load_slopes(slopes_ptr, factor, M: tl.constexpr):
 
 
 @triton.jit
-def _store_gradient(grad_ptr, t_source, r_source, within, across, offs, mask, D, M: tl.constexpr, HAS_MIX: tl.constexpr):
+def _store_gradient(grad_ptr, t_rows, r_rows, within, across, offs, mask, D, M: tl.constexpr):
     """grad_j = sum_k across_jk (t_j - r_k) - within_jk (t_j - t_k) at features offs, into [M, D]."""
-    t = _rows(t_source, offs, mask, M, HAS_MIX)
-    r = _rows(r_source, offs, mask, M, HAS_MIX)
+    t = _particles(t_rows, offs, mask, M)
+    r = _particles(r_rows, offs, mask, M)
     for j in tl.static_range(M):
         grad = tl.zeros_like(t[0])
         for k in tl.static_range(M):
@@ -265,38 +259,21 @@ def _store_gradient(grad_ptr, t_source, r_source, within, across, offs, mask, D,
 
 # Compiling once more for each stride or alignment of these would gain nothing.
 _JIT = {
-    "do_not_specialize": ["scale_stride", "weight_stride", "upstream_stride", "G", "slices"],
-    "do_not_specialize_on_alignment": ["scale_ptr", "weight_ptr", "upstream_ptr", "loss_ptr", "slopes_ptr", "partial_ptr"],
+    "do_not_specialize": ["scale", "weight", "upstream", "G", "slices"],
+    "do_not_specialize_on_alignment": ["scale", "weight", "upstream", "loss_ptr", "slopes_ptr", "partial_ptr"],
 }
 
 
 @triton.jit(**_JIT)
 def _resident_kernel(
-    t_ptr,  # [G, M, D]
-    r_ptr,  # [G, M, D]
-    x_t_ptr,  # [G, M, D], as the next
-    x_r_ptr,
-    c_skip_t_ptr,  # [G], as the next three
-    c_out_t_ptr,
-    c_skip_r_ptr,
-    c_out_r_ptr,
-    scale_ptr,  # [G]
-    weight_ptr,  # [G]
-    upstream_ptr,  # [G] or [1]
+    t,  # Set, as the next
+    r,
+    scale,  # Number [G]
+    weight,  # Number [G] or None
+    upstream,  # Number [G], [1] or None
     loss_ptr,  # [G]
     slopes_ptr,  # [G, M, 2 M]
     grad_ptr,  # [G, M, D]
-    t_group_stride,
-    t_stride,
-    r_group_stride,
-    r_stride,
-    x_t_group_stride,
-    x_t_stride,
-    x_r_group_stride,
-    x_r_stride,
-    scale_stride,
-    weight_stride,
-    upstream_stride,
     G,
     D,
     eps,
@@ -304,29 +281,22 @@ def _resident_kernel(
     KERNEL: tl.constexpr,
     BANDWIDTHS: tl.constexpr,
     UNBIASED: tl.constexpr,
-    HAS_MIX: tl.constexpr,
-    HAS_WEIGHT: tl.constexpr,
-    HAS_UPSTREAM: tl.constexpr,
     BLOCK: tl.constexpr,
     EACH: tl.constexpr,
 ):
     for group in range(tl.program_id(0), G, tl.num_programs(0)):
         g = tl.cast(group, tl.int64)
-        t = source(
-            t_ptr, t_group_stride, t_stride, x_t_ptr, x_t_group_stride, x_t_stride, c_skip_t_ptr, c_out_t_ptr, g, HAS_MIX
-        )
-        r = source(
-            r_ptr, r_group_stride, r_stride, x_r_ptr, x_r_group_stride, x_r_stride, c_skip_r_ptr, c_out_r_ptr, g, HAS_MIX
-        )
-        kappa = tl.load(scale_ptr + g * scale_stride).to(tl.float32) / D
-        factor = number(weight_ptr, g, weight_stride, HAS_WEIGHT)
-        tt, rr, tr = _squared_distances(t, r, 0, D, M, BLOCK, EACH, HAS_MIX)
+        t_rows = rows_of(t, g)
+        r_rows = rows_of(r, g)
+        kappa = load_number(scale, g) / D
+        factor = load_number(weight, g)
+        tt, rr, tr = _squared_distances(t_rows, r_rows, 0, D, M, BLOCK, EACH)
         loss, tt, tr = _loss_and_slopes(tt, rr, tr, kappa, eps, M, KERNEL, BANDWIDTHS, UNBIASED)
         tl.store(loss_ptr + g, factor * loss)
         group_slopes_ptr = slopes_ptr + g * (2 * M * M)
         _store_slopes(group_slopes_ptr, tt, tr, M)
         if grad_ptr is not None:
-            factor *= number(upstream_ptr, g, upstream_stride, HAS_UPSTREAM) * share(M, UNBIASED) * t[5]
+            factor *= load_number(upstream, g) * share(M, UNBIASED) * c_out(t_rows)
             tl.debug_barrier()  # every thread now sees all slopes
             if M <= IN_REGISTERS:
                 within, across = _load_slopes(group_slopes_ptr, factor, M)
@@ -335,33 +305,18 @@ def _resident_kernel(
                 if M > IN_REGISTERS:
                     within, across = _load_slopes(group_slopes_ptr, factor, M)
                 offs = (blocks - 1 - i) * BLOCK + tl.arange(0, BLOCK)
-                _store_gradient(grad_ptr + g * M * D, t, r, within, across, offs, offs < D, D, M, HAS_MIX)
+                _store_gradient(grad_ptr + g * M * D, t_rows, r_rows, within, across, offs, offs < D, D, M)
 
 
 @triton.jit(**_JIT)
 def _partial_kernel(
-    t_ptr,  # [G, M, D]
-    r_ptr,  # [G, M, D]
-    x_t_ptr,  # [G, M, D], as the next
-    x_r_ptr,
-    c_skip_t_ptr,  # [G], as the next three
-    c_out_t_ptr,
-    c_skip_r_ptr,
-    c_out_r_ptr,
+    t,  # Set, as the next
+    r,
     partial_ptr,  # [G, slices, 2 N + N_TR]
-    t_group_stride,
-    t_stride,
-    r_group_stride,
-    r_stride,
-    x_t_group_stride,
-    x_t_stride,
-    x_r_group_stride,
-    x_r_stride,
     D,
     slices,
     slice_features,
     M: tl.constexpr,
-    HAS_MIX: tl.constexpr,
     BLOCK: tl.constexpr,
     EACH: tl.constexpr,
 ):
@@ -370,10 +325,10 @@ def _partial_kernel(
     N_TR: tl.constexpr = _leaves(M * M)
     g = (tl.program_id(0) // slices).to(tl.int64)
     first = (tl.program_id(0) % slices) * slice_features
-    t = source(t_ptr, t_group_stride, t_stride, x_t_ptr, x_t_group_stride, x_t_stride, c_skip_t_ptr, c_out_t_ptr, g, HAS_MIX)
-    r = source(r_ptr, r_group_stride, r_stride, x_r_ptr, x_r_group_stride, x_r_stride, c_skip_r_ptr, c_out_r_ptr, g, HAS_MIX)
+    t_rows = rows_of(t, g)
+    r_rows = rows_of(r, g)
     last = tl.minimum(first + slice_features, D)
-    tt, rr, tr = _squared_distances(t, r, first, last, M, BLOCK, EACH, HAS_MIX)
+    tt, rr, tr = _squared_distances(t_rows, r_rows, first, last, M, BLOCK, EACH)
     partial_ptr += tl.program_id(0).to(tl.int64) * (2 * N + N_TR)
     tl.store(partial_ptr + tl.arange(0, N), tt)
     tl.store(partial_ptr + N + tl.arange(0, N), rr)
@@ -383,12 +338,10 @@ def _partial_kernel(
 @triton.jit(**_JIT)
 def _combine_kernel(
     partial_ptr,  # [G, slices, 2 N + N_TR]
-    scale_ptr,  # [G]
-    weight_ptr,  # [G]
+    scale,  # Number [G]
+    weight,  # Number [G] or None
     loss_ptr,  # [G]
     slopes_ptr,  # [G, M, 2 M]
-    scale_stride,
-    weight_stride,
     D,
     slices,
     eps,
@@ -396,7 +349,6 @@ def _combine_kernel(
     KERNEL: tl.constexpr,
     BANDWIDTHS: tl.constexpr,
     UNBIASED: tl.constexpr,
-    HAS_WEIGHT: tl.constexpr,
 ):
     """Loss and slopes of one group from the sums of its slices, added in order."""
     N: tl.constexpr = _leaves(M * (M - 1) // 2)
@@ -411,53 +363,34 @@ def _combine_kernel(
         rr += tl.load(partial_ptr + N + tl.arange(0, N))
         tr += tl.load(partial_ptr + 2 * N + tl.arange(0, N_TR))
         partial_ptr += 2 * N + N_TR
-    kappa = tl.load(scale_ptr + g * scale_stride).to(tl.float32) / D
+    kappa = load_number(scale, g) / D
     loss, tt, tr = _loss_and_slopes(tt, rr, tr, kappa, eps, M, KERNEL, BANDWIDTHS, UNBIASED)
-    tl.store(loss_ptr + g, number(weight_ptr, g, weight_stride, HAS_WEIGHT) * loss)
+    tl.store(loss_ptr + g, load_number(weight, g) * loss)
     _store_slopes(slopes_ptr + g * (2 * M * M), tt, tr, M)
 
 
 @triton.jit(**_JIT)
 def _gradient_kernel(
-    t_ptr,  # [G, M, D]
-    r_ptr,  # [G, M, D]
-    x_t_ptr,  # [G, M, D], as the next
-    x_r_ptr,
-    c_skip_t_ptr,  # [G], as the next three
-    c_out_t_ptr,
-    c_skip_r_ptr,
-    c_out_r_ptr,
-    weight_ptr,  # [G]
-    upstream_ptr,  # [G] or [1]
+    t,  # Set, as the next
+    r,
+    weight,  # Number [G] or None
+    upstream,  # Number [G], [1] or None
     slopes_ptr,  # [G, M, 2 M]
     grad_ptr,  # [G, M, D]
-    t_group_stride,
-    t_stride,
-    r_group_stride,
-    r_stride,
-    x_t_group_stride,
-    x_t_stride,
-    x_r_group_stride,
-    x_r_stride,
-    weight_stride,
-    upstream_stride,
     D,
     slices,
     slice_features,
     M: tl.constexpr,
     UNBIASED: tl.constexpr,
-    HAS_MIX: tl.constexpr,
-    HAS_WEIGHT: tl.constexpr,
-    HAS_UPSTREAM: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """The gradient over one slice of the features of one group."""
     g = (tl.program_id(0) // slices).to(tl.int64)
     first = (tl.program_id(0) % slices) * slice_features
-    t = source(t_ptr, t_group_stride, t_stride, x_t_ptr, x_t_group_stride, x_t_stride, c_skip_t_ptr, c_out_t_ptr, g, HAS_MIX)
-    r = source(r_ptr, r_group_stride, r_stride, x_r_ptr, x_r_group_stride, x_r_stride, c_skip_r_ptr, c_out_r_ptr, g, HAS_MIX)
-    factor = number(weight_ptr, g, weight_stride, HAS_WEIGHT) * number(upstream_ptr, g, upstream_stride, HAS_UPSTREAM)
-    factor *= share(M, UNBIASED) * t[5]
+    t_rows = rows_of(t, g)
+    r_rows = rows_of(r, g)
+    factor = load_number(weight, g) * load_number(upstream, g)
+    factor *= share(M, UNBIASED) * c_out(t_rows)
     slopes_ptr += g * (2 * M * M)
     if M <= IN_REGISTERS:
         within, across = _load_slopes(slopes_ptr, factor, M)
@@ -466,27 +399,24 @@ def _gradient_kernel(
         if M > IN_REGISTERS:
             within, across = _load_slopes(slopes_ptr, factor, M)
         offs = start + tl.arange(0, BLOCK)
-        _store_gradient(grad_ptr + g * M * D, t, r, within, across, offs, offs < last, D, M, HAS_MIX)
+        _store_gradient(grad_ptr + g * M * D, t_rows, r_rows, within, across, offs, offs < last, D, M)
 
 
-@triton.jit(do_not_specialize=["grad_stride", "upstream_stride"], do_not_specialize_on_alignment=["grad_ptr", "upstream_ptr"])
+@triton.jit(do_not_specialize=["grad", "upstream"], do_not_specialize_on_alignment=["grad", "upstream"])
 def _rescale_kernel(
     finished_ptr,  # [G, features]
-    grad_ptr,  # [G]
-    upstream_ptr,  # [G] or [1]
+    grad,  # Number [G]
+    upstream,  # Number [G], [1] or None
     out_ptr,  # [G, features]
-    grad_stride,
-    upstream_stride,
     features,
-    HAS_UPSTREAM: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """A finished gradient for another factor than it was finished for; 0 for 0 is 1."""
     g = tl.program_id(0).to(tl.int64)
-    ratio = tl.load(grad_ptr + g * grad_stride).to(tl.float64)
-    if HAS_UPSTREAM:
-        upstream = tl.load(upstream_ptr + g * upstream_stride).to(tl.float64)
-        ratio = tl.where(ratio == upstream, 1.0, ratio / upstream)
+    ratio = tl.load(grad.ptr + g * grad.stride).to(tl.float64)
+    if upstream is not None:
+        finished_for = tl.load(upstream.ptr + g * upstream.stride).to(tl.float64)
+        ratio = tl.where(ratio == finished_for, 1.0, ratio / finished_for)
     offs = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     mask = offs < features
     values = tl.load(finished_ptr + g * features + offs, mask=mask).to(tl.float32)

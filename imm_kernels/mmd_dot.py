@@ -17,32 +17,15 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from imm_kernels.mmd_math import number, source, value_and_slope
+from imm_kernels.mmd_math import c_out, load_number, load_row, rows_of, value_and_slope
 
 CLOSE = tl.constexpr(1e-2)
 
 
 @triton.jit
-def tile(where, rows, M, offs, last, HAS_MIX: tl.constexpr):
+def tile(of, rows, M, offs, last):
     """Features offs of the particles at rows: [rows, offs], zeros beyond either end."""
-    ptr, stride, x_ptr, x_stride, c_skip, c_out = where
-    mask = (rows < M)[:, None] & (offs < last)[None, :]
-    values = tl.load(ptr + rows[:, None] * stride + offs[None, :], mask=mask, other=0.0)
-    if HAS_MIX:
-        state = tl.load(x_ptr + rows[:, None] * x_stride + offs[None, :], mask=mask, other=0.0)
-        values = c_skip * state.to(tl.float32) + c_out * values.to(tl.float32)
-    return values
-
-
-@triton.jit
-def _row(where, row, offs, last, HAS_MIX: tl.constexpr):
-    """Features offs of one particle, float32."""
-    ptr, stride, x_ptr, x_stride, c_skip, c_out = where
-    values = tl.load(ptr + row * stride + offs, mask=offs < last, other=0.0).to(tl.float32)
-    if HAS_MIX:
-        state = tl.load(x_ptr + row * x_stride + offs, mask=offs < last, other=0.0)
-        values = c_skip * state.to(tl.float32) + c_out * values
-    return values
+    return load_row(of, rows[:, None], offs[None, :], (rows < M)[:, None] & (offs < last)[None, :])
 
 
 @triton.jit
@@ -62,36 +45,21 @@ def add_square(total, a):
 
 # Compiling once more for each stride or alignment of these would gain nothing.
 _JIT = {
-    "do_not_specialize": ["scale_stride", "weight_stride", "upstream_stride", "M", "slices"],
-    "do_not_specialize_on_alignment": ["scale_ptr", "weight_ptr", "upstream_ptr", "loss_ptr", "products_ptr", "norms_ptr"],
+    "do_not_specialize": ["scale", "weight", "upstream", "M", "slices"],
+    "do_not_specialize_on_alignment": ["scale", "weight", "upstream", "loss_ptr", "products_ptr", "norms_ptr"],
 }
 
 
 @triton.jit(**_JIT)
 def _products_kernel(
-    t_ptr,  # [G, M, D]
-    r_ptr,  # [G, M, D]
-    x_t_ptr,  # [G, M, D], as the next
-    x_r_ptr,
-    c_skip_t_ptr,  # [G], as the next three
-    c_out_t_ptr,
-    c_skip_r_ptr,
-    c_out_r_ptr,
+    t,  # Set, as the next
+    r,
     products_ptr,  # [G, slices, 3, M, M]: t t', r r', t r'
     norms_ptr,  # [G, slices, 3, M]: |t|^2, |r|^2, |t - r|^2
-    t_group_stride,
-    t_stride,
-    r_group_stride,
-    r_stride,
-    x_t_group_stride,
-    x_t_stride,
-    x_r_group_stride,
-    x_r_stride,
     M,
     D,
     slices,
     slice_features,
-    HAS_MIX: tl.constexpr,
     EXACT_BF16: tl.constexpr,
     ONE_BLOCK: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -107,8 +75,8 @@ def _products_kernel(
     g = part // slices
     first = (tl.program_id(0) % slices) * slice_features
     last = tl.minimum(first + slice_features, D)
-    t = source(t_ptr, t_group_stride, t_stride, x_t_ptr, x_t_group_stride, x_t_stride, c_skip_t_ptr, c_out_t_ptr, g, HAS_MIX)
-    r = source(r_ptr, r_group_stride, r_stride, x_r_ptr, x_r_group_stride, x_r_stride, c_skip_r_ptr, c_out_r_ptr, g, HAS_MIX)
+    t_rows = rows_of(t, g)
+    r_rows = rows_of(r, g)
     rows_a = a * BLOCK_M + tl.arange(0, BLOCK_M)
     rows_b = b * BLOCK_M + tl.arange(0, BLOCK_M)
     tt = tl.zeros((BLOCK_M, BLOCK_M), tl.float32)
@@ -120,8 +88,8 @@ def _products_kernel(
     matched = tl.zeros((BLOCK_M,), tl.float32)
     for start in range(first, last, BLOCK_D):
         offs = start + tl.arange(0, BLOCK_D)
-        t_a = tile(t, rows_a, M, offs, last, HAS_MIX)
-        r_a = tile(r, rows_a, M, offs, last, HAS_MIX)
+        t_a = tile(t_rows, rows_a, M, offs, last)
+        r_a = tile(r_rows, rows_a, M, offs, last)
         norm_t = add_square(norm_t, t_a)
         norm_r = add_square(norm_r, r_a)
         matched = add_square(matched, t_a.to(tl.float32) - r_a.to(tl.float32))
@@ -130,8 +98,8 @@ def _products_kernel(
             rr = add_product(rr, r_a, r_a, EXACT_BF16)
             tr = add_product(tr, t_a, r_a, EXACT_BF16)
         else:
-            t_b = tile(t, rows_b, M, offs, last, HAS_MIX)
-            r_b = tile(r, rows_b, M, offs, last, HAS_MIX)
+            t_b = tile(t_rows, rows_b, M, offs, last)
+            r_b = tile(r_rows, rows_b, M, offs, last)
             tt = add_product(tt, t_a, t_b, EXACT_BF16)
             rr = add_product(rr, r_a, r_b, EXACT_BF16)
             tr = add_product(tr, t_a, r_b, EXACT_BF16)
@@ -161,7 +129,7 @@ def is_close(squares, sizes):
 
 
 @triton.jit
-def difference_close(squares, close, x, y, rows, columns, M_x, M_y, D, BLOCK_D: tl.constexpr, HAS_MIX: tl.constexpr):
+def difference_close(squares, close, x, y, rows, columns, M_x, M_y, D, BLOCK_D: tl.constexpr):
     """squares of the pairs (x_rows, y_columns), those of close pairs computed again by direct difference."""
     if tl.max(tl.max(close.to(tl.int32), 1), 0) > 0:
         for i in range(columns.shape[0]):
@@ -171,7 +139,7 @@ def difference_close(squares, close, x, y, rows, columns, M_x, M_y, D, BLOCK_D: 
                 square = tl.zeros((rows.shape[0],), tl.float32)
                 for start in range(0, D, BLOCK_D):
                     offs = start + tl.arange(0, BLOCK_D)
-                    rest = tile(x, rows, M_x, offs, D, HAS_MIX).to(tl.float32) - _row(y, k, offs, D, HAS_MIX)[None, :]
+                    rest = tile(x, rows, M_x, offs, D).to(tl.float32) - load_row(y, k, offs, offs < D)[None, :]
                     square = add_square(square, rest)
                 squares = tl.where(here, square[:, None], squares)
     return squares
@@ -192,7 +160,6 @@ def _squares(
     D,
     slices,
     BLOCK_D: tl.constexpr,
-    HAS_MIX: tl.constexpr,
 ):
     """Squared distances of the pairs (x_rows, y_columns), and which of them were computed by direct difference.
 
@@ -210,35 +177,19 @@ def _squares(
     sizes = x_norm[:, None] + y_norm[None, :]
     squares = tl.where(settled, settled_squares, sizes - 2.0 * product)
     close = mask & (settled == 0) & is_close(squares, sizes)
-    return difference_close(squares, close, x, y, rows, columns, M, M, D, BLOCK_D, HAS_MIX), close
+    return difference_close(squares, close, x, y, rows, columns, M, M, D, BLOCK_D), close
 
 
 @triton.jit(**_JIT)
 def _pairs_kernel(
-    t_ptr,  # [G, M, D]
-    r_ptr,  # [G, M, D]
-    x_t_ptr,  # [G, M, D], as the next
-    x_r_ptr,
-    c_skip_t_ptr,  # [G], as the next three
-    c_out_t_ptr,
-    c_skip_r_ptr,
-    c_out_r_ptr,
+    t,  # Set, as the next
+    r,
     products_ptr,  # [G, slices, 3, M, M]
     norms_ptr,  # [G, slices, 3, M]
-    scale_ptr,  # [G]
-    weight_ptr,  # [G]
+    scale,  # Number [G]
+    weight,  # Number [G] or None
     loss_ptr,  # [G, blocks of rows]
     slopes_ptr,  # [G, M, 2 M]
-    t_group_stride,
-    t_stride,
-    r_group_stride,
-    r_stride,
-    x_t_group_stride,
-    x_t_stride,
-    x_r_group_stride,
-    x_r_stride,
-    scale_stride,
-    weight_stride,
     M,
     D,
     slices,
@@ -246,8 +197,6 @@ def _pairs_kernel(
     KERNEL: tl.constexpr,
     BANDWIDTHS: tl.constexpr,
     UNBIASED: tl.constexpr,
-    HAS_MIX: tl.constexpr,
-    HAS_WEIGHT: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -257,9 +206,9 @@ def _pairs_kernel(
     g = (tl.program_id(0) // blocks).to(tl.int64)
     rows = (tl.program_id(0) % blocks) * ROWS + tl.arange(0, ROWS)
     columns = tl.arange(0, COLUMNS)
-    t = source(t_ptr, t_group_stride, t_stride, x_t_ptr, x_t_group_stride, x_t_stride, c_skip_t_ptr, c_out_t_ptr, g, HAS_MIX)
-    r = source(r_ptr, r_group_stride, r_stride, x_r_ptr, x_r_group_stride, x_r_stride, c_skip_r_ptr, c_out_r_ptr, g, HAS_MIX)
-    kappa = tl.load(scale_ptr + g * scale_stride).to(tl.float32) / D
+    t_rows = rows_of(t, g)
+    r_rows = rows_of(r, g)
+    kappa = load_number(scale, g) / D
     products_ptr += g * slices * 3 * M * M
     norms_ptr += g * slices * 3 * M
     slopes_ptr += g * 2 * M * M
@@ -270,13 +219,15 @@ def _pairs_kernel(
     offs = rows[:, None] * 2 * M + columns[None, :]
     mask = (rows < M)[:, None] & (columns < M)[None, :]
 
-    squares, close = _squares(products_ptr, norms_ptr, norms_ptr, t, t, rows, columns, own, 0.0, M, D, slices, BLOCK_D, HAS_MIX)
+    squares, close = _squares(
+        products_ptr, norms_ptr, norms_ptr, t_rows, t_rows, rows, columns, own, 0.0, M, D, slices, BLOCK_D
+    )
     values, slopes = value_and_slope(squares, kappa, eps, KERNEL, BANDWIDTHS)
     loss = tl.sum(tl.sum(tl.where(counts, values, 0.0), 1), 0)
     tl.store(slopes_ptr + offs, tl.where(close, -slopes, slopes), mask=mask)
 
     squares, close = _squares(
-        products_ptr + M * M, norms_ptr + M, norms_ptr + M, r, r, rows, columns, own, 0.0, M, D, slices, BLOCK_D, HAS_MIX
+        products_ptr + M * M, norms_ptr + M, norms_ptr + M, r_rows, r_rows, rows, columns, own, 0.0, M, D, slices, BLOCK_D
     )
     values, _ = value_and_slope(squares, kappa, eps, KERNEL, BANDWIDTHS)
     loss += tl.sum(tl.sum(tl.where(counts, values, 0.0), 1), 0)
@@ -288,8 +239,8 @@ def _pairs_kernel(
         products_ptr + 2 * M * M,
         norms_ptr,
         norms_ptr + M,
-        t,
-        r,
+        t_rows,
+        r_rows,
         rows,
         columns,
         own,
@@ -298,7 +249,6 @@ def _pairs_kernel(
         D,
         slices,
         BLOCK_D,
-        HAS_MIX,
     )
     values, slopes = value_and_slope(squares, kappa, eps, KERNEL, BANDWIDTHS)
     loss -= 2.0 * tl.sum(tl.sum(tl.where(counts, values, 0.0), 1), 0)
@@ -307,7 +257,7 @@ def _pairs_kernel(
     tl.store(slopes_ptr + M + offs, tl.where(counts, tl.where(close | own, -slopes, slopes), 0.0), mask=mask)
 
     ordered = M * (M - 1) if UNBIASED else M * M
-    tl.store(loss_ptr + tl.program_id(0), number(weight_ptr, g, weight_stride, HAS_WEIGHT) * loss / ordered)
+    tl.store(loss_ptr + tl.program_id(0), load_number(weight, g) * loss / ordered)
 
 
 @triton.jit
@@ -323,34 +273,15 @@ def _minus_product(total, c, z, EXACT_BF16: tl.constexpr):
 
 @triton.jit(**_JIT)
 def _gradient_kernel(
-    t_ptr,  # [G, M, D]
-    r_ptr,  # [G, M, D]
-    x_t_ptr,  # [G, M, D], as the next
-    x_r_ptr,
-    c_skip_t_ptr,  # [G], as the next three
-    c_out_t_ptr,
-    c_skip_r_ptr,
-    c_out_r_ptr,
-    weight_ptr,  # [G]
-    upstream_ptr,  # [G] or [1]
+    t,  # Set, as the next
+    r,
+    weight,  # Number [G] or None
+    upstream,  # Number [G], [1] or None
     slopes_ptr,  # [G, M, 2 M]
     grad_ptr,  # [G, M, D]
-    t_group_stride,
-    t_stride,
-    r_group_stride,
-    r_stride,
-    x_t_group_stride,
-    x_t_stride,
-    x_r_group_stride,
-    x_r_stride,
-    weight_stride,
-    upstream_stride,
     M,
     D,
     UNBIASED: tl.constexpr,
-    HAS_MIX: tl.constexpr,
-    HAS_WEIGHT: tl.constexpr,
-    HAS_UPSTREAM: tl.constexpr,
     EXACT_BF16: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -363,11 +294,11 @@ def _gradient_kernel(
     g = (part // blocks).to(tl.int64)
     rows = (part % blocks) * BLOCK_M + tl.arange(0, BLOCK_M)
     offs = (tl.program_id(0) % blocks_d) * BLOCK_D + tl.arange(0, BLOCK_D)
-    t = source(t_ptr, t_group_stride, t_stride, x_t_ptr, x_t_group_stride, x_t_stride, c_skip_t_ptr, c_out_t_ptr, g, HAS_MIX)
-    r = source(r_ptr, r_group_stride, r_stride, x_r_ptr, x_r_group_stride, x_r_stride, c_skip_r_ptr, c_out_r_ptr, g, HAS_MIX)
+    t_rows = rows_of(t, g)
+    r_rows = rows_of(r, g)
     ordered = M * (M - 1) if UNBIASED else M * M
-    factor = number(weight_ptr, g, weight_stride, HAS_WEIGHT) * number(upstream_ptr, g, upstream_stride, HAS_UPSTREAM)
-    factor *= 2.0 * t[5] / ordered
+    factor = load_number(weight, g) * load_number(upstream, g)
+    factor *= 2.0 * c_out(t_rows) / ordered
     slopes_ptr += g * 2 * M * M
     grad = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
     total = tl.zeros((BLOCK_M,), tl.float32)
@@ -383,14 +314,14 @@ def _gradient_kernel(
         within = tl.where(within < 0.0, 0.0, -factor * within)
         across = tl.where(across < 0.0, 0.0, factor * across)
         total += tl.sum(within + across, 1)
-        grad = _minus_product(grad, within, tile(t, columns, M, offs, D, HAS_MIX), EXACT_BF16)
-        grad = _minus_product(grad, across, tile(r, columns, M, offs, D, HAS_MIX), EXACT_BF16)
-    t_rows = tile(t, rows, M, offs, D, HAS_MIX).to(tl.float32)
-    r_rows = tile(r, rows, M, offs, D, HAS_MIX).to(tl.float32)
-    grad += total[:, None] * t_rows
+        grad = _minus_product(grad, within, tile(t_rows, columns, M, offs, D), EXACT_BF16)
+        grad = _minus_product(grad, across, tile(r_rows, columns, M, offs, D), EXACT_BF16)
+    t_own = tile(t_rows, rows, M, offs, D).to(tl.float32)
+    r_own = tile(r_rows, rows, M, offs, D).to(tl.float32)
+    grad += total[:, None] * t_own
     matched = tl.load(slopes_ptr + rows * 2 * M + M + rows, mask=rows < M, other=0.0)
     matched = tl.where(matched < 0.0, -factor * matched, 0.0)
-    grad += matched[:, None] * (t_rows - r_rows)
+    grad += matched[:, None] * (t_own - r_own)
     if close > 0:
         for k in range(M):
             within = tl.load(slopes_ptr + rows * 2 * M + k, mask=rows < M, other=0.0)
@@ -398,8 +329,8 @@ def _gradient_kernel(
             if tl.max(((within < 0.0) | (across < 0.0)).to(tl.int32), 0) > 0:
                 within = tl.where(within < 0.0, factor * within, 0.0)
                 across = tl.where(across < 0.0, -factor * across, 0.0)
-                grad += within[:, None] * (t_rows - _row(t, k, offs, D, HAS_MIX)[None, :])
-                grad += across[:, None] * (t_rows - _row(r, k, offs, D, HAS_MIX)[None, :])
+                grad += within[:, None] * (t_own - load_row(t_rows, k, offs, offs < D)[None, :])
+                grad += across[:, None] * (t_own - load_row(r_rows, k, offs, offs < D)[None, :])
     mask = (rows < M)[:, None] & (offs < D)[None, :]
     places = g * M * D + rows[:, None].to(tl.int64) * D + offs[None, :]
     tl.store(grad_ptr + places, grad.to(grad_ptr.dtype.element_ty), mask=mask)

@@ -15,25 +15,20 @@ import triton.language as tl
 from torch import Tensor
 
 from imm_kernels.mmd_dot import add_product, add_square, difference_close, is_close, tile
-from imm_kernels.mmd_math import value_and_slope
+from imm_kernels.mmd_math import Set, load_number, load_row, number_of, rows_of, set_of, value_and_slope
 
 ROWS, FEATURES = 16, 64  # of a block of pairs
 NUM_WARPS = 1
 GRADIENT_ROWS, GRADIENT_FEATURES, GRADIENT_WARPS = 8, 128, 4
 
 
-@triton.jit(do_not_specialize=["M_x", "M_y", "scale_stride"], do_not_specialize_on_alignment=["scale_ptr", "out_ptr"])
+@triton.jit(do_not_specialize=["M_x", "M_y", "scale"], do_not_specialize_on_alignment=["scale", "out_ptr"])
 def _gram_kernel(
-    x_ptr,  # [G, M_x, D]
-    y_ptr,  # [G, M_y, D]
-    scale_ptr,  # [G]
+    x,  # Set [G, M_x, D]
+    y,  # Set [G, M_y, D]
+    scale,  # Number [G]
     grad_ptr,  # [G, M_x, M_y], or None for the forward
     out_ptr,  # [G, M_x, M_y]: k or, of the backward, -grad slope
-    x_group_stride,
-    x_stride,
-    y_group_stride,
-    y_stride,
-    scale_stride,
     M_x,
     M_y,
     D,
@@ -50,15 +45,15 @@ def _gram_kernel(
     block = tl.program_id(0) % blocks
     rows = (block // blocks_y) * ROWS + tl.arange(0, ROWS)
     columns = (block % blocks_y) * ROWS + tl.arange(0, ROWS)
-    x = (x_ptr + g * x_group_stride, tl.cast(x_stride, tl.int64), x_ptr, tl.cast(x_stride, tl.int64), 0.0, 1.0)
-    y = (y_ptr + g * y_group_stride, tl.cast(y_stride, tl.int64), y_ptr, tl.cast(y_stride, tl.int64), 0.0, 1.0)
+    x_rows = rows_of(x, g)
+    y_rows = rows_of(y, g)
     product = tl.zeros((ROWS, ROWS), tl.float32)
     x_norm = tl.zeros((ROWS,), tl.float32)
     y_norm = tl.zeros((ROWS,), tl.float32)
     for start in range(0, D, BLOCK_D):
         offs = start + tl.arange(0, BLOCK_D)
-        x_tile = tile(x, rows, M_x, offs, D, False)
-        y_tile = tile(y, columns, M_y, offs, D, False)
+        x_tile = tile(x_rows, rows, M_x, offs, D)
+        y_tile = tile(y_rows, columns, M_y, offs, D)
         product = add_product(product, x_tile, y_tile, EXACT_BF16)
         x_norm = add_square(x_norm, x_tile)
         y_norm = add_square(y_norm, y_tile)
@@ -66,8 +61,8 @@ def _gram_kernel(
     squares = sizes - 2.0 * product
     mask = (rows < M_x)[:, None] & (columns < M_y)[None, :]
     close = mask & is_close(squares, sizes)
-    squares = difference_close(squares, close, x, y, rows, columns, M_x, M_y, D, BLOCK_D, False)
-    kappa = tl.load(scale_ptr + g * scale_stride).to(tl.float32) / D
+    squares = difference_close(squares, close, x_rows, y_rows, rows, columns, M_x, M_y, D, BLOCK_D)
+    kappa = load_number(scale, g) / D
     values, slopes = value_and_slope(squares, kappa, eps, KERNEL, BANDWIDTHS)
     places = (g * M_x + rows[:, None]) * M_y + columns[None, :]
     if grad_ptr is not None:
@@ -79,14 +74,10 @@ def _gram_kernel(
 
 @triton.jit(do_not_specialize=["M_x", "M_y", "row_step", "column_step"], do_not_specialize_on_alignment=["coefficient_ptr"])
 def _gram_gradient_kernel(
-    x_ptr,  # [G, M_x, D]
-    y_ptr,  # [G, M_y, D]
+    x,  # Set [G, M_x, D]
+    y,  # Set [G, M_y, D]
     coefficient_ptr,  # [G, M_x, M_y], element (j, k) at j row_step + k column_step of its group
     grad_ptr,  # [G, M_x, D]
-    x_group_stride,
-    x_stride,
-    y_group_stride,
-    y_stride,
     row_step,
     column_step,
     M_x,
@@ -102,53 +93,43 @@ def _gram_gradient_kernel(
     g = (part // blocks).to(tl.int64)
     rows = (part % blocks) * ROWS + tl.arange(0, ROWS)
     offs = (tl.program_id(0) % blocks_d) * BLOCK_D + tl.arange(0, BLOCK_D)
-    x = (x_ptr + g * x_group_stride, tl.cast(x_stride, tl.int64), x_ptr, tl.cast(x_stride, tl.int64), 0.0, 1.0)
-    x_tile = tile(x, rows, M_x, offs, D, False).to(tl.float32)
-    y_ptr += g * y_group_stride
+    x_tile = tile(rows_of(x, g), rows, M_x, offs, D).to(tl.float32)
+    y_rows = rows_of(y, g)
     coefficient_ptr += g * M_x * M_y + rows.to(tl.int64) * row_step
     grad = tl.zeros((ROWS, BLOCK_D), tl.float32)
-    for _ in range(M_y):
+    for k in range(M_y):
         coefficient = tl.load(coefficient_ptr, mask=rows < M_x, other=0.0)
-        y_row = tl.load(y_ptr + offs, mask=offs < D, other=0.0).to(tl.float32)
-        grad += coefficient[:, None] * (x_tile - y_row[None, :])
+        grad += coefficient[:, None] * (x_tile - load_row(y_rows, k, offs, offs < D)[None, :])
         coefficient_ptr += column_step
-        y_ptr += y_stride
     places = (g * M_x + rows[:, None]) * D + offs[None, :]
     tl.store(grad_ptr + places, grad.to(grad_ptr.dtype.element_ty), mask=(rows < M_x)[:, None] & (offs < D)[None, :])
 
 
-def _rows(x: Tensor) -> Tensor:
-    return x if x.stride(2) == 1 or x.shape[2] == 1 else x.contiguous()
-
-
 def _pairs(
-    x: Tensor, y: Tensor, scale: Tensor, grad: Tensor | None, kernel: str, bandwidths: tuple[float, ...], eps: float
+    x: Set, y: Set, scale: Tensor, grad: Tensor | None, kernel: str, bandwidths: tuple[float, ...], eps: float
 ) -> Tensor:
-    (G, M_x, D), M_y = x.shape, y.shape[1]
-    out = torch.empty((G, M_x, M_y), dtype=torch.float32, device=x.device)
+    """Kernel matrices or, with ``grad`` [G, M_x, M_y], the coefficients of the gradient."""
+    (G, M_x, D), M_y = x.y.shape, y.y.shape[1]
+    out = torch.empty((G, M_x, M_y), dtype=torch.float32, device=scale.device)
     if G == 0:
         return out
+    bf16 = x.y.dtype == torch.bfloat16
     interpreted = not isinstance(_gram_kernel, triton.runtime.JITFunction)  # its bfloat16 products are wrong
     _gram_kernel[(G * triton.cdiv(M_x, ROWS) * triton.cdiv(M_y, ROWS),)](
         x,
         y,
-        scale,
+        number_of(scale),
         grad,
         out,
-        x.stride(0),
-        x.stride(1),
-        y.stride(0),
-        y.stride(1),
-        scale.stride(0),
         M_x,
         M_y,
         D,
         eps,
         KERNEL=kernel,
         BANDWIDTHS=bandwidths,
-        EXACT_BF16=x.dtype == torch.bfloat16 and not interpreted,
+        EXACT_BF16=bf16 and not interpreted,
         ROWS=ROWS,
-        BLOCK_D=FEATURES if x.dtype == torch.bfloat16 else FEATURES // 2,
+        BLOCK_D=FEATURES if bf16 else FEATURES // 2,
         num_warps=NUM_WARPS,
     )
     return out
@@ -157,34 +138,30 @@ def _pairs(
 def gram(x: Tensor, y: Tensor, scale: Tensor, kernel: str, bandwidths: tuple[float, ...], eps: float) -> Tensor:
     """x [G, M_x, D], y [G, M_y, D] -> [G, M_x, M_y] float32. Arguments are the caller's to check."""
     with torch.cuda.device_of(x):
-        return _pairs(_rows(x), _rows(y), scale, None, kernel, bandwidths, eps)
+        return _pairs(set_of(x), set_of(y), scale, None, kernel, bandwidths, eps)
 
 
 def gram_gradients(
     grad: Tensor, x: Tensor, y: Tensor, scale: Tensor, kernel: str, bandwidths: tuple[float, ...], eps: float
 ) -> tuple[Tensor, Tensor]:
     """The gradients of sum(grad gram) to x and y."""
-    x, y = _rows(x), _rows(y)
     G, D, M_y = x.shape[0], x.shape[2], y.shape[1]
     grad_x, grad_y = (torch.empty(v.shape, dtype=v.dtype, device=v.device) for v in (x, y))
     if G == 0:
         return grad_x, grad_y
     with torch.cuda.device_of(x):
-        coefficient = _pairs(x, y, scale, grad.contiguous(), kernel, bandwidths, eps)
-        for first, second, out, steps in ((x, y, grad_x, (M_y, 1)), (y, x, grad_y, (1, M_y))):
-            rows = first.shape[1]
+        xs, ys = set_of(x), set_of(y)
+        coefficient = _pairs(xs, ys, scale, grad.contiguous(), kernel, bandwidths, eps)
+        for first, second, out, steps in ((xs, ys, grad_x, (M_y, 1)), (ys, xs, grad_y, (1, M_y))):
+            rows = first.y.shape[1]
             _gram_gradient_kernel[(G * triton.cdiv(rows, GRADIENT_ROWS) * triton.cdiv(D, GRADIENT_FEATURES),)](
                 first,
                 second,
                 coefficient,
                 out,
-                first.stride(0),
-                first.stride(1),
-                second.stride(0),
-                second.stride(1),
                 *steps,
                 rows,
-                second.shape[1],
+                second.y.shape[1],
                 D,
                 ROWS=GRADIENT_ROWS,
                 BLOCK_D=GRADIENT_FEATURES,

@@ -1,4 +1,4 @@
-"""What every MMD kernel computes from squared distances: kernel values, slopes and their places in the loss.
+"""What every MMD kernel takes, and computes from squared distances: kernel values, slopes and their places in the loss.
 
 With d = max(||x - y||, eps), kappa = scale / D and a mean over the bandwidth factors b (k of scale b):
     laplace  k = exp(-kappa d)          slope = kappa k / d
@@ -13,8 +13,11 @@ ones of the three terms of the loss cancel exactly.
 
 from __future__ import annotations
 
+from typing import Any, NamedTuple
+
 import triton
 import triton.language as tl
+from torch import Tensor
 
 
 @triton.jit
@@ -62,22 +65,97 @@ def share(M, UNBIASED):
     return 2.0 / (M * (M - 1) if UNBIASED else M * M)
 
 
+class Number(NamedTuple):
+    """One number a group; a stride of 0 is one for all groups."""
+
+    ptr: Any
+    stride: Any
+
+
+class Set(NamedTuple):
+    """A set of particles, with strides of a group and a particle: y [G, M, D] or, of a flow map, network output y and state x
+    with float64 coefficients [G], whose particles are c_skip x + c_out y. Features are neighbours in memory.
+    """
+
+    y: Any
+    y_group: Any
+    y_row: Any
+    x: Any = None
+    x_group: Any = None
+    x_row: Any = None
+    c_skip: Any = None
+    c_out: Any = None
+
+
+def set_of(y: Tensor, x: Tensor | None = None, c_skip: Tensor | None = None, c_out: Tensor | None = None) -> Set:
+    """The :class:`Set` of y [G, M, D] and, of a flow map, x and its coefficients [G]; copied where features are apart."""
+    y = y if y.stride(2) == 1 or y.shape[2] == 1 else y.contiguous()
+    if x is None or c_skip is None or c_out is None:
+        return Set(y, y.stride(0), y.stride(1))
+    x = x if x.stride(2) == 1 or x.shape[2] == 1 else x.contiguous()
+    return Set(y, y.stride(0), y.stride(1), x, x.stride(0), x.stride(1), c_skip.contiguous(), c_out.contiguous())
+
+
+def number_of(value: Tensor | None) -> Number | None:
+    """The :class:`Number` of a tensor [G], or [1] for all groups. Triton compiles for each stride that it meets: 0 and 1."""
+    if value is None:
+        return None
+    return Number(value, 0) if value.shape[0] == 1 else Number(value.contiguous(), 1)
+
+
+class Rows(NamedTuple):
+    """The particles of one group of a :class:`Set`; y_row is a 64-bit stride, state is empty but for a flow map."""
+
+    y: Any
+    y_row: Any
+    state: Any
+
+
+class State(NamedTuple):
+    """Of a flow map: x with a 64-bit stride, and float32 coefficients."""
+
+    x: Any
+    x_row: Any
+    c_skip: Any
+    c_out: Any
+
+
 @triton.jit
-def number(ptr, g, stride, HAS: tl.constexpr):
-    """Group g's number in float32; 1 where absent."""
-    if HAS:
-        return tl.load(ptr + g * stride).to(tl.float32)
-    else:
+def load_number(number, g):
+    """Group g's number in float32; 1 where there is none."""
+    if number is None:
         return 1.0
+    else:
+        return tl.load(number.ptr + g * number.stride).to(tl.float32)
 
 
 @triton.jit
-def source(ptr, group_stride, stride, x_ptr, x_group_stride, x_stride, c_skip_ptr, c_out_ptr, g, HAS_MIX: tl.constexpr):
-    """Where a group's set is: pointer and row stride of y (or of g), of x, and the coefficients of y = c_skip x + c_out g."""
-    if HAS_MIX:
-        c_skip = tl.load(c_skip_ptr + g).to(tl.float32)
-        c_out = tl.load(c_out_ptr + g).to(tl.float32)
-        x_ptr += g * x_group_stride
-        return (ptr + g * group_stride, tl.cast(stride, tl.int64), x_ptr, tl.cast(x_stride, tl.int64), c_skip, c_out)
+def rows_of(of, g):
+    """The :class:`Rows` of group g of a set."""
+    y = of.y + g * of.y_group
+    y_row = tl.cast(of.y_row, tl.int64)
+    if of.x is None:
+        return Rows(y, y_row, ())
     else:
-        return (ptr + g * group_stride, tl.cast(stride, tl.int64), ptr, tl.cast(stride, tl.int64), 0.0, 1.0)
+        c_skip = tl.load(of.c_skip + g).to(tl.float32)
+        c_out = tl.load(of.c_out + g).to(tl.float32)
+        return Rows(y, y_row, State(of.x + g * of.x_group, tl.cast(of.x_row, tl.int64), c_skip, c_out))
+
+
+@triton.jit
+def c_out(of):
+    """What a gradient to a group's particles is multiplied by."""
+    if len(of.state) == 0:
+        return 1.0
+    else:
+        return of.state.c_out
+
+
+@triton.jit
+def load_row(of, j, offs, mask):
+    """Features offs of the particles at j, in the dtype of y or, of a flow map, float32; zeros outside the mask."""
+    values = tl.load(of.y + j * of.y_row + offs, mask=mask, other=0.0)
+    if len(of.state) > 0:
+        x = tl.load(of.state.x + j * of.state.x_row + offs, mask=mask, other=0.0)
+        values = of.state.c_skip * x.to(tl.float32) + of.state.c_out * values.to(tl.float32)
+    return values

@@ -38,6 +38,24 @@ class Launch:
     given: dict[str, Any]
 
 
+def flat(values: dict[str, Any]) -> dict[str, Any]:
+    """Values by argument; those of a named tuple by argument and field, "t.y"."""
+    found: dict[str, Any] = {}
+    for name, value in values.items():
+        fields = value._asdict() if hasattr(value, "_fields") else None
+        found |= {name: value} if fields is None else {f"{name}.{field}": v for field, v in fields.items()}
+    return found
+
+
+def places(names: list[str], signature: dict[str, Any]) -> dict[tuple[int, ...], str]:
+    """The names of :func:`flat` by where Triton has them: (argument,) or (argument, field)."""
+    found: dict[tuple[int, ...], str] = {}
+    for i, name in enumerate(names):
+        fields = getattr(signature[name], "_fields", None)
+        found |= {(i,): name} if fields is None else {(i, j): f"{name}.{field}" for j, field in enumerate(fields)}
+    return found
+
+
 def install(arch: int = 90, said: dict[bytes, str] | None = None) -> list[Launch]:
     """Make it this process's driver; the list gets every launch from here on. said: gets what the assembler says of each
     cubin, and nothing is taken from Triton's cache; None: nothing is assembled. The device has the number of its architecture.
@@ -50,11 +68,9 @@ def install(arch: int = 90, said: dict[bytes, str] | None = None) -> list[Launch
     launches: list[Launch] = []
 
     def launcher(source: Any, metadata: Any) -> Callable[..., None]:
-        names = source.fn.arg_names
         function = source.fn.fn
-        aligned = frozenset(
-            names[place] for (place,), attributes in source.attrs.items() if ["tt.divisibility", 16] in attributes
-        )
+        names = places(source.fn.arg_names, source.signature)
+        aligned = frozenset(names[place] for place, attributes in source.attrs.items() if ["tt.divisibility", 16] in attributes)
 
         def launch(
             x: int, y: int, z: int, stream: int, function_: int, packed: Any, extra: Any, enter: Any, leave: Any, *given: Any
@@ -66,9 +82,9 @@ def install(arch: int = 90, said: dict[bytes, str] | None = None) -> list[Launch
                     metadata.num_warps,
                     metadata.shared,
                     metadata.maxnreg,
-                    dict(source.signature),
+                    flat(source.signature),
                     aligned,
-                    dict(zip(names, given, strict=True)),
+                    flat(dict(zip(source.fn.arg_names, given, strict=True))),
                 )
             )
 

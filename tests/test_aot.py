@@ -52,9 +52,9 @@ def test_what_is_wrong_is_said() -> None:
 
 def test_what_a_kernel_should_move() -> None:
     least = aot_report.least_wide
-    assert least("mmd_direct._gradient_kernel", {"M": 4}, {"t_ptr": "*bf16"}) == (8, 4)
-    assert least("mmd_direct._gradient_kernel", {"M": 6}, {"t_ptr": "*bf16"}) == (0, 0)  # 8 bytes a thread
-    assert least("mmd_direct._partial_kernel", {"M": 4, "HAS_MIX": True}, {"t_ptr": "*bf16"}) == (16, 0)
+    assert least("mmd_direct._gradient_kernel", {"M": 4}, {"t.y": "*bf16"}) == (8, 4)
+    assert least("mmd_direct._gradient_kernel", {"M": 6}, {"t.y": "*bf16"}) == (0, 0)  # 8 bytes a thread
+    assert least("mmd_direct._partial_kernel", {"M": 4}, {"t.y": "*bf16", "t.x": "*fp32"}) == (16, 0)
     assert least("adaln._adaln_fwd_kernel", {"y_ptr": None}, {}) == (2, 1)
     assert least("adaln._adaln_fwd_kernel", {}, {}) == (4, 2)
 

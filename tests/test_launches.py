@@ -179,8 +179,8 @@ def test_mmd(G: int, M: int, D: int, expected: list[str], dtype: torch.dtype, la
     family = "mmd_direct" if M <= 8 else "mmd_dot"
     assert [launch.kernel for launch in launches] == [f"{family}._{name}_kernel" for name in expected]
     first = launches[0]
-    assert ("t_ptr" in first.aligned, "D" in first.aligned) == (True, D % 16 == 0)
-    assert {"scale_ptr", "weight_ptr", "loss_ptr", "slopes_ptr"}.isdisjoint(first.aligned)  # one compilation for any of these
+    assert ("t.y" in first.aligned, "D" in first.aligned) == (True, D % 16 == 0)
+    assert {"loss_ptr", "slopes_ptr"}.isdisjoint(first.aligned)  # one compilation for any of these
     if M <= 8:
         sizes = kernels.direct_sizes(M, D, 8 * y_t.element_size(), mix=False)
         assert (first.warps, first.maxnreg) == (sizes.num_warps, sizes.maxnreg)
@@ -201,8 +201,8 @@ def test_flow_map_mmd_without_optional_numbers(M: int, launches: list[Launch]) -
     run("flow_map_mmd_bwd", torch.ones(1).expand(3), grad, g, None)
     assert (launches[-1].kernel, launches[-1].grid) == ("mmd_direct._rescale_kernel", (3, 1, 1))
     assert grad.dtype == g.dtype
-    assert [launches[0].types[name] for name in ("t_ptr", "x_t_ptr", "c_skip_t_ptr")] == ["*bf16", "*fp32", "*fp64"]
-    assert all(launch.types.get("weight_ptr", "constexpr") == "constexpr" for launch in launches)
+    assert [launches[0].types[name] for name in ("t.y", "t.x", "t.c_skip")] == ["*bf16", "*fp32", "*fp64"]
+    assert all(launch.types.get("weight", "constexpr") == "constexpr" for launch in launches)
 
 
 @launch_test

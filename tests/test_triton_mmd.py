@@ -236,6 +236,7 @@ def test_gram_matches_float64(kernel: str, dtype: torch.dtype, kernels: Any) -> 
 def test_pairs_of_a_gram_beyond_32_bits(kernels: Any) -> None:
     """The last row of the coefficients 2^31 numbers after the first: of 16 bits, since more would be too much to reserve."""
     from imm_kernels import mmd_gram
+    from imm_kernels.mmd_math import set_of
 
     M_x, M_y, D, row_step = 3, 2, 20, 2**30
     x, y = torch.randn(1, M_x, D, device=DEVICE), torch.randn(1, M_y, D, device=DEVICE)
@@ -244,9 +245,8 @@ def test_pairs_of_a_gram_beyond_32_bits(kernels: Any) -> None:
     )
     coefficients.copy_(torch.randn(M_x, M_y))
     grad = torch.empty_like(x)
-    strides = (M_x * D, D, M_y * D, D, row_step, 1)
     block = {"ROWS": mmd_gram.GRADIENT_ROWS, "BLOCK_D": mmd_gram.GRADIENT_FEATURES}
-    mmd_gram._gram_gradient_kernel[(1,)](x, y, coefficients, grad, *strides, M_x, M_y, D, **block)
+    mmd_gram._gram_gradient_kernel[(1,)](set_of(x), set_of(y), coefficients, grad, row_step, 1, M_x, M_y, D, **block)
     assert_close(grad[0], (coefficients.double()[..., None] * (x[0].double()[:, None] - y.double())).sum(1), M_y * D)
 
 

@@ -29,6 +29,7 @@ from torch import Tensor
 from imm.ops import dispatch, triton_kernels
 from imm.ops.dtypes import DTYPES, accumulate_dtype
 from imm.ops.registry import no_second_derivative, register, register_autograd
+from imm_kernels import LARGEST_SET
 
 KERNELS = ("laplace", "rbf", "imq", "energy")
 
@@ -298,15 +299,14 @@ def _backward_gram(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     return *torch.ops.imm.mmd_gram_bwd(grad, *ctx.saved_tensors, *ctx.kernel), *[None] * 4
 
 
-#: What the Triton kernels take; M above the limit would not fit a program of pairs.
+#: What the Triton kernels take.
 TRITON_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-_LARGEST = 256
 
 
 def too_many_particles(request: dispatch.Request) -> str | None:
     """The reason of the Triton losses against [G, M, D] of this M."""
     particles = request.shape[1] if len(request.shape) == 3 else 0
-    return f"supports up to {_LARGEST} particles, got {particles}" if particles > _LARGEST else None
+    return f"supports up to {LARGEST_SET} particles, got {particles}" if particles > LARGEST_SET else None
 
 
 def _triton_loss(y_t: Tensor, y_r: Tensor, scale: Tensor, weight: Tensor | None, *rest: Any) -> tuple[Tensor, Tensor]:
