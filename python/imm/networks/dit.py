@@ -64,7 +64,7 @@ class Attention(nn.Module):
     def forward(self, x: Tensor, fused: bool = False) -> Tensor:
         if fused and x.shape[1] <= TOKENS:
             qkv = linear(self.qkv, x)
-            return linear(self.proj, torch.ops.imm.timestep_attention(qkv, self.heads, None, None, EPS)[0])
+            return linear(self.proj, torch.ops.imm.timestep_attention(qkv, self.heads)[0])
         batch, tokens, features = x.shape
         q, k, v = self.qkv(x).reshape(batch, tokens, 3, self.heads, -1).permute(2, 0, 3, 1, 4)  # [B, heads, T, d]
         out = attention(q, k, v)
