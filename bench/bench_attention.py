@@ -77,7 +77,7 @@ def case(
     attentions: dict[str, Attention] = {"SDPA": F.scaled_dot_product_attention}
     if device.type == "cuda":
         attentions |= {name: forced(backend) for name, backend in BACKENDS.items()} | {FLEX: flex}
-    peers = {IMM: measured(lambda qkv: torch.ops.imm.timestep_attention(qkv, H, None, None, 1e-6)[0])}
+    peers = {IMM: measured(lambda qkv: torch.ops.imm.timestep_attention(qkv, H)[0])}
     peers |= {name: measured(unpacked(attention, H)) for name, attention in attentions.items()}
     peers[COMPILED] = compiled(unpacked(F.scaled_dot_product_attention, H), measured)
 

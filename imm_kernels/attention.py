@@ -39,22 +39,20 @@ def parts(d: int) -> tuple[int, int]:
     return main, 0 if main >= d else max(16, triton.next_power_of_2(d - main))
 
 
-def forward_sizes(d: int, T: int, element_bits: int, norm: bool) -> Sizes:
+def forward_sizes(d: int, T: int, element_bits: int) -> Sizes:
     """Blocks of the forward; all keys at once where ``keys`` reaches T and the registers hold it without a spill."""
     if element_bits == 32:  # products without tensor cores keep their operands in registers
         return Sizes(32, 32, 8, 1)
-    whole = triton.next_power_of_2(T) == T and not norm  # neither masks nor weights
+    whole = triton.next_power_of_2(T) == T  # no masks
     if T <= 256 and (d <= 64 or (d <= 80 and whole)):
         return Sizes(64, max(16, triton.next_power_of_2(T)), 4, 1)
     return Sizes(64, 64, 4, 2)
 
 
-def key_sizes(d: int, element_bits: int, norm: bool) -> Sizes:
+def key_sizes(d: int, element_bits: int) -> Sizes:
     """Blocks of the backward to k and v: a program's keys, and the queries of a turn."""
     if element_bits == 32:
         return Sizes(16, 32, 8, 1)
-    if norm and 64 < d <= 80:  # 64 queries need all 255 registers, and more with the assembler of triton 3.6
-        return Sizes(32, 64, 4, 2)
     return Sizes(64, 64, 4, 1) if d <= 80 else Sizes(32, 64, 8, 1)
 
 
@@ -102,30 +100,6 @@ def _store(ptr, stride, rows, T, main, rest, D: tl.constexpr, MAIN: tl.constexpr
 
 
 @triton.jit
-def _weighted(x, rstd, norm_ptr, FIRST: tl.constexpr, SIZE: tl.constexpr, D: tl.constexpr):
-    columns = FIRST + tl.arange(0, SIZE)
-    weight = tl.load(norm_ptr + columns, mask=columns < D, other=0.0).to(tl.float32)
-    return (x.to(tl.float32) * rstd[:, None] * weight[None, :]).to(x.dtype)
-
-
-@triton.jit
-def _normalise(main, rest, norm_ptr, eps, D: tl.constexpr, MAIN: tl.constexpr, REST: tl.constexpr):
-    """x / rms(x) weight of rows in two parts; the rows themselves without a weight."""
-    if norm_ptr is None:
-        return main, rest
-    else:
-        square = tl.sum(main.to(tl.float32) * main.to(tl.float32), 1)
-        if REST > 0:
-            square += tl.sum(rest.to(tl.float32) * rest.to(tl.float32), 1)
-        rstd = tl.rsqrt(square / D + eps)
-        main = _weighted(main, rstd, norm_ptr, 0, MAIN, D)
-        if REST > 0:
-            return main, _weighted(rest, rstd, norm_ptr, MAIN, REST, D)
-        else:
-            return main, main
-
-
-@triton.jit
 def _product(a_main, a_rest, b_main, b_rest, REST: tl.constexpr):
     """a b^T over the features, float32."""
     product = tl.dot(a_main, tl.trans(b_main), input_precision="ieee")
@@ -160,18 +134,15 @@ def _place(T, HEADS: tl.constexpr, BLOCK: tl.constexpr):
     return (image_head // HEADS).to(tl.int64), image_head % HEADS, (tl.program_id(0) % blocks) * BLOCK
 
 
-@triton.jit(do_not_specialize=["T", "eps"])
+@triton.jit(do_not_specialize=["T"])
 def _attention_fwd_kernel(
     qkv_ptr,  # [B, T, 3, HEADS, D]
-    q_norm_ptr,  # [D] or None
-    k_norm_ptr,  # [D] or None
     out_ptr,  # [B, T, HEADS, D]
     lse_ptr,  # [B, HEADS, T]
     batch_stride,  # of qkv, in units of 8 elements as the next
     token_stride,
     T,
     scale,  # log2(e) / sqrt(D)
-    eps,
     HEADS: tl.constexpr,
     D: tl.constexpr,
     MAIN: tl.constexpr,
@@ -188,12 +159,10 @@ def _attention_fwd_kernel(
     k_ptr = q_ptr + HEADS * D
     v_ptr = k_ptr + HEADS * D
     q_main, q_rest = _load(q_ptr, token_stride, rows, T, D, MAIN, REST, FULL)
-    q_main, q_rest = _normalise(q_main, q_rest, q_norm_ptr, eps, D, MAIN, REST)
     o_main, o_rest = _zeros(BLOCK_M, MAIN, REST)
     if ONE_BLOCK:
         keys = tl.arange(0, BLOCK_N)
         k_main, k_rest = _load(k_ptr, token_stride, keys, T, D, MAIN, REST, FULL)
-        k_main, k_rest = _normalise(k_main, k_rest, k_norm_ptr, eps, D, MAIN, REST)
         scores = _product(q_main, q_rest, k_main, k_rest, REST)
         if not FULL:
             scores = tl.where((keys < T)[None, :], scores, -float("inf"))
@@ -208,7 +177,6 @@ def _attention_fwd_kernel(
         for start in range(0, T, BLOCK_N):
             keys = start + tl.arange(0, BLOCK_N)
             k_main, k_rest = _load(k_ptr, token_stride, keys, T, D, MAIN, REST, FULL)
-            k_main, k_rest = _normalise(k_main, k_rest, k_norm_ptr, eps, D, MAIN, REST)
             scores = _product(q_main, q_rest, k_main, k_rest, REST)
             if not FULL:
                 scores = tl.where((keys < T)[None, :], scores, -float("inf"))
@@ -253,20 +221,17 @@ def _attention_delta_kernel(
     tl.store(delta_ptr + (b * HEADS + h) * T + rows, delta, mask=rows < T)
 
 
-@triton.jit(do_not_specialize=["T", "eps"])
+@triton.jit(do_not_specialize=["T"])
 def _attention_bwd_keys_kernel(
     grad_ptr,  # [B, T, HEADS, D]
     qkv_ptr,  # [B, T, 3, HEADS, D]
     lse_ptr,  # [B, HEADS, T], as delta
     delta_ptr,
-    q_norm_ptr,  # [D] or None
-    k_norm_ptr,  # [D] or None
     grad_qkv_ptr,  # [B, T, 3, HEADS, D], contiguous; writes k and v
     batch_stride,  # of qkv, in units of 8 elements as the next
     token_stride,
     T,
     scale,  # 1 / sqrt(D)
-    eps,
     HEADS: tl.constexpr,
     D: tl.constexpr,
     MAIN: tl.constexpr,
@@ -282,14 +247,12 @@ def _attention_bwd_keys_kernel(
     grad_ptr += b * T * HEADS * D + h * D
     numbers = (b * HEADS + h) * T
     k_main, k_rest = _load(q_ptr + HEADS * D, token_stride, keys, T, D, MAIN, REST, FULL)
-    k_main, k_rest = _normalise(k_main, k_rest, k_norm_ptr, eps, D, MAIN, REST)
     v_main, v_rest = _load(q_ptr + 2 * HEADS * D, token_stride, keys, T, D, MAIN, REST, FULL)
     grad_k_main, grad_k_rest = _zeros(BLOCK_N, MAIN, REST)
     grad_v_main, grad_v_rest = _zeros(BLOCK_N, MAIN, REST)
     for start in range(0, T, BLOCK_M):
         rows = start + tl.arange(0, BLOCK_M)
         q_main, q_rest = _load(q_ptr, token_stride, rows, T, D, MAIN, REST, FULL)
-        q_main, q_rest = _normalise(q_main, q_rest, q_norm_ptr, eps, D, MAIN, REST)
         up_main, up_rest = _load(grad_ptr, HEADS * D, rows, T, D, MAIN, REST, FULL)
         # Past T the upstream and delta are 0, and lse = inf makes the weights 0.
         lse = tl.load(lse_ptr + numbers + rows, mask=rows < T, other=float("inf"))
@@ -304,20 +267,17 @@ def _attention_bwd_keys_kernel(
     _store(grad_k_ptr + HEADS * D, 3 * HEADS * D, keys, T, grad_v_main, grad_v_rest, D, MAIN, REST)
 
 
-@triton.jit(do_not_specialize=["T", "eps"])
+@triton.jit(do_not_specialize=["T"])
 def _attention_bwd_queries_kernel(
     grad_ptr,  # [B, T, HEADS, D]
     qkv_ptr,  # [B, T, 3, HEADS, D]
     lse_ptr,  # [B, HEADS, T], as delta
     delta_ptr,
-    q_norm_ptr,  # [D] or None
-    k_norm_ptr,  # [D] or None
     grad_qkv_ptr,  # [B, T, 3, HEADS, D], contiguous; writes q
     batch_stride,  # of qkv, in units of 8 elements as the next
     token_stride,
     T,
     scale,  # 1 / sqrt(D)
-    eps,
     HEADS: tl.constexpr,
     D: tl.constexpr,
     MAIN: tl.constexpr,
@@ -333,7 +293,6 @@ def _attention_bwd_queries_kernel(
     k_ptr = q_ptr + HEADS * D
     numbers = (b * HEADS + h) * T
     q_main, q_rest = _load(q_ptr, token_stride, rows, T, D, MAIN, REST, FULL)
-    q_main, q_rest = _normalise(q_main, q_rest, q_norm_ptr, eps, D, MAIN, REST)
     up_main, up_rest = _load(grad_ptr + b * T * HEADS * D + h * D, HEADS * D, rows, T, D, MAIN, REST, FULL)
     lse = tl.load(lse_ptr + numbers + rows, mask=rows < T, other=float("inf"))
     delta = tl.load(delta_ptr + numbers + rows, mask=rows < T, other=0.0)
@@ -341,7 +300,6 @@ def _attention_bwd_queries_kernel(
     for start in range(0, T, BLOCK_N):
         keys = start + tl.arange(0, BLOCK_N)
         k_main, k_rest = _load(k_ptr, token_stride, keys, T, D, MAIN, REST, FULL)
-        k_main, k_rest = _normalise(k_main, k_rest, k_norm_ptr, eps, D, MAIN, REST)
         v_main, v_rest = _load(k_ptr + HEADS * D, token_stride, keys, T, D, MAIN, REST, FULL)
         # Keys past T are 0, so that their slopes add nothing.
         weights = tl.exp2(_product(q_main, q_rest, k_main, k_rest, REST) * (scale * LOG2_E) - (lse * LOG2_E)[:, None])
@@ -364,10 +322,8 @@ def _bits(value: Tensor) -> int:
     return 8 * value.element_size()
 
 
-def attention(
-    qkv: Tensor, heads: int, q_norm: Tensor | None = None, k_norm: Tensor | None = None, eps: float = 1e-6
-) -> tuple[Tensor, Tensor]:
-    """qkv [B, T, 3 H d] of 16 or 32 bits and any strides, weights [d] -> out [B, T, H d], lse [B, H, T] float32.
+def attention(qkv: Tensor, heads: int) -> tuple[Tensor, Tensor]:
+    """qkv [B, T, 3 H d] of 16 or 32 bits and any strides -> out [B, T, H d], lse [B, H, T] float32.
 
     d is a multiple of 8 up to 128. All tensors are on one device; the arguments are the caller's to check.
     """
@@ -379,19 +335,16 @@ def attention(
         return out, lse
     qkv = _readable(qkv)
     main, rest = parts(d)
-    sizes = forward_sizes(d, T, _bits(qkv), q_norm is not None)
+    sizes = forward_sizes(d, T, _bits(qkv))
     with torch.cuda.device_of(qkv):
         _attention_fwd_kernel[(B * heads * triton.cdiv(T, sizes.queries),)](
             qkv,
-            None if q_norm is None else q_norm.contiguous(),
-            None if k_norm is None else k_norm.contiguous(),
             out,
             lse,
             qkv.stride(0) // 8,
             qkv.stride(1) // 8,
             T,
             LOG2_E.value * d**-0.5,
-            eps,
             HEADS=heads,
             D=d,
             MAIN=main,
@@ -406,38 +359,23 @@ def attention(
     return out, lse
 
 
-def attention_bwd(
-    grad: Tensor,
-    qkv: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    heads: int,
-    q_norm: Tensor | None = None,
-    k_norm: Tensor | None = None,
-    eps: float = 1e-6,
-) -> Tensor:
-    """Gradient of sum(grad out) to qkv, [B, T, 3 H d], contiguous, in qkv's dtype.
-
-    With norms: to the *normalised* q and k, and to v, in float32. What is left, the backward of the norms, is pointwise; the
-    caller does it, with qkv at hand.
-    """
+def attention_bwd(grad: Tensor, qkv: Tensor, out: Tensor, lse: Tensor, heads: int) -> Tensor:
+    """Gradient of sum(grad out) to qkv, [B, T, 3 H d], contiguous, in qkv's dtype."""
     B, T, width = qkv.shape
     d = width // (3 * heads)
-    dtype = qkv.dtype if q_norm is None else torch.float32
-    grad_qkv = torch.empty((B, T, width), dtype=dtype, device=qkv.device)
+    grad_qkv = torch.empty((B, T, width), dtype=qkv.dtype, device=qkv.device)
     if B == 0:
         return grad_qkv
     delta = torch.empty((B, heads, T), dtype=torch.float32, device=qkv.device)
     grad, qkv, lse = _readable(grad).contiguous(), _readable(qkv), lse.contiguous()
     main, rest = parts(d)
-    norms = (None if norm is None else norm.contiguous() for norm in (q_norm, k_norm))
-    arguments = (grad, qkv, lse, delta, *norms, grad_qkv, qkv.stride(0) // 8, qkv.stride(1) // 8, T, d**-0.5, eps)
+    arguments = (grad, qkv, lse, delta, grad_qkv, qkv.stride(0) // 8, qkv.stride(1) // 8, T, d**-0.5)
     shape = {"HEADS": heads, "D": d, "MAIN": main, "REST": rest}
     with torch.cuda.device_of(qkv):
         _attention_delta_kernel[(B * heads * triton.cdiv(T, DELTA_TOKENS),)](
             grad, out.contiguous(), delta, T, **shape, BLOCK=DELTA_TOKENS, num_warps=DELTA_WARPS
         )
-        keys, queries = key_sizes(d, _bits(qkv), q_norm is not None), query_sizes(d, _bits(qkv))
+        keys, queries = key_sizes(d, _bits(qkv)), query_sizes(d, _bits(qkv))
         for kernel, sizes, block in (
             (_attention_bwd_keys_kernel, keys, keys.keys),
             (_attention_bwd_queries_kernel, queries, queries.queries),

@@ -141,37 +141,11 @@ def test_conditioning_for_a_run_is_that_of_each_step(network: DiT, fused: bool, 
             assert distance(made(x, modulation=modulations[step]), expected) < 1e-6
 
 
-def test_a_table_keeps_classes_within_its_bytes(network: DiT, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    made = form(network, fused=True).eval()
-    times = torch.tensor([[994.0, 6.0], [6.0, 1.0]], dtype=torch.float64, device=device)
-    row = 2 * made.modulation_features * 4
-    asked: list[list[int]] = []
-    condition = made.condition
-    monkeypatch.setattr(made, "condition", lambda times, labels: (asked.append(labels.tolist()), condition(times, labels))[1])
-    with torch.no_grad():
-        table = made.table(times, max_bytes=2 * row)
-        for wanted in ([1, 5, 1], [5, 1], [3, 5], [1, 1]):
-            labels = torch.tensor(wanted, device=device)
-            found, expected = table(labels), condition(times, labels)
-            assert all(distance(found[i], expected[i]) < 1e-6 for i in range(2))
-            assert table.bytes <= 2 * row
-            assert sum(kept.untyped_storage().nbytes() for kept in table._rows.values()) == table.bytes
-    assert asked == [[1, 5], [3], [1]]  # 1 had not been used for longest when 3 came
-
-
-def test_a_table_keeps_no_graph(network: DiT, device: str) -> None:
-    table = network.table(torch.tensor([[994.0, 6.0]], dtype=torch.float64, device=device), max_bytes=10**7)
-    assert not table(torch.tensor([1, 2], device=device)).rows.requires_grad
-    assert all(kept.untyped_storage().nbytes() == 4 * network.modulation_features for kept in table._rows.values())
-
-
-def test_a_table_without_classes(device: str) -> None:
+def test_conditioning_without_classes(device: str) -> None:
     made = DiT("S", patch=4, channels=1, resolution=8, num_classes=0).to(device)
     times = torch.tensor([[994.0, 6.0]], dtype=torch.float64, device=device)
-    table = made.table(times, max_bytes=10**7)
-    for _ in range(2):
-        assert torch.equal(table(None, batch=3)[0], made.condition(times, None, batch=3)[0])
-    assert made(torch.randn(3, 1, 8, 8, device=device), modulation=table(None, batch=3)[0]).shape == (3, 1, 8, 8)
+    modulations = made.condition(times, None, batch=3)
+    assert made(torch.randn(3, 1, 8, 8, device=device), modulation=modulations[0]).shape == (3, 1, 8, 8)
 
 
 def test_bad_modulations_are_refused(network: DiT, device: str) -> None:
@@ -193,8 +167,6 @@ def test_bad_modulations_are_refused(network: DiT, device: str) -> None:
         network.condition(times[0], labels)
     with pytest.raises(ValueError, match=r"labels: expected \[B\] int64, got None"):
         network.condition(times, None)
-    with pytest.raises(ValueError, match="max_bytes: expected a number >= 0, got -1"):
-        network.table(times, -1)
     assert isinstance(modulations, Modulations)
 
 

@@ -105,24 +105,23 @@ def test_float32_is_taken_by_every_op() -> None:
 
 @launch_test
 @pytest.mark.parametrize(
-    ("B", "T", "d", "norm", "dtype"),
+    ("B", "T", "d", "dtype"),
     [
-        (2, 256, 72, False, torch.bfloat16),  # DiT-XL/2
-        (1, 300, 64, True, torch.bfloat16),  # keys in turns
-        (1, 1, 16, False, torch.float16),
-        (1, 1, 8, True, torch.float32),
+        (2, 256, 72, torch.bfloat16),  # DiT-XL/2
+        (1, 300, 64, torch.bfloat16),  # keys in turns
+        (1, 1, 16, torch.float16),
+        (1, 1, 8, torch.float32),
     ],
 )
-def test_attention(B: int, T: int, d: int, norm: bool, dtype: torch.dtype, launches: list[Launch]) -> None:
+def test_attention(B: int, T: int, d: int, dtype: torch.dtype, launches: list[Launch]) -> None:
     from imm_kernels import attention as kernels
 
     H = 2
     qkv, up, lse = torch.randn(B, T, 3 * H * d).to(dtype), torch.randn(B, T, H * d).to(dtype), torch.randn(B, H, T)
-    norms = [torch.rand(d) if norm else None for _ in range(2)]
-    run("timestep_attention", qkv, H, *norms, 1e-6)
-    run("timestep_attention_bwd", up, qkv, up, lse, H, *norms, 1e-6)
+    run("timestep_attention", qkv, H)
+    run("timestep_attention_bwd", up, qkv, up, lse, H)
     bits = 8 * qkv.element_size()
-    sizes = kernels.forward_sizes(d, T, bits, norm), kernels.key_sizes(d, bits, norm), kernels.query_sizes(d, bits)
+    sizes = kernels.forward_sizes(d, T, bits), kernels.key_sizes(d, bits), kernels.query_sizes(d, bits)
     blocks = (sizes[0].queries, kernels.DELTA_TOKENS, sizes[1].keys, sizes[2].queries)
     names = ("fwd", "delta", "bwd_keys", "bwd_queries")
     warps = (sizes[0].warps, kernels.DELTA_WARPS, sizes[1].warps, sizes[2].warps)
@@ -132,7 +131,6 @@ def test_attention(B: int, T: int, d: int, norm: bool, dtype: torch.dtype, launc
     ]
     forward = launches[0]
     assert (forward.types["qkv_ptr"], forward.types["T"]) == (TYPES[dtype], "i32")  # whatever T is, one compilation
-    assert (forward.types["q_norm_ptr"] == "constexpr") != norm
     assert "qkv_ptr" in forward.aligned
 
 
@@ -216,22 +214,6 @@ def test_gram(dtype: torch.dtype, launches: list[Launch]) -> None:
         (name, grid, warps) for name, grid, warps in zip(names, (12, 12, 6, 10), (1, 1, 4, 4), strict=True)
     ]
     assert [launch.given["row_step"] for launch in launches[2:]] == [33, 1]
-
-
-@launch_test
-@pytest.mark.parametrize("D", [1, 1024, 3000])
-@pytest.mark.parametrize("noisy", [False, True], ids=["plain", "noisy"])
-@pytest.mark.parametrize("guided", [False, True], ids=["alone", "guided"])
-def test_flow_step(guided: bool, noisy: bool, D: int, launches: list[Launch]) -> None:
-    """A program for each block of a row; absent tensors are None, and coefficients of all images have no stride."""
-    x, one, many = torch.randn(3, D), torch.rand(1, dtype=torch.float64), torch.rand(3, dtype=torch.float64)
-    seeds = torch.arange(3) + 2**40
-    run("flow_step", x, x, one, many, *((x, one) if guided else (None, None)), *((many, seeds) if noisy else (None, None)), 2)
-    (launch,) = launches
-    assert launch.grid == (3 * -(-D // 1024), 1, 1)
-    assert (launch.types["g_uncond_ptr"] == "constexpr", launch.types["seeds_ptr"] == "constexpr") == (not guided, not noisy)
-    assert (launch.given["c_skip_stride"], launch.given["c_out_stride"]) == (0, 1)
-    assert ("D" in launch.aligned, launch.types["D"] == "constexpr") == (D == 1024, D == 1)
 
 
 @launch_test

@@ -144,29 +144,23 @@ def mmd_gram(
     return torch.ops.imm.mmd_gram(x.flatten(2), y.flatten(2), scale, kernel, list(bandwidths), float(eps))
 
 
-def timestep_attention(
-    qkv: Tensor, heads: int, *, q_norm: Tensor | None = None, k_norm: Tensor | None = None, eps: float = 1e-6
-) -> Tensor:
+def timestep_attention(qkv: Tensor, heads: int) -> Tensor:
     """Attention of all tokens to all tokens, head by head: ``softmax(q k^T / sqrt(d)) v`` (paper section I.1, as in DiT).
 
-    With ``q_norm`` and ``k_norm``, q is replaced by ``q / sqrt(mean(q^2) + eps) q_norm`` over the d features of a head, and k
-    likewise (QK-norm, Dehghani et al. 2023, section 2.2, with RMSNorm). Without autocast: it computes in the dtype of ``qkv``,
-    with sums in float32 (float64 for float64).
+    Without autocast: it computes in the dtype of ``qkv``, with sums in float32 (float64 for float64).
 
     Args:
         qkv: ``[B, T, 3 H d]``, floating: q, k and v of a token side by side, ``[H, d]`` each, as one projection writes them.
             T in 1..1024, d a multiple of 8 in 8..128. Any strides.
         heads: H, >= 1.
-        q_norm, k_norm: weights ``[d]`` of the norms of q and k, floating; both or neither.
-        eps: added to the mean square, > 0.
 
     Returns:
-        ``[B, T, H d]``, contiguous, the dtype of ``qkv``; differentiable in qkv, q_norm and k_norm, once.
+        ``[B, T, H d]``, contiguous, the dtype of ``qkv``; differentiable once.
 
     Raises:
-        ValueError, TypeError: shapes, dtypes or devices other than these.
+        ValueError, TypeError: a shape or dtype other than these.
     """
-    return torch.ops.imm.timestep_attention(qkv, heads, q_norm, k_norm, float(eps))[0]
+    return torch.ops.imm.timestep_attention(qkv, heads)[0]
 
 
 def _coefficient(value: Time, device: torch.device) -> Tensor:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from imm.networks.conditioning import Modulations, ModulationTable
+from imm.networks.conditioning import Modulations
 from imm.networks.embeddings import LabelEmbedder, TimestepEmbedder, check_image, full_precision
 from imm.networks.layers import attention, linear
 from imm.ops.attention import TOKENS
@@ -64,7 +64,7 @@ class Attention(nn.Module):
     def forward(self, x: Tensor, fused: bool = False) -> Tensor:
         if fused and x.shape[1] <= TOKENS:
             qkv = linear(self.qkv, x)
-            return linear(self.proj, torch.ops.imm.timestep_attention(qkv, self.heads, None, None, EPS)[0])
+            return linear(self.proj, torch.ops.imm.timestep_attention(qkv, self.heads)[0])
         batch, tokens, features = x.shape
         q, k, v = self.qkv(x).reshape(batch, tokens, 3, self.heads, -1).permute(2, 0, 3, 1, 4)  # [B, heads, T, d]
         out = attention(q, k, v)
@@ -298,10 +298,6 @@ class DiT(nn.Module):
             condition = condition + self.y_embedder(labels)  # [N, R, C]
         layers = (*self.blocks, self.final_layer)
         return Modulations(torch.cat([layer.adaLN_modulation(condition) for layer in layers], dim=2), index)
-
-    def table(self, times: Tensor, max_bytes: int) -> ModulationTable:
-        """Modulations of a fixed schedule kept by class: :meth:`condition` of ``times`` ``[N, 2]`` within ``max_bytes``."""
-        return ModulationTable(lambda labels: self.condition(times, labels), max_bytes)
 
     def _unpatchify(self, tokens: Tensor) -> Tensor:
         side, p, c = self.resolution // self.patch, self.patch, self.channels

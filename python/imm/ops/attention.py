@@ -2,10 +2,8 @@
 
     out = softmax(q k^T / sqrt(d)) v,  lse = log sum_j exp(q k_j^T / sqrt(d))
 
-qkv is [B, T, 3 H d]; out is [B, T, H d], what the projection after it reads, so nothing is copied on either side. With weights
-q_norm and k_norm, q and k are first divided by their root mean square over the d features of a head (QK-norm, Dehghani et al.
-2023, section 2.2, with RMSNorm). lse has no gradient: it saves the backward the sums. Arithmetic is float32, float64 for
-float64.
+qkv is [B, T, 3 H d]; out is [B, T, H d], what the projection after it reads, so nothing is copied on either side. lse has no
+gradient: it saves the backward the sums. Arithmetic is float32, float64 for float64.
 """
 
 from __future__ import annotations
@@ -24,7 +22,7 @@ from imm.ops.registry import no_second_derivative, register, register_autograd
 TOKENS, FEATURES = 1024, 128
 
 
-def _check(qkv: Tensor, heads: int, q_norm: Tensor | None, k_norm: Tensor | None, eps: float) -> None:
+def _check(qkv: Tensor, heads: int) -> None:
     if heads < 1:
         raise ValueError(f"heads: expected a positive number, got {heads}")
     if qkv.dim() != 3 or qkv.shape[2] % (3 * heads):
@@ -34,25 +32,12 @@ def _check(qkv: Tensor, heads: int, q_norm: Tensor | None, k_norm: Tensor | None
     features = qkv.shape[2] // (3 * heads)
     if features % 8 or not 0 < features <= FEATURES:
         raise ValueError(f"qkv: expected heads of a multiple of 8 features up to {FEATURES}, got {features}")
-    if (q_norm is None) != (k_norm is None):
-        raise ValueError("q_norm and k_norm: expected both or neither")
-    for name, value in (("qkv", qkv), ("q_norm", q_norm), ("k_norm", k_norm)):
-        if value is None:
-            continue
-        if value.dtype not in DTYPES:
-            raise TypeError(f"{name}: expected a floating dtype of 16, 32 or 64 bits, got {value.dtype}")
-        if value.device != qkv.device:
-            raise ValueError(f"{name}: expected the device {qkv.device}, got {value.device}")
-        if value is not qkv and (value.dim() != 1 or value.shape[0] != features):
-            raise ValueError(f"{name}: expected [{features}], got {list(value.shape)}")
-    if q_norm is not None and not eps > 0:
-        raise ValueError(f"eps: expected a positive number, got {eps}")
+    if qkv.dtype not in DTYPES:
+        raise TypeError(f"qkv: expected a floating dtype of 16, 32 or 64 bits, got {qkv.dtype}")
 
 
-def _check_bwd(
-    grad: Tensor, qkv: Tensor, out: Tensor, lse: Tensor, heads: int, q_norm: Tensor | None, k_norm: Tensor | None, eps: float
-) -> None:
-    _check(qkv, heads, q_norm, k_norm, eps)
+def _check_bwd(grad: Tensor, qkv: Tensor, out: Tensor, lse: Tensor, heads: int) -> None:
+    _check(qkv, heads)
     B, T, width = qkv.shape
     tokens, sums = (B, T, width // 3), (B, heads, T)
     wanted = (
@@ -85,35 +70,15 @@ def _pack(*parts: Tensor) -> Tensor:
     return torch.stack([part.transpose(1, 2) for part in parts], dim=2).reshape(B, T, len(parts) * H * d)
 
 
-def _rms_norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
-    """x / rms(x) weight over the last dimension; x itself without a weight."""
-    if weight is None:
-        return x
-    return x * (x.square().mean(-1, keepdim=True) + eps).rsqrt() * weight.to(x.dtype)
-
-
-def _rms_norm_bwd(grad: Tensor, x: Tensor, weight: Tensor | None, eps: float) -> tuple[Tensor, Tensor]:
-    """Gradients of :func:`_rms_norm` to x [B, H, T, d] and to its weight (empty without one)."""
-    if weight is None:
-        return grad, x.new_empty((0,))
-    rstd = (x.square().mean(-1, keepdim=True) + eps).rsqrt()
-    normalised, up = x * rstd, grad * weight.to(x.dtype)
-    grad_x = rstd * (up - normalised * (up * normalised).mean(-1, keepdim=True))
-    return grad_x, (grad * normalised).sum((0, 1, 2)).to(weight.dtype)
-
-
 def _no_autocast(x: Tensor) -> torch.autocast:
     """Autocast reaches into an op's own products, which are of the dtype that the op accumulates in."""
     return torch.autocast(x.device.type, enabled=False)
 
 
-def timestep_attention(
-    qkv: Tensor, heads: int, q_norm: Tensor | None, k_norm: Tensor | None, eps: float
-) -> tuple[Tensor, Tensor]:
-    """Reference of imm::timestep_attention: [B, T, 3 H d], weights [d] -> [B, T, H d] and [B, H, T]."""
-    _check(qkv, heads, q_norm, k_norm, eps)
+def timestep_attention(qkv: Tensor, heads: int) -> tuple[Tensor, Tensor]:
+    """Reference of imm::timestep_attention: [B, T, 3 H d] -> [B, T, H d] and [B, H, T]."""
+    _check(qkv, heads)
     q, k, v = _unpack(qkv.to(accumulate_dtype(qkv.dtype)), heads)
-    q, k = _rms_norm(q, q_norm, eps), _rms_norm(k, k_norm, eps)
     with _no_autocast(qkv):
         scores = q @ k.mT * q.shape[3] ** -0.5
         lse = scores.logsumexp(3)
@@ -121,52 +86,29 @@ def timestep_attention(
     return _pack(out).to(qkv.dtype), lse
 
 
-def timestep_attention_bwd(
-    grad: Tensor, qkv: Tensor, out: Tensor, lse: Tensor, heads: int, q_norm: Tensor | None, k_norm: Tensor | None, eps: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of :func:`timestep_attention` to qkv, q_norm and k_norm (empty where there is none)."""
-    _check_bwd(grad, qkv, out, lse, heads, q_norm, k_norm, eps)
+def timestep_attention_bwd(grad: Tensor, qkv: Tensor, out: Tensor, lse: Tensor, heads: int) -> Tensor:
+    """Gradient of :func:`timestep_attention` to qkv."""
+    _check_bwd(grad, qkv, out, lse, heads)
     dtype = accumulate_dtype(qkv.dtype)
-    q_raw, k_raw, v = _unpack(qkv.to(dtype), heads)
-    q, k = _rms_norm(q_raw, q_norm, eps), _rms_norm(k_raw, k_norm, eps)
+    q, k, v = _unpack(qkv.to(dtype), heads)
     up = _heads(grad.to(dtype), heads)
     delta = (up * _heads(out.to(dtype), heads)).sum(3, keepdim=True)
     scale = q.shape[3] ** -0.5
     with _no_autocast(qkv):
         weights = (q @ k.mT * scale - lse[..., None]).exp()
         slopes = weights * (up @ v.mT - delta) * scale
-        grad_q, grad_q_norm = _rms_norm_bwd(slopes @ k, q_raw, q_norm, eps)
-        grad_k, grad_k_norm = _rms_norm_bwd(slopes.mT @ q, k_raw, k_norm, eps)
-        return _pack(grad_q, grad_k, weights.mT @ up).to(qkv.dtype), grad_q_norm, grad_k_norm
+        return _pack(slopes @ k, slopes.mT @ q, weights.mT @ up).to(qkv.dtype)
 
 
-def _norms_bwd(
-    grad_qkv: Tensor, qkv: Tensor, heads: int, q_norm: Tensor | None, k_norm: Tensor | None, eps: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    """From gradients to the normalised q and k, and to v, packed, to those of the op."""
-    if q_norm is None:
-        return grad_qkv, qkv.new_empty((0,)), qkv.new_empty((0,))
-    dtype = accumulate_dtype(qkv.dtype)
-    up_q, up_k, grad_v = _unpack(grad_qkv.to(dtype), heads)
-    q, k, _ = _unpack(qkv.to(dtype), heads)
-    grad_q, grad_q_norm = _rms_norm_bwd(up_q, q, q_norm, eps)
-    grad_k, grad_k_norm = _rms_norm_bwd(up_k, k, k_norm, eps)
-    return _pack(grad_q, grad_k, grad_v).to(qkv.dtype), grad_q_norm, grad_k_norm
+def _library_inputs(qkv: Tensor, heads: int) -> tuple[Tensor, ...]:
+    """q, k and v as torch's kernels take them: views of qkv."""
+    return _unpack(qkv if qkv.stride(2) == 1 else qkv.contiguous(), heads)
 
 
-def _library_inputs(qkv: Tensor, heads: int, q_norm: Tensor | None, k_norm: Tensor | None, eps: float) -> tuple[Tensor, ...]:
-    """q, k and v as torch's kernels take them: views of qkv, or with QK-norm normalised q and k in qkv's dtype."""
-    q, k, v = _unpack(qkv if qkv.stride(2) == 1 else qkv.contiguous(), heads)
-    if q_norm is None:
-        return q, k, v
-    dtype = accumulate_dtype(qkv.dtype)
-    return _rms_norm(q.to(dtype), q_norm, eps).to(qkv.dtype), _rms_norm(k.to(dtype), k_norm, eps).to(qkv.dtype), v
-
-
-def _library(qkv: Tensor, heads: int, q_norm: Tensor | None, k_norm: Tensor | None, eps: float) -> tuple[Tensor, Tensor]:
+def _library(qkv: Tensor, heads: int) -> tuple[Tensor, Tensor]:
     """The kernels behind torch's scaled_dot_product_attention, which keeps the sums to itself."""
-    _check(qkv, heads, q_norm, k_norm, eps)
-    q, k, v = _library_inputs(qkv, heads, q_norm, k_norm, eps)
+    _check(qkv, heads)
+    q, k, v = _library_inputs(qkv, heads)
     if qkv.device.type == "cpu":
         out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v)
     else:
@@ -174,11 +116,9 @@ def _library(qkv: Tensor, heads: int, q_norm: Tensor | None, k_norm: Tensor | No
     return out.transpose(1, 2).reshape(*qkv.shape[:2], qkv.shape[2] // 3), lse.contiguous()
 
 
-def _library_bwd(
-    grad: Tensor, qkv: Tensor, out: Tensor, lse: Tensor, heads: int, q_norm: Tensor | None, k_norm: Tensor | None, eps: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    _check_bwd(grad, qkv, out, lse, heads, q_norm, k_norm, eps)
-    q, k, v = _library_inputs(qkv, heads, q_norm, k_norm, eps)
+def _library_bwd(grad: Tensor, qkv: Tensor, out: Tensor, lse: Tensor, heads: int) -> Tensor:
+    _check_bwd(grad, qkv, out, lse, heads)
+    q, k, v = _library_inputs(qkv, heads)
     saved = (_heads(grad.contiguous(), heads), q, k, v, _heads(out.contiguous(), heads), lse.contiguous())
     if qkv.device.type == "cpu":
         grads = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(*saved, 0.0, False)
@@ -188,7 +128,7 @@ def _library_bwd(
         grads = torch.ops.aten._scaled_dot_product_flash_attention_backward(
             *saved, None, None, T, T, 0.0, False, none, none.new_empty(())
         )
-    return _norms_bwd(_pack(*grads), qkv, heads, q_norm, k_norm, eps)
+    return _pack(*grads)
 
 
 @functools.cache
@@ -210,46 +150,39 @@ def _library_refuses(request: dispatch.Request) -> str | None:
     return None
 
 
-def _fake(qkv: Tensor, heads: int, q_norm: Tensor | None, k_norm: Tensor | None, eps: float) -> tuple[Tensor, Tensor]:
-    _check(qkv, heads, q_norm, k_norm, eps)
+def _fake(qkv: Tensor, heads: int) -> tuple[Tensor, Tensor]:
+    _check(qkv, heads)
     B, T, width = qkv.shape
     return qkv.new_empty((B, T, width // 3)), qkv.new_empty((B, heads, T), dtype=accumulate_dtype(qkv.dtype))
 
 
-def _fake_bwd(
-    grad: Tensor, qkv: Tensor, out: Tensor, lse: Tensor, heads: int, q_norm: Tensor | None, k_norm: Tensor | None, eps: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    _check_bwd(grad, qkv, out, lse, heads, q_norm, k_norm, eps)
-    grad_q_norm, grad_k_norm = (qkv.new_empty((0,)) if w is None else w.new_empty(w.shape) for w in (q_norm, k_norm))
-    return qkv.new_empty(qkv.shape), grad_q_norm, grad_k_norm
+def _fake_bwd(grad: Tensor, qkv: Tensor, out: Tensor, lse: Tensor, heads: int) -> Tensor:
+    _check_bwd(grad, qkv, out, lse, heads)
+    return qkv.new_empty(qkv.shape)
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    qkv, ctx.heads, q_norm, k_norm, ctx.eps = inputs
+    qkv, ctx.heads = inputs
     ctx.mark_non_differentiable(output[1])
-    ctx.save_for_backward(qkv, *output, q_norm, k_norm)
+    ctx.save_for_backward(qkv, *output)
 
 
 def _backward(ctx: Any, grad: Tensor, _: Any) -> tuple[Tensor | None, ...]:
-    qkv, out, lse, q_norm, k_norm = ctx.saved_tensors
-    grads = torch.ops.imm.timestep_attention_bwd(grad, qkv, out, lse, ctx.heads, q_norm, k_norm, ctx.eps)
-    return grads[0], None, None if q_norm is None else grads[1], None if k_norm is None else grads[2], None
+    return torch.ops.imm.timestep_attention_bwd(grad, *ctx.saved_tensors, ctx.heads), None
 
 
-def _triton(qkv: Tensor, heads: int, q_norm: Tensor | None, k_norm: Tensor | None, eps: float) -> tuple[Tensor, Tensor]:
-    _check(qkv, heads, q_norm, k_norm, eps)
+def _triton(qkv: Tensor, heads: int) -> tuple[Tensor, Tensor]:
+    _check(qkv, heads)
     from imm_kernels.attention import attention as launch
 
-    return launch(qkv, heads, q_norm, k_norm, eps)
+    return launch(qkv, heads)
 
 
-def _triton_bwd(
-    grad: Tensor, qkv: Tensor, out: Tensor, lse: Tensor, heads: int, q_norm: Tensor | None, k_norm: Tensor | None, eps: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    _check_bwd(grad, qkv, out, lse, heads, q_norm, k_norm, eps)
+def _triton_bwd(grad: Tensor, qkv: Tensor, out: Tensor, lse: Tensor, heads: int) -> Tensor:
+    _check_bwd(grad, qkv, out, lse, heads)
     from imm_kernels.attention import attention_bwd as launch
 
-    return _norms_bwd(launch(grad, qkv, out, lse, heads, q_norm, k_norm, eps), qkv, heads, q_norm, k_norm, eps)
+    return launch(grad, qkv, out, lse, heads)
 
 
 _KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)

@@ -29,9 +29,8 @@ SCHEMAS: tuple[str, ...] = (
     "gated_residual_adaln(Tensor x, Tensor y, Tensor gate, Tensor shift, Tensor scale, float eps) -> (Tensor, Tensor)",
     "gated_residual_adaln_bwd(Tensor grad_z, Tensor grad_h, Tensor z, Tensor y, Tensor gate, Tensor scale, float eps) "
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor)",
-    "timestep_attention(Tensor qkv, int heads, Tensor? q_norm, Tensor? k_norm, float eps) -> (Tensor, Tensor)",
-    "timestep_attention_bwd(Tensor grad, Tensor qkv, Tensor out, Tensor lse, int heads, Tensor? q_norm, Tensor? k_norm, "
-    "float eps) -> (Tensor, Tensor, Tensor)",
+    "timestep_attention(Tensor qkv, int heads) -> (Tensor, Tensor)",
+    "timestep_attention_bwd(Tensor grad, Tensor qkv, Tensor out, Tensor lse, int heads) -> Tensor",
     "timestep_embedding(Tensor t, Tensor s, int dim, float max_period, ScalarType dtype) -> Tensor",
     "timestep_embedding_bwd(Tensor grad, Tensor t, Tensor s, float max_period) -> (Tensor, Tensor)",
     "noise(Tensor seeds, SymInt numel, int step) -> Tensor",
