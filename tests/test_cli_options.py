@@ -23,7 +23,7 @@ from imm.networks.dit import SIZES
 from imm.ops import mmd
 from imm.parametrizations import PARAMETRIZATIONS
 from imm.schedules import SCHEDULES
-from imm.training.trainer import OPTIMIZERS
+from imm.training.config import OPTIMIZERS
 
 
 def options() -> Iterator[tuple[str, click.Parameter]]:

@@ -19,7 +19,8 @@ from imm.data import ImageData
 from imm.networks import NETWORKS, DDPMpp, UNet
 from imm.training import EMA, TrainConfig, Trainer, TrainingError, lock
 from imm.training.lock import LOCK_FILE
-from imm.training.trainer import STATE_FILE, STATS_FILE
+from imm.training.state import STATE_FILE
+from imm.training.stats import STATS_FILE
 
 CONFIG = TrainConfig(batch=8, lr=1e-3, warmup=3, ema=0.9, log_every=2, snapshot_every=4, seed=3)
 
@@ -153,8 +154,8 @@ def test_training_changes_the_network_and_the_rows_say_so(tmp_path) -> None:
 def test_every_image_is_seen_once_an_epoch(tmp_path) -> None:
     run = trainer(tmp_path, dataclasses.replace(CONFIG, batch=12))
     seen = []
-    for run.step in range(25):  # 300 images: six epochs of 50
-        seen.append(run._indices())
+    for step in range(25):  # 300 images: six epochs of 50
+        seen.append(run._batches.indices(step))
     for epoch in torch.cat(seen).reshape(6, 50):
         assert sorted(epoch.tolist()) == list(range(50))
     assert not torch.equal(torch.cat(seen)[:50], torch.cat(seen)[50:100])
@@ -251,7 +252,7 @@ def test_snapshots_are_replaced_but_those_to_keep(tmp_path) -> None:
 
 
 @pytest.mark.parametrize(("config", "left"), [(CONFIG, [8]), (dataclasses.replace(CONFIG, keep_every=4), [4, 8])])
-@pytest.mark.parametrize("at", ["imm.training.trainer.checkpoints.save", "pathlib.Path.unlink"])
+@pytest.mark.parametrize("at", ["imm.checkpoints.save", "pathlib.Path.unlink"])
 def test_killed_within_a_save_its_snapshots_are_as_if_it_had_not_been(at, config, left, tmp_path, monkeypatch) -> None:
     class Killed(BaseException):
         pass

@@ -26,7 +26,8 @@ from imm.networks import UNet
 from imm.objective import IMMObjective
 from imm.sampler import Sampler
 from imm.training import TrainConfig, Trainer
-from imm.training.trainer import STATE_FILE, STATS_FILE
+from imm.training.state import STATE_FILE
+from imm.training.stats import STATS_FILE
 from imm.version import __version__
 
 RESOLUTION = 16
