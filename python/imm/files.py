@@ -1,4 +1,4 @@
-"""Files: written whole or not at all, and known by their digest."""
+"""Files: written whole or not at all, locked, and known by their digest."""
 
 from __future__ import annotations
 
@@ -8,6 +8,12 @@ import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from filelock import FileLock
+
+LOCK_FILE = ".lock"
 
 
 @contextlib.contextmanager
@@ -63,3 +69,50 @@ def remove_part(path: Path) -> None:
         shutil.rmtree(path, ignore_errors=True)
     elif path.exists():
         path.unlink()
+
+
+def lock(path: Path, *, shared: bool = False) -> FileLock:
+    """Lock a file, which is made if absent, until the lock is released, collected, or its process ends, however it ends.
+
+    On a file system without locks nothing is locked.
+
+    Args:
+        shared: with others of this process that ask for the same, who get the same lock.
+
+    Raises:
+        BlockingIOError: another has the lock. OSError: the file cannot be written to.
+    """
+    from filelock import FileLock, Timeout  # here, because imm --help is quick without
+
+    own = FileLock(path, is_singleton=shared, thread_local=False, fallback_to_soft=False)
+    if not path.exists():  # a lock that is shared may be of a file that is gone
+        own.release(force=True)
+    path.touch()
+    try:
+        own.acquire(blocking=False)
+    except Timeout as error:
+        raise BlockingIOError(str(error)) from error
+    except OSError:
+        pass  # a file system without locks
+    return own
+
+
+def lock_folder(folder: Path, *, shared: bool = False) -> FileLock:
+    """Lock a folder, which is made if absent, by a file in it, which names the process: see :func:`lock`.
+
+    Raises:
+        ValueError: another has the lock, or the folder cannot be written to.
+    """
+    path = folder / LOCK_FILE
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        own = lock(path, shared=shared)
+        path.write_text(f"{os.getpid()}\n")
+    except BlockingIOError as error:
+        who = path.read_text(errors="replace").strip()
+        raise ValueError(
+            f"out: expected a folder that no other run writes to, got {folder}, where process {who} does"
+        ) from error
+    except OSError as error:
+        raise ValueError(f"out: expected a folder that can be written to, got {folder}: {error}") from error
+    return own

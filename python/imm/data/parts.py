@@ -19,12 +19,8 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-try:
-    import fcntl
-except ImportError:  # Windows, where nothing is locked
-    fcntl = None  # type: ignore[assignment]
-
 from imm.data.sources import Source
+from imm.files import lock
 
 _HEADER = struct.Struct("<4s5H3I2H")
 
@@ -52,11 +48,13 @@ class Parts:
         self.left_out: dict[int, str] = {}
         if self.path.is_dir():
             shutil.rmtree(self.path)
-        self.journal_path.touch()
+        try:
+            self._lock = lock(self.journal_path)
+        except BlockingIOError as error:
+            raise ValueError(f"out: expected a place that no other run writes to, got {out}") from error
         self._journal = self.journal_path.open("r+b")
         self._members: list[zipfile.ZipInfo] = []
         try:
-            self._lock(out)
             self.path.touch()
             self._file = self.path.open("r+b")
             self._take_up(request, numbers, skip_broken, multiple)
@@ -68,17 +66,9 @@ class Parts:
         except BaseException:
             with suppress(OSError):
                 self._journal.close()
+            self._lock.release()
             raise
         self.todo = numbers[len(self.kept) + len(self.left_out) :]
-
-    def _lock(self, out: Path) -> None:
-        try:
-            if fcntl is not None:
-                fcntl.flock(self._journal, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise ValueError(f"out: expected a place that no other run writes to, got {out}") from error
-        except OSError:
-            pass  # a file system without locks
 
     def _row(self, number: int) -> list[Any]:
         labels = self._source.labels
@@ -176,6 +166,7 @@ class Parts:
             self.journal_path.unlink(missing_ok=True)
         with suppress(OSError):
             self._journal.close()
+        self._lock.release()
 
 
 @contextmanager

@@ -17,12 +17,12 @@ from torch import Tensor
 from imm.backends import PRECISIONS, deterministic
 from imm.data import ImageData
 from imm.distributed import Exchange, Processes
+from imm.files import lock_folder
 from imm.flow_map import FlowMap
 from imm.objective import Draws, IMMObjective
 from imm.training.batches import Batches, mix
 from imm.training.config import OPTIMIZERS, TrainConfig, check_fit, settings_of
 from imm.training.ema import EMA
-from imm.training.lock import FolderLock, lock_folder
 from imm.training.state import State
 from imm.training.stats import STATS_FILE, Window, combined, trim
 
@@ -78,7 +78,9 @@ class Trainer:
             self._parameters, lr=config.lr, betas=config.betas, weight_decay=config.weight_decay
         )
         self._scaler = torch.amp.GradScaler(self.device.type, enabled=config.precision == "fp16")
-        self._lock = self._lock_folder()
+        # After all checks of settings, so that a refusal leaves no folder.
+        refusal = f"out: expected a folder that the first process can write to, got {out}"
+        self._lock = where.in_first(lambda: lock_folder(self.out, shared=True), refusal)
         self._batches = Batches(data, config, self.device, where, labelled=objective.flow_map.num_classes > 0)
         settings = settings_of(config, objective, data, init)
         kept = self.out, objective.flow_map, self.ema, self._optimizer, self._scaler
@@ -94,25 +96,11 @@ class Trainer:
         if where.first:
             trim(self.out, self.resumed_from)
 
-    def _lock_folder(self) -> FolderLock | None:
-        """Make and lock the folder, in the first process; after all checks of settings, so that a refusal leaves no folder."""
-        lock, refusal = None, None
-        if self._where.first:
-            try:
-                self.out.mkdir(parents=True, exist_ok=True)
-                lock = lock_folder(self.out)
-            except OSError as error:
-                refusal = ValueError(f"out: expected a folder that can be written to, got {self.out}: {error}")
-            except ValueError as error:
-                refusal = error
-        if self._where.any(refusal is not None):
-            raise refusal or ValueError(f"out: expected a folder that the first process can write to, got {self.out}")
-        return lock
-
     def close(self) -> None:
         """Let other processes write to the folder; this trainer no longer may."""
         if self._lock is not None:
-            self._lock.release()
+            self._lock.release(force=True)
+            self._lock = None  # else it would be another trainer's, made later, as long as this one
 
     @property
     def ema_flow_map(self) -> FlowMap:
