@@ -20,6 +20,8 @@ LOCK_FILE = ".lock"
 def replacing(target: Path) -> Iterator[Path]:
     """A path to write to, which takes the place of ``target`` when the block ends well: the old file or the new, never a part.
 
+    The block may make a folder there instead, where there is none or an empty one.
+
     The path is in a private folder beside the target, of one name: a block that is killed leaves that folder and nothing else,
     and the next one for the same target removes it. The new file has the old one's mode or, where there is none, that of any
     new file, whatever a library that writes it thinks.
@@ -36,9 +38,10 @@ def replacing(target: Path) -> Iterator[Path]:
         mode = (target if target.exists() else probe).stat().st_mode & 0o777
         part = folder / target.name
         yield part
-        part.chmod(mode)
-        with part.open("rb") as file:
-            os.fsync(file.fileno())
+        if not part.is_dir():
+            part.chmod(mode)
+            with part.open("rb") as file:
+                os.fsync(file.fileno())
         part.replace(target)
     except OSError as error:
         if error.filename is not None and not Path(os.fsdecode(error.filename)).is_relative_to(folder):
