@@ -20,8 +20,9 @@ from fuzz_pictures import saved
 from PIL import Image
 from test_data_listing import call
 
+from imm import pictures
 from imm.cli import main
-from imm.data import load, parts, pictures
+from imm.data import load, parts
 from imm.data.convert import write, write_latents
 from imm.data.sources import open_source
 

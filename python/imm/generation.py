@@ -20,9 +20,9 @@ import torch
 from torch import Tensor
 
 from imm.distributed import Processes
-from imm.evaluation.pictures import save_picture, to_picture
 from imm.evaluation.sets import GENERATION_FILE
 from imm.files import lock_folder, remove_part, replacing, write_text
+from imm.pictures import save_picture, to_picture
 from imm.sampler import Sampler
 
 if TYPE_CHECKING:

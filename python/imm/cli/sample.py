@@ -13,13 +13,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from imm import checkpoints, generation, latents
+from imm import checkpoints, generation, latents, pictures
 from imm.backends import PRECISIONS, repeatable
 from imm.checkpoints.format import read_settings
 from imm.cli.options import device_line, printable, process_device, writable_folder
 from imm.cli.progress import bar
 from imm.distributed import Processes, processes
-from imm.evaluation import pictures
 from imm.files import sha256_of
 from imm.flow_map import FlowMap
 from imm.generation import ImageFolder

@@ -19,11 +19,11 @@ import torch
 
 from imm.data.images import check_channels, check_kept, to_float
 from imm.data.parts import Parts, member, open_parts
-from imm.data.pictures import TRANSFORMS, Picture, decode, encode
 from imm.data.sources import LABELS_FILE, Source
 from imm.files import replacing
 from imm.latents import encode as encode_latents
 from imm.latents import fingerprint
+from imm.pictures import TRANSFORMS, Picture, decode, encode
 from imm.version import __version__
 
 
