@@ -11,11 +11,11 @@ import click
 import pytest
 from click.testing import CliRunner
 
-from imm import objective, presets, sampling
+from imm import objective, pictures, presets, sampling
 from imm.backends import PRECISIONS
 from imm.cli import commands, main
 from imm.cli.options import PATH, Number
-from imm.data import pictures, sources
+from imm.data import sources
 from imm.evaluation.evaluate import METRICS
 from imm.evaluation.networks import NAMES
 from imm.flow_map import SECOND_TIMES
@@ -23,7 +23,7 @@ from imm.networks.dit import SIZES
 from imm.ops import mmd
 from imm.parametrizations import PARAMETRIZATIONS
 from imm.schedules import SCHEDULES
-from imm.training.trainer import OPTIMIZERS
+from imm.training.config import OPTIMIZERS
 
 
 def options() -> Iterator[tuple[str, click.Parameter]]:

@@ -15,7 +15,7 @@ from PIL import Image
 from imm.cli import main
 from imm.data import ImageData, digest, load, summarize, to_float
 from imm.data.convert import spread
-from imm.data.pictures import fit
+from imm.pictures import fit
 
 RANDOM = np.random.default_rng(0)
 

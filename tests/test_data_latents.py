@@ -144,8 +144,7 @@ def test_a_posterior_is_sampled_anew_at_every_step_and_alike_after_a_stop(tmp_pa
     std[:6] = 0.0
     found = ImageData(mean, torch.from_numpy(LABELS), 3, "made up", std)
     whole = trainer(found, tmp_path / "whole")
-    order = [torch.argsort(whole._indices()) for whole.step in range(4)]
-    whole.step = 0
+    order = [torch.argsort(whole._batches.indices(step)) for step in range(4)]
     images = [x[index] for x, index in zip(seen_by(whole, 4), order, strict=True)]  # an epoch a step
     for x in images:
         assert torch.equal(x[:6], mean[:6].float())

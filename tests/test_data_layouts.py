@@ -18,7 +18,7 @@ import pytest
 from PIL import Image
 
 from imm.data import ImageData, load
-from imm.data.files import MAX_ARRAY
+from imm.data.listing import MAX_ARRAY
 from imm.pickles import PickleError, read_pickle
 
 RANDOM = np.random.default_rng(0)
@@ -177,12 +177,12 @@ def test_damaged_members_are_refused(pictures, tmp_path) -> None:
 
 
 def test_bombs_are_refused(monkeypatch, pictures, tmp_path) -> None:
-    monkeypatch.setattr("imm.data.files.MAX_FILE", 2**20)
+    monkeypatch.setattr("imm.data.listing.MAX_FILE", 2**20)
     zeros = [("a.png", bytes(2**20 + 1))]
     for kind in WRITERS:
         refused(written(tmp_path, kind, zeros), "expected files of at most 1048576 bytes, got 1048577 in .*a.png")
-    monkeypatch.setattr("imm.data.files.MAX_FILE", 2**30)
-    monkeypatch.setattr("imm.data.files.MAX_ARRAY", 1000)
+    monkeypatch.setattr("imm.data.listing.MAX_FILE", 2**30)
+    monkeypatch.setattr("imm.data.listing.MAX_ARRAY", 1000)
     refused(tmp_path / "set.tgz", "expected at most 1000 bytes in 10000 files")
 
 

@@ -18,7 +18,7 @@ from PIL import Image
 from imm import data
 from imm.cli import main
 from imm.data import load
-from imm.data.files import open_files
+from imm.data.listing import open_files
 
 PNG = saved(Image.new("RGB", (8, 8), (200, 30, 90)), "PNG")
 PETS = [f"{name}/{number}.png" for name in ("cat", "cow", "dog") for number in range(2)]

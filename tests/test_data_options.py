@@ -16,7 +16,7 @@ from test_data_listing import call
 from imm import checkpoints
 from imm.data import load
 from imm.evaluation.sets import load_set
-from imm.training.trainer import STATE_FILE
+from imm.training.state import STATE_FILE
 
 RANDOM = np.random.default_rng(0)
 TRAIN = ("--steps", 1, "--batch", 4, "--width", 8)

@@ -10,7 +10,7 @@ import pytest
 from fuzz_pictures import ODD_ENTRIES, broken, exif, png16, saved, whole
 from PIL import Image, ImageOps
 
-from imm.data.pictures import decode, read_picture, with_channels
+from imm.pictures import decode, read_picture, with_channels
 
 RANDOM = np.random.default_rng(0)
 COLOUR = Image.fromarray(RANDOM.integers(0, 256, (6, 9, 3), dtype=np.uint8))

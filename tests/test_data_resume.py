@@ -20,8 +20,9 @@ from fuzz_pictures import saved
 from PIL import Image
 from test_data_listing import call
 
+from imm import pictures
 from imm.cli import main
-from imm.data import load, parts, pictures
+from imm.data import load, parts
 from imm.data.convert import write, write_latents
 from imm.data.sources import open_source
 
@@ -89,7 +90,7 @@ def test_a_broken_picture(dest, source, read, tmp_path) -> None:
         "b/07.png: no BMP, JPEG, PNG or WebP file; 9 of 12 images are done and kept; the same command goes on from there"
     )
     assert not path.exists()
-    assert hidden(path) == [f".{dest}.part", f".{dest}.part.jsonl"]
+    assert hidden(path) == [f".{dest}.part.jsonl", f".{dest}.part.zip"]
     broken.write_bytes(png(7))
     read.clear()
     assert "going on after 9 of 12 images that are done" in call(*convert)
@@ -177,7 +178,7 @@ def test_any_part_of_what_was_kept_is_gone_on_from(dest, source, tmp_path, monke
     """Cut, or with bytes changed, at many places: what is not whole is made again."""
     expected = whole(source, dest)
     path = tmp_path / dest
-    part, journal = tmp_path / f".{dest}.part", tmp_path / f".{dest}.part.jsonl"
+    part, journal = tmp_path / f".{dest}.part.zip", tmp_path / f".{dest}.part.jsonl"
     with open_source(str(source)) as opened:
         with pytest.MonkeyPatch.context() as patch:
             stopped_after(8, patch, ValueError("enough"))

@@ -15,8 +15,8 @@ from test_latents import tiny_vae
 
 import imm
 from imm import FlowMap, Sampler, latents, noise, sampling
-from imm.evaluation.pictures import to_uint8
 from imm.networks import DDPMpp, DiT, UNet
+from imm.pictures import to_uint8
 
 diffusers = pytest.importorskip("diffusers")
 

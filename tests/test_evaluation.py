@@ -7,7 +7,7 @@ import torch
 
 from imm.data import mnist_5k
 from imm.evaluation import PixelReference, picture_set
-from imm.evaluation.pictures import grid, to_uint8
+from imm.pictures import grid, to_uint8
 
 
 @pytest.fixture(scope="module")
@@ -65,8 +65,8 @@ def test_pictures() -> None:
     stored = torch.zeros(2, 3, 4, 4, dtype=torch.uint8)
     assert picture_set(stored, decoded=True).quantisation == picture_set(stored).quantisation
     picture = grid([("one", torch.zeros(3, 1, 8, 8)), ("", torch.ones(2, 3, 8, 8))], cell=16, gap=2)
-    margin = picture.width - (3 * 18 + 2)
-    assert picture.height == 2 * 18 + 2
+    margin = picture.shape[1] - (3 * 18 + 2)
+    assert picture.shape[0] == 2 * 18 + 2
     assert margin > 10
-    assert picture.getpixel((margin + 10, 10)) == (128, 128, 128)
-    assert picture.getpixel((margin + 10, 28)) == (255, 255, 255)
+    assert picture[10, margin + 10].tolist() == [128, 128, 128]
+    assert picture[28, margin + 10].tolist() == [255, 255, 255]

@@ -317,7 +317,7 @@ def test_a_second_run_in_a_folder_is_refused_and_breaks_nothing(net, tmp_path, m
 
     monkeypatch.setattr(generation.ImageFolder, "write", write_beside_another)
     call(*options)
-    assert said == [f"Error: out: expected a folder that no other run writes to, got {out}, where another process does"]
+    assert said == [f"Error: out: expected a folder that no other run writes to, got {out}, where process {os.getpid()} does"]
     assert sorted(files(out)) == ["000000.png", "000001.png", "000002.png", "000003.png", GENERATION_FILE]
     (out / "000001.png").unlink()
     assert "3 were there" in call(*options).output  # the lock went with the command

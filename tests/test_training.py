@@ -14,12 +14,12 @@ import time
 import pytest
 import torch
 
-from imm import FlowMap, IMMObjective, checkpoints
+from imm import FlowMap, IMMObjective, checkpoints, files
 from imm.data import ImageData
 from imm.networks import NETWORKS, DDPMpp, UNet
-from imm.training import EMA, TrainConfig, Trainer, TrainingError, lock
-from imm.training.lock import LOCK_FILE
-from imm.training.trainer import STATE_FILE, STATS_FILE
+from imm.training import EMA, TrainConfig, Trainer, TrainingError
+from imm.training.state import STATE_FILE
+from imm.training.stats import STATS_FILE
 
 CONFIG = TrainConfig(batch=8, lr=1e-3, warmup=3, ema=0.9, log_every=2, snapshot_every=4, seed=3)
 
@@ -153,8 +153,8 @@ def test_training_changes_the_network_and_the_rows_say_so(tmp_path) -> None:
 def test_every_image_is_seen_once_an_epoch(tmp_path) -> None:
     run = trainer(tmp_path, dataclasses.replace(CONFIG, batch=12))
     seen = []
-    for run.step in range(25):  # 300 images: six epochs of 50
-        seen.append(run._indices())
+    for step in range(25):  # 300 images: six epochs of 50
+        seen.append(run._batches.indices(step))
     for epoch in torch.cat(seen).reshape(6, 50):
         assert sorted(epoch.tolist()) == list(range(50))
     assert not torch.equal(torch.cat(seen)[:50], torch.cat(seen)[50:100])
@@ -251,7 +251,7 @@ def test_snapshots_are_replaced_but_those_to_keep(tmp_path) -> None:
 
 
 @pytest.mark.parametrize(("config", "left"), [(CONFIG, [8]), (dataclasses.replace(CONFIG, keep_every=4), [4, 8])])
-@pytest.mark.parametrize("at", ["imm.training.trainer.checkpoints.save", "pathlib.Path.unlink"])
+@pytest.mark.parametrize("at", ["imm.checkpoints.save", "pathlib.Path.unlink"])
 def test_killed_within_a_save_its_snapshots_are_as_if_it_had_not_been(at, config, left, tmp_path, monkeypatch) -> None:
     class Killed(BaseException):
         pass
@@ -535,35 +535,36 @@ lock = runpy.run_path(sys.argv[1])["lock_folder"](pathlib.Path(sys.argv[2]))
 HOLD = LOCKED + "print('locked', flush=True); time.sleep(60)"
 
 
-@pytest.mark.skipif(os.name != "posix", reason="folders are locked on POSIX systems")
+def free(folder) -> bool:
+    """Whether another process may write to the folder."""
+    line = [sys.executable, "-c", LOCKED, files.__file__, str(folder)]
+    taken = subprocess.run(line, capture_output=True, text=True)
+    assert (taken.returncode == 0) is ("that no other run writes to" not in taken.stderr), taken.stderr
+    return taken.returncode == 0
+
+
 def test_one_process_writes_to_a_folder(tmp_path) -> None:
-    where = [lock.__file__, str(tmp_path)]
-    with subprocess.Popen([sys.executable, "-c", HOLD, *where], stdout=subprocess.PIPE, text=True) as other:
+    line = [sys.executable, "-c", HOLD, files.__file__, str(tmp_path)]
+    with subprocess.Popen(line, stdout=subprocess.PIPE, text=True) as other:
         try:
             assert other.stdout.readline() == "locked\n"
             with pytest.raises(
                 ValueError, match=f"that no other run writes to, got {tmp_path}, where process {other.pid} does"
             ):
                 trainer(tmp_path)
-            assert os.listdir(tmp_path) == [LOCK_FILE]
+            assert os.listdir(tmp_path) == [files.LOCK_FILE]
         finally:
             other.kill()  # which leaves no lock behind
     first = trainer(tmp_path)
     second = trainer(tmp_path)  # of the same process
-
-    def free() -> bool:
-        taken = subprocess.run([sys.executable, "-c", LOCKED, *where], capture_output=True, text=True)
-        assert (taken.returncode == 0) is ("that no other run writes to" not in taken.stderr), taken.stderr
-        return taken.returncode == 0
-
     del first
-    assert not free()
+    assert not free(tmp_path)
     second.close()
-    assert free()
+    assert free(tmp_path)
     third = trainer(tmp_path)
-    assert not free()
+    assert not free(tmp_path)
     del third
-    assert free()
+    assert free(tmp_path)
 
 
 def test_a_folder_made_anew_is_locked_anew(tmp_path) -> None:
@@ -571,4 +572,5 @@ def test_a_folder_made_anew_is_locked_anew(tmp_path) -> None:
     shutil.rmtree(tmp_path / "run")
     second = trainer(tmp_path / "run")
     second.run(1)
-    assert second._lock is not first._lock or second._lock is None
+    assert not free(tmp_path / "run")
+    assert first.step == 0

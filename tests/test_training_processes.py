@@ -28,7 +28,8 @@ from imm.distributed import Exchange, Processes
 from imm.networks import DDPMpp, UNet
 from imm.objective import Draws
 from imm.training import TrainConfig, Trainer
-from imm.training.trainer import STATE_FILE, STATS_FILE
+from imm.training.state import STATE_FILE
+from imm.training.stats import STATS_FILE
 
 IMM = ["-m", "imm", "train"]
 OPTIONS = ["--batch", "16", "--particles", "2", "--width", "8", "--tick", "1", "--snap", "100", "--device", "cpu"]

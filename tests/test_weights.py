@@ -26,7 +26,7 @@ from imm import FlowMap, Sampler, checkpoints, latents
 from imm.checkpoints import import_published
 from imm.evaluation import networks
 from imm.networks import NETWORKS, DiT, dit
-from imm.training.trainer import STATE_FILE
+from imm.training.state import STATE_FILE
 from imm.weights import ALIGNMENT, frozen, is_aligned, own_memory
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Iterator
 from typing import Any
 
@@ -52,6 +53,23 @@ def repeatable(*, tf32: bool) -> Iterator[None]:
                 of.fp32_precision = precision
         for name, allowed in zip(_REDUCTIONS, reductions, strict=True):
             setattr(matmul, name, allowed)
+
+
+@contextlib.contextmanager
+def deterministic(*, tf32: bool) -> Iterator[None]:
+    """Within: :func:`repeatable`, and of all ops the algorithms that give the same result every time, where there are such."""
+    utils: Any = torch.utils.deterministic  # its attributes are made by its class
+    fills = utils.fill_uninitialized_memory
+    mode = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # else cuBLAS may choose anew; read at its first product
+    utils.fill_uninitialized_memory = False  # costs a pass over memory, and only hides reads of what was not written
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        with repeatable(tf32=tf32):
+            yield
+    finally:
+        torch.use_deterministic_algorithms(mode[0], warn_only=mode[1])
+        utils.fill_uninitialized_memory = fills
 
 
 def _allows_tf32(of: Any) -> bool | None:

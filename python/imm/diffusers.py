@@ -15,9 +15,9 @@ from torch import Tensor, nn
 
 from imm import functional, latents
 from imm.checkpoints.format import describe
-from imm.evaluation.pictures import to_picture
 from imm.flow_map import FlowMap
 from imm.networks import NETWORKS
+from imm.pictures import to_picture, to_pillow
 from imm.sampler import Sampler, as_labels
 from imm.sampling import StepTable, step_table, time_grid
 from imm.schedules import Time, as_time
@@ -442,7 +442,7 @@ class IMMPipeline(DiffusionPipeline):
         if self.vae is not None:
             images = latents.decode(images, self.vae, batch=1)  # as imm sample: the others do not matter
         if output_type == "pil":
-            return [to_picture(image, decoded=self.vae is not None) for image in images]
+            return [to_pillow(to_picture(image, decoded=self.vae is not None)) for image in images]
         images = (images.float() / 2 + 0.5).clamp(0.0, 1.0)
         return images if output_type == "pt" else images.permute(0, 2, 3, 1).cpu().numpy()
 

@@ -5,12 +5,15 @@ from __future__ import annotations
 import datetime
 import hashlib
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from torch import Tensor, distributed
+
+_T = TypeVar("_T")
 
 #: A process may wait for the others as long as these have images to make.
 _PATIENCE = datetime.timedelta(days=7)
@@ -57,6 +60,22 @@ class Processes:
         """Whether all processes have this text, when every process is here."""
         number = int.from_bytes(hashlib.sha256(text.encode()).digest()[:7], "big")
         return self.largest(number) == -self.largest(-number)
+
+    def in_first(self, act: Callable[[], _T], refusal: str) -> _T | None:
+        """What ``act`` returns in the first process, None in the others; when every process is here.
+
+        Raises:
+            ValueError: ``act`` raised one, in the first process; with ``refusal`` in the others.
+        """
+        found, errors = None, []
+        if self.first:
+            try:
+                found = act()
+            except ValueError as error:
+                errors.append(error)
+        if self.any(len(errors) > 0):
+            raise errors.pop() if errors else ValueError(refusal)  # a name here would keep it in memory
+        return found
 
     def sums(self, numbers: Tensor) -> Tensor:
         """Elementwise sums of the processes' tensors of one shape, on the CPU, when every process is here."""

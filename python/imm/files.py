@@ -1,4 +1,4 @@
-"""Files: written whole or not at all, and known by their digest."""
+"""Files: written whole or not at all, locked, and known by their digest."""
 
 from __future__ import annotations
 
@@ -8,11 +8,19 @@ import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from filelock import FileLock
+
+LOCK_FILE = ".lock"
 
 
 @contextlib.contextmanager
 def replacing(target: Path) -> Iterator[Path]:
     """A path to write to, which takes the place of ``target`` when the block ends well: the old file or the new, never a part.
+
+    The block may make a folder there instead, where there is none or an empty one.
 
     The path is in a private folder beside the target, of one name: a block that is killed leaves that folder and nothing else,
     and the next one for the same target removes it. The new file has the old one's mode or, where there is none, that of any
@@ -30,9 +38,10 @@ def replacing(target: Path) -> Iterator[Path]:
         mode = (target if target.exists() else probe).stat().st_mode & 0o777
         part = folder / target.name
         yield part
-        part.chmod(mode)
-        with part.open("rb") as file:
-            os.fsync(file.fileno())
+        if not part.is_dir():
+            part.chmod(mode)
+            with part.open("rb") as file:
+                os.fsync(file.fileno())
         part.replace(target)
     except OSError as error:
         if error.filename is not None and not Path(os.fsdecode(error.filename)).is_relative_to(folder):
@@ -63,3 +72,50 @@ def remove_part(path: Path) -> None:
         shutil.rmtree(path, ignore_errors=True)
     elif path.exists():
         path.unlink()
+
+
+def lock(path: Path, *, shared: bool = False) -> FileLock:
+    """Lock a file, which is made if absent, until the lock is released, collected, or its process ends, however it ends.
+
+    On a file system without locks nothing is locked.
+
+    Args:
+        shared: with others of this process that ask for the same, who get the same lock.
+
+    Raises:
+        BlockingIOError: another has the lock. OSError: the file cannot be written to.
+    """
+    from filelock import FileLock, Timeout  # here, because imm --help is quick without
+
+    own = FileLock(path, is_singleton=shared, thread_local=False, fallback_to_soft=False)
+    if not path.exists():  # a lock that is shared may be of a file that is gone
+        own.release(force=True)
+    path.touch()
+    try:
+        own.acquire(blocking=False)
+    except Timeout as error:
+        raise BlockingIOError(str(error)) from error
+    except OSError:
+        pass  # a file system without locks
+    return own
+
+
+def lock_folder(folder: Path, *, shared: bool = False) -> FileLock:
+    """Lock a folder, which is made if absent, by a file in it, which names the process: see :func:`lock`.
+
+    Raises:
+        ValueError: another has the lock, or the folder cannot be written to.
+    """
+    path = folder / LOCK_FILE
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        own = lock(path, shared=shared)
+        path.write_text(f"{os.getpid()}\n")
+    except BlockingIOError as error:
+        who = path.read_text(errors="replace").strip()
+        raise ValueError(
+            f"out: expected a folder that no other run writes to, got {folder}, where process {who} does"
+        ) from error
+    except OSError as error:
+        raise ValueError(f"out: expected a folder that can be written to, got {folder}: {error}") from error
+    return own

@@ -13,18 +13,20 @@ import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from imm.distributed import Processes
-from imm.evaluation.pictures import save_picture, to_picture
 from imm.evaluation.sets import GENERATION_FILE
-from imm.files import remove_part, replacing, write_text
+from imm.files import lock_folder, remove_part, replacing, write_text
+from imm.pictures import save_picture, to_picture
 from imm.sampler import Sampler
-from imm.training.lock import FolderLock, lock_folder
+
+if TYPE_CHECKING:
+    from filelock import FileLock
 
 #: What made a folder's images, on which machines: a list, which may grow. It moves the last bits of an image at most.
 _NOTES = "made_with"
@@ -45,7 +47,7 @@ class ImageFolder:
 
     def __init__(self, root: Path, *, pictures: bool, subdirs: bool = False, decoded: bool = False) -> None:
         self.root, self.pictures, self.subdirs, self.decoded = root, pictures, subdirs, decoded
-        self._lock: FolderLock | None = None
+        self._lock: FileLock | None = None
 
     def path(self, seed: int) -> Path:
         """The file of a seed."""
@@ -83,14 +85,9 @@ class ImageFolder:
         """
         path = self.root / GENERATION_FILE
         expected = json.loads(json.dumps(manifest))
-        refusal = None
-        if where.first:
-            try:
-                self._lock = lock_folder(self.root, file=None)  # a second run would remove what this one is writing
-            except ValueError as error:
-                refusal = error
-        if where.any(refusal is not None):
-            raise refusal or ValueError(f"out: expected a folder that no other run writes to, got {self.root}")
+        refusal = f"out: expected a folder that no other run writes to, got {self.root}"
+        # A second run would remove what this one is writing.
+        self._lock = where.in_first(lambda: lock_folder(self.root), refusal)
         if where.first:
             for part in list(self.root.rglob(".*.part")):  # of a killed run
                 remove_part(part)
@@ -125,6 +122,7 @@ class ImageFolder:
     def close(self) -> None:
         """Let other runs write to the folder."""
         if self._lock is not None:
+            Path(self._lock.lock_file).unlink(missing_ok=True)
             self._lock.release()
 
     def write(self, seed: int, image: Tensor) -> None:

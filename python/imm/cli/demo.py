@@ -20,13 +20,14 @@ from imm.cli.options import device_line, pick_device, writable_folder
 from imm.cli.report import write_curve, write_report
 from imm.data import ImageData, mnist_5k
 from imm.evaluation import PixelReference, PixelScores
-from imm.evaluation.pictures import grid, save_picture
 from imm.flow_map import FlowMap
 from imm.networks import UNet
 from imm.objective import IMMObjective
+from imm.pictures import grid, save_picture
 from imm.sampler import Sampler
 from imm.training import TrainConfig, Trainer
-from imm.training.trainer import STATE_FILE, STATS_FILE
+from imm.training.state import STATE_FILE
+from imm.training.stats import STATS_FILE
 from imm.version import __version__
 
 RESOLUTION = 16

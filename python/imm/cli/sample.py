@@ -13,13 +13,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from imm import checkpoints, generation, latents
+from imm import checkpoints, generation, latents, pictures
 from imm.backends import PRECISIONS, repeatable
 from imm.checkpoints.format import read_settings
 from imm.cli.options import device_line, printable, process_device, writable_folder
 from imm.cli.progress import bar
 from imm.distributed import Processes, processes
-from imm.evaluation import pictures
 from imm.files import sha256_of
 from imm.flow_map import FlowMap
 from imm.generation import ImageFolder
@@ -83,17 +82,14 @@ def _run(
     drawn = shape[0] in (1, 3) or decode is not None
     if grid is not None and not drawn:
         raise ValueError(f"grid: expected pictures, got latents of {shape[0]} channels without --vae ({latents.INSTALL})")
+    sampling: dict[str, Any] = {"steps": steps, "kind": kind, "mid_eta": mid_eta, "method": method, "guidance": guidance}
     manifest = {
         "net": {"name": net.name, "sha256": sha256_of(net)},
         "checkpoint": extra,
         "seeds": format_integers(seed_list),
         "labels": labels if labels is not None or all_labels is None else "all in turn",
         "classes": flow_map.num_classes,
-        "steps": steps,
-        "kind": kind,
-        "mid_eta": mid_eta,
-        "method": method,
-        "guidance": guidance,
+        **sampling,
         "nfe": steps * (1 if guidance is None else 2),
         "precision": precision,
         "rows": rows,
@@ -106,16 +102,7 @@ def _run(
     click.get_current_context().call_on_close(folder.close)
     folder.begin(manifest, seed_list, where)
     missing = generation.absent(seed_list, rows, folder, where)
-    sampler = Sampler(
-        flow_map,
-        steps=steps,
-        kind=kind,
-        mid_eta=mid_eta,
-        method=method,
-        guidance=guidance,
-        rows=rows,
-        dtype=PRECISIONS[precision],
-    )
+    sampler = Sampler(flow_map, **sampling, rows=rows, dtype=PRECISIONS[precision])
     if where.first:
         many = f", {where.world} processes" if where.world > 1 else ""
         click.echo(f"{net} on {device_line(device)}{many}: {len(seed_list)} images of {shape}, {steps} steps, {method}")

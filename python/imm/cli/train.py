@@ -105,14 +105,8 @@ def _run(
     digest = None if init is None else sha256_of(init)
     trainer = Trainer(objective, images, out, config, init=digest, where=where)
     count = sum(p.numel() for p in net.parameters())
-    data_line = f"data: {images.source}, {images.shape}, {images.num_classes} classes"
-    if images.pixels.is_floating_point():  # in another scale they would train, badly
-        some = to_float(images.pixels[:: max(1, len(images) // 1000)])
-        data_line += f", standard deviation {some.std(correction=0):.2f} (expected near {flow_map.sigma_data:g})"
-    if images.class_names is not None:
-        data_line += f" ({name_list(images.class_names)})"
     many = f", {where.world} processes" if where.world > 1 else ""
-    say(f"device: {device_line(target)}{many}; {data_line}")
+    say(f"device: {device_line(target)}{many}; {_data_line(images, flow_map.sigma_data)}")
     if where.first:
         say_notes(images.notes)
         say_left_out(images.left_out, Path(out) / "data")
@@ -131,6 +125,14 @@ def _run(
     if minutes is not None and trainer.step < steps:
         say(f"stopped after {minutes:g} minutes at step {trainer.step} of {steps}; the same command goes on from there")
     say(f"wrote {trainer.snapshot_path}")
+
+
+def _data_line(images: ImageData, sigma_data: float) -> str:
+    line = f"data: {images.source}, {images.shape}, {images.num_classes} classes"
+    if images.pixels.is_floating_point():  # in another scale they would train, badly
+        some = to_float(images.pixels[:: max(1, len(images) // 1000)])
+        line += f", standard deviation {some.std(correction=0):.2f} (expected near {sigma_data:g})"
+    return line if images.class_names is None else f"{line} ({name_list(images.class_names)})"
 
 
 def _check_device(device: str, where: Processes) -> None:

@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from imm.data.files import MAX_ARRAY, MAX_CLASSES, MAX_FILE, Files, gunzip
+from imm.data.listing import MAX_ARRAY, MAX_CLASSES, MAX_FILE, Files, gunzip
 
 _IDX = re.compile(r"(?P<folder>.*/)?(?P<split>train|t10k|test)-images[.-]idx3-ubyte(\.gz)?")
 #: The arrays of images and of labels: this library's names, others', and those of the ADM reference batches.

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from imm.data.files import Files
+from imm.data.listing import Files
 from imm.pickles import PickleError, TensorView, read_pickle
 
 CLASSES = 10

@@ -8,10 +8,8 @@ from __future__ import annotations
 import io
 import json
 import os
-import shutil
 import zipfile
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import IO, Any
@@ -21,10 +19,11 @@ import torch
 
 from imm.data.images import check_channels, check_kept, to_float
 from imm.data.parts import Parts, member, open_parts
-from imm.data.pictures import TRANSFORMS, Picture, decode, encode
 from imm.data.sources import LABELS_FILE, Source
+from imm.files import replacing
 from imm.latents import encode as encode_latents
 from imm.latents import fingerprint
+from imm.pictures import TRANSFORMS, Picture, decode, encode
 from imm.version import __version__
 
 
@@ -128,9 +127,9 @@ def write(
             content = json.dumps(table).encode()
         if path.suffix == ".zip":
             parts.finish(LABELS_FILE, content)
-            os.replace(parts.path, path)
+            parts.path.replace(path)
         else:
-            with _replacing(path) as whole:
+            with replacing(path) as whole:
                 if ending == ".npy":
                     _write_npz(whole, ("images",), parts, lambda index: [picture_of(parts.read(index))], labels, class_names)
                 else:
@@ -198,7 +197,7 @@ def write_latents(
         check_kept(parts.kept, parts.left_out)
         labels = None if source.labels is None else source.labels[parts.kept]
         class_names = None if labels is None else source.class_names
-        with _replacing(path) as whole:
+        with replacing(path) as whole:
             names_of_arrays = ("latents_mean", "latents_std")
             _write_npz(whole, names_of_arrays, parts, lambda index: list(_from_npy(parts.read(index))), labels, class_names)
     return list(parts.left_out.values())
@@ -208,25 +207,8 @@ def _is_folder(path: Path) -> bool:
     return path.suffix not in (".zip", ".npz")
 
 
-@contextmanager
-def _replacing(path: Path) -> Iterator[Path]:
-    """A file or folder beside ``path`` that takes its place at the end, or goes away."""
-    whole = path.with_name(f".{path.name}.whole.part")  # one name: what a killed run left is overwritten by the next
-    shutil.rmtree(whole, ignore_errors=True)
-    try:
-        if _is_folder(path):
-            whole.mkdir()
-        yield whole
-        if not _is_folder(path):
-            with open(whole, "rb") as file:
-                os.fsync(file.fileno())
-        os.replace(whole, path)
-    finally:
-        shutil.rmtree(whole, ignore_errors=True) if whole.is_dir() else whole.unlink(missing_ok=True)
-
-
 def _write_file(path: Path, content: bytes) -> None:
-    path.parent.mkdir(exist_ok=True)
+    path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(content)
 
 

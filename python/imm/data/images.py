@@ -76,7 +76,7 @@ def load(
         resolution: side to resize to (antialiased); needed unless all images are square and of one size.
         split: "train", "test" or "all"; None is "train" for a source that has splits, "all" for one that has none.
         latents: take latents too, in an .npz file or in EDM2's layout, which are refused otherwise.
-        transform: see :func:`imm.data.pictures.fit`.
+        transform: see :func:`imm.pictures.fit`.
         channels: 1 or 3, which all pictures are brought to; None for the files' own, which must be alike.
         skip_broken: leave pictures out that cannot be read; ``left_out`` then says which.
 

@@ -13,10 +13,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from imm.data.arrays import Arrays
-from imm.data.files import Files, open_files
-from imm.data.pictures import SUFFIXES
+from imm.data.listing import Files, open_files
 from imm.data.sources import LABELS_FILE, listed_labels
 from imm.latents import SD_VAE_MEAN, SD_VAE_STD, STD
+from imm.pictures import SUFFIXES
 
 _NAME = re.compile(r"(.*/)?img-mean-std-\d+\.npy")
 _CHANNELS = len(SD_VAE_MEAN)

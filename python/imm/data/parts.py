@@ -1,15 +1,14 @@
 """What a conversion has done so far, beside its destination, so that the next run goes on from there.
 
-Two files: ``.NAME.part``, a zip that lacks its end, with a member for each picture; and ``.NAME.part.jsonl``, the journal, with
-a line for the request and then one for each picture, done or left out. What a run finds there counts as far as the members are
-whole and the lines are those of the pictures that it would write itself; the rest is cut off.
+Two files: ``.NAME.part.zip``, a zip that lacks its end, with a member for each picture; and ``.NAME.part.jsonl``, the journal,
+with a line for the request and then one for each picture, done or left out. What a run finds there counts as far as the members
+are whole and the lines are those of the pictures that it would write itself; the rest is cut off.
 """
 
 from __future__ import annotations
 
 import json
 import os
-import shutil
 import struct
 import zipfile
 import zlib
@@ -19,12 +18,8 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-try:
-    import fcntl
-except ImportError:  # Windows, where nothing is locked
-    fcntl = None  # type: ignore[assignment]
-
 from imm.data.sources import Source
+from imm.files import lock, remove_part
 
 _HEADER = struct.Struct("<4s5H3I2H")
 
@@ -46,17 +41,18 @@ class Parts:
         multiple: int,
         fits: Callable[[bytes], bool],
     ) -> None:
-        self.path, self.journal_path = out.with_name(f".{out.name}.part"), out.with_name(f".{out.name}.part.jsonl")
+        self.path, self.journal_path = (out.with_name(f".{out.name}.part.{ending}") for ending in ("zip", "jsonl"))
         self._source, self._total = source, len(numbers)
         self.kept: list[int] = []
         self.left_out: dict[int, str] = {}
-        if self.path.is_dir():
-            shutil.rmtree(self.path)
-        self.journal_path.touch()
+        try:
+            self._lock = lock(self.journal_path)
+        except BlockingIOError as error:
+            raise ValueError(f"out: expected a place that no other run writes to, got {out}") from error
+        remove_part(self.path.with_suffix(""))  # of an earlier version
         self._journal = self.journal_path.open("r+b")
         self._members: list[zipfile.ZipInfo] = []
         try:
-            self._lock(out)
             self.path.touch()
             self._file = self.path.open("r+b")
             self._take_up(request, numbers, skip_broken, multiple)
@@ -68,17 +64,9 @@ class Parts:
         except BaseException:
             with suppress(OSError):
                 self._journal.close()
+            self._lock.release()
             raise
         self.todo = numbers[len(self.kept) + len(self.left_out) :]
-
-    def _lock(self, out: Path) -> None:
-        try:
-            if fcntl is not None:
-                fcntl.flock(self._journal, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise ValueError(f"out: expected a place that no other run writes to, got {out}") from error
-        except OSError:
-            pass  # a file system without locks
 
     def _row(self, number: int) -> list[Any]:
         labels = self._source.labels
@@ -176,6 +164,7 @@ class Parts:
             self.journal_path.unlink(missing_ok=True)
         with suppress(OSError):
             self._journal.close()
+        self._lock.release()
 
 
 @contextmanager

@@ -17,8 +17,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from imm.data import arrays, cifar
-from imm.data.files import MAX_CLASSES, TAR_SUFFIXES, Files, open_files
-from imm.data.pictures import SUFFIXES, Decoded, Picture, fit, read_picture, with_channels
+from imm.data.listing import MAX_CLASSES, TAR_SUFFIXES, Files, open_files
+from imm.pictures import SUFFIXES, Decoded, Picture, fit, read_picture, with_channels
 
 MNIST_5K = "mnist5k"
 SPLITS = ("train", "test", "all")
@@ -85,7 +85,7 @@ class Source:
         like: Picture | None = None,
         on_broken: Callable[[int, str], object] | None = None,
     ) -> Iterator[tuple[int, Picture]]:
-        """The pictures of the numbers (all by default), square and of one shape (see :func:`imm.data.pictures.fit`).
+        """The pictures of the numbers (all by default), square and of one shape (see :func:`imm.pictures.fit`).
 
         Args:
             channels: 1 or 3; None for the files' own, which must be grey or in colour alike.

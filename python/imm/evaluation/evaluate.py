@@ -276,16 +276,8 @@ def evaluate(
         kinds = {metric.kind for metric in chosen.values() if metric.features == name}
         tell = None if progress is None else partial(progress, name)
         ours[name] = extract(network, pictures, device, batch, kinds != {"fd"}, tell)
-        if isinstance(reference, ReferenceStatistics):
-            if name in reference.statistics:
-                theirs[name] = Features(reference.statistics[name], None, None)
-        else:
-            given = moments if name == INCEPTION else None
-            needed = kinds - ({"is"} if given is None else {"is", "fd"})
-            if needed:
-                theirs[name] = extract(network, reference, device, batch, bool(needed - {"fd"}), tell)
-            if given is not None:
-                theirs[name] = replace(theirs[name], statistics=given) if needed else Features(given, None, None)
+        found = _of_reference(network, reference, moments if name == INCEPTION else None, kinds, device, batch, tell)
+        theirs |= {} if found is None else {name: found}
     if dist.is_initialized() and dist.get_rank() != 0:
         return None
     values: dict[str, float] = {}
@@ -293,11 +285,11 @@ def evaluate(
     for name, metric in chosen.items():
         if metric.features is None:
             assert isinstance(reference, PictureSet)
-            found, chosen_settings = _on_pixels(name, metric.kind, pictures, reference)
+            measured, chosen_settings = _on_pixels(name, metric.kind, pictures, reference)
         else:
-            place = torch.device(device)
-            found, chosen_settings = _on_features(name, metric.kind, ours[metric.features], theirs.get(metric.features), place)
-        values |= found
+            both = ours[metric.features], theirs.get(metric.features)
+            measured, chosen_settings = _on_features(name, metric.kind, *both, torch.device(device))
+        values |= measured
         settings[name] = {"what": metric.what, **chosen_settings}
         if metric.kind == "fd" and metric.features == INCEPTION and moments is not None:
             settings[name]["reference"] = {"statistics": "mu and sigma of the file", "sha256": moments.digest()}
@@ -313,6 +305,26 @@ def evaluate(
         "processes": dist.get_world_size() if dist.is_initialized() else 1,
     }
     return {"format_version": FORMAT_VERSION, "metrics": values, "protocol": protocol}
+
+
+def _of_reference(
+    network: FeatureNetwork,
+    reference: PictureSet | ReferenceStatistics,
+    moments: FeatureStatistics | None,
+    kinds: set[str],
+    device: torch.device | str,
+    batch: int,
+    tell: Callable[[int], None] | None,
+) -> Features | None:
+    """The reference's features as far as metrics of these kinds need them, with ``moments`` for its statistics where given."""
+    if isinstance(reference, ReferenceStatistics):
+        known = reference.statistics.get(network.name)
+        return None if known is None else Features(known, None, None)
+    needed = kinds - ({"is"} if moments is None else {"is", "fd"})
+    found = extract(network, reference, device, batch, bool(needed - {"fd"}), tell) if needed else None
+    if moments is None:
+        return found
+    return Features(moments, None, None) if found is None else replace(found, statistics=moments)
 
 
 def _on_features(

@@ -15,11 +15,10 @@ from torch import Tensor
 
 from imm.data import digest, load
 from imm.data.arrays import MOMENTS
-from imm.data.files import open_files
-from imm.data.pictures import decode
+from imm.data.listing import open_files
 from imm.data.sources import NoSplitsError, array_notes
-from imm.evaluation.pictures import to_uint8
 from imm.evaluation.statistics import FeatureStatistics, read_moments
+from imm.pictures import decode, to_uint8
 from imm.seeds import parse_integers
 
 #: What the sampler writes beside its images; the fields that are read are in docs/evaluation.md.

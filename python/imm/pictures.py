@@ -1,16 +1,21 @@
-"""One picture: decoded, cropped, resized, and written as PNG. A picture is ``[H, W, 1 or 3]`` uint8."""
+"""Pictures, ``[H, W, 1 or 3]`` uint8: read, cropped, resized, made of what networks generate, and written as PNG."""
 
 from __future__ import annotations
 
 import io
 import re
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
+
+from imm.files import replacing
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -19,8 +24,8 @@ Picture = NDArray[np.uint8]
 
 SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png", ".webp")
 TRANSFORMS = ("none", "center-crop", "center-crop-dhariwal")
-
-
+#: How values in [-1, 1] become eight bits, as published: of networks of pictures, and of decoded latents.
+QUANTISATION, QUANTISATION_DECODED = "127.5 x + 128, clipped", "127.5 x + 127.5, clipped"
 #: What the first bytes of other files say they are, for the message.
 _FOREIGN = (
     (b"GIF8", "a GIF"),
@@ -132,7 +137,7 @@ def with_channels(picture: Picture, channels: int) -> Picture:
 def encode(picture: Picture) -> bytes:
     """The picture as PNG, not compressed: the same bytes with every zlib, and quick to read."""
     out = io.BytesIO()
-    _to_pillow(picture).save(out, format="PNG", compress_level=0)
+    to_pillow(picture).save(out, format="PNG", compress_level=0)
     return out.getvalue()
 
 
@@ -173,7 +178,7 @@ def _centre(picture: Picture, side: int) -> Picture:
 def _adm_crop(picture: Picture, resolution: int) -> Picture:
     from PIL import Image
 
-    image = _to_pillow(picture)
+    image = to_pillow(picture)
     while min(image.size) // 2 >= resolution:
         image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
     scale = resolution / min(image.size)
@@ -181,7 +186,54 @@ def _adm_crop(picture: Picture, resolution: int) -> Picture:
     return _centre(np.array(image).reshape(image.height, image.width, -1), resolution)
 
 
-def _to_pillow(picture: Picture) -> Image.Image:
+def to_pillow(picture: Picture) -> Image.Image:
+    """The picture as one of pillow's."""
     from PIL import Image
 
     return Image.fromarray(picture[:, :, 0] if picture.shape[2] == 1 else picture)
+
+
+def to_uint8(images: Tensor, *, decoded: bool = False) -> Tensor:
+    """[-1, 1] floating -> 0..255 uint8, same shape: floor(127.5 x + 128), clipped; ``decoded`` from latents:
+    floor(127.5 x + 127.5)."""
+    return (images.float() * 127.5 + (127.5 if decoded else 128.0)).clamp(0, 255).to(torch.uint8)
+
+
+def to_picture(image: Tensor, *, decoded: bool = False) -> Picture:
+    """``[1 or 3, H, W]`` in [-1, 1] -> a picture; ``decoded`` as in :func:`to_uint8`."""
+    return to_uint8(image, decoded=decoded).cpu().permute(1, 2, 0).numpy()
+
+
+def save_picture(picture: Picture, path: Path) -> None:
+    """Write a PNG, atomically, and to the disk itself."""
+    with replacing(path) as part:
+        to_pillow(picture).save(part, format="PNG")
+
+
+def grid(rows: Sequence[tuple[str, Tensor]], cell: int = 48, gap: int = 4) -> Picture:
+    """Rows of images with a label to the left of each.
+
+    Args:
+        rows: (label, ``[N, 1 or 3, H, W]`` in [-1, 1]); an empty label in every row leaves no margin.
+        cell: least side of an image in the picture, in pixels; images are enlarged by a whole factor.
+        gap: between images, in pixels.
+    """
+    from PIL import Image, ImageDraw, ImageFont
+
+    height, width = rows[0][1].shape[2:]
+    factor = max(1, -(-cell // max(height, width)))
+    step_x, step_y = width * factor + gap, height * factor + gap
+    font = ImageFont.load_default(size=14)
+    measure = ImageDraw.Draw(Image.new("L", (1, 1)))
+    margin = max(int(measure.textlength(label, font=font)) for label, _ in rows)
+    margin += 2 * gap if margin else 0
+    columns = max(len(images) for _, images in rows)
+    canvas = Image.new("RGB", (margin + columns * step_x + gap, len(rows) * step_y + gap), (90, 90, 90))
+    draw = ImageDraw.Draw(canvas)
+    for y, (label, images) in enumerate(rows):
+        top = gap + y * step_y
+        draw.text((gap, top + (step_y - gap) // 2), label, fill=(255, 255, 255), font=font, anchor="lm")
+        for x, image in enumerate(images):
+            enlarged = to_pillow(to_picture(image)).resize((width * factor, height * factor), Image.Resampling.NEAREST)
+            canvas.paste(enlarged.convert("RGB"), (margin + gap + x * step_x, top))
+    return np.array(canvas)

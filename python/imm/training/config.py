@@ -1,0 +1,152 @@
+"""The settings of a run: how to train, whether it fits network and data, and what a resumed run must have alike."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+
+from imm.backends import PRECISIONS
+from imm.checkpoints.format import describe
+from imm.data import ImageData, augmentation, digest
+from imm.objective import IMMObjective
+
+#: In torch's fused form where there is one: weights, gradient and moments pass through memory once.
+OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
+    "adamw": functools.partial(torch.optim.AdamW, fused=True),
+    "radam": functools.partial(torch.optim.RAdam, decoupled_weight_decay=True),
+}
+_SHAPE = ("channels", "resolution")
+#: Settings of a TrainConfig that do not change the result, or as rounding does.
+_FREE = ("log_every", "snapshot_every", "keep_every", "batch_gpu")
+#: What a run's settings keep of its objective.
+_OBJECTIVE = (
+    *("particles", "kernel", "estimator", "mapping_kind", "k", "a", "b", "min_gap", "label_dropout", "target_labels"),
+    *("share_dropout", "eps"),
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainConfig:
+    """How to train. Times are in steps; one step is one batch.
+
+    Attributes:
+        batch: images per step, of all processes, a multiple of the objective's particles times the processes.
+        optimizer: "adamw" or "radam", with lr (after ``warmup`` steps of linear growth), betas and weight_decay.
+        ema: beta of the exponential moving average.
+        precision: of both branches of the loss: "fp32"; "tf32", in which CUDA devices multiply with 10 bits of mantissa; or
+            "bf16" or "fp16" (autocast; fp16 with a loss scale), where our networks keep ends, times and sums in float32.
+        seed: of data order, times, noise and dropout.
+        log_every, snapshot_every: how often a row of statistics, and the state with a snapshot, are written.
+        keep_every: snapshots of steps that it divides are written too and stay; the others go when the next is there.
+        batch_gpu: images that a process has on their way at a time, a multiple of particles; None for all. Times, noise and
+            label dropout are those of the whole batch, and so, to rounding, is the gradient; only a network's dropout is drawn
+            anew a part.
+        xflip: an epoch has every image twice, as it is and mirrored left to right. Not for latents.
+        augment: probability of the transformations of :func:`imm.data.augment`, 0 for none; for networks with ``augment_dim``
+            = 9, which are told of them. Not for latents.
+    """
+
+    batch: int = 64
+    optimizer: str = "adamw"
+    lr: float = 1e-4
+    warmup: int = 0
+    betas: tuple[float, float] = (0.9, 0.999)
+    weight_decay: float = 0.0
+    ema: float = 0.9999
+    precision: str = "fp32"
+    seed: int = 0
+    log_every: int = 50
+    snapshot_every: int = 500
+    batch_gpu: int | None = None
+    xflip: bool = False
+    keep_every: int | None = None
+    augment: float = 0.0
+
+    def __post_init__(self) -> None:
+        for name, known in (("optimizer", OPTIMIZERS), ("precision", PRECISIONS)):
+            if getattr(self, name) not in known:
+                raise ValueError(f"unknown {name} {getattr(self, name)!r}; expected one of {list(known)}")
+        if min(self.batch, self.log_every, self.snapshot_every) < 1 or self.warmup < 0:
+            raise ValueError("batch, log_every and snapshot_every: expected at least 1; warmup: expected at least 0")
+        for name, number in (("batch_gpu", self.batch_gpu), ("keep_every", self.keep_every)):
+            if number is not None and number < 1:
+                raise ValueError(f"{name}: expected at least 1, got {number}")
+        if not 0 <= self.augment <= 1:
+            raise ValueError(f"augment: expected a probability from 0 to 1, got {self.augment}")
+        if not 0 < self.lr < math.inf:
+            raise ValueError(f"lr: expected a positive rate, got {self.lr}")
+
+
+def check_fit(config: TrainConfig, objective: IMMObjective, data: ImageData, world: int) -> None:
+    """Raise ValueError where settings, network, data and the number of processes do not fit each other."""
+    network, particles, classes = objective.flow_map.network, objective.particles, objective.flow_map.num_classes
+    if len(data) == 0:
+        raise ValueError(f"data: expected images, got none in {data.source}")
+    if next(network.parameters(), None) is None:
+        raise ValueError("network: expected parameters to train, got none")
+    wanted = [getattr(network, name, size) for name, size in zip(_SHAPE, data.shape, strict=False)]
+    if wanted != list(data.shape[:2]):
+        raise ValueError(f"data: expected images of {wanted} ({', '.join(_SHAPE)}), got {list(data.shape)} ({data.source})")
+    if config.batch % (particles * world):
+        many = f" x {world} processes" if world > 1 else ""
+        raise ValueError(f"batch: expected a multiple of particles = {particles}{many}, got {config.batch}")
+    if (config.batch_gpu or 0) % particles:
+        raise ValueError(f"batch_gpu: expected a multiple of particles = {particles}, got {config.batch_gpu}")
+    for values in (data.pixels, data.deviations):
+        if values is not None and values.is_floating_point() and not all(p.isfinite().all() for p in values.split(1000)):
+            raise ValueError(f"data: expected finite images, got NaN or infinity in {data.source}")
+    if classes and (data.labels is None or data.num_classes > classes):
+        raise ValueError(f"data: expected labels of at most {classes} classes, got {data.num_classes} ({data.source})")
+    if config.xflip and data.pixels.is_floating_point():
+        raise ValueError(f"xflip: expected images, a mirrored latent is no mirrored image's, got {data.source}")
+    if config.augment:
+        _check_augmentation(network, data)
+
+
+def _check_augmentation(network: nn.Module, data: ImageData) -> None:
+    if data.pixels.is_floating_point():
+        raise ValueError(f"augment: expected images, a turned latent is no turned image's, got {data.source}")
+    side = augmentation.SMALLEST
+    if min(data.shape[1:]) < side:
+        raise ValueError(f"augment: expected images of at least {side}x{side}, got {list(data.shape)} ({data.source})")
+    told = getattr(network, "augment_dim", 0)
+    if told != augmentation.LABELS:
+        raise ValueError(
+            f"augment: expected a network that is told of it (DDPMpp with augment_dim = {augmentation.LABELS}), "
+            f"got {type(network).__name__} with {told}"
+        )
+
+
+def settings_of(config: TrainConfig, objective: IMMObjective, data: ImageData, init: str | None) -> dict[str, Any]:
+    """What a run's files keep of its settings, as JSON has it: all that changes the result, and what the data are called."""
+    named = {} if data.class_names is None else {"class_names": list(data.class_names)}
+    settings = {
+        **describe(objective.flow_map),
+        "objective": {**{n: getattr(objective, n) for n in _OBJECTIVE}, "bandwidths": list(objective.bandwidths)},
+        "config": {name: value for name, value in dataclasses.asdict(config).items() if name not in _FREE},
+        "data": {"source": data.source, "count": len(data), "sha256": digest(data), **named},
+    }
+    settings["config"]["betas"] = list(config.betas)
+    return settings if init is None else {**settings, "init": {"sha256": init}}
+
+
+def differences(kept: Any, settings: dict[str, Any]) -> list[str]:
+    """What a run to resume, whose state ``kept`` its settings, had otherwise, in words."""
+    if isinstance(kept, dict) and isinstance(kept.get("config"), dict):
+        # Of runs from before there were these settings.
+        kept = {**kept, "config": {"xflip": False, "augment": 0.0, **kept["config"]}}
+    named = ("data.source ", "data.class_names ")  # what the data are called does not change the result
+    return [text for text in _unlike(kept, settings) if not text.startswith(named)]
+
+
+def _unlike(old: Any, new: Any, path: str = "") -> list[str]:
+    if isinstance(old, dict) and isinstance(new, dict):
+        keys = sorted(old.keys() | new.keys())
+        return [d for k in keys for d in _unlike(old.get(k), new.get(k), f"{path}.{k}" if path else k)]
+    return [] if old == new else [f"{path} was {old!r} and is {new!r}"]
