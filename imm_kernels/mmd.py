@@ -10,6 +10,7 @@ takes tensor-core products (mmd_dot.py). All are deterministic. Floors, resource
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -226,13 +227,22 @@ def _gradient(
     )
 
 
-def loss(y_t: Tensor, y_r: Tensor, scale: Tensor, weight: Tensor | None, what: Kernel) -> tuple[Tensor, Tensor]:
+def loss(
+    y_t: Tensor,
+    y_r: Tensor,
+    scale: Tensor,
+    weight: Tensor | None,
+    kernel: str,
+    bandwidths: Sequence[float],
+    eps: float,
+    unbiased: bool,
+) -> tuple[Tensor, Tensor]:
     """y_t, y_r [G, M, D] -> loss [G], slopes [G, M, 2 M], float32. Arguments are the caller's to check, here and below.
 
     Particles are float32, bfloat16 or float16 of any strides; scale and weight [G] are of any floating dtype.
     """
     with torch.cuda.device_of(y_t):
-        return _compute(_Groups(y_t, y_r, None), scale, weight, None, what, None)
+        return _compute(_Groups(y_t, y_r, None), scale, weight, None, Kernel(kernel, tuple(bandwidths), eps, unbiased), None)
 
 
 def loss_and_gradient(
@@ -254,8 +264,30 @@ def loss_and_gradient(
     return values, grad
 
 
-def rescaled(finished: Tensor, grad: Tensor, upstream: Tensor | None) -> Tensor:
-    """finished [G, M, D] times grad / upstream of its group: one pass over it."""
+def flow_map_loss(
+    x_t: Tensor,
+    x_r: Tensor,
+    g_t: Tensor,
+    g_r: Tensor,
+    c_skip_t: Tensor,
+    c_out_t: Tensor,
+    c_skip_r: Tensor,
+    c_out_r: Tensor,
+    scale: Tensor,
+    weight: Tensor | None,
+    upstream: Tensor | None,
+    kernel: str,
+    bandwidths: Sequence[float],
+    eps: float,
+    unbiased: bool,
+) -> tuple[Tensor, Tensor]:
+    """:func:`loss_and_gradient` of a flow map's branches."""
+    mix = Mix(x_t, x_r, c_skip_t, c_out_t, c_skip_r, c_out_r)
+    return loss_and_gradient(g_t, g_r, scale, weight, upstream, Kernel(kernel, tuple(bandwidths), eps, unbiased), mix)
+
+
+def rescaled(grad: Tensor, finished: Tensor, g_t: Tensor, upstream: Tensor | None) -> Tensor:
+    """finished [G, M, D], the gradient to g_t, times grad / upstream of its group: one pass over it."""
     groups, features = len(finished), finished[0].numel() if len(finished) else 0
     finished = finished.contiguous()
     out = torch.empty_like(finished)

@@ -9,6 +9,8 @@ difference. Reads x and y once per block of the other's rows.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import triton
 import triton.language as tl
@@ -105,9 +107,7 @@ def _gram_gradient_kernel(
     tl.store(grad_ptr + places, grad.to(grad_ptr.dtype.element_ty), mask=(rows < M_x)[:, None] & (offs < D)[None, :])
 
 
-def _pairs(
-    x: Set, y: Set, scale: Tensor, grad: Tensor | None, kernel: str, bandwidths: tuple[float, ...], eps: float
-) -> Tensor:
+def _pairs(x: Set, y: Set, scale: Tensor, grad: Tensor | None, kernel: str, bandwidths: Sequence[float], eps: float) -> Tensor:
     """Kernel matrices or, with ``grad`` [G, M_x, M_y], the coefficients of the gradient."""
     (G, M_x, D), M_y = x.y.shape, y.y.shape[1]
     out = torch.empty((G, M_x, M_y), dtype=torch.float32, device=scale.device)
@@ -126,7 +126,7 @@ def _pairs(
         D,
         eps,
         KERNEL=kernel,
-        BANDWIDTHS=bandwidths,
+        BANDWIDTHS=tuple(bandwidths),
         EXACT_BF16=bf16 and not interpreted,
         ROWS=ROWS,
         BLOCK_D=FEATURES if bf16 else FEATURES // 2,
@@ -135,14 +135,14 @@ def _pairs(
     return out
 
 
-def gram(x: Tensor, y: Tensor, scale: Tensor, kernel: str, bandwidths: tuple[float, ...], eps: float) -> Tensor:
+def gram(x: Tensor, y: Tensor, scale: Tensor, kernel: str, bandwidths: Sequence[float], eps: float) -> Tensor:
     """x [G, M_x, D], y [G, M_y, D] -> [G, M_x, M_y] float32. Arguments are the caller's to check."""
     with torch.cuda.device_of(x):
         return _pairs(set_of(x), set_of(y), scale, None, kernel, bandwidths, eps)
 
 
 def gram_gradients(
-    grad: Tensor, x: Tensor, y: Tensor, scale: Tensor, kernel: str, bandwidths: tuple[float, ...], eps: float
+    grad: Tensor, x: Tensor, y: Tensor, scale: Tensor, kernel: str, bandwidths: Sequence[float], eps: float
 ) -> tuple[Tensor, Tensor]:
     """The gradients of sum(grad gram) to x and y."""
     G, D, M_y = x.shape[0], x.shape[2], y.shape[1]

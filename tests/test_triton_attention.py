@@ -31,7 +31,7 @@ def run(op: str, *args: Any) -> Any:
     """The op through the dispatch table, as a CUDA tensor would go."""
     chosen = dispatch.select(op, dispatch.Request(torch.device("cuda"), args[0].dtype))
     assert chosen.name == "triton"
-    return chosen.run(*args)
+    return dispatch.run(op, "triton", *args)
 
 
 def projection(d: int, T: int, dtype: torch.dtype, *, B: int = 1, layout: str = "contiguous") -> Tensor:
@@ -135,17 +135,6 @@ def test_nothing_in_nothing_out() -> None:
     out, lse = run("timestep_attention", qkv, HEADS)
     found = run("timestep_attention_bwd", out, qkv, out, lse, HEADS)
     assert (out.shape, lse.shape, found.shape) == ((0, 4, 16), (0, 2, 4), (0, 4, 48))
-
-
-@kernel_test
-def test_errors_are_the_reference_ones() -> None:
-    qkv = projection(8, 4, torch.float32)
-    for args in ((qkv, 5), (qkv[:, :0], HEADS)):
-        with pytest.raises(ValueError, match="expected") as expected:
-            reference(*args)
-        with pytest.raises(ValueError, match="expected") as got:
-            run("timestep_attention", *args)
-        assert str(got.value) == str(expected.value)
 
 
 @pytest.mark.parametrize("op", ["timestep_attention", "timestep_attention_bwd"])

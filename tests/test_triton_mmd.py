@@ -65,7 +65,7 @@ def check(kernels: Any, args: list[Any], kernel: tuple[Any, ...] = KERNEL, unbia
     torch.testing.assert_close(loss.double(), truth, rtol=2e-5, atol=atol)
     assert (loss.dtype, grad.dtype, grad.shape) == (torch.float32, y_t.dtype, y_t.shape)
     assert_close(grad, exact, terms)
-    alone, slopes = kernels.loss(y_t, y_r, scale, weight, what)
+    alone, slopes = kernels.loss(y_t, y_r, scale, weight, *kernel, unbiased)
     again = kernels.gradient(up, slopes, y_t, y_r, weight, unbiased)
     assert torch.equal(alone, loss)
     assert_close(again, exact, terms)
@@ -208,7 +208,7 @@ def test_flow_map_loss_matches_float64(
     up = torch.rand(shape[0], device=DEVICE) + 0.5
     for given in (3.0 * up, up[:1], None):
         wanted = flow_map_mmd.flow_map_mmd_bwd(up, grad, g_t, given)
-        assert_close(kernels.rescaled(grad, up, given), wanted.double(), 1)
+        assert_close(kernels.rescaled(up, grad, g_t, given), wanted.double(), 1)
 
 
 @kernel_test

@@ -48,6 +48,18 @@ def _check(x: Tensor, y: Tensor | None, modulations: dict[str, Tensor], eps: flo
         raise ValueError(f"eps: expected a positive number, got {eps}")
 
 
+def _check_plain(x: Tensor, shift: Tensor, scale: Tensor, eps: float) -> None:
+    _check(x, None, {"shift": shift, "scale": scale}, eps)
+
+
+def _check_plain_bwd(grad: Tensor, x: Tensor, scale: Tensor, eps: float) -> None:
+    _check(x, grad, {"scale": scale}, eps)
+
+
+def _check_gated(x: Tensor, y: Tensor, gate: Tensor, shift: Tensor, scale: Tensor, eps: float) -> None:
+    _check(x, y, {"gate": gate, "shift": shift, "scale": scale}, eps)
+
+
 def _normalised(z: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """(z - mean) / std and 1 / std, [B, T, C] and [B, T, 1]."""
     centred = z - z.mean(2, keepdim=True)
@@ -61,7 +73,6 @@ def _modulated(z: Tensor, shift: Tensor, scale: Tensor, eps: float) -> Tensor:
 
 def adaln_modulate(x: Tensor, shift: Tensor, scale: Tensor, eps: float) -> Tensor:
     """Reference of imm::adaln_modulate: tokens [B, T, C], modulations [B, C] or [1, C] -> [B, T, C]."""
-    _check(x, None, {"shift": shift, "scale": scale}, eps)
     dtype = accumulate_dtype(x.dtype)
     return _modulated(x.to(dtype), shift.to(dtype), scale.to(dtype), eps).to(x.dtype).contiguous()
 
@@ -81,7 +92,6 @@ def _norm_bwd(grad: Tensor, z: Tensor, scale: Tensor, eps: float) -> tuple[Tenso
 
 def adaln_modulate_bwd(grad: Tensor, x: Tensor, scale: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of :func:`adaln_modulate` to x, shift and scale."""
-    _check(x, grad, {"scale": scale}, eps)
     dtype = accumulate_dtype(x.dtype)
     up = grad.to(dtype)
     grad_x, normalised = _norm_bwd(up, x.to(dtype), scale.to(dtype), eps)
@@ -90,7 +100,6 @@ def adaln_modulate_bwd(grad: Tensor, x: Tensor, scale: Tensor, eps: float) -> tu
 
 def gated_residual_adaln(x: Tensor, y: Tensor, gate: Tensor, shift: Tensor, scale: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """Reference of imm::gated_residual_adaln: tokens x, y [B, T, C], modulations [B, C] or [1, C] -> z, h [B, T, C]."""
-    _check(x, y, {"gate": gate, "shift": shift, "scale": scale}, eps)
     dtype = accumulate_dtype(x.dtype)
     z = x.to(dtype) + gate.to(dtype)[:, None] * y.to(dtype)
     h = _modulated(z, shift.to(dtype), scale.to(dtype), eps)
@@ -101,7 +110,6 @@ def gated_residual_adaln_bwd(
     grad_z: Tensor, grad_h: Tensor, z: Tensor, y: Tensor, gate: Tensor, scale: Tensor, eps: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of :func:`gated_residual_adaln` to x, y, gate, shift and scale; z is its first result."""
-    _check_bwd(grad_z, grad_h, z, y, gate, scale, eps)
     dtype = accumulate_dtype(z.dtype)
     up = grad_h.to(dtype)
     grad_norm, normalised = _norm_bwd(up, z.to(dtype), scale.to(dtype), eps)
@@ -126,7 +134,6 @@ def _check_bwd(grad_z: Tensor, grad_h: Tensor, z: Tensor, y: Tensor, gate: Tenso
 
 
 def _fake(x: Tensor, shift: Tensor, scale: Tensor, eps: float) -> Tensor:
-    _check(x, None, {"shift": shift, "scale": scale}, eps)
     return x.new_empty(x.shape)
 
 
@@ -135,7 +142,6 @@ def _fake_bwd(grad: Tensor, x: Tensor, scale: Tensor, eps: float) -> tuple[Tenso
 
 
 def _fake_gated(x: Tensor, y: Tensor, gate: Tensor, shift: Tensor, scale: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    _check(x, y, {"gate": gate, "shift": shift, "scale": scale}, eps)
     return x.new_empty(x.shape), y.new_empty(y.shape)
 
 
@@ -173,32 +179,16 @@ def _too_wide(request: Request) -> str | None:
     return f"holds up to {LARGEST} features, got {request.shape[2]}" if request.shape[2:] > (LARGEST,) else None
 
 
-def _triton(x: Tensor, shift: Tensor, scale: Tensor, eps: float) -> Tensor:
-    _check(x, None, {"shift": shift, "scale": scale}, eps)
-    from imm_kernels import adaln
-
-    return adaln.adaln_modulate(x, shift, scale, eps)
-
-
 def _triton_bwd(grad: Tensor, x: Tensor, scale: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
-    _check(x, grad, {"scale": scale}, eps)
     from imm_kernels import adaln
 
     grad_x, _, (grad_shift, grad_scale) = adaln.backward(None, grad, x, None, None, scale, eps)
     return grad_x, grad_shift, grad_scale
 
 
-def _triton_gated(x: Tensor, y: Tensor, gate: Tensor, shift: Tensor, scale: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    _check(x, y, {"gate": gate, "shift": shift, "scale": scale}, eps)
-    from imm_kernels import adaln
-
-    return adaln.gated_residual_adaln(x, y, gate, shift, scale, eps)
-
-
 def _triton_gated_bwd(
     grad_z: Tensor, grad_h: Tensor, z: Tensor, y: Tensor, gate: Tensor, scale: Tensor, eps: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    _check_bwd(grad_z, grad_h, z, y, gate, scale, eps)
     from imm_kernels import adaln
 
     grad_x, grad_y, (grad_shift, grad_scale, grad_gate) = adaln.backward(grad_z, grad_h, z, y, gate, scale, eps)
@@ -206,14 +196,15 @@ def _triton_gated_bwd(
     return grad_x, grad_y, grad_gate, grad_shift, grad_scale
 
 
-for _op, _reference, _fake_of, _launch in (
-    ("adaln_modulate", adaln_modulate, _fake, _triton),
-    ("adaln_modulate_bwd", adaln_modulate_bwd, _fake_bwd, _triton_bwd),
-    ("gated_residual_adaln", gated_residual_adaln, _fake_gated, _triton_gated),
-    ("gated_residual_adaln_bwd", gated_residual_adaln_bwd, _fake_gated_bwd, _triton_gated_bwd),
+for _op, _check_of, _reference, _fake_of, _launch in (
+    ("adaln_modulate", _check_plain, adaln_modulate, _fake, "adaln.adaln_modulate"),
+    ("adaln_modulate_bwd", _check_plain_bwd, adaln_modulate_bwd, _fake_bwd, _triton_bwd),
+    ("gated_residual_adaln", _check_gated, gated_residual_adaln, _fake_gated, "adaln.gated_residual_adaln"),
+    ("gated_residual_adaln_bwd", _check_bwd, gated_residual_adaln_bwd, _fake_gated_bwd, _triton_gated_bwd),
 ):
     register(
         _op,
+        check=_check_of,
         reference=_reference,
         fake=_fake_of,
         native=("cpu",),

@@ -77,7 +77,6 @@ def _no_autocast(x: Tensor) -> torch.autocast:
 
 def timestep_attention(qkv: Tensor, heads: int) -> tuple[Tensor, Tensor]:
     """Reference of imm::timestep_attention: [B, T, 3 H d] -> [B, T, H d] and [B, H, T]."""
-    _check(qkv, heads)
     q, k, v = _unpack(qkv.to(accumulate_dtype(qkv.dtype)), heads)
     with _no_autocast(qkv):
         scores = q @ k.mT * q.shape[3] ** -0.5
@@ -88,7 +87,6 @@ def timestep_attention(qkv: Tensor, heads: int) -> tuple[Tensor, Tensor]:
 
 def timestep_attention_bwd(grad: Tensor, qkv: Tensor, out: Tensor, lse: Tensor, heads: int) -> Tensor:
     """Gradient of :func:`timestep_attention` to qkv."""
-    _check_bwd(grad, qkv, out, lse, heads)
     dtype = accumulate_dtype(qkv.dtype)
     q, k, v = _unpack(qkv.to(dtype), heads)
     up = _heads(grad.to(dtype), heads)
@@ -100,15 +98,9 @@ def timestep_attention_bwd(grad: Tensor, qkv: Tensor, out: Tensor, lse: Tensor, 
         return _pack(slopes @ k, slopes.mT @ q, weights.mT @ up).to(qkv.dtype)
 
 
-def _library_inputs(qkv: Tensor, heads: int) -> tuple[Tensor, ...]:
-    """q, k and v as torch's kernels take them: views of qkv."""
-    return _unpack(qkv if qkv.stride(2) == 1 else qkv.contiguous(), heads)
-
-
 def _library(qkv: Tensor, heads: int) -> tuple[Tensor, Tensor]:
     """The kernels behind torch's scaled_dot_product_attention, which keeps the sums to itself."""
-    _check(qkv, heads)
-    q, k, v = _library_inputs(qkv, heads)
+    q, k, v = _unpack(qkv if qkv.stride(2) == 1 else qkv.contiguous(), heads)
     if qkv.device.type == "cpu":
         out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v)
     else:
@@ -117,8 +109,7 @@ def _library(qkv: Tensor, heads: int) -> tuple[Tensor, Tensor]:
 
 
 def _library_bwd(grad: Tensor, qkv: Tensor, out: Tensor, lse: Tensor, heads: int) -> Tensor:
-    _check_bwd(grad, qkv, out, lse, heads)
-    q, k, v = _library_inputs(qkv, heads)
+    q, k, v = _unpack(qkv if qkv.stride(2) == 1 else qkv.contiguous(), heads)
     saved = (_heads(grad.contiguous(), heads), q, k, v, _heads(out.contiguous(), heads), lse.contiguous())
     if qkv.device.type == "cpu":
         grads = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(*saved, 0.0, False)
@@ -151,13 +142,11 @@ def _library_refuses(request: dispatch.Request) -> str | None:
 
 
 def _fake(qkv: Tensor, heads: int) -> tuple[Tensor, Tensor]:
-    _check(qkv, heads)
     B, T, width = qkv.shape
     return qkv.new_empty((B, T, width // 3)), qkv.new_empty((B, heads, T), dtype=accumulate_dtype(qkv.dtype))
 
 
 def _fake_bwd(grad: Tensor, qkv: Tensor, out: Tensor, lse: Tensor, heads: int) -> Tensor:
-    _check_bwd(grad, qkv, out, lse, heads)
     return qkv.new_empty(qkv.shape)
 
 
@@ -171,27 +160,23 @@ def _backward(ctx: Any, grad: Tensor, _: Any) -> tuple[Tensor | None, ...]:
     return torch.ops.imm.timestep_attention_bwd(grad, *ctx.saved_tensors, ctx.heads), None
 
 
-def _triton(qkv: Tensor, heads: int) -> tuple[Tensor, Tensor]:
-    _check(qkv, heads)
-    from imm_kernels.attention import attention as launch
-
-    return launch(qkv, heads)
-
-
-def _triton_bwd(grad: Tensor, qkv: Tensor, out: Tensor, lse: Tensor, heads: int) -> Tensor:
-    _check_bwd(grad, qkv, out, lse, heads)
-    from imm_kernels.attention import attention_bwd as launch
-
-    return launch(grad, qkv, out, lse, heads)
-
-
 _KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-_TRITON = triton_kernels.implementation(_triton, *_KERNEL_DTYPES)
-_TRITON_BWD = triton_kernels.implementation(_triton_bwd, *_KERNEL_DTYPES)
-_LIBRARY = dispatch.Implementation("library", _library, _library_refuses)
-_LIBRARY_BWD = dispatch.Implementation("library", _library_bwd, _library_refuses)
 
-register("timestep_attention", reference=timestep_attention, fake=_fake, triton=_TRITON, library=_LIBRARY)
-register("timestep_attention_bwd", reference=timestep_attention_bwd, fake=_fake_bwd, triton=_TRITON_BWD, library=_LIBRARY_BWD)
+register(
+    "timestep_attention",
+    check=_check,
+    reference=timestep_attention,
+    fake=_fake,
+    triton=triton_kernels.implementation("attention.attention", *_KERNEL_DTYPES),
+    library=dispatch.Implementation("library", _library, _library_refuses),
+)
+register(
+    "timestep_attention_bwd",
+    check=_check_bwd,
+    reference=timestep_attention_bwd,
+    fake=_fake_bwd,
+    triton=triton_kernels.implementation("attention.attention_bwd", *_KERNEL_DTYPES),
+    library=dispatch.Implementation("library", _library_bwd, _library_refuses),
+)
 register_autograd("timestep_attention", _backward, _setup)
 no_second_derivative("timestep_attention_bwd")

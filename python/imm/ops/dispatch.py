@@ -1,7 +1,8 @@
 """Which implementation of an op runs, and the reason.
 
 Every op has one or more implementations, best first, the last of them "reference" (plain torch, any device). Each has one
-predicate that answers "yes" (None) or the reason why not; calls, error messages and ``imm doctor`` all ask that predicate.
+predicate that answers "yes" (None) or the reason why not; calls, error messages and ``imm doctor`` all ask that predicate. A
+call checks its arguments and chooses once for each signature: shapes, dtypes, devices and values.
 ``IMM_IMPL=mmd_loss:reference,flow_step:reference`` forces an implementation, for debugging; set it before importing imm, which
 then takes the native CPU kernels of those ops away (they are registered for the CPU directly and do not pass through here).
 """
@@ -48,11 +49,20 @@ def elsewhere(device_type: str, request: Request) -> str | None:
 
 
 _TABLE: dict[str, list[Implementation]] = {}
+_CHECKS: dict[str, Callable[..., None]] = {}
+#: What runs, by op and signature; bounded, since shapes and steps may be many.
+_CHOSEN: dict[tuple[Any, ...], Callable[..., Any]] = {}
+_MOST = 10_000
 
 
 def add(op: str, implementation: Implementation) -> None:
     """Append an implementation; call in order of preference, "reference" last."""
     _TABLE.setdefault(op, []).append(implementation)
+
+
+def check_by(op: str, check: Callable[..., None]) -> None:
+    """Have ``check`` refuse bad arguments of an op, by shapes, dtypes, devices and values that are not in tensors."""
+    _CHECKS[op] = check
 
 
 def names() -> list[str]:
@@ -114,6 +124,26 @@ def select(op: str, request: Request) -> Implementation:
     raise RuntimeError(f"imm::{op} has no implementation for {request}: {reasons}")
 
 
-def call(op: str, first: Tensor, *args: Any, **kwargs: Any) -> Any:
+def run(op: str, name: str, *args: Any, **kwargs: Any) -> Any:
+    """Run one implementation of an op, whatever others there are; for tests and measurements."""
+    _CHECKS[op](*args, **kwargs)
+    return next(i for i in _TABLE[op] if i.name == name).run(*args, **kwargs)
+
+
+def call(op: str, *args: Any, **kwargs: Any) -> Any:
     """Run an op through the table."""
-    return select(op, Request.of(first)).run(first, *args, **kwargs)
+    signature = tuple([_kind(value) for value in (*args, *kwargs.values())])
+    run = _CHOSEN.get((op, signature))
+    if run is None:
+        _CHECKS[op](*args, **kwargs)
+        run = select(op, Request.of(args[0])).run
+        if len(_CHOSEN) >= _MOST:
+            _CHOSEN.clear()
+        _CHOSEN[op, signature] = run
+    return run(*args, **kwargs)
+
+
+def _kind(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return value.shape, value.dtype, value.device
+    return tuple(value) if type(value) is list else value

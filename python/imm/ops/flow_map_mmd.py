@@ -16,7 +16,7 @@ from torch import Tensor
 from imm.ops import triton_kernels
 from imm.ops.dtypes import DTYPES, accumulate_dtype
 from imm.ops.mmd import TRITON_DTYPES, check_groups, check_loss, mmd_loss, mmd_loss_bwd, too_many_particles
-from imm.ops.registry import no_second_derivative, register, register_autograd
+from imm.ops.registry import gradients, no_second_derivative, only, register, register_autograd
 
 
 class Arguments(NamedTuple):
@@ -44,7 +44,8 @@ class Arguments(NamedTuple):
         return self[self._fields.index("scale") :]
 
 
-def _check(a: Arguments) -> None:
+def _check(*args: Any) -> None:
+    a = Arguments(*args)
     check_loss(a.x_t, a.x_r, *a.loss, names=("x_t", "x_r"))
     for name, value in (("g_t", a.g_t), ("g_r", a.g_r)):
         if value.shape != a.x_t.shape:
@@ -74,7 +75,6 @@ def flow_map_mmd(*args: Any) -> tuple[Tensor, Tensor]:
     The loss is float32 (float64 for float64 states); the gradient of sum(upstream loss) to g_t has g_t's dtype.
     """
     a = Arguments(*args)
-    _check(a)
     dtype = accumulate_dtype(a.x_t.dtype)
     y_t = _particles(a.x_t, a.g_t, a.c_skip_t, a.c_out_t, dtype)
     y_r = _particles(a.x_r, a.g_r, a.c_skip_r, a.c_out_r, dtype)
@@ -89,7 +89,6 @@ def flow_map_mmd_bwd(grad: Tensor, finished: Tensor, g_t: Tensor, upstream: Tens
 
     g_t is not read; it ties the result to the network, so that a second derivative is an error and not zero.
     """
-    _check_bwd(grad, finished, g_t, upstream)
     ratio = grad.double()
     if upstream is not None:  # a group that is left out has 0 for both
         ratio = torch.where(ratio == upstream.double(), 1.0, ratio / upstream.double())
@@ -108,59 +107,39 @@ def _check_bwd(grad: Tensor, finished: Tensor, g_t: Tensor, upstream: Tensor | N
 
 
 def _fake_bwd(grad: Tensor, finished: Tensor, g_t: Tensor, upstream: Tensor | None) -> Tensor:
-    _check_bwd(grad, finished, g_t, upstream)
     return finished.new_empty(finished.shape)
 
 
 def _fake(*args: Any) -> tuple[Tensor, Tensor]:
     a = Arguments(*args)
-    _check(a)
     return a.x_t.new_empty((a.x_t.shape[0],), dtype=accumulate_dtype(a.x_t.dtype)), a.g_t.new_empty(a.g_t.shape)
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    a, finished = Arguments(*inputs), output[1]
-    needed = {name for name, need in zip(a._fields, ctx.needs_input_grad, strict=False) if need}  # torch adds one of its own
-    if needed - {"g_t"}:
-        raise RuntimeError("flow_map_mmd: the gradient goes to g_t only; detach the other arguments")
+    a, (_, finished) = Arguments(*inputs), output
+    only(ctx, "flow_map_mmd", a, "g_t")
     ctx.mark_non_differentiable(finished)
     ctx.save_for_backward(finished, a.g_t, a.upstream)
 
 
 def _backward(ctx: Any, grad: Tensor, _: Any) -> tuple[Tensor | None, ...]:
-    to_g_t = torch.ops.imm.flow_map_mmd_bwd(grad, *ctx.saved_tensors)
-    return tuple(to_g_t if name == "g_t" else None for name in Arguments._fields)
-
-
-def _triton(*args: Any) -> tuple[Tensor, Tensor]:
-    a = Arguments(*args)
-    _check(a)
-    from imm_kernels import mmd as kernels
-
-    what = kernels.Kernel(a.kernel, tuple(a.bandwidths), a.eps, a.unbiased)
-    mix = kernels.Mix(a.x_t, a.x_r, a.c_skip_t, a.c_out_t, a.c_skip_r, a.c_out_r)
-    return kernels.loss_and_gradient(a.g_t, a.g_r, a.scale, a.weight, a.upstream, what, mix)
-
-
-def _triton_bwd(grad: Tensor, finished: Tensor, g_t: Tensor, upstream: Tensor | None) -> Tensor:
-    _check_bwd(grad, finished, g_t, upstream)
-    from imm_kernels import mmd as kernels
-
-    return kernels.rescaled(finished, grad, upstream)
+    return gradients(Arguments, g_t=torch.ops.imm.flow_map_mmd_bwd(grad, *ctx.saved_tensors))
 
 
 register(
     "flow_map_mmd",
+    check=_check,
     reference=flow_map_mmd,
     fake=_fake,
     native=("cpu",),
-    triton=triton_kernels.implementation(_triton, *TRITON_DTYPES, also=too_many_particles),
+    triton=triton_kernels.implementation("mmd.flow_map_loss", *TRITON_DTYPES, also=too_many_particles),
 )
 register(
     "flow_map_mmd_bwd",
+    check=_check_bwd,
     reference=flow_map_mmd_bwd,
     fake=_fake_bwd,
-    triton=triton_kernels.implementation(_triton_bwd, torch.float32),
+    triton=triton_kernels.implementation("mmd.rescaled", torch.float32),
 )
 register_autograd("flow_map_mmd", _backward, _setup)
 no_second_derivative("flow_map_mmd_bwd")

@@ -21,14 +21,14 @@ matched pairs, which are close), and carries the M x M part in float64. Time O(G
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from imm.ops import dispatch, triton_kernels
 from imm.ops.dtypes import DTYPES, accumulate_dtype
-from imm.ops.registry import no_second_derivative, register, register_autograd
+from imm.ops.registry import gradients, no_second_derivative, only, register, register_autograd
 from imm_kernels import LARGEST_SET
 
 KERNELS = ("laplace", "rbf", "imq", "energy")
@@ -169,7 +169,6 @@ def mmd_loss(
 
     Both in float32 (float64 for float64).
     """
-    check_loss(y_t, y_r, scale, weight, None, kernel, bandwidths, eps, unbiased)
     check_scale(scale)
     particles = y_t.shape[1]
     count = torch.ones(particles, particles, dtype=torch.float64, device=y_t.device)
@@ -191,7 +190,6 @@ def mmd_loss(
 
 def mmd_loss_bwd(grad: Tensor, slopes: Tensor, y_t: Tensor, y_r: Tensor, weight: Tensor | None, unbiased: bool) -> Tensor:
     """Gradient of :func:`mmd_loss` to y_t from its slopes: [G, M, D] in y_t's dtype."""
-    _check_bwd(grad, slopes, y_t, y_r, weight, unbiased)
     particles = y_t.shape[1]
     upstream = (grad.double() if weight is None else grad.double() * weight.double())[:, None, None]
     coefficient = slopes.abs().double() * (upstream * (2.0 / _pairs(particles, unbiased)))
@@ -220,7 +218,6 @@ def _check_gram(x: Tensor, y: Tensor, scale: Tensor, kernel: str, bandwidths: Se
 
 def mmd_gram(x: Tensor, y: Tensor, scale: Tensor, kernel: str, bandwidths: Sequence[float], eps: float) -> Tensor:
     """Reference of imm::mmd_gram: [G, Mx, D], [G, My, D], scale [G] -> [G, Mx, My] in float32 (float64 for float64)."""
-    _check_gram(x, y, scale, kernel, bandwidths, eps)
     check_scale(scale)
     values, _ = _value_and_slope(_distance(x, y), scale, x.shape[2], kernel, bandwidths, eps)
     return (values if kernel == "energy" else values + 1.0).to(accumulate_dtype(x.dtype))
@@ -230,7 +227,6 @@ def mmd_gram_bwd(
     grad: Tensor, x: Tensor, y: Tensor, scale: Tensor, kernel: str, bandwidths: Sequence[float], eps: float
 ) -> tuple[Tensor, Tensor]:
     """Gradients of :func:`mmd_gram` to x and y."""
-    _check_gram_bwd(grad, x, y, scale, kernel, bandwidths, eps)
     dtype = accumulate_dtype(x.dtype)
     xs, ys = x.to(dtype), y.to(dtype)
     _, slopes = _value_and_slope(_distance(xs, ys), scale, x.shape[2], kernel, bandwidths, eps)
@@ -256,7 +252,6 @@ def _check_gram_bwd(
 
 
 def _fake_loss(y_t: Tensor, y_r: Tensor, scale: Tensor, weight: Tensor | None, *rest: Any) -> tuple[Tensor, Tensor]:
-    check_loss(y_t, y_r, scale, weight, None, *rest)
     groups, particles, _ = y_t.shape
     dtype = accumulate_dtype(y_t.dtype)
     return y_t.new_empty((groups,), dtype=dtype), y_t.new_empty((groups, particles, 2 * particles), dtype=dtype)
@@ -267,7 +262,6 @@ def _fake_loss_bwd(grad: Tensor, slopes: Tensor, y_t: Tensor, *rest: Any) -> Ten
 
 
 def _fake_gram(x: Tensor, y: Tensor, *rest: Any) -> Tensor:
-    _check_gram(x, y, *rest)
     return x.new_empty((x.shape[0], x.shape[1], y.shape[1]), dtype=accumulate_dtype(x.dtype))
 
 
@@ -275,28 +269,52 @@ def _fake_gram_bwd(grad: Tensor, x: Tensor, y: Tensor, *rest: Any) -> tuple[Tens
     return x.new_empty(x.shape), y.new_empty(y.shape)
 
 
+class _Loss(NamedTuple):
+    """Arguments of imm::mmd_loss."""
+
+    y_t: Tensor
+    y_r: Tensor
+    scale: Tensor
+    weight: Tensor | None
+    kernel: str
+    bandwidths: Sequence[float]
+    eps: float
+    unbiased: bool
+
+
 def _setup_loss(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    y_t, y_r, _, weight, *_, ctx.unbiased = inputs
-    if any(ctx.needs_input_grad[1:4]):
-        raise RuntimeError("mmd_loss: the gradient goes to y_t only; detach y_r, scale and weight")
-    slopes = output[1]
+    a, (_, slopes) = _Loss(*inputs), output
+    only(ctx, "mmd_loss", a, "y_t")
     ctx.mark_non_differentiable(slopes)
-    ctx.save_for_backward(slopes, y_t, y_r, weight)
+    ctx.save_for_backward(slopes, a.y_t, a.y_r, a.weight)
+    ctx.unbiased = a.unbiased
 
 
 def _backward_loss(ctx: Any, grad: Tensor, _: Any) -> tuple[Tensor | None, ...]:
-    return torch.ops.imm.mmd_loss_bwd(grad, *ctx.saved_tensors, ctx.unbiased), *[None] * 7
+    return gradients(_Loss, y_t=torch.ops.imm.mmd_loss_bwd(grad, *ctx.saved_tensors, ctx.unbiased))
+
+
+class _Gram(NamedTuple):
+    """Arguments of imm::mmd_gram."""
+
+    x: Tensor
+    y: Tensor
+    scale: Tensor
+    kernel: str
+    bandwidths: Sequence[float]
+    eps: float
 
 
 def _setup_gram(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, y, scale, *ctx.kernel = inputs
-    if ctx.needs_input_grad[2]:
-        raise RuntimeError("mmd_gram: the gradient goes to x and y only; detach scale")
-    ctx.save_for_backward(x, y, scale)
+    a = _Gram(*inputs)
+    only(ctx, "mmd_gram", a, "x", "y")
+    ctx.save_for_backward(a.x, a.y, a.scale)
+    ctx.kernel = a.kernel, a.bandwidths, a.eps
 
 
 def _backward_gram(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    return *torch.ops.imm.mmd_gram_bwd(grad, *ctx.saved_tensors, *ctx.kernel), *[None] * 4
+    grad_x, grad_y = torch.ops.imm.mmd_gram_bwd(grad, *ctx.saved_tensors, *ctx.kernel)
+    return gradients(_Gram, x=grad_x, y=grad_y)
 
 
 #: What the Triton kernels take.
@@ -309,61 +327,41 @@ def too_many_particles(request: dispatch.Request) -> str | None:
     return f"supports up to {LARGEST_SET} particles, got {particles}" if particles > LARGEST_SET else None
 
 
-def _triton_loss(y_t: Tensor, y_r: Tensor, scale: Tensor, weight: Tensor | None, *rest: Any) -> tuple[Tensor, Tensor]:
+def _check_loss(y_t: Tensor, y_r: Tensor, scale: Tensor, weight: Tensor | None, *rest: Any) -> None:
     check_loss(y_t, y_r, scale, weight, None, *rest)
-    from imm_kernels import mmd as kernels
-
-    return kernels.loss(y_t, y_r, scale, weight, kernels.Kernel(rest[0], tuple(rest[1]), *rest[2:]))
-
-
-def _triton_loss_bwd(grad: Tensor, slopes: Tensor, y_t: Tensor, y_r: Tensor, weight: Tensor | None, unbiased: bool) -> Tensor:
-    _check_bwd(grad, slopes, y_t, y_r, weight, unbiased)
-    from imm_kernels import mmd as kernels
-
-    return kernels.gradient(grad, slopes, y_t, y_r, weight, unbiased)
-
-
-def _triton_gram(x: Tensor, y: Tensor, scale: Tensor, kernel: str, bandwidths: Sequence[float], eps: float) -> Tensor:
-    _check_gram(x, y, scale, kernel, bandwidths, eps)
-    from imm_kernels import mmd_gram as kernels
-
-    return kernels.gram(x, y, scale, kernel, tuple(bandwidths), eps)
-
-
-def _triton_gram_bwd(grad: Tensor, x: Tensor, y: Tensor, scale: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
-    _check_gram_bwd(grad, x, y, scale, *rest)
-    from imm_kernels import mmd_gram as kernels
-
-    return kernels.gram_gradients(grad, x, y, scale, rest[0], tuple(rest[1]), rest[2])
 
 
 register(
     "mmd_loss",
+    check=_check_loss,
     reference=mmd_loss,
     fake=_fake_loss,
     native=("cpu",),
-    triton=triton_kernels.implementation(_triton_loss, *TRITON_DTYPES, also=too_many_particles),
+    triton=triton_kernels.implementation("mmd.loss", *TRITON_DTYPES, also=too_many_particles),
 )
 register(
     "mmd_loss_bwd",
+    check=_check_bwd,
     reference=mmd_loss_bwd,
     fake=_fake_loss_bwd,
     native=("cpu",),
-    triton=triton_kernels.implementation(_triton_loss_bwd, torch.float32),
+    triton=triton_kernels.implementation("mmd.gradient", torch.float32),
 )
 register(
     "mmd_gram",
+    check=_check_gram,
     reference=mmd_gram,
     fake=_fake_gram,
     native=("cpu",),
-    triton=triton_kernels.implementation(_triton_gram, *TRITON_DTYPES),
+    triton=triton_kernels.implementation("mmd_gram.gram", *TRITON_DTYPES),
 )
 register(
     "mmd_gram_bwd",
+    check=_check_gram_bwd,
     reference=mmd_gram_bwd,
     fake=_fake_gram_bwd,
     native=("cpu",),
-    triton=triton_kernels.implementation(_triton_gram_bwd, torch.float32),
+    triton=triton_kernels.implementation("mmd_gram.gram_gradients", torch.float32),
 )
 register_autograd("mmd_loss", _backward_loss, _setup_loss)
 register_autograd("mmd_gram", _backward_gram, _setup_gram)

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from imm.ops import triton_kernels
-from imm.ops.registry import check_out, register
+from imm.ops.registry import check_out, no_result, register
 
 _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 _WEYL = (0x9E3779B9, 0xBB67AE85)
@@ -47,7 +47,6 @@ def check(seeds: Tensor, numel: int, step: int) -> None:
 
 def noise(seeds: Tensor, numel: int, step: int) -> Tensor:
     """Reference of imm::noise: seeds [B] int64 -> [B, numel] float32, N(0, 1)."""
-    check(seeds, numel, step)
     blocks = torch.arange((numel + 3) // 4, dtype=torch.int64, device=seeds.device)[None]  # [1, Q]
     seeds = seeds[:, None]  # [B, 1]
     step_words = torch.full_like(blocks, step & _MASK), torch.full_like(blocks, step >> 32)
@@ -62,36 +61,24 @@ def noise(seeds: Tensor, numel: int, step: int) -> Tensor:
 
 def noise_out(seeds: Tensor, numel: int, step: int, *, out: Tensor) -> None:
     """Reference of imm::noise.out: :func:`noise` into ``out``, [B, numel] float32."""
-    _check_out(seeds, numel, step, out)
     out.copy_(torch.ops.imm.noise(seeds, numel, step))
 
 
-def _check_out(seeds: Tensor, numel: int, step: int, out: Tensor) -> None:
+def _check_out(seeds: Tensor, numel: int, step: int, *, out: Tensor) -> None:
     check(seeds, numel, step)
     check_out("out", out, torch.Size((seeds.shape[0], numel)), torch.float32, seeds.device)
 
 
 def _fake(seeds: Tensor, numel: int, step: int) -> Tensor:
-    check(seeds, numel, step)
     return seeds.new_empty((seeds.shape[0], numel), dtype=torch.float32)
-
-
-def _triton(seeds: Tensor, numel: int, step: int) -> Tensor:
-    check(seeds, numel, step)
-    from imm_kernels.noise import noise as launch
-
-    return launch(seeds, numel, step)
-
-
-def _fake_out(seeds: Tensor, numel: int, step: int, *, out: Tensor) -> None:
-    _check_out(seeds, numel, step, out)
 
 
 register(
     "noise",
+    check=check,
     reference=noise,
     fake=_fake,
     native=("cpu", "cuda"),
-    triton=triton_kernels.implementation(_triton),
+    triton=triton_kernels.implementation("noise.noise"),
 )
-register("noise.out", reference=noise_out, fake=_fake_out, native=("cpu", "cuda"))
+register("noise.out", check=_check_out, reference=noise_out, fake=no_result, native=("cpu", "cuda"))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import warnings
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch._library.autograd import Info, make_autograd_impl
@@ -46,6 +46,7 @@ def _refuses_native(op: str, device_type: str, request: dispatch.Request) -> str
 def register(
     op: str,
     *,
+    check: Callable[..., None],
     reference: Callable[..., Any],
     fake: Callable[..., Any],
     native: Sequence[str] = (),
@@ -54,8 +55,9 @@ def register(
 ) -> None:
     """Give ``imm::op`` its row of implementations, its fake and the kernel that chooses between them.
 
-    ``native``: devices that the native library has kernels for. It registers them for the device itself, so that calls reach
-    them without a choice in Python. ``library``: torch's own kernel for the same, where it has one.
+    ``check`` refuses bad arguments before any of these sees them. ``native``: devices that the native library has kernels for.
+    It registers them for the device itself, so that calls reach them without a choice in Python. ``library``: torch's own
+    kernel for the same, where it has one.
     """
     for device_type in native:
         run = lambda *args, **kwargs: _overload(op)(*args, **kwargs)
@@ -66,10 +68,20 @@ def register(
     if library is not None:
         dispatch.add(op, library)
     dispatch.add(op, dispatch.Implementation("reference", reference))
+    dispatch.check_by(op, check)
+
+    def checked_fake(*args: Any, **kwargs: Any) -> Any:
+        check(*args, **kwargs)
+        return fake(*args, **kwargs)
+
     torch.library.register_kernel(f"imm::{op}", None, functools.partial(dispatch.call, op))
-    torch.library.register_fake(f"imm::{op}", fake)
+    torch.library.register_fake(f"imm::{op}", checked_fake)
     if op.endswith(".out") and globals()["native"].status() is not None:  # else csrc/ops.cpp does it
         _LIBRARY.impl(op, functools.partial(_out_form, op), "Autograd", with_keyset=True)
+
+
+def no_result(*args: Any, **out: Any) -> None:
+    """The fake of an out= form."""
 
 
 def apply_forced() -> None:
@@ -99,6 +111,18 @@ def register_autograd(op: str, backward: Callable[..., Any], setup_context: Call
         return generated(keyset, *args)
 
     _LIBRARY.impl(op, kernel, "Autograd", with_keyset=True)
+
+
+def only(ctx: Any, op: str, arguments: NamedTuple, *learning: str) -> None:
+    """Raise RuntimeError where another argument than the ``learning`` ones asks for a gradient."""
+    needed = {name for name, needs in zip(arguments._fields, ctx.needs_input_grad, strict=False) if needs}  # torch adds its own
+    if others := needed - set(learning):
+        raise RuntimeError(f"{op}: the gradient goes to {', '.join(learning)} only; detach {', '.join(sorted(others))}")
+
+
+def gradients(of: type[NamedTuple], **given: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
+    """What a backward returns: the gradients of some of an op's arguments, None for the others."""
+    return tuple(given.get(name) for name in of._fields)
 
 
 def refuse_tangents(op: str, values: Iterable[Any]) -> None:

@@ -50,13 +50,11 @@ def sinusoids(times: Tensor, dim: int, max_period: float = MAX_PERIOD) -> Tensor
 
 def timestep_embedding(t: Tensor, s: Tensor, dim: int, max_period: float, dtype: torch.dtype) -> Tensor:
     """Reference of imm::timestep_embedding: times [B] -> [2, B, dim] of ``dtype``, t's embedding first."""
-    _check(t, s, dim, max_period, dtype)
     return sinusoids(torch.stack([t.double(), s.double()]), dim, max_period).to(dtype)
 
 
 def timestep_embedding_bwd(grad: Tensor, t: Tensor, s: Tensor, max_period: float) -> tuple[Tensor, Tensor]:
     """Gradients of :func:`timestep_embedding` to t and s."""
-    _check_bwd(grad, t, s, max_period)
     half = grad.shape[2] // 2
     frequencies = _frequencies(half, max_period, t.device)
     phase = torch.stack([t.double(), s.double()])[..., None] * frequencies
@@ -74,7 +72,6 @@ def _check_bwd(grad: Tensor, t: Tensor, s: Tensor, max_period: float) -> None:
 
 
 def _fake(t: Tensor, s: Tensor, dim: int, max_period: float, dtype: torch.dtype) -> Tensor:
-    _check(t, s, dim, max_period, dtype)
     return t.new_empty((2, t.shape[0], dim), dtype=dtype)
 
 
@@ -92,21 +89,15 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     return *torch.ops.imm.timestep_embedding_bwd(grad, *ctx.saved_tensors, ctx.max_period), None, None, None
 
 
-def _triton(t: Tensor, s: Tensor, dim: int, max_period: float, dtype: torch.dtype) -> Tensor:
-    _check(t, s, dim, max_period, dtype)
-    from imm_kernels.timestep_embedding import timestep_embedding as launch
-
-    return launch(t, s, dim, max_period, dtype)
-
-
 register(
     "timestep_embedding",
+    check=_check,
     reference=timestep_embedding,
     fake=_fake,
     native=("cpu",),
-    triton=triton_kernels.implementation(_triton, *DTYPES),
+    triton=triton_kernels.implementation("timestep_embedding.timestep_embedding", *DTYPES),
 )
 # Times have no gradient in training: no kernel on CUDA.
-register("timestep_embedding_bwd", reference=timestep_embedding_bwd, fake=_fake_bwd, native=("cpu",))
+register("timestep_embedding_bwd", check=_check_bwd, reference=timestep_embedding_bwd, fake=_fake_bwd, native=("cpu",))
 register_autograd("timestep_embedding", _backward, _setup)
 no_second_derivative("timestep_embedding_bwd")
