@@ -25,6 +25,7 @@ import imm
 from imm import FlowMap, Sampler, checkpoints, latents
 from imm.checkpoints import import_published
 from imm.evaluation import networks
+from imm.integrations.autoencoder import load_vae
 from imm.networks import NETWORKS, DiT, dit
 from imm.training.state import STATE_FILE
 from imm.weights import ALIGNMENT, frozen, is_aligned, own_memory
@@ -200,7 +201,7 @@ def vae_file(folder: Path) -> Path:
 def test_an_autoencoder(vae, tmp_path) -> None:
     vae.save_pretrained(tmp_path)
     path = vae_file(tmp_path)
-    loaded, x = latents.load_vae(tmp_path), torch.randn(2, 4, 2, 2)
+    loaded, x = load_vae(tmp_path), torch.randn(2, 4, 2, 2)
     assert torch.equal(latents.decode(x, loaded), latents.decode(x, vae))
     assert_own(weights(loaded), path)
 
