@@ -208,7 +208,7 @@ def test_an_autoencoder(vae, tmp_path) -> None:
 
 def test_a_network_of_diffusers(small_flow_map, tmp_path) -> None:
     pytest.importorskip("diffusers")
-    from imm.diffusers import IMMNetwork
+    from imm.integrations.diffusers import IMMNetwork
 
     model = IMMNetwork.around(small_flow_map.network)
     model.save_pretrained(tmp_path)
@@ -220,7 +220,7 @@ def test_a_network_that_diffusers_puts_on_devices_itself(small_flow_map, monkeyp
     pytest.importorskip("diffusers")
     from diffusers import ModelMixin
 
-    from imm.diffusers import IMMNetwork
+    from imm.integrations.diffusers import IMMNetwork
 
     model = misaligned(IMMNetwork.around(copy.deepcopy(small_flow_map.network)))
     placed, info = model.net, {"missing_keys": [], "unexpected_keys": []}
@@ -231,7 +231,7 @@ def test_a_network_that_diffusers_puts_on_devices_itself(small_flow_map, monkeyp
 
 
 def test_a_pipeline_of_diffusers_and_its_autoencoder(vae, tmp_path) -> None:
-    from imm.diffusers import IMMPipeline
+    from imm.integrations.diffusers import IMMPipeline
 
     network = DiT("T", patch=4, resolution=8, num_classes=3)
     for parameter in network.parameters():
@@ -251,7 +251,7 @@ def test_a_pipeline_of_diffusers_and_its_autoencoder(vae, tmp_path) -> None:
 
 def test_an_autoencoder_that_a_pipeline_is_given(vae) -> None:
     """As diffusers' own ``from_pretrained`` leaves it; one that lies well stays where it is, where a graph may know it."""
-    from imm.diffusers import IMMPipeline
+    from imm.integrations.diffusers import IMMPipeline
 
     flow_map = FlowMap(DiT("T", patch=4, resolution=8, num_classes=3)).eval()
     before = [tensor.data_ptr() for tensor in weights(vae)]

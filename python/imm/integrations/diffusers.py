@@ -29,7 +29,7 @@ try:
     from diffusers.configuration_utils import register_to_config
     from diffusers.schedulers.scheduling_utils import SchedulerOutput
 except ImportError as error:
-    raise ImportError(f"imm.diffusers: {NEEDED}") from error
+    raise ImportError(f"imm.integrations.diffusers: {NEEDED}") from error
 
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 
@@ -452,7 +452,7 @@ def _check_components(network: Any, scheduler: Any, vae: Any) -> None:
     for name, value, expected in (("network", network, IMMNetwork), ("scheduler", scheduler, IMMScheduler)):
         own = unwrapped(value) if isinstance(value, nn.Module) else value
         if not isinstance(own, expected):
-            raise TypeError(f"{name}: expected an imm.diffusers.{expected.__name__}, got {type(own).__name__}")
+            raise TypeError(f"{name}: expected an imm.integrations.diffusers.{expected.__name__}, got {type(own).__name__}")
     if vae is not None and vae.config.latent_channels != network.net.channels:
         got = vae.config.latent_channels
         raise ValueError(f"vae: expected {network.net.channels} latent channels, as the network has, got {got}")
