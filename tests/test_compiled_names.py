@@ -130,7 +130,7 @@ def test_one_block_compiled(network, tmp_path, monkeypatch) -> None:
 
 def test_folders_of_diffusers(small_flow_map, tmp_path) -> None:
     pytest.importorskip("diffusers")
-    from imm.diffusers import IMMNetwork, IMMPipeline
+    from imm.integrations.diffusers import IMMNetwork, IMMPipeline
 
     pipeline = IMMPipeline.from_flow_map(small_flow_map)
     expected = small_flow_map.network.state_dict()

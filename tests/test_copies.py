@@ -41,7 +41,7 @@ def test_copies_and_pickles(called, small_flow_map) -> None:
 @pytest.fixture
 def pipeline(small_flow_map):
     pytest.importorskip("diffusers")
-    from imm.diffusers import IMMPipeline
+    from imm.integrations.diffusers import IMMPipeline
 
     return quiet(IMMPipeline.from_flow_map(small_flow_map))
 
@@ -70,12 +70,13 @@ def test_other_components_in_a_pipeline_are_refused_by_name(pipeline) -> None:
         pipeline.scheduler = stranger
         for how in ({}, {"callback_on_step_end": lambda *_: {}}):
             with pytest.raises(
-                TypeError, match=rf"scheduler: expected an imm.diffusers.IMMScheduler, got {type(stranger).__name__}"
+                TypeError,
+                match=rf"scheduler: expected an imm.integrations.diffusers.IMMScheduler, got {type(stranger).__name__}",
             ):
                 pipeline(seeds=[0], **how)
     pipeline.scheduler, net = own, pipeline.network
     pipeline.network = net.net
-    with pytest.raises(TypeError, match=r"network: expected an imm.diffusers.IMMNetwork, got UNet"):
+    with pytest.raises(TypeError, match=r"network: expected an imm.integrations.diffusers.IMMNetwork, got UNet"):
         pipeline(seeds=[0])
     from test_latents import tiny_vae
 

@@ -20,7 +20,7 @@ from imm.pictures import to_uint8
 
 diffusers = pytest.importorskip("diffusers")
 
-from imm.diffusers import IMMNetwork, IMMPipeline, IMMScheduler  # noqa: E402
+from imm.integrations.diffusers import IMMNetwork, IMMPipeline, IMMScheduler  # noqa: E402
 
 SEEDS, LABELS = [3, 2**62, 0, 7], [0, 1, 3, 2]
 
@@ -242,10 +242,16 @@ def test_pickles_are_refused(pipeline, tmp_path) -> None:
 def test_code_in_a_folder_is_not_run(pipeline, tmp_path) -> None:
     pipeline.save_pretrained(tmp_path)
     bomb = f"open({str(tmp_path / 'ran')!r}, 'w')\nclass IMMNetwork: pass\nclass IMMPipeline: pass\n"
-    for name in ("imm.diffusers.py", "pipeline.py", "network/imm.diffusers.py", "network/evil.py", "evil.py"):
+    for name in (
+        "imm.integrations.diffusers.py",
+        "pipeline.py",
+        "network/imm.integrations.diffusers.py",
+        "network/evil.py",
+        "evil.py",
+    ):
         (tmp_path / name).write_text(bomb)
     index = json.loads((tmp_path / "model_index.json").read_text())
-    for network in (["imm.diffusers", "IMMNetwork"], ["evil", "IMMNetwork"], ["subprocess", "Popen"]):
+    for network in (["imm.integrations.diffusers", "IMMNetwork"], ["evil", "IMMNetwork"], ["subprocess", "Popen"]):
         (tmp_path / "model_index.json").write_text(json.dumps({**index, "network": network}))
         with pytest.raises(ValueError):  # noqa: PT011  (diffusers' words)
             IMMPipeline.from_pretrained(tmp_path)
@@ -340,9 +346,11 @@ def test_bad_components_are_refused(pipeline, small_flow_map) -> None:
     other.num_classes = 0
     with pytest.raises(ValueError, match=r"network: expected one of \['DDPMpp', 'DiT', 'UNet'\], got Linear"):
         IMMNetwork.around(other)
-    with pytest.raises(TypeError, match=r"network: expected an imm\.diffusers\.IMMNetwork, got UNet"):
+    with pytest.raises(TypeError, match=r"network: expected an imm\.integrations\.diffusers\.IMMNetwork, got UNet"):
         IMMPipeline(small_flow_map.network, pipeline.scheduler)
-    with pytest.raises(TypeError, match=r"scheduler: expected an imm\.diffusers\.IMMScheduler, got DDIMScheduler"):
+    with pytest.raises(
+        TypeError, match=r"scheduler: expected an imm\.integrations\.diffusers\.IMMScheduler, got DDIMScheduler"
+    ):
         IMMPipeline(pipeline.network, diffusers.DDIMScheduler())
     for settings, text in (
         ({"schedule": "linear"}, "linear"),
@@ -370,12 +378,9 @@ def test_bad_steps_are_refused() -> None:
 
 
 def test_without_diffusers() -> None:
-    code = "import sys; sys.modules['diffusers'] = None; import imm; import imm.diffusers"
+    code = "import sys; sys.modules['diffusers'] = None; import imm; import imm.integrations.diffusers"
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert (
-        'ImportError: imm.diffusers: expected the diffusers library for it; run: pip install "imm-kernels[diffusers]"'
-        in run.stderr
-    )
+    assert "ImportError: imm.integrations.diffusers: expected the diffusers library for it; run: pip install" in run.stderr
 
 
 def test_the_example_of_the_page_runs(tmp_path) -> None:

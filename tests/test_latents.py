@@ -11,6 +11,7 @@ from test_cli import call, refused
 
 from imm import FlowMap, checkpoints, latents
 from imm.evaluation import load_set
+from imm.integrations.autoencoder import load_vae
 from imm.networks import DiT
 from imm.sampler import Sampler
 
@@ -89,7 +90,7 @@ def test_bad_latents_are_refused(vae) -> None:
 
 def test_from_a_folder(vae, tmp_path) -> None:
     vae.save_pretrained(tmp_path)
-    loaded, x = latents.load_vae(tmp_path), torch.randn(1, 4, 2, 2)
+    loaded, x = load_vae(tmp_path), torch.randn(1, 4, 2, 2)
     assert not loaded.training
     assert not any(p.requires_grad for p in loaded.parameters())
     assert torch.equal(latents.decode(x, loaded), latents.decode(x, vae))
@@ -99,10 +100,10 @@ def test_the_fingerprint_is_of_weights_and_scale(vae, tmp_path) -> None:
     first = latents.fingerprint(vae)
     assert len(first) == 64
     vae.save_pretrained(tmp_path / "a")
-    assert latents.fingerprint(latents.load_vae(tmp_path / "a")) == first
+    assert latents.fingerprint(load_vae(tmp_path / "a")) == first
     config = tmp_path / "a" / "config.json"
     config.write_text(json.dumps({**json.loads(config.read_text()), "scaling_factor": 0.5}))
-    assert latents.fingerprint(latents.load_vae(tmp_path / "a")) != first
+    assert latents.fingerprint(load_vae(tmp_path / "a")) != first
     assert latents.fingerprint(vae.to(torch.bfloat16)) != first
     assert latents.fingerprint(tiny_vae()) != first  # other random weights
 
@@ -157,11 +158,11 @@ def test_latents_are_decoded_later_without_sampling_again(vae, tmp_path, monkeyp
 def test_folders_without_safetensors_are_refused(vae, tmp_path) -> None:
     vae.save_pretrained(tmp_path, safe_serialization=False)  # a pickle
     with pytest.raises(OSError, match="safetensors"):
-        latents.load_vae(tmp_path)
+        load_vae(tmp_path)
     (tmp_path / "config.json").write_text(json.dumps({}))
     for source in (tmp_path / "absent", "absent", "../vae", "a/b/c", ""):
         with pytest.raises((FileNotFoundError, OSError), match=r"vae: expected a folder|safetensors|config.json"):
-            latents.load_vae(source)
+            load_vae(source)
 
 
 def test_a_name_that_the_hub_does_not_give(monkeypatch) -> None:
@@ -172,7 +173,7 @@ def test_a_name_that_the_hub_does_not_give(monkeypatch) -> None:
     with pytest.raises(
         OSError, match=r"vae: expected config.json .* in a/b, which is no folder here, on the hub, got: no such"
     ):
-        latents.load_vae("a/b")
+        load_vae("a/b")
 
 
 def test_without_diffusers(monkeypatch, tmp_path) -> None:
@@ -185,4 +186,4 @@ def test_without_diffusers(monkeypatch, tmp_path) -> None:
 
     monkeypatch.setattr(builtins, "__import__", without)
     with pytest.raises(ImportError, match=r'vae: expected the diffusers library .* pip install "imm-kernels\[diffusers\]"'):
-        latents.load_vae(tmp_path)
+        load_vae(tmp_path)

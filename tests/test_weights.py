@@ -25,6 +25,7 @@ import imm
 from imm import FlowMap, Sampler, checkpoints, latents
 from imm.checkpoints import import_published
 from imm.evaluation import networks
+from imm.integrations.autoencoder import load_vae
 from imm.networks import NETWORKS, DiT, dit
 from imm.training.state import STATE_FILE
 from imm.weights import ALIGNMENT, frozen, is_aligned, own_memory
@@ -200,14 +201,14 @@ def vae_file(folder: Path) -> Path:
 def test_an_autoencoder(vae, tmp_path) -> None:
     vae.save_pretrained(tmp_path)
     path = vae_file(tmp_path)
-    loaded, x = latents.load_vae(tmp_path), torch.randn(2, 4, 2, 2)
+    loaded, x = load_vae(tmp_path), torch.randn(2, 4, 2, 2)
     assert torch.equal(latents.decode(x, loaded), latents.decode(x, vae))
     assert_own(weights(loaded), path)
 
 
 def test_a_network_of_diffusers(small_flow_map, tmp_path) -> None:
     pytest.importorskip("diffusers")
-    from imm.diffusers import IMMNetwork
+    from imm.integrations.diffusers import IMMNetwork
 
     model = IMMNetwork.around(small_flow_map.network)
     model.save_pretrained(tmp_path)
@@ -219,7 +220,7 @@ def test_a_network_that_diffusers_puts_on_devices_itself(small_flow_map, monkeyp
     pytest.importorskip("diffusers")
     from diffusers import ModelMixin
 
-    from imm.diffusers import IMMNetwork
+    from imm.integrations.diffusers import IMMNetwork
 
     model = misaligned(IMMNetwork.around(copy.deepcopy(small_flow_map.network)))
     placed, info = model.net, {"missing_keys": [], "unexpected_keys": []}
@@ -230,7 +231,7 @@ def test_a_network_that_diffusers_puts_on_devices_itself(small_flow_map, monkeyp
 
 
 def test_a_pipeline_of_diffusers_and_its_autoencoder(vae, tmp_path) -> None:
-    from imm.diffusers import IMMPipeline
+    from imm.integrations.diffusers import IMMPipeline
 
     network = DiT("T", patch=4, resolution=8, num_classes=3)
     for parameter in network.parameters():
@@ -250,7 +251,7 @@ def test_a_pipeline_of_diffusers_and_its_autoencoder(vae, tmp_path) -> None:
 
 def test_an_autoencoder_that_a_pipeline_is_given(vae) -> None:
     """As diffusers' own ``from_pretrained`` leaves it; one that lies well stays where it is, where a graph may know it."""
-    from imm.diffusers import IMMPipeline
+    from imm.integrations.diffusers import IMMPipeline
 
     flow_map = FlowMap(DiT("T", patch=4, resolution=8, num_classes=3)).eval()
     before = [tensor.data_ptr() for tensor in weights(vae)]

@@ -1,17 +1,14 @@
-"""Between images and the latents that networks generate: AutoencoderKL of the diffusers library, an extra."""
+"""Between images and the latents that networks generate, by an AutoencoderKL of diffusers."""
 
 from __future__ import annotations
 
 import hashlib
-import os
-import re
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from imm.weights import frozen, own_memory, plain_names
+from imm.weights import frozen, plain_names
 
 #: Of the latents of the sd-vae-ft autoencoders on ImageNet, a channel each: what the published IMM networks were trained on is
 #: (z - mean) * STD / std (paper section I.1).
@@ -20,41 +17,6 @@ SD_VAE_STD = (4.85503674, 5.31922414, 3.93725398, 3.9870003)
 STD = 0.5
 #: What tells those autoencoders from others: 4 channels, and this factor in their own settings.
 SD_VAE_FACTOR = 0.18215
-
-INSTALL = 'pip install "imm-kernels[diffusers]"'
-NEEDED = f"expected the diffusers library for it; run: {INSTALL}"
-
-
-def load_vae(source: str | os.PathLike[str]) -> Any:
-    """Load an autoencoder, on the CPU, in float32 and evaluation mode.
-
-    Args:
-        source: a folder with ``config.json`` and ``diffusion_pytorch_model.safetensors``, as ``AutoencoderKL.save_pretrained``
-            writes it; or the name of one on the hub, "owner/name", which diffusers then downloads. Only safetensors are read.
-
-    Returns:
-        A ``diffusers.AutoencoderKL`` with weights in memory of its own: it gives the bits of the one that was saved.
-
-    Raises:
-        ImportError: diffusers is not installed. FileNotFoundError: neither a folder nor such a name.
-        OSError: a folder without those files, a name that the hub does not have, or no way to the hub.
-    """
-    folder = Path(source)
-    if not folder.is_dir() and not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", str(source)):
-        raise FileNotFoundError(f"vae: expected a folder that AutoencoderKL.save_pretrained wrote or owner/name, got {source}")
-    try:
-        from diffusers import AutoencoderKL
-    except ImportError as error:
-        raise ImportError(f"vae: {NEEDED}") from error
-    try:
-        vae = AutoencoderKL.from_pretrained(
-            str(source), local_files_only=folder.is_dir(), use_safetensors=True, low_cpu_mem_usage=False
-        )
-    except OSError as error:
-        place = f"the folder {source}" if folder.is_dir() else f"{source}, which is no folder here, on the hub"
-        raise OSError(f"vae: expected config.json and safetensors weights in {place}, got: {error}") from error
-    own_memory(vae)
-    return vae.eval().requires_grad_(False)
 
 
 @torch.no_grad()
@@ -66,8 +28,9 @@ def decode(latents: Tensor, vae: Any, batch: int = 8) -> Tensor:
     else ``latents / scaling_factor + shift_factor``.
 
     Args:
-        latents: ``[B, C, h, w]``, floating, as :meth:`imm.Sampler.sample` returns them. vae: from :func:`load_vae`, or any
-            AutoencoderKL of C latent channels; it computes in its own dtype.
+        latents: ``[B, C, h, w]``, floating, as :meth:`imm.Sampler.sample` returns them.
+        vae: from :func:`imm.integrations.autoencoder.load_vae`, or any AutoencoderKL of C latent channels; it computes in its
+            own dtype.
         batch: latents decoded at a time.
 
     Returns:

@@ -17,7 +17,7 @@ from imm.data import load, summarize
 from imm.data.convert import check_request, spread, write, write_latents
 from imm.data.sources import Source, open_source
 from imm.files import write_text
-from imm.latents import load_vae
+from imm.integrations.autoencoder import load_vae
 
 
 def convert(

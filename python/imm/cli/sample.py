@@ -22,6 +22,7 @@ from imm.distributed import Processes, processes
 from imm.files import sha256_of
 from imm.flow_map import FlowMap
 from imm.generation import ImageFolder
+from imm.integrations.autoencoder import INSTALL, load_vae
 from imm.sampler import Sampler
 from imm.sampling import time_grid
 from imm.seeds import format_integers, parse_integers
@@ -81,7 +82,7 @@ def _run(
     decode, autoencoder = (None, None) if vae is None else _decoder(vae, shape, device)
     drawn = shape[0] in (1, 3) or decode is not None
     if grid is not None and not drawn:
-        raise ValueError(f"grid: expected pictures, got latents of {shape[0]} channels without --vae ({latents.INSTALL})")
+        raise ValueError(f"grid: expected pictures, got latents of {shape[0]} channels without --vae ({INSTALL})")
     sampling: dict[str, Any] = {"steps": steps, "kind": kind, "mid_eta": mid_eta, "method": method, "guidance": guidance}
     manifest = {
         "net": {"name": net.name, "sha256": sha256_of(net)},
@@ -135,9 +136,7 @@ def _finish(
     there = f" ({len(seeds) - made} were there already)" if made < len(seeds) else ""
     click.echo(f"wrote {made} {what} to {folder.root}{there}{', and ' if also else ''}{' and '.join(also)}")
     if not folder.pictures:
-        click.echo(
-            f"the same command with --vae=PATH makes pictures of them; it needs the diffusers library: {latents.INSTALL}"
-        )
+        click.echo(f"the same command with --vae=PATH makes pictures of them; it needs the diffusers library: {INSTALL}")
 
 
 def _new_file(path: str, out: Path) -> Path:
@@ -152,7 +151,7 @@ def _decoder(name: str, shape: tuple[int, ...], device: torch.device) -> tuple[C
     """Latents to pictures, one image at a time, so that the others do not matter; and what names the autoencoder."""
     if shape[0] in (1, 3):
         raise ValueError(f"vae: expected a checkpoint of latents, got images of {shape[0]} channels")
-    model = latents.load_vae(name)
+    model = load_vae(name)
     record = {"name": name, "sha256": latents.fingerprint(model)}
     model = model.to(device)
     return lambda x: latents.decode(x, model, batch=1), record

@@ -157,8 +157,8 @@ def write_latents(
     Args:
         out: ``*.npz``: arrays ``latents_mean`` and ``latents_std`` ``[N, C, h, h]`` float16, scaled as
             :func:`imm.latents.encode` does, and, with labels, ``labels`` ``[N]`` int64 and perhaps ``class_names``.
-        vae: from :func:`imm.latents.load_vae`; it gets three channels, grey pictures' repeated. batch: images encoded at a
-            time. The rest: as for :func:`write`.
+        vae: from :func:`imm.integrations.autoencoder.load_vae`; it gets three channels, grey pictures' repeated.
+        batch: images encoded at a time. The rest: as for :func:`write`.
 
     Raises:
         ValueError: see :func:`check_request`, and what reading and encoding raise; latents that float16 does not hold.

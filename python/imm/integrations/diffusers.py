@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from imm import functional, latents
 from imm.checkpoints.format import describe
 from imm.flow_map import FlowMap
+from imm.integrations.autoencoder import NEEDED
 from imm.networks import NETWORKS
 from imm.pictures import to_picture, to_pillow
 from imm.sampler import Sampler, as_labels
@@ -28,7 +29,7 @@ try:
     from diffusers.configuration_utils import register_to_config
     from diffusers.schedulers.scheduling_utils import SchedulerOutput
 except ImportError as error:
-    raise ImportError(f"imm.diffusers: {latents.NEEDED}") from error
+    raise ImportError(f"imm.integrations.diffusers: {NEEDED}") from error
 
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 
@@ -386,7 +387,7 @@ class IMMPipeline(DiffusionPipeline):
         if output_type != "latent" and self.vae is None and channels not in (1, 3):
             raise ValueError(
                 f'output_type: expected "latent" of a network of {channels} channels without a vae, got {output_type!r}; '
-                "for pictures give the pipeline a vae (imm.latents.load_vae)"
+                "for pictures give the pipeline a vae (imm.integrations.autoencoder.load_vae)"
             )
 
     def _made_sampler(self, flow_map: FlowMap, steps: int, rows: int | None) -> Sampler:
@@ -451,7 +452,7 @@ def _check_components(network: Any, scheduler: Any, vae: Any) -> None:
     for name, value, expected in (("network", network, IMMNetwork), ("scheduler", scheduler, IMMScheduler)):
         own = unwrapped(value) if isinstance(value, nn.Module) else value
         if not isinstance(own, expected):
-            raise TypeError(f"{name}: expected an imm.diffusers.{expected.__name__}, got {type(own).__name__}")
+            raise TypeError(f"{name}: expected an imm.integrations.diffusers.{expected.__name__}, got {type(own).__name__}")
     if vae is not None and vae.config.latent_channels != network.net.channels:
         got = vae.config.latent_channels
         raise ValueError(f"vae: expected {network.net.channels} latent channels, as the network has, got {got}")
