@@ -69,7 +69,6 @@ def least_wide(kernel: str, given: Mapping[str, Any], kinds: Mapping[str, str]) 
     loads, stores = (2 * M if mixed else 0, 0) if narrow else (2 * M * (2 if mixed else 1), M)
     residual = given.get("y_ptr", True) is not None
     return {
-        "flow_step._flow_step_fwd_kernel": (2, 1),
         "noise._noise_kernel": (0, 1),
         "mmd_direct._resident_kernel": (loads, 0) if given.get("grad_ptr", True) is None else (2 * loads, stores),
         "mmd_direct._partial_kernel": (loads, 0),
@@ -210,7 +209,7 @@ def _rows(index: int, arch: int, quick: bool) -> dict[str, tuple[str, list[str]]
         u = usage(kernel, _SAID[kernel.asm["cubin"]])
         half = "*bf16" in kinds.values() or "*fp16" in kinds.values()
         products = half and name.startswith("attention") and "delta" not in name
-        only_wide = name in ("flow_step._flow_step_fwd_kernel", "noise._noise_kernel")
+        only_wide = name == "noise._noise_kernel"
         wrong = problems(u, least_wide(name, constants, kinds), only_wide=only_wide, products=products)
         types = " ".join(dict.fromkeys(kind[1:] for kind in kinds.values() if kind.startswith("*")))
         sizes = " ".join(f"{k}={v}" for k, v in constants.items() if k in ("M", "D", "C", "BLOCK", "COLUMNS", "FULL") and v)

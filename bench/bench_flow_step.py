@@ -13,7 +13,7 @@ from imm.functional import flow_step
 from imm.ops import flow_step as ops
 
 TESTS = {"test_flow_step.py": ""}
-CUDA_TESTS = {"test_triton_flow_step.py": ""}
+CUDA_TESTS: dict[str, str] = {}
 
 #: Images of CIFAR-10 and latents of ImageNet.
 SHAPES = ((256, 3, 32, 32), (256, 4, 32, 32))
@@ -50,12 +50,6 @@ def of_op(function: Callable[..., Tensor]) -> Peer:
     return lambda *inputs: call(function)(*arguments(*inputs))
 
 
-def triton(*inputs: Tensor) -> Step:
-    from imm_kernels.flow_step import flow_step as launch
-
-    return of_op(launch)(*inputs)
-
-
 def case(B: int, C: int, H: int, W: int, device: torch.device) -> Case:
     D = C * H * W
 
@@ -71,8 +65,6 @@ def case(B: int, C: int, H: int, W: int, device: torch.device) -> Case:
         "eager expression": call(expression),
         "reference": of_op(ops.flow_step),
     }
-    if device.type == "cuda":
-        peers["triton"] = triton
     return Case(
         op="flow_step",
         mode="guided",

@@ -13,7 +13,7 @@ from imm.functional import noise
 from imm.ops import noise as ops
 
 TESTS = {"test_noise.py": ""}
-CUDA_TESTS = {"test_triton_flow_step.py": "noise"}
+CUDA_TESTS = {"test_triton_noise.py": ""}
 
 #: Images of CIFAR-10 and latents of ImageNet.
 SHAPES = ((256, 3 * 32 * 32), (256, 4 * 32 * 32))

@@ -22,7 +22,7 @@ TESTS = {"test_sampler.py": "bits_of_the_eager_loop parity fixed_rows"}
 #: "graph" and "replay": captured calls give the bits of the loop.
 CUDA_TESTS = {
     "test_sampler.py": "bits parity fixed_rows graph replay",
-    "test_triton_flow_step.py": "",
+    "test_triton_noise.py": "",
     "test_triton_adaln.py": "",
     "test_triton_attention.py": "float64",
 }

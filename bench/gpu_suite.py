@@ -39,7 +39,7 @@ TEXT_BYTES = 1_000_000  # of each text file
 WORKERS = max(1, (os.cpu_count() or 1) - 1)  # processes that share the GPU; one core is for the suite itself
 TOOLS = ("nvcc", "cmake", "ninja", "c++", "compute-sanitizer", "nvidia-smi")
 #: Where kernels are; the rest of the tests says nothing new on a GPU.
-TRITON_TESTS = ("test_triton_flow_step", "test_triton_mmd", "test_triton_adaln", "test_triton_attention")
+TRITON_TESTS = ("test_triton_noise", "test_triton_mmd", "test_triton_adaln", "test_triton_attention")
 OP_TESTS = ("test_sampler", "test_package", "test_bench_graphs", "test_dit", "test_adaln", "test_attention", "test_mmd")
 OP_TESTS += ("test_flow_step", "test_noise", "test_ops", "test_objective", "test_sampling")
 _DIT = ("test_dit", "adaln", "attention", "timestep")

@@ -93,7 +93,7 @@ def test_every_check_of_the_kernels(small: bool, monkeypatch: pytest.MonkeyPatch
     checked = {re.match(r"(?:imm::|triton )(\w+)", line)[1] for line in alone}
     with_kernels = {op for op in dispatch.names() if {"cuda", "triton"} & {i.name for i in dispatch._TABLE[op]}}
     assert {op for op in with_kernels if not op.endswith(".out")} <= checked
-    assert any(line.startswith("triton flow_step ") for line in alone)
+    assert any(line.startswith("triton noise ") for line in alone)
 
 
 def test_wrong_results_other_bits_and_a_device_that_does_not_answer(monkeypatch, capsys) -> None:

@@ -217,22 +217,6 @@ def test_gram(dtype: torch.dtype, launches: list[Launch]) -> None:
 
 
 @launch_test
-@pytest.mark.parametrize("D", [1, 1024, 3000])
-@pytest.mark.parametrize("noisy", [False, True], ids=["plain", "noisy"])
-@pytest.mark.parametrize("guided", [False, True], ids=["alone", "guided"])
-def test_flow_step(guided: bool, noisy: bool, D: int, launches: list[Launch]) -> None:
-    """A program for each block of a row; absent tensors are None, and coefficients of all images have no stride."""
-    x, one, many = torch.randn(3, D), torch.rand(1, dtype=torch.float64), torch.rand(3, dtype=torch.float64)
-    seeds = torch.arange(3) + 2**40
-    run("flow_step", x, x, one, many, *((x, one) if guided else (None, None)), *((many, seeds) if noisy else (None, None)), 2)
-    (launch,) = launches
-    assert launch.grid == (3 * -(-D // 1024), 1, 1)
-    assert (launch.types["g_uncond_ptr"] == "constexpr", launch.types["seeds_ptr"] == "constexpr") == (not guided, not noisy)
-    assert (launch.given["c_skip_stride"], launch.given["c_out_stride"]) == (0, 1)
-    assert ("D" in launch.aligned, launch.types["D"] == "constexpr") == (D == 1024, D == 1)
-
-
-@launch_test
 def test_a_step_of_any_size(launches: list[Launch]) -> None:
     """It is not specialised but for its width."""
     for step in (0, 1, 16, 2**40):

@@ -13,7 +13,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from imm.ops import triton_kernels
 from imm.ops.dtypes import DTYPES, accumulate_dtype
 from imm.ops.noise import check as check_noise
 from imm.ops.registry import check_out, no_second_derivative, refuse_gradients, register, register_autograd
@@ -213,21 +212,7 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     return grad_x, grad_g, None, None, None if no_guidance else grad_uncond, None, None, None, None
 
 
-def _triton(x: Tensor, g: Tensor, *rest: Any) -> Tensor:
-    _check(x, g, *rest)
-    triton_kernels.check_device(x, g, *rest)
-    from imm_kernels.flow_step import flow_step as launch
-
-    return launch(x, g, *rest)
-
-
-register(
-    "flow_step",
-    reference=flow_step,
-    fake=_fake,
-    native=("cpu", "cuda"),
-    triton=triton_kernels.implementation(_triton, *DTYPES),
-)
+register("flow_step", reference=flow_step, fake=_fake, native=("cpu", "cuda"))
 register("flow_step.out", reference=flow_step_out, fake=_fake_out, native=("cpu", "cuda"))
 register("sampling_step", reference=sampling_step, fake=_fake_sampling, native=("cpu", "cuda"))
 register("sampling_step.out", reference=sampling_step_out, fake=_check_sampling_out, native=("cpu", "cuda"))

@@ -8,7 +8,6 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from imm.ops.dispatch import Implementation, Request, elsewhere
 
@@ -31,10 +30,3 @@ def implementation(
         return also(request) if _installed() else "triton is not installed"
 
     return Implementation("triton", run, refuses)
-
-
-def check_device(first: Tensor, *rest: Any) -> None:
-    """Raises ValueError unless every tensor is where the first one is: a kernel would read a foreign address."""
-    for value in rest:
-        if isinstance(value, Tensor) and value.device != first.device:
-            raise ValueError(f"expected all tensors on {first.device}, got one on {value.device}")
