@@ -62,8 +62,6 @@ void check_settings(const SamplingSettings& settings) {
   TORCH_CHECK_VALUE(settings.num_classes >= 0, "num_classes: expected a count >= 0, got ", settings.num_classes);
   TORCH_CHECK_VALUE(!settings.guided || settings.num_classes > 0,
                     "guidance: expected a class-conditional network, got one with num_classes = 0");
-  TORCH_CHECK_TYPE(settings.state_dtype == at::kFloat || settings.state_dtype == at::kDouble,
-                   "state dtype: expected torch.float32 or torch.float64, got ", settings.state_dtype);
   TORCH_CHECK_TYPE(is_kernel_dtype(settings.input_dtype),
                    "input dtype: expected a floating dtype of 16, 32 or 64 bits, got ", settings.input_dtype);
 }
@@ -86,9 +84,8 @@ SamplingLoop::SamplingLoop(SamplingTable table, SamplingSettings settings, Netwo
   const auto memory = [&](int64_t rows, at::ScalarType dtype) {
     return at::zeros(with_rows(rows, settings_.shape), options.dtype(dtype));
   };
-  state_ = memory(B, settings_.state_dtype);
+  state_ = memory(B, at::kFloat);
   input_ = memory(R, settings_.input_dtype);
-  noise_ = settings_.state_dtype == at::kFloat ? state_ : memory(B, at::kFloat);
   seeds_ = at::zeros({B}, options.dtype(at::kLong));
   guidance_ = at::zeros({B}, options.dtype(at::kDouble));
   if (settings_.num_classes > 0) labels_ = at::full({R}, settings_.num_classes, options.dtype(at::kLong));
@@ -118,7 +115,7 @@ int64_t SamplingLoop::bytes() const {
   for (const Tensor& kept : {state_, input_, seeds_, guidance_, times_, coefficients_, labels_.value_or(Tensor())}) {
     if (kept.defined()) total += static_cast<int64_t>(kept.nbytes());
   }
-  return total + (noise_.is_same(state_) ? 0 : static_cast<int64_t>(noise_.nbytes()));
+  return total;
 }
 
 void SamplingLoop::load(const Tensor& seeds, const std::optional<Tensor>& labels, const std::optional<Tensor>& guidance,
@@ -154,10 +151,8 @@ void SamplingLoop::load(const Tensor& seeds, const std::optional<Tensor>& labels
     return;
   }
   const int64_t numel = state_.numel() / B;
-  const Tensor normals = noise_.narrow(0, 0, n);
-  noise_op().call(seeds_.narrow(0, 0, n), numel, 0, normals.view({n, numel}));
-  normals.mul_(settings_.sigma_data);
-  if (!noise_.is_same(state_)) target.copy_(normals);
+  noise_op().call(seeds_.narrow(0, 0, n), numel, 0, target.view({n, numel}));
+  target.mul_(settings_.sigma_data);
 }
 
 // c_in x for a step that has not got it from the sampling_step before.
@@ -165,7 +160,7 @@ void SamplingLoop::scale_input(int64_t step) {
   const at::Scalar c_in(table_.c_in[static_cast<size_t>(step)]);
   for (int64_t copy = 0; copy < copies_; ++copy) {
     Tensor target = input_.narrow(0, copy * settings_.rows, settings_.rows);
-    if (settings_.input_dtype == settings_.state_dtype) {
+    if (settings_.input_dtype == at::kFloat) {
       at::mul_out(target, state_, c_in);
     } else {
       target.copy_(at::mul(state_, c_in));
@@ -212,13 +207,13 @@ void SamplingLoop::capture() {
 }
 
 Tensor SamplingLoop::run(const Tensor& seeds, const std::optional<Tensor>& labels,
-                         const std::optional<Tensor>& guidance, const std::optional<Tensor>& x, bool keep) {
+                         const std::optional<Tensor>& guidance, const std::optional<Tensor>& x) {
   const at::NoGradGuard no_grad;
   const c10::DeviceGuard guard(settings_.device);
-  if (!pool_) return run_here(seeds, labels, guidance, x, keep);
+  if (!pool_) return run_here(seeds, labels, guidance, x);
   pool_->wait();
   try {
-    const Tensor result = run_here(seeds, labels, guidance, x, keep);
+    const Tensor result = run_here(seeds, labels, guidance, x);
     pool_->mark();
     return result;
   } catch (...) {
@@ -228,7 +223,7 @@ Tensor SamplingLoop::run(const Tensor& seeds, const std::optional<Tensor>& label
 }
 
 Tensor SamplingLoop::run_here(const Tensor& seeds, const std::optional<Tensor>& labels,
-                              const std::optional<Tensor>& guidance, const std::optional<Tensor>& x, bool keep) {
+                              const std::optional<Tensor>& guidance, const std::optional<Tensor>& x) {
   load(seeds, labels, guidance, x);
   if (graph_) {
     graph_->replay();
@@ -236,7 +231,7 @@ Tensor SamplingLoop::run_here(const Tensor& seeds, const std::optional<Tensor>& 
     body();
   }
   const Tensor images = state_.narrow(0, 0, seeds.size(0));
-  return keep ? images : images.clone();
+  return images.clone();
 }
 
 }  // namespace imm

@@ -31,8 +31,8 @@ struct SamplingSettings {
   std::vector<int64_t> shape;  // of an image
   bool guided;
   int64_t num_classes;  // 0: the network takes no labels; else label num_classes means "none"
-  double sigma_data;    // of the initial state
-  at::ScalarType state_dtype, input_dtype;
+  double sigma_data;    // of the initial state, float32 as every state
+  at::ScalarType input_dtype;
   at::Device device = at::kCPU;
 };
 
@@ -56,10 +56,10 @@ class IMM_EXPORT SamplingLoop {
   bool captured() const { return graph_ != nullptr; }
 
   // Images [n, ...] of n <= B seeds [n]; labels [n] where the network takes labels; guidance [1] or [n] float64 where
-  // guided; x [n, ...], the state to begin with, else sigma_data times the seeds' noise. keep: a view of memory that
-  // the next run overwrites, else a copy. Rows that n leaves are run too.
+  // guided; x [n, ...], the state to begin with, else sigma_data times the seeds' noise. Rows that n leaves are run
+  // too.
   at::Tensor run(const at::Tensor& seeds, const std::optional<at::Tensor>& labels,
-                 const std::optional<at::Tensor>& guidance, const std::optional<at::Tensor>& x, bool keep);
+                 const std::optional<at::Tensor>& guidance, const std::optional<at::Tensor>& x);
 
   int64_t rows() const { return settings_.rows; }
   int64_t num_classes() const { return settings_.num_classes; }
@@ -68,7 +68,7 @@ class IMM_EXPORT SamplingLoop {
 
  private:
   at::Tensor run_here(const at::Tensor& seeds, const std::optional<at::Tensor>& labels,
-                      const std::optional<at::Tensor>& guidance, const std::optional<at::Tensor>& x, bool keep);
+                      const std::optional<at::Tensor>& guidance, const std::optional<at::Tensor>& x);
   void body();
   void scale_input(int64_t step);
   void load(const at::Tensor& seeds, const std::optional<at::Tensor>& labels, const std::optional<at::Tensor>& guidance,
@@ -80,7 +80,7 @@ class IMM_EXPORT SamplingLoop {
   Prepare prepare_;
   std::shared_ptr<GraphPool> pool_;
   int64_t copies_;
-  at::Tensor state_, input_, noise_, seeds_, guidance_, times_, coefficients_;
+  at::Tensor state_, input_, seeds_, guidance_, times_, coefficients_;
   std::optional<at::Tensor> labels_;
   std::unique_ptr<Graph> graph_;
 };

@@ -92,7 +92,7 @@ def test_no_python_runs_between_the_steps(guided) -> None:
 
     sys.setprofile(trace)
     try:
-        packed._loop.run(seeds, labels, w, None, False)
+        packed._loop.run(seeds, labels, w, None)
     finally:
         sys.setprofile(None)
     assert [event for event in events if "setprofile" not in event] == ["c_call run", "c_return run"]
@@ -163,7 +163,6 @@ def test_files_that_export_did_not_write(guided, tmp_path) -> None:
         ({"steps": 0}, ValueError, "steps: expected at least 1"),
         ({"path": "nowhere/net.pt2"}, ValueError, "out: expected a file in a folder that is there"),
         ({"dtype": torch.int8}, TypeError, "dtype: expected one of"),
-        ({"state_dtype": torch.float16}, TypeError, "state_dtype: expected one of"),
         ({"guided": True, "num_classes": 0}, ValueError, "guidance: expected a class-conditional network"),
     ],
 )

@@ -148,9 +148,9 @@ void generate(const std::map<std::string, std::string>& options) {
       for (int64_t i = 0; i < count; ++i) chosen.push_back(classes[static_cast<size_t>(begin + i) % classes.size()]);
       labels = at::tensor(chosen, at::kLong);
     }
-    parts.push_back(loop->run(at::tensor(own, at::kLong), labels, guidance, std::nullopt, /*keep=*/false).cpu());
+    parts.push_back(loop->run(at::tensor(own, at::kLong), labels, guidance, std::nullopt).cpu());
   }
-  const at::Tensor images = at::cat(parts).to(at::kFloat).contiguous();
+  const at::Tensor images = at::cat(parts).contiguous();
   write_npy(options.at("--out"), images);
   std::cout << total << " images of " << images.sizes().slice(1) << ": " << options.at("--out") << "\n";
 }

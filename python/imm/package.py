@@ -52,7 +52,6 @@ def export(
     method: str = "pushforward",
     guided: bool = False,
     dtype: torch.dtype | None = None,
-    state_dtype: torch.dtype = torch.float32,
 ) -> None:
     """Compile a flow map's network ahead of time for a sampling run, into the file ``path`` (``.pt2``).
 
@@ -61,7 +60,7 @@ def export(
     Args:
         flow_map: in evaluation mode, on the device to generate on.
         rows: images at a time; a run of fewer is padded, one of more is cut.
-        steps, kind, mid_eta, method, state_dtype: as in :class:`imm.Sampler`.
+        steps, kind, mid_eta, method: as in :class:`imm.Sampler`.
         guided: whether runs give a guidance scale, which may differ from run to run.
         dtype: of the weights; None: as they are.
 
@@ -69,10 +68,9 @@ def export(
         ValueError, TypeError: settings other than these; a path that does not end in .pt2.
     """
     path = Path(path)
-    for name, value in (("dtype", dtype or flow_map.network_dtype), ("state_dtype", state_dtype)):
-        accepted = DTYPES if name == "dtype" else (torch.float32, torch.float64)
-        if value not in accepted:
-            raise TypeError(f"{name}: expected one of {[str(d) for d in accepted]}, got {value}")
+    dtype = dtype or flow_map.network_dtype
+    if dtype not in DTYPES:
+        raise TypeError(f"dtype: expected one of {[str(d) for d in DTYPES]}, got {dtype}")
     if not path.parent.is_dir():
         raise ValueError(f"out: expected a file in a folder that is there, got {path}")
     if path.suffix != ".pt2":
@@ -84,7 +82,7 @@ def export(
     if flow_map.network.training:
         raise ValueError("flow_map: expected evaluation mode (flow_map.eval()), got training mode")
     table = sampling.step_table(flow_map, sampling.time_grid(flow_map, steps, kind, mid_eta), method)
-    shape, dtype = flow_map.image_shape, dtype or flow_map.network_dtype
+    shape = flow_map.image_shape
     network: Any = copy.deepcopy(flow_map.network).to(dtype).requires_grad_(False)
     if hasattr(network, "fused"):
         network.fused = False
@@ -101,7 +99,6 @@ def export(
         "guided": str(int(guided)),
         "num_classes": str(flow_map.num_classes),
         "sigma_data": repr(flow_map.sigma_data),
-        "state_dtype": str(state_dtype).removeprefix("torch."),
         "input_dtype": str(dtype).removeprefix("torch."),
         "device": device.type,
     }
@@ -173,5 +170,5 @@ class Package:
             for start in range(0, max(1, len(keys)), self.rows):
                 part = slice(start, start + self.rows)
                 scale = w if w is None or len(w) == 1 else w[part]
-                parts.append(self._loop.run(keys[part], None if classes is None else classes[part], scale, None, False))
+                parts.append(self._loop.run(keys[part], None if classes is None else classes[part], scale, None))
         return torch.cat(parts)

@@ -22,6 +22,8 @@ from imm.schedules import Time, as_time
 
 #: A batch runs padded to a captured size of at most this many times its own, rather than being captured anew.
 PADDING = 1.25
+#: Loops that a sampler keeps; the one that was used longest ago is dropped.
+MAX_GRAPHS = 8
 #: Modulations of all steps are computed at once while they take no more than this.
 MODULATION_BYTES = 256 << 20
 
@@ -39,7 +41,7 @@ class Loop(Protocol):
 
     def capture(self) -> None: ...
 
-    def run(self, seeds: Tensor, labels: Tensor | None, guidance: Tensor | None, x: Tensor | None, keep: bool) -> Tensor: ...
+    def run(self, seeds: Tensor, labels: Tensor | None, guidance: Tensor | None, x: Tensor | None) -> Tensor: ...
 
 
 class PythonLoop:
@@ -51,14 +53,14 @@ class PythonLoop:
         self.table, self.network, self.prepare = table, network, prepare
         self.rows, self.shape, self.guided = settings["rows"], settings["shape"], settings["guided"]
         self.num_classes, self.sigma_data = settings["num_classes"], settings["sigma_data"]
-        self.state_dtype, self.input_dtype, self.device = (settings[k] for k in ("state_dtype", "input_dtype", "device"))
+        self.input_dtype, self.device = settings["input_dtype"], settings["device"]
         self.copies = 2 if self.guided else 1
         self.bytes = 0
 
     def capture(self) -> None:
         raise RuntimeError("capture: expected the native library, built for CUDA")
 
-    def run(self, seeds: Tensor, labels: Tensor | None, guidance: Tensor | None, x: Tensor | None, keep: bool) -> Tensor:
+    def run(self, seeds: Tensor, labels: Tensor | None, guidance: Tensor | None, x: Tensor | None) -> Tensor:
         n, pad = len(seeds), self.rows - len(seeds)
         padded = lambda value: torch.cat([value, value.new_zeros(pad, *value.shape[1:])]) if pad else value
         seeds = padded(seeds.to(self.device))
@@ -71,7 +73,7 @@ class PythonLoop:
         if guidance is not None:
             guidance = guidance.to(self.device)
             guidance = padded(guidance) if len(guidance) == n else guidance
-        state = start.to(self.state_dtype)
+        state = start.float()
         if self.prepare is not None:
             self.prepare(labels)
         for i in range(len(self.table)):
@@ -191,9 +193,7 @@ class Sampler:
             network cannot be captured; True makes that an error; False never captures.
         rows: run every batch in this many rows, padded or in parts. An image's bits then depend on its seed, label and
             guidance, and not on what is generated beside it.
-        state_dtype: float32 or float64, of the state between steps.
         shape: of an image; None: what the network says.
-        max_graphs: batch sizes that are kept; the one that was used longest ago is dropped.
 
     Raises:
         ValueError, TypeError: values other than these.
@@ -211,26 +211,21 @@ class Sampler:
         dtype: torch.dtype | None = None,
         graph: str | bool = "auto",
         rows: int | None = None,
-        state_dtype: torch.dtype = torch.float32,
         shape: Sequence[int] | None = None,
-        max_graphs: int = 8,
     ) -> None:
         if not isinstance(flow_map, FlowMap):
             raise TypeError(f"flow_map: expected an imm.FlowMap, got {type(flow_map).__name__}")
         if graph not in ("auto", True, False):
             raise ValueError(f'graph: expected "auto", True or False, got {graph!r}')
-        if state_dtype not in (torch.float32, torch.float64):
-            raise TypeError(f"state_dtype: expected torch.float32 or torch.float64, got {state_dtype}")
         if dtype not in (None, torch.float32, torch.bfloat16, torch.float16, torch.float64):
             raise TypeError(f"dtype: expected None or a floating dtype of 16, 32 or 64 bits, got {dtype}")
-        for name, count in (("rows", rows), ("max_graphs", max_graphs)):
-            if count is not None and (not isinstance(count, numbers.Integral) or count < 1):
-                raise ValueError(f"{name}: expected a count >= 1, got {count!r}")
+        if rows is not None and (not isinstance(rows, numbers.Integral) or rows < 1):
+            raise ValueError(f"rows: expected a count >= 1, got {rows!r}")
         self.flow_map, self.times = flow_map, sampling.time_grid(flow_map, steps, kind, mid_eta)
         self.table = sampling.step_table(flow_map, self.times, method)
         self.shape = tuple(flow_map.image_shape if shape is None else shape)
         self.guidance = self._checked_guidance(guidance, 1)
-        self.dtype, self.graph, self.rows, self.state_dtype, self.max_graphs = dtype, graph, rows, state_dtype, max_graphs
+        self.dtype, self.graph, self.rows = dtype, graph, rows
         self._begin()
         self._start()
 
@@ -266,7 +261,6 @@ class Sampler:
         guidance: Time | None = None,
         *,
         x: Tensor | None = None,
-        copy: bool = True,
     ) -> Tensor:
         """Images for seeds.
 
@@ -275,10 +269,9 @@ class Sampler:
             labels: one class an image, ``num_classes`` meaning "none"; None: all "none".
             guidance: w for all images or ``[B]``; None: the sampler's.
             x: the states to begin with, ``[B, *shape]`` of standard deviation sigma_data; None: the seeds' noise.
-            copy: False may return memory that the next call overwrites.
 
         Returns:
-            ``[B, *shape]`` of ``state_dtype``, on the network's device.
+            ``[B, *shape]`` float32, on the network's device.
 
         Raises:
             ValueError, TypeError: arguments other than these, a network in training mode. RuntimeError: within the capture of a
@@ -302,14 +295,14 @@ class Sampler:
             if x is not None and (x.shape != (count, *self.shape) or not x.is_floating_point()):
                 raise ValueError(f"x: expected floating {[count, *self.shape]}, got {list(x.shape)} of {x.dtype}")
             if count == 0:
-                return torch.empty(0, *self.shape, dtype=self.state_dtype, device=self._device)
+                return torch.empty(0, *self.shape, device=self._device)
             kind = self._device.type
             if not torch.is_autocast_enabled(kind):
-                return self._in_parts(seeds, labels, w, x, copy)
+                return self._in_parts(seeds, labels, w, x)
             with torch.autocast(kind, enabled=False):  # a graph would keep addresses of autocast's own copies
-                return self._in_parts(seeds, labels, w, x, copy)
+                return self._in_parts(seeds, labels, w, x)
 
-    def _in_parts(self, seeds: Tensor, labels: Tensor | None, w: Tensor | None, x: Tensor | None, copy: bool) -> Tensor:
+    def _in_parts(self, seeds: Tensor, labels: Tensor | None, w: Tensor | None, x: Tensor | None) -> Tensor:
         done: list[Tensor] = []
         start = 0
         while start < len(seeds):
@@ -317,10 +310,9 @@ class Sampler:
             part = slice(start, min(start + most, len(seeds)))
             pick = lambda value, part=part: None if value is None else value[part]
             scale = w if w is None or len(w) == 1 else w[part]
-            whole = part == slice(0, len(seeds))
             try:
                 loop = self._loop(part.stop - part.start, w is not None)
-                done.append(loop.run(seeds[part], pick(labels), scale, pick(x), not copy and whole))
+                done.append(loop.run(seeds[part], pick(labels), scale, pick(x)))
             except torch.OutOfMemoryError:
                 self._fewer_rows(part.stop - part.start)
                 continue
@@ -343,7 +335,7 @@ class Sampler:
         loop = self._loops.get((rows, guided))
         if loop is None:
             loop = self._loops[rows, guided] = self._made(rows, guided)
-            while len(self._loops) > self.max_graphs:
+            while len(self._loops) > MAX_GRAPHS:
                 self._loops.popitem(last=False)
         self._loops.move_to_end((rows, guided))
         return loop
@@ -361,7 +353,6 @@ class Sampler:
             "guided": guided,
             "num_classes": self.flow_map.num_classes,
             "sigma_data": self.flow_map.sigma_data,
-            "state_dtype": self.state_dtype,
             "input_dtype": self._input_dtype,
             "device": self._device,
         }
@@ -446,8 +437,8 @@ class Sampler:
     def warmup(self, batch_sizes: Sequence[int]) -> None:
         """Make, and capture, the loops for these numbers of images before the first call; largest first, so that the smaller
         ones use its memory. With the sampler's guidance, and without where it has none."""
-        if len(set(batch_sizes)) > self.max_graphs:
-            raise ValueError(f"batch_sizes: expected at most max_graphs = {self.max_graphs}, got {len(set(batch_sizes))}")
+        if len(set(batch_sizes)) > MAX_GRAPHS:
+            raise ValueError(f"batch_sizes: expected at most {MAX_GRAPHS}, got {len(set(batch_sizes))}")
         for size in sorted(set(batch_sizes), reverse=True):
             self.sample(range(size))
 
