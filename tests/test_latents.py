@@ -12,7 +12,7 @@ from test_cli import call, refused
 from imm import FlowMap, checkpoints, latents
 from imm.evaluation import load_set
 from imm.networks import DiT
-from imm.sampler import Sampler
+from imm.sampling import Sampler
 
 diffusers = pytest.importorskip("diffusers")
 

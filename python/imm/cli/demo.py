@@ -24,7 +24,7 @@ from imm.evaluation.pictures import grid, save_picture
 from imm.flow_map import FlowMap
 from imm.networks import UNet
 from imm.objective import IMMObjective
-from imm.sampler import Sampler
+from imm.sampling import Sampler
 from imm.training import TrainConfig, Trainer
 from imm.training.trainer import STATE_FILE, STATS_FILE
 from imm.version import __version__

@@ -23,7 +23,7 @@ from imm.distributed import Processes
 from imm.evaluation.pictures import save_picture, to_picture
 from imm.evaluation.sets import GENERATION_FILE
 from imm.files import remove_part, replacing, write_text
-from imm.sampler import Sampler
+from imm.sampling.sampler import Sampler
 from imm.training.lock import FolderLock, lock_folder
 
 #: What made a folder's images, on which machines: a list, which may grow. It moves the last bits of an image at most.
