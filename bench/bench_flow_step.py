@@ -13,6 +13,7 @@ from imm.functional import flow_step
 from imm.ops import flow_step as ops
 
 TESTS = {"test_flow_step.py": ""}
+CUDA_TESTS: dict[str, str] = {}
 
 #: Images of CIFAR-10 and latents of ImageNet.
 SHAPES = ((256, 3, 32, 32), (256, 4, 32, 32))

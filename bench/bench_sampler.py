@@ -16,7 +16,7 @@ from harness.timing import captured
 from imm import sampling
 from imm.flow_map import FlowMap
 from imm.networks.dit import SIZES
-from imm.sampler import Sampler
+from imm.sampling import Sampler
 
 TESTS = {"test_sampler.py": "bits_of_the_eager_loop parity fixed_rows"}
 #: "graph" and "replay": captured calls give the bits of the loop.

@@ -17,12 +17,14 @@ import torch
 from PIL import Image
 from test_cli import call, refused
 
-from imm import FlowMap, checkpoints, generation
+from imm import FlowMap, checkpoints
+from imm.cli import sample
 from imm.distributed import Processes
 from imm.evaluation.sets import GENERATION_FILE, load_set
 from imm.files import sha256_of
 from imm.networks import DiT, UNet
-from imm.sampler import Sampler
+from imm.sampling import Sampler
+from imm.sampling.folder import ImageFolder, batches, generate
 from imm.seeds import format_integers, parse_integers
 
 IMM = [sys.executable, "-m", "imm", "sample"]
@@ -73,10 +75,10 @@ def test_two_processes_and_a_killed_run_write_the_same_files(count, net, tmp_pat
 
 
 def test_batches_do_not_depend_on_the_number_of_processes() -> None:
-    whole = [(part.start, part.stop) for part in generation.batches(23, 5, Processes())]
+    whole = [(part.start, part.stop) for part in batches(23, 5, Processes())]
     assert whole == [(0, 5), (5, 10), (10, 15), (15, 20), (20, 23)]
     for world in (2, 3, 9):
-        shares = [list(generation.batches(23, 5, Processes(rank, world))) for rank in range(world)]
+        shares = [list(batches(23, 5, Processes(rank, world))) for rank in range(world)]
         assert sorted((part.start, part.stop) for share in shares for part in share) == whole
 
 
@@ -118,7 +120,7 @@ def test_files_that_were_cut_short_are_made_again(latents, net, tmp_path) -> Non
 
 @pytest.mark.parametrize("pictures", [False, True])
 def test_a_file_is_on_the_disk_before_it_has_its_name(pictures, tmp_path, monkeypatch) -> None:
-    folder, order = generation.ImageFolder(tmp_path, pictures=pictures), []
+    folder, order = ImageFolder(tmp_path, pictures=pictures), []
     sync, replace = os.fsync, os.replace
     monkeypatch.setattr(os, "fsync", lambda file: order.append(("sync", os.fstat(file).st_size)) or sync(file))
     monkeypatch.setattr(os, "replace", lambda part, path: order.append(("name", path)) or replace(part, path))
@@ -184,7 +186,7 @@ def test_the_manifest_lists_what_took_part(net, tmp_path, monkeypatch) -> None:
     first = made_with()
     assert [one["torch"] for one in first] == [torch.__version__]
     assert first[0]["device"].startswith("CPU (")
-    monkeypatch.setattr(generation, "note", lambda device: {"made_with": [{**first[0], "device": "other"}]})
+    monkeypatch.setattr(sample, "note", lambda device: {"made_with": [{**first[0], "device": "other"}]})
     call(*options)
     assert made_with() == first  # nothing was left to make
     for _ in range(2):
@@ -267,15 +269,15 @@ def sampler_of_latents(rows: int, **settings: Any) -> Sampler:
 
 
 def test_only_absent_images_are_decoded(tmp_path) -> None:
-    folder, seeds, decoded = generation.ImageFolder(tmp_path, pictures=True), range(10), []
+    folder, seeds, decoded = ImageFolder(tmp_path, pictures=True), range(10), []
     decode = lambda x: decoded.append(len(x)) or x[:, :3]
     for _ in range(2):
-        generation.generate(sampler_of_latents(4), seeds, None, folder, Processes(), decode=decode)
+        generate(sampler_of_latents(4), seeds, None, folder, Processes(), decode=decode)
     before = files(tmp_path)
     assert (decoded, len(before)) == ([4, 4, 2], 10)
     for seed in (2, 3, 6):
         folder.path(seed).unlink()
-    generation.generate(sampler_of_latents(4), seeds, None, folder, Processes(), decode=decode)
+    generate(sampler_of_latents(4), seeds, None, folder, Processes(), decode=decode)
     assert decoded[3:] == [2, 1]
     assert files(tmp_path) == before
 
@@ -290,9 +292,9 @@ def test_images_that_are_not_finite_are_refused(net, small_flow_map, tmp_path) -
     assert not list((tmp_path / "out").glob("*.png"))
     call(*options[:-3], "--out", tmp_path / "other")
     broken = lambda x: torch.where(torch.arange(len(x))[:, None, None, None] == 1, torch.nan, x[:, :3])
-    folder = generation.ImageFolder(tmp_path, pictures=True)
+    folder = ImageFolder(tmp_path, pictures=True)
     with pytest.raises(ValueError, match=r"from the autoencoder, of latents that are, by the network, for 1 of 4 images .* 6"):
-        generation.generate(sampler_of_latents(4), range(5, 9), None, folder, Processes(), decode=broken)
+        generate(sampler_of_latents(4), range(5, 9), None, folder, Processes(), decode=broken)
 
 
 def test_a_seed_twice_is_refused(net, tmp_path) -> None:
@@ -307,7 +309,7 @@ def test_seeds_as_text(values) -> None:
 
 def test_a_second_run_in_a_folder_is_refused_and_breaks_nothing(net, tmp_path, monkeypatch) -> None:
     out, options = tmp_path / "out", ("sample", "--net", net, "--seeds", "0-3", "--steps", "1", "--out", tmp_path / "out")
-    write, said = generation.ImageFolder.write, []
+    write, said = ImageFolder.write, []
 
     def write_beside_another(self, seed: int, image: torch.Tensor) -> None:
         if not said:
@@ -315,7 +317,7 @@ def test_a_second_run_in_a_folder_is_refused_and_breaks_nothing(net, tmp_path, m
             said[0] = refused(*options)
         write(self, seed, image)
 
-    monkeypatch.setattr(generation.ImageFolder, "write", write_beside_another)
+    monkeypatch.setattr(ImageFolder, "write", write_beside_another)
     call(*options)
     assert said == [f"Error: out: expected a folder that no other run writes to, got {out}, where process {os.getpid()} does"]
     assert sorted(files(out)) == ["000000.png", "000001.png", "000002.png", "000003.png", GENERATION_FILE]

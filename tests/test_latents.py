@@ -13,7 +13,7 @@ from imm import FlowMap, checkpoints, latents
 from imm.evaluation import load_set
 from imm.integrations.autoencoder import load_vae
 from imm.networks import DiT
-from imm.sampler import Sampler
+from imm.sampling import Sampler
 
 diffusers = pytest.importorskip("diffusers")
 

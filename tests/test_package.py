@@ -92,7 +92,7 @@ def test_no_python_runs_between_the_steps(guided) -> None:
 
     sys.setprofile(trace)
     try:
-        packed._loop.run(seeds, labels, w, None, False)
+        packed._loop.run(seeds, labels, w, None)
     finally:
         sys.setprofile(None)
     assert [event for event in events if "setprofile" not in event] == ["c_call run", "c_return run"]

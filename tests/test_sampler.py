@@ -20,10 +20,11 @@ import torch
 from torch import Tensor, nn
 
 import imm
-from imm import FlowMap, Sampler, sampler, sampling
+from imm import FlowMap, Sampler, sampling
 from imm.checkpoints import from_published
 from imm.networks import DiT, UNet
 from imm.ops import native
+from imm.sampling import sampler
 
 CASES = ["dit_s_2_stride_1step", "dit_s_2_stride_4step", "dit_s_4_identity_2step_nocfg"]
 SHAPE = (1, 8, 8)

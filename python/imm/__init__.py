@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING, Any
 from imm import startup  # isort: skip  (before torch, which starts OpenMP)
 
 if TYPE_CHECKING or not startup.command_line():  # the command line imports what a command needs, so that --help is quick
-    from imm import checkpoints, functional, latents, networks, package, parametrizations, presets, sampling, schedules
+    from imm import checkpoints, functional, latents, networks, parametrizations, presets, sampling, schedules
     from imm.checkpoints import load
     from imm.flow_map import FlowMap
     from imm.functional import noise
     from imm.objective import IMMObjective
-    from imm.sampler import Sampler
+    from imm.sampling import Sampler, package
 from imm.version import __version__
 
 __all__ = [
@@ -38,9 +38,10 @@ __all__ = [
 _ROOM_OF = {
     "FlowMap": "flow_map",
     "IMMObjective": "objective",
-    "Sampler": "sampler",
+    "Sampler": "sampling",
     "load": "checkpoints",
     "noise": "functional",
+    "package": "sampling",
 }
 
 del startup

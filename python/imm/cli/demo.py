@@ -24,7 +24,7 @@ from imm.flow_map import FlowMap
 from imm.networks import UNet
 from imm.objective import IMMObjective
 from imm.pictures import grid, save_picture
-from imm.sampler import Sampler
+from imm.sampling import Sampler
 from imm.training import TrainConfig, Trainer
 from imm.training.state import STATE_FILE
 from imm.training.stats import STATS_FILE

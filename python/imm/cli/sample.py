@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from imm import checkpoints, generation, latents, pictures
+from imm import checkpoints, latents, pictures
 from imm.backends import PRECISIONS, repeatable
 from imm.checkpoints.format import read_settings
 from imm.cli.options import device_line, printable, process_device, writable_folder
@@ -21,10 +21,9 @@ from imm.cli.progress import bar
 from imm.distributed import Processes, processes
 from imm.files import sha256_of
 from imm.flow_map import FlowMap
-from imm.generation import ImageFolder
 from imm.integrations.autoencoder import INSTALL, load_vae
-from imm.sampler import Sampler
-from imm.sampling import time_grid
+from imm.sampling import Sampler, time_grid
+from imm.sampling.folder import ImageFolder, absent, generate, note
 from imm.seeds import format_integers, parse_integers
 
 #: ``--class`` without a class: unconditional images.
@@ -97,12 +96,12 @@ def _run(
         "subdirs": subdirs,
         "vae": autoencoder,
         "quantisation": (pictures.QUANTISATION if decode is None else pictures.QUANTISATION_DECODED) if drawn else None,
-        **generation.note(device),
+        **note(device),
     }
     folder = ImageFolder(writable_folder(out), pictures=drawn, subdirs=subdirs, decoded=decode is not None)
     click.get_current_context().call_on_close(folder.close)
     folder.begin(manifest, seed_list, where)
-    missing = generation.absent(seed_list, rows, folder, where)
+    missing = absent(seed_list, rows, folder, where)
     sampler = Sampler(flow_map, **sampling, rows=rows, dtype=PRECISIONS[precision])
     if where.first:
         many = f", {where.world} processes" if where.world > 1 else ""
@@ -112,7 +111,7 @@ def _run(
     name = f"process 0 of {where.world}" if where.world > 1 else None
     progress = bar(missing, "image", desc=name, disable=not where.first or not missing)
     with progress as made, repeatable(tf32=precision == "tf32"):
-        generation.generate(
+        generate(
             sampler, seed_list, all_labels, folder, where, decode=decode, origin=f"{net} in {precision}", on_images=made.update
         )
     made_by_all = where.total(missing)

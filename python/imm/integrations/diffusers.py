@@ -19,8 +19,9 @@ from imm.flow_map import FlowMap
 from imm.integrations.autoencoder import NEEDED
 from imm.networks import NETWORKS
 from imm.pictures import to_picture, to_pillow
-from imm.sampler import Sampler, as_labels
-from imm.sampling import StepTable, step_table, time_grid
+from imm.sampling.grid import StepTable, step_table, time_grid
+from imm.sampling.loop import checked_guidance, initial_state, jump, step, with_none
+from imm.sampling.sampler import Sampler, as_labels
 from imm.schedules import Time, as_time
 from imm.weights import is_aligned, own_memory, own_names, plain_names, unwrapped
 
@@ -244,20 +245,10 @@ class IMMScheduler(SchedulerMixin, ConfigMixin):
             ValueError: another timestep, shapes that differ, a restart without seeds.
         """
         table, i = self._step(timestep)
-        noisy = table.c_noise[i] != 0.0
-        if noisy and seeds is None:
+        if table.c_noise[i] != 0.0 and seeds is None:
             raise ValueError('seeds: expected the images\' seeds for the method "restart", got None')
-        stepped = functional.flow_step(
-            sample,
-            model_output,
-            table.c_skip[i],
-            table.c_out[i],
-            g_uncond=uncond_output,
-            guidance=guidance_scale,
-            c_noise=table.c_noise[i] if noisy else None,
-            seeds=functional.as_seeds(seeds, sample.device) if noisy and seeds is not None else None,
-            step=i + 1,
-        )
+        keys = None if seeds is None else functional.as_seeds(seeds, sample.device)
+        stepped = jump(table, i, sample, model_output, uncond_output, guidance_scale, keys)
         return SchedulerOutput(prev_sample=stepped) if return_dict else (stepped,)
 
 
@@ -413,27 +404,18 @@ class IMMPipeline(DiffusionPipeline):
         if net.training:
             raise ValueError("network: expected evaluation mode (network.eval()), got training mode")
         labels = flow_map.checked_labels(labels, len(seeds), seeds.device if labels is None else labels.device)
-        if guidance is not None:
-            if labels is None:
-                raise ValueError("guidance: expected a class-conditional network, got one with num_classes = 0")
-            guidance = as_time(guidance)
-            if guidance.device.type == "cpu" and not bool(torch.isfinite(guidance).all()):
-                raise ValueError(f"guidance: expected finite numbers, got {guidance.tolist()}")
-            guidance = guidance.to(device)
-        seeds = seeds.to(device)
-        if labels is not None:
-            labels = labels.to(device)
-            if guidance is not None:
-                labels = torch.cat([torch.full_like(labels, flow_map.num_classes), labels])
+        w = checked_guidance(flow_map, guidance, len(seeds))
+        if w is not None:
+            w = w.to(device)
+            labels = None if labels is None else with_none(labels, flow_map.num_classes)
+        labels, seeds = None if labels is None else labels.to(device), seeds.to(device)
         scheduler.set_timesteps(steps, device=device)
-        x = functional.noise(seeds, flow_map.image_shape) * scheduler.init_noise_sigma
+        x = initial_state(flow_map, seeds, flow_map.image_shape)
+        network = lambda i, *args: self.network(*args)  # not its net: the network's own hooks run
         with torch.autocast(device.type, enabled=False):  # as in imm.Sampler
             for i, t in enumerate(self.progress_bar(scheduler.timesteps)):
-                scaled = scheduler.scale_model_input(x, t).to(flow_map.network_dtype)
-                both = scaled if guidance is None else torch.cat([scaled, scaled])
-                g = self.network(both, t, scheduler.second_timestep(t), labels)
-                uncond, g = (None, g) if guidance is None else g.chunk(2)
-                x = scheduler.step(g, t, x, uncond_output=uncond, guidance_scale=guidance, seeds=seeds, return_dict=False)[0]
+                table, number = scheduler._step(t)
+                x = step(table, number, network, x, labels, w, seeds, flow_map.network_dtype)
                 x = (callback(self, i, t, {"latents": x}) or {}).get("latents", x)
         return x
 

@@ -1,4 +1,4 @@
-"""Few-step sampling: time grids, pushforward and restart (paper algorithms 2, 4 and 5)."""
+"""The times that a sampler visits, and the numbers of each of its steps (paper algorithms 2, 4 and 5, eq. 118)."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ from dataclasses import dataclass, fields
 import torch
 from torch import Tensor
 
-from imm import functional
 from imm.flow_map import FlowMap
 from imm.schedules import Time, as_time
 
@@ -123,94 +122,3 @@ def step_table(flow_map: FlowMap, times: Tensor, method: str = "pushforward") ->
         sigma * flow_map.sigma_data,
     )
     return StepTable(*(tuple(column.tolist()) for column in columns))
-
-
-def initial_state(
-    flow_map: FlowMap, seeds: Tensor | Sequence[int] | range, shape: Sequence[int], device: torch.device | str | None = None
-) -> Tensor:
-    """x at t_max: sigma_data times each seed's step-0 noise, ``[B, *shape]`` float32."""
-    return functional.noise(seeds, shape, 0, device=device) * flow_map.sigma_data
-
-
-@torch.no_grad()
-def pushforward(
-    flow_map: FlowMap,
-    x: Tensor,
-    times: Tensor,
-    labels: Tensor | None = None,
-    guidance: Time | None = None,
-    dtype: torch.dtype = torch.float32,
-) -> Tensor:
-    """Jump through the times one after the other: x <- f_{times[i+1], times[i]}(x) (algorithms 2 and 4).
-
-    Args:
-        flow_map: in evaluation mode, unless its dropout is wanted.
-        x: the state at ``times[0]``, ``[B, ...]``, of standard deviation sigma_data (:func:`initial_state`).
-        times: ``[steps + 1]``, strictly decreasing (:func:`time_grid`).
-        labels, guidance: as in :class:`FlowMap`.
-        dtype: of the state between steps; the network keeps its own.
-
-    Returns:
-        ``[B, ...]`` in ``dtype``.
-
-    Raises:
-        ValueError: times that do not decrease or leave the flow map's range; what :class:`FlowMap` refuses.
-    """
-    times = _checked_times(flow_map, times, decreasing=True)
-    state, out = x.to(dtype), None
-    for t, s in zip(times[:-1].tolist(), times[1:].tolist(), strict=True):
-        state = out = flow_map.jump(state, t, s, labels, guidance, out)  # in place from the second step on
-    return state
-
-
-@torch.no_grad()
-def restart(
-    flow_map: FlowMap,
-    x: Tensor,
-    times: Tensor,
-    labels: Tensor | None = None,
-    guidance: Time | None = None,
-    dtype: torch.dtype = torch.float32,
-    noise: Sequence[Tensor] | None = None,
-    *,
-    seeds: Tensor | Sequence[int] | range | None = None,
-) -> Tensor:
-    """Jump to the last time from each time, re-noising in between (algorithm 5).
-
-    Args:
-        flow_map, x, labels, guidance, dtype: as in :func:`pushforward`.
-        times: ``[steps + 1]``; all but the last above the last, in any order.
-        noise: the steps - 1 tensors of fresh noise in sampling order, of x's shape and already scaled by sigma_data.
-        seeds: image seeds to draw that noise from (:func:`imm.noise` at steps 1, 2, ...). With neither, torch's default
-            generator gives it.
-
-    Returns:
-        ``[B, ...]`` in ``dtype``.
-
-    Raises:
-        ValueError: as :func:`pushforward`; both noise and seeds, or noise of another number or shape.
-    """
-    times = _checked_times(flow_map, times, decreasing=False)
-    steps = len(times) - 1
-    if noise is not None:
-        if seeds is not None:
-            raise ValueError("noise and seeds: expected one of them at most")
-        if len(noise) != steps - 1 or any(n.shape != x.shape for n in noise):
-            raise ValueError(
-                f"noise: expected {steps - 1} tensors of shape {list(x.shape)}, got {[list(n.shape) for n in noise]}"
-            )
-    if seeds is not None and len(seeds) != len(x):
-        raise ValueError(f"seeds: expected one per image, {len(x)}, got {len(seeds)}")
-    schedule, end = flow_map.schedule, float(times[-1])
-    keys = None if seeds is None else functional.as_seeds(seeds, x.device)
-    state, out = x.to(dtype), None
-    for i, t in enumerate(times[:-1].tolist()):
-        alpha, sigma = (1.0, 0.0) if i + 1 == steps else (schedule.alpha(times[i + 1]), schedule.sigma(times[i + 1]))
-        renoise = None
-        if keys is not None and i + 1 < steps:
-            renoise = (float(alpha), float(sigma) * flow_map.sigma_data, keys, i + 1)
-        state = out = flow_map.jump(state, t, end, labels, guidance, out, renoise)
-        if keys is None and i + 1 < steps:
-            fresh = torch.randn_like(state) * flow_map.sigma_data if noise is None else noise[i].to(state)
-            functional.flow_step(state, fresh, alpha, sigma, out=state)
-    return state

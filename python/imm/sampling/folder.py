@@ -23,7 +23,7 @@ from imm.distributed import Processes
 from imm.evaluation.sets import GENERATION_FILE
 from imm.files import lock_folder, remove_part, replacing, write_text
 from imm.pictures import save_picture, to_picture
-from imm.sampler import Sampler
+from imm.sampling.sampler import Sampler
 
 if TYPE_CHECKING:
     from filelock import FileLock

@@ -14,11 +14,12 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from imm import functional, sampling
+from imm import functional
 from imm.flow_map import FlowMap
 from imm.ops import native
-from imm.sampling import StepTable
-from imm.schedules import Time, as_time
+from imm.sampling.grid import StepTable, step_table, time_grid
+from imm.sampling.loop import Network, Plain, checked_guidance, run, with_none
+from imm.schedules import Time
 
 #: A batch runs padded to a captured size of at most this many times its own, rather than being captured anew.
 PADDING = 1.25
@@ -27,8 +28,6 @@ MAX_GRAPHS = 8
 #: Modulations of all steps are computed at once while they take no more than this.
 MODULATION_BYTES = 256 << 20
 
-#: (step, x [R, ...], t [R], s [R], labels [R] or None) -> x's shape.
-Network = Callable[[int, Tensor, Tensor, Tensor, Tensor | None], Tensor]
 Prepare = Callable[[Tensor | None], None]
 
 
@@ -54,7 +53,6 @@ class PythonLoop:
         self.rows, self.shape, self.guided = settings["rows"], settings["shape"], settings["guided"]
         self.num_classes, self.sigma_data = settings["num_classes"], settings["sigma_data"]
         self.input_dtype, self.device = settings["input_dtype"], settings["device"]
-        self.copies = 2 if self.guided else 1
         self.bytes = 0
 
     def capture(self) -> None:
@@ -69,38 +67,13 @@ class PythonLoop:
         if labels is not None:
             labels = padded(labels.to(self.device))
             if self.guided:
-                labels = torch.cat([torch.full_like(labels, self.num_classes), labels])
+                labels = with_none(labels, self.num_classes)
         if guidance is not None:
             guidance = guidance.to(self.device)
             guidance = padded(guidance) if len(guidance) == n else guidance
-        state = start.float()
         if self.prepare is not None:
             self.prepare(labels)
-        for i in range(len(self.table)):
-            state = self._step(i, state, seeds, labels, guidance)
-        return state[:n]
-
-    def _step(self, i: int, state: Tensor, seeds: Tensor, labels: Tensor | None, guidance: Tensor | None) -> Tensor:
-        table = self.table
-        scaled = (state * table.c_in[i]).to(self.input_dtype)
-        scaled = torch.cat([scaled] * self.copies)
-        t, s = (torch.full((len(scaled),), v[i], dtype=torch.float64, device=self.device) for v in (table.t, table.s))
-        g = self.network(i, scaled, t, s, labels)
-        if g.shape != scaled.shape:
-            raise ValueError(f"network: expected an output of its input's shape {list(scaled.shape)}, got {list(g.shape)}")
-        uncond, g = (g[: self.rows], g[self.rows :]) if self.guided else (None, g)
-        noisy = table.c_noise[i] != 0.0
-        return functional.flow_step(
-            state,
-            g,
-            table.c_skip[i],
-            table.c_out[i],
-            g_uncond=uncond,
-            guidance=guidance,
-            c_noise=table.c_noise[i] if noisy else None,
-            seeds=seeds if noisy else None,
-            step=i + 1,
-        )
+        return run(self.table, self.network, start.float(), labels, guidance, seeds, self.input_dtype)[:n]
 
 
 def as_labels(labels: Tensor | Sequence[int]) -> Tensor:
@@ -112,21 +85,6 @@ def as_labels(labels: Tensor | Sequence[int]) -> Tensor:
     except TypeError as error:
         raise ValueError(f"labels: expected a list or tensor of integers, one per image, got {labels!r}") from error
     return torch.tensor(values) if values else torch.empty(0, dtype=torch.int64)
-
-
-class _Plain:
-    """A network as the loop calls it."""
-
-    prepare = None
-
-    def __init__(self, network: nn.Module) -> None:
-        self.network = network
-
-    def __call__(self, step: int, x: Tensor, t: Tensor, s: Tensor, labels: Tensor | None) -> Tensor:
-        g = self.network(x, t, s, labels)
-        if not isinstance(g, Tensor):
-            raise ValueError(f"network: expected an output of its input's shape {list(x.shape)}, got {type(g).__name__}")
-        return g
 
 
 class _Conditioned:
@@ -221,10 +179,10 @@ class Sampler:
             raise TypeError(f"dtype: expected None or a floating dtype of 16, 32 or 64 bits, got {dtype}")
         if rows is not None and (not isinstance(rows, numbers.Integral) or rows < 1):
             raise ValueError(f"rows: expected a count >= 1, got {rows!r}")
-        self.flow_map, self.times = flow_map, sampling.time_grid(flow_map, steps, kind, mid_eta)
-        self.table = sampling.step_table(flow_map, self.times, method)
+        self.flow_map, self.times = flow_map, time_grid(flow_map, steps, kind, mid_eta)
+        self.table = step_table(flow_map, self.times, method)
         self.shape = tuple(flow_map.image_shape if shape is None else shape)
-        self.guidance = self._checked_guidance(guidance, 1)
+        self.guidance = checked_guidance(flow_map, guidance, 1)
         self.dtype, self.graph, self.rows = dtype, graph, rows
         self._begin()
         self._start()
@@ -234,7 +192,7 @@ class Sampler:
         self._lock = threading.RLock()
         self._loops: OrderedDict[tuple[int, bool], Loop] = OrderedDict()
         self._captures, self._replays = 0, 0
-        self._most_rows = self.rows
+        self._most_rows: int | None = self.rows
         self._no_graph: str | None = None
         network = self.flow_map.network
         self._stale = True
@@ -291,7 +249,7 @@ class Sampler:
                 labels = as_labels(labels)
             where = self._device if labels is None else labels.device
             labels = self.flow_map.checked_labels(labels, count, where)
-            w = self.guidance if guidance is None else self._checked_guidance(guidance, count)
+            w = self.guidance if guidance is None else checked_guidance(self.flow_map, guidance, count)
             if x is not None and (x.shape != (count, *self.shape) or not x.is_floating_point()):
                 raise ValueError(f"x: expected floating {[count, *self.shape]}, got {list(x.shape)} of {x.dtype}")
             if count == 0:
@@ -379,12 +337,12 @@ class Sampler:
         else:
             self._captures += 1
 
-    def _callable(self, rows: int, guided: bool) -> _Plain | _Conditioned:
+    def _callable(self, rows: int, guided: bool) -> Plain | _Conditioned:
         features = getattr(self._network, "modulation_features", None)
         if features is None or not hasattr(self._network, "condition"):
-            return _Plain(self._network)
+            return Plain(self._network)
         if len(self.table) * (rows + 1) * features * self._input_dtype.itemsize > MODULATION_BYTES:
-            return _Plain(self._network)
+            return Plain(self._network)
         return _Conditioned(self._network, self.table, rows, guided, self._device)
 
     # The network --------------------------------------------------------------------------------------------------------------
@@ -419,18 +377,6 @@ class Sampler:
         network = self.flow_map.network
         ends = (p for p in (next(network.parameters(), None), self._last_parameter) if p is not None)
         return (network.training, *((p.data_ptr(), p.dtype, p.device) for p in ends))
-
-    def _checked_guidance(self, guidance: Time | None, count: int) -> Tensor | None:
-        if guidance is None:
-            return None
-        if self.flow_map.num_classes == 0:
-            raise ValueError("guidance: expected a class-conditional network, got one with num_classes = 0")
-        w = as_time(guidance).reshape(-1)
-        if len(w) not in (1, count):
-            raise ValueError(f"guidance: expected a number or [{count}], got {list(w.shape)}")
-        if w.device.type == "cpu" and not bool(torch.isfinite(w).all()):
-            raise ValueError(f"guidance: expected finite numbers, got {w.tolist()}")
-        return w
 
     # What a server needs ------------------------------------------------------------------------------------------------------
 

@@ -18,11 +18,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from imm import functional, sampling
+from imm import functional
 from imm.flow_map import FlowMap
 from imm.ops import native
 from imm.ops.dtypes import DTYPES
-from imm.sampler import as_labels
+from imm.sampling.grid import step_table, time_grid
+from imm.sampling.sampler import as_labels
 from imm.schedules import Time, as_time
 
 
@@ -81,7 +82,7 @@ def export(
         raise ValueError("guidance: expected a class-conditional network, got one with num_classes = 0")
     if flow_map.network.training:
         raise ValueError("flow_map: expected evaluation mode (flow_map.eval()), got training mode")
-    table = sampling.step_table(flow_map, sampling.time_grid(flow_map, steps, kind, mid_eta), method)
+    table = step_table(flow_map, time_grid(flow_map, steps, kind, mid_eta), method)
     shape = flow_map.image_shape
     network: Any = copy.deepcopy(flow_map.network).to(dtype).requires_grad_(False)
     if hasattr(network, "fused"):

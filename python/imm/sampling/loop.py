@@ -1,0 +1,206 @@
+"""The sampling loop: pushforward and restart (paper algorithms 2, 4 and 5), and the one step that every form of it takes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from imm import functional
+from imm.flow_map import FlowMap
+from imm.sampling.grid import StepTable, step_table
+from imm.schedules import Time, as_time
+
+#: (step, x [R, ...], t [R], s [R], labels [R] or None) -> x's shape.
+Network = Callable[[int, Tensor, Tensor, Tensor, Tensor | None], Tensor]
+
+
+class Plain:
+    """A network as the loop calls it."""
+
+    prepare = None
+
+    def __init__(self, network: nn.Module) -> None:
+        self.network = network
+
+    def __call__(self, step: int, x: Tensor, t: Tensor, s: Tensor, labels: Tensor | None) -> Tensor:
+        g = self.network(x, t, s, labels)
+        if not isinstance(g, Tensor):
+            raise ValueError(f"network: expected an output of its input's shape {list(x.shape)}, got {type(g).__name__}")
+        return g
+
+
+def initial_state(
+    flow_map: FlowMap, seeds: Tensor | Sequence[int] | range, shape: Sequence[int], device: torch.device | str | None = None
+) -> Tensor:
+    """x at t_max: sigma_data times each seed's step-0 noise, ``[B, *shape]`` float32."""
+    return functional.noise(seeds, shape, 0, device=device) * flow_map.sigma_data
+
+
+def jump(
+    table: StepTable,
+    i: int,
+    x: Tensor,
+    g: Tensor,
+    g_uncond: Tensor | None = None,
+    guidance: Time | None = None,
+    seeds: Tensor | None = None,
+    out: Tensor | None = None,
+) -> Tensor:
+    """The state after step i from the one before, x ``[B, ...]``, and what the network gave for it, with noise of ``seeds``
+    where the table has any."""
+    noisy = table.c_noise[i] != 0.0
+    return functional.flow_step(
+        x,
+        g,
+        table.c_skip[i],
+        table.c_out[i],
+        g_uncond=g_uncond,
+        guidance=guidance,
+        c_noise=table.c_noise[i] if noisy else None,
+        seeds=seeds if noisy else None,
+        step=i + 1,
+        out=out,
+    )
+
+
+def step(
+    table: StepTable,
+    i: int,
+    network: Network,
+    x: Tensor,
+    labels: Tensor | None,
+    guidance: Tensor | None,
+    seeds: Tensor | None,
+    dtype: torch.dtype,
+    out: Tensor | None = None,
+) -> Tensor:
+    """Step i: one call of the network and one :func:`jump`.
+
+    Args:
+        x: the state, ``[B, ...]``. labels: ``[R]``, of R = B rows of the network, or 2 B with guidance (:func:`with_none`).
+        guidance: float64 ``[1]`` or ``[B]``. seeds: ``[B]`` int64 on x's device. dtype: of the network's input.
+        out: where to write, which may be x.
+
+    Raises:
+        ValueError: an output of another shape than the network's input.
+    """
+    batch, wide = len(x), torch.promote_types(x.dtype, torch.float32)
+    scaled = (x.to(wide) * table.c_in[i]).to(dtype)
+    if guidance is not None:
+        scaled = torch.cat([scaled, scaled])
+    t, s = (torch.full((len(scaled),), v[i], dtype=torch.float64, device=x.device) for v in (table.t, table.s))
+    g = network(i, scaled, t, s, labels)
+    if g.shape != scaled.shape:
+        raise ValueError(f"network: expected an output of its input's shape {list(scaled.shape)}, got {list(g.shape)}")
+    uncond, g = (None, g) if guidance is None else (g[:batch], g[batch:])
+    return jump(table, i, x, g, uncond, guidance, seeds, out)
+
+
+def run(
+    table: StepTable,
+    network: Network,
+    x: Tensor,
+    labels: Tensor | None,
+    guidance: Tensor | None,
+    seeds: Tensor | None,
+    dtype: torch.dtype,
+) -> Tensor:
+    """Every :func:`step` of a table; in place from the second one on, so that x stays as it is."""
+    out = None
+    for i in range(len(table)):
+        x = out = step(table, i, network, x, labels, guidance, seeds, dtype, out)
+    return x
+
+
+def with_none(labels: Tensor, num_classes: int) -> Tensor:
+    """The labels of a guided call of the network, ``[2 B]``: first "none", ``num_classes``, for each image."""
+    return torch.cat([torch.full_like(labels, num_classes), labels])
+
+
+def checked_guidance(flow_map: FlowMap, guidance: Time | None, count: int) -> Tensor | None:
+    """Guidance as float64 ``[1]`` or ``[count]``, where it is."""
+    if guidance is None:
+        return None
+    if flow_map.num_classes == 0:
+        raise ValueError("guidance: expected a class-conditional network, got one with num_classes = 0")
+    w = as_time(guidance).reshape(-1)
+    if len(w) not in (1, count):
+        raise ValueError(f"guidance: expected a number or [{count}], got {list(w.shape)}")
+    if w.device.type == "cpu" and not bool(torch.isfinite(w).all()):
+        raise ValueError(f"guidance: expected finite numbers, got {w.tolist()}")
+    return w
+
+
+@torch.no_grad()
+def pushforward(
+    flow_map: FlowMap,
+    x: Tensor,
+    times: Tensor,
+    labels: Tensor | None = None,
+    guidance: Time | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> Tensor:
+    """Jump through the times one after the other: x <- f_{times[i+1], times[i]}(x) (algorithms 2 and 4).
+
+    Args:
+        flow_map: in evaluation mode, unless its dropout is wanted.
+        x: the state at ``times[0]``, ``[B, ...]``, of standard deviation sigma_data (:func:`initial_state`).
+        times: ``[steps + 1]``, strictly decreasing (:func:`time_grid`).
+        labels, guidance: as in :class:`FlowMap`.
+        dtype: of the state between steps; the network keeps its own.
+
+    Returns:
+        ``[B, ...]`` in ``dtype``.
+
+    Raises:
+        ValueError, TypeError: times that do not decrease or leave the flow map's range; what :class:`FlowMap` refuses.
+    """
+    return _sample(flow_map, step_table(flow_map, times), x, labels, guidance, dtype, None)
+
+
+@torch.no_grad()
+def restart(
+    flow_map: FlowMap,
+    x: Tensor,
+    times: Tensor,
+    labels: Tensor | None = None,
+    guidance: Time | None = None,
+    dtype: torch.dtype = torch.float32,
+    *,
+    seeds: Tensor | Sequence[int] | range,
+) -> Tensor:
+    """Jump to the last time from each time, re-noising in between (algorithm 5).
+
+    Args:
+        flow_map, x, labels, guidance, dtype: as in :func:`pushforward`.
+        times: ``[steps + 1]``; all but the last above the last, in any order.
+        seeds: image seeds that the fresh noise is drawn from (:func:`imm.noise` at steps 1, 2, ...).
+
+    Returns:
+        ``[B, ...]`` in ``dtype``.
+
+    Raises:
+        ValueError, TypeError: as :func:`pushforward`; seeds of another number.
+    """
+    table, keys = step_table(flow_map, times, "restart"), functional.as_seeds(seeds, x.device)
+    if len(keys) != len(x):
+        raise ValueError(f"seeds: expected one per image, {len(x)}, got {len(keys)}")
+    return _sample(flow_map, table, x, labels, guidance, dtype, keys)
+
+
+def _sample(
+    flow_map: FlowMap,
+    table: StepTable,
+    x: Tensor,
+    labels: Tensor | None,
+    guidance: Time | None,
+    dtype: torch.dtype,
+    seeds: Tensor | None,
+) -> Tensor:
+    labels = flow_map.checked_labels(labels, len(x), x.device)
+    w = checked_guidance(flow_map, guidance, len(x))
+    if w is not None and labels is not None:
+        labels, w = with_none(labels, flow_map.num_classes), w.to(x.device)
+    return run(table, Plain(flow_map.network), x.to(dtype), labels, w, seeds, flow_map.network_dtype)
