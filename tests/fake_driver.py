@@ -25,17 +25,25 @@ SHARED = 227 * 1024  # bytes that a program may have
 
 @dataclass(frozen=True)
 class Launch:
-    """kernel: "module.function". types: of the arguments by name, "constexpr" for None, 1 and what is given as such. aligned:
-    those that the compiler knows to be divisible by 16. given: the arguments themselves."""
+    """kernel: "module.function". types: of the arguments by name (:func:`flat`), "constexpr" for None, 1 and what is given as
+    such. aligned: those that the compiler knows to be divisible by 16. given: the arguments themselves."""
 
     kernel: str
     grid: tuple[int, int, int]
     warps: int
     shared: int
     maxnreg: int | None
-    types: dict[str, str]
+    signature: dict[str, Any]
     aligned: frozenset[str]
-    given: dict[str, Any]
+    values: dict[str, Any]
+
+    @property
+    def types(self) -> dict[str, str]:
+        return flat(self.signature)
+
+    @property
+    def given(self) -> dict[str, Any]:
+        return flat(self.values)
 
 
 def flat(values: dict[str, Any]) -> dict[str, Any]:
@@ -82,9 +90,9 @@ def install(arch: int = 90, said: dict[bytes, str] | None = None) -> list[Launch
                     metadata.num_warps,
                     metadata.shared,
                     metadata.maxnreg,
-                    flat(source.signature),
+                    source.signature,
                     aligned,
-                    flat(dict(zip(source.fn.arg_names, given, strict=True))),
+                    dict(zip(source.fn.arg_names, given, strict=True)),
                 )
             )
 

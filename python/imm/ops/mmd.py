@@ -29,7 +29,6 @@ from torch import Tensor
 from imm.ops import dispatch, triton_kernels
 from imm.ops.dtypes import DTYPES, accumulate_dtype
 from imm.ops.registry import gradients, no_second_derivative, only, register, register_autograd
-from imm_kernels import LARGEST_SET
 
 KERNELS = ("laplace", "rbf", "imq", "energy")
 
@@ -323,6 +322,8 @@ TRITON_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 def too_many_particles(request: dispatch.Request) -> str | None:
     """The reason of the Triton losses against [G, M, D] of this M."""
+    from imm_kernels import LARGEST_SET
+
     particles = request.shape[1] if len(request.shape) == 3 else 0
     return f"supports up to {LARGEST_SET} particles, got {particles}" if particles > LARGEST_SET else None
 
