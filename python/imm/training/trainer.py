@@ -211,7 +211,7 @@ class Trainer:
     def _accumulate(
         self, images: Tensor, labels: Tensor | None, told: Tensor | None, draws: Draws | None, share: float
     ) -> dict[str, Tensor]:
-        """Add ``share`` times the gradient of the images' loss; the objective's"""
+        """Add ``share`` times the gradient of the images' loss; return the objective's statistics."""
         dtype = PRECISIONS[self.config.precision]
         cast = torch.autocast(self.device.type, dtype) if dtype is not None else contextlib.nullcontext()
         with cast:
