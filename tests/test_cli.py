@@ -17,32 +17,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from click.testing import CliRunner
+from command_line import call, refused
 from PIL import Image
 
 from imm import FlowMap, checkpoints
-from imm.cli import main, options, progress
+from imm.cli import options, progress
 from imm.cli.options import process_device, writable_folder
 from imm.distributed import Processes
 from imm.networks import DiT, UNet
 
 IMM = [sys.executable, "-c", "from imm.cli import main; main()"]
-
-
-def call(*arguments: str, ok: bool = True):
-    result = CliRunner().invoke(main, [str(a) for a in arguments])
-    assert (result.exit_code == 0) is ok, result.output
-    return result
-
-
-def refused(*arguments: str) -> str:
-    """The one line that a mistake gets."""
-    result = call(*arguments, ok=False)
-    assert result.exit_code in (1, 2)
-    assert "Traceback" not in result.output
-    line = result.output.strip().splitlines()[-1]
-    assert line.startswith("Error: ")
-    return line
 
 
 @pytest.fixture
@@ -307,9 +291,8 @@ def test_other_errors_of_torch_stay_what_they_are(digits, tmp_path, monkeypatch)
         raise RuntimeError("shapes do not fit")
 
     monkeypatch.setattr("imm.training.Trainer.update", fail)
-    arguments = [str(a) for a in ("train", "--data", digits, "--out", tmp_path / "run", *TRAIN)]
-    with pytest.raises(RuntimeError, match="shapes do not fit"):
-        CliRunner().invoke(main, arguments, catch_exceptions=False)
+    result = call("train", "--data", digits, "--out", tmp_path / "run", *TRAIN, ok=False)
+    assert repr(result.exception) == "RuntimeError('shapes do not fit')"
 
 
 # SIGTERM is in tests/test_training_processes.py too.

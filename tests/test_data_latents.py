@@ -7,10 +7,9 @@ import zipfile
 import numpy as np
 import pytest
 import torch
-from click.testing import CliRunner
+from command_line import call, refused, said
 
 from imm import FlowMap, IMMObjective, data, latents
-from imm.cli import main
 from imm.data import ImageData, digest
 from imm.networks import UNet
 from imm.training import TrainConfig, Trainer
@@ -18,13 +17,6 @@ from imm.training import TrainConfig, Trainer
 MEAN = np.random.default_rng(0).normal(0, 0.5, (12, 4, 8, 8)).astype(np.float16)
 STD = np.full_like(MEAN, 0.25)
 LABELS = np.arange(12) % 3
-
-
-def call(*arguments, ok: bool = True) -> str:
-    result = CliRunner().invoke(main, [str(a) for a in arguments])
-    assert (result.exit_code == 0) is ok, result.output
-    assert "Traceback" not in result.output
-    return result.output if ok else result.output.strip().splitlines()[-1]
 
 
 def written(path, **arrays):
@@ -117,7 +109,7 @@ def test_they_are_not_images(tmp_path) -> None:
         ("data", "convert", "--data", path, "--out", tmp_path / "b.zip"),
         ("eval", "--data", path, "--ref", path, "--metrics", "mmd-pixels", "--out", tmp_path / "b.json"),
     ):
-        assert f"data: expected images, got the latents in {path}" in call(*command, ok=False)
+        assert f"data: expected images, got the latents in {path}" in refused(*command)
     with pytest.raises(ValueError, match="resolution: expected 8 or none, latents cannot be resized, got 16"):
         data.load(str(path), 16, latents=True)
     with pytest.raises(ValueError, match="split: expected all"):
@@ -180,12 +172,12 @@ def test_imm_train_takes_them_with_a_preset(tmp_path) -> None:
         "--precision",
         "fp32",
     )
-    output = call(*options, "--data", path)
+    output = said(*options, "--data", path)
     assert "8 posteriors of latents in" in output
     assert "standard deviation 0.50 (expected near 0.5)" in output
     images = written(tmp_path / "b.npz", images=np.zeros((8, 32, 32, 3), np.uint8), labels=np.arange(8))
-    assert "expected latents of 4 channels and 32x32 for the preset dit-s-8 (imm data encode makes them" in call(
-        *options, "--data", images, ok=False
+    assert "expected latents of 4 channels and 32x32 for the preset dit-s-8 (imm data encode makes them" in refused(
+        *options, "--data", images
     )
 
 
@@ -230,7 +222,7 @@ def test_imm_data_encode(vae, tmp_path) -> None:
     torch.testing.assert_close(found.pixels, mean.half(), rtol=1e-3, atol=1e-3)
     torch.testing.assert_close(found.deviations, std.half(), rtol=1e-3, atol=1e-3)
     assert found.labels.tolist() == list(range(5))
-    assert "expected an .npz file for latents" in call(*options, "--out", tmp_path / "a.zip", ok=False)
+    assert "expected an .npz file for latents" in refused(*options, "--out", tmp_path / "a.zip")
     grey = written(tmp_path / "grey.npz", images=pixels[..., 0])
     repeated = written(tmp_path / "repeated.npz", images=np.repeat(pixels[..., :1], 3, axis=3))
     for source, dest in ((grey, "c.npz"), (repeated, "d.npz")):

@@ -11,24 +11,16 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from click.testing import CliRunner
+from command_line import call, said
 from fuzz_pictures import saved
 from PIL import Image
 
 from imm import data
-from imm.cli import main
 from imm.data import load
 from imm.data.listing import open_files
 
 PNG = saved(Image.new("RGB", (8, 8), (200, 30, 90)), "PNG")
 PETS = [f"{name}/{number}.png" for name in ("cat", "cow", "dog") for number in range(2)]
-
-
-def call(*arguments, ok: bool = True) -> str:
-    result = CliRunner().invoke(main, [str(a) for a in arguments])
-    assert (result.exit_code == 0) is ok, result.output
-    assert "Traceback" not in result.output
-    return result.output if ok else result.output.strip().splitlines()[-1]
 
 
 def folder(path: Path, names, content: bytes = PNG) -> Path:
@@ -86,7 +78,7 @@ def test_links_that_lead_back_are_not_followed(tmp_path) -> None:
     found = load(str(path))
     assert found.labels.tolist() == [0, 0, 1, 1, 1, 1, 2, 2]
     assert any("not followed: 5 links to a folder around them, such as " in note for note in found.notes)
-    assert "note: not followed: 5 links" in call("data", "stats", "--data", path)
+    assert "note: not followed: 5 links" in said("data", "stats", "--data", path)
 
 
 @pytest.mark.parametrize("name", ["dog/3.png", "fish", "fish.png"])
@@ -165,7 +157,7 @@ def test_other_formats_are_counted_aloud(tmp_path) -> None:
         "files that are not read, as their endings are not .bmp, .jpeg, .jpg, .png, .webp: "
         "2 .tif, 1 .gif, 1 without an ending, such as cat/a.tif",
     )
-    assert "2 .tif, 1 .gif" in call("data", "convert", "--data", path, "--out", tmp_path / "a.zip")
+    assert "2 .tif, 1 .gif" in said("data", "convert", "--data", path, "--out", tmp_path / "a.zip")
     folder(path, ["bird/1.tif", "bird/2.avif"])
     refused(path, r"got none in bird/ but 1 .tif, 1 .avif, such as bird/1.tif")
     refused(folder(tmp_path / "tiffs", ["1.tif", "2.jfif"]), "found none but 1 .tif, 1 .jfif, such as 1.tif")
@@ -199,7 +191,7 @@ def test_labels_that_are_not_at_the_top_are_refused(tmp_path) -> None:
 
 def test_splits_as_classes_are_said(tmp_path) -> None:
     path = folder(tmp_path / "set", [f"{split}/{name}" for split in ("train", "val") for name in PETS])
-    assert "note: the classes are the folders train, val, which are called like splits" in call("data", "stats", "--data", path)
+    assert "note: the classes are the folders train, val, which are called like splits" in said("data", "stats", "--data", path)
     assert load(str(path / "train")).num_classes == 3
     path = folder(tmp_path / "deep", [f"{name}/sub/{number}.png" for name in ("a", "b") for number in range(2)])
     assert any("hold pictures in sub-folders only" in note for note in load(str(path)).notes)
@@ -237,7 +229,7 @@ def test_arrays_that_contradict_each_other_are_refused(tmp_path) -> None:
 @pytest.mark.parametrize("dest", ["out.zip", "out", "out.npz"])
 def test_class_names_are_kept(dest, tmp_path) -> None:
     path = folder(tmp_path / "set", PETS)
-    assert "class names: 0 cat, 1 cow, 2 dog" in call("data", "stats", "--data", path)
+    assert "class names: 0 cat, 1 cow, 2 dog" in said("data", "stats", "--data", path)
     call("data", "convert", "--data", path, "--out", tmp_path / dest)
     found = load(str(tmp_path / dest))
     assert (found.class_names, found.num_classes) == (("cat", "cow", "dog"), 3)

@@ -9,10 +9,9 @@ import zipfile
 import numpy as np
 import pytest
 import torch
-from click.testing import CliRunner
+from command_line import refused, said
 
 from imm import data, latents
-from imm.cli import main
 
 COUNT, SIDE = 6, 8
 RNG = np.random.default_rng(0)
@@ -72,13 +71,9 @@ def test_without_labels(labels, tmp_path) -> None:
 def test_a_network_trains_on_them_and_nothing_else_takes_them(tmp_path) -> None:
     path = written(tmp_path / "a.zip")
     options = ["--steps=1", "--batch=4", "--network=unet", "--width=8", f"--out={tmp_path / 'run'}"]
-    done = CliRunner().invoke(main, ["train", f"--data={path}", *options])
-    assert done.exit_code == 0, done.output
-    assert "6 posteriors of latents" in done.output
+    assert "6 posteriors of latents" in said("train", "--data", path, *options)
     for command in (["stats"], ["convert", f"--out={tmp_path / 'b.zip'}"]):
-        done = CliRunner().invoke(main, ["data", *command, f"--data={path}"])
-        assert done.exit_code == 1
-        assert "data: expected images" in done.output
+        assert "data: expected images" in refused("data", *command, "--data", path)
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from command_line import call
+from PIL import Image
 from safetensors.torch import load_file, save_file
 from test_latents import tiny_vae
 
@@ -76,15 +78,9 @@ def test_a_dit_step_by_step(latent_flow_map) -> None:
 
 
 def test_the_images_of_imm_sample(small_flow_map, pipeline, tmp_path) -> None:
-    from click.testing import CliRunner
-    from PIL import Image
-
-    from imm.cli import main
-
     imm.checkpoints.save(tmp_path / "net.safetensors", small_flow_map)
-    arguments = f"sample --net={tmp_path}/net.safetensors --out={tmp_path} --seeds=0-4 --labels=0,1 --cfg=1.5 --batch=3"
-    run = CliRunner().invoke(main, [*arguments.split(), "--device=cpu"])
-    assert run.exit_code == 0, run.output
+    options = ("--seeds=0-4", "--labels=0,1", "--cfg=1.5", "--batch=3", "--device=cpu")
+    call("sample", "--net", tmp_path / "net.safetensors", "--out", tmp_path, *options)
     images = pipeline([0, 1, 0, 1, 0], 1.5, seeds=range(5), rows=3).images
     for seed, image in enumerate(images):
         assert np.array_equal(np.asarray(image), np.asarray(Image.open(tmp_path / f"{seed:06d}.png")))

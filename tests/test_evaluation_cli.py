@@ -14,7 +14,7 @@ import tracemalloc
 import numpy as np
 import pytest
 import torch
-from click.testing import CliRunner
+from command_line import call, refused
 from PIL import Image
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -25,21 +25,6 @@ from imm.evaluation import networks, picture_set, pixels
 from imm.evaluation.evaluate import evaluate
 from imm.evaluation.networks import FeatureNetwork
 from imm.evaluation.sets import load_set
-
-
-def call(*arguments, ok: bool = True):
-    result = CliRunner().invoke(main, [str(a) for a in arguments])
-    if ok and result.exit_code:
-        raise AssertionError(f"{result.output}\n{result.exception!r}")
-    return result
-
-
-def refused(*arguments) -> str:
-    result = call(*arguments, ok=False)
-    assert result.exit_code in (1, 2)
-    assert "Traceback" not in result.output
-    assert result.exception is None or isinstance(result.exception, SystemExit)
-    return result.output
 
 
 def write(path, seed: int, count: int = 40, low: int = 0, classes: int = 4):
@@ -311,7 +296,7 @@ def test_compare(sets, tmp_path) -> None:
     other["protocol"]["settings"] = {"fid": {}}
     other["metrics"] = {"fid": 1.0}
     files[1].write_text(json.dumps(other))
-    assert "have none in common" in refused("eval", "compare", *files)
+    assert "have none in common" in call("eval", "compare", *files, ok=False).output
     files[1].write_text("{}")
     assert "expected what imm eval --out wrote" in refused("eval", "compare", *files)
     assert "expected what imm eval --out wrote" in refused("eval", "compare", files[0], tmp_path / "absent")
@@ -326,7 +311,7 @@ def test_compare_looks_at_the_networks_of_shared_metrics_only(sets, stand_in, tm
     result = json.loads(first.read_text())
     result["protocol"]["features"]["inception"]["sha256"] = "f" * 64
     second.write_text(json.dumps(result))
-    assert f"features.inception.sha256: {'0' * 64} and {'f' * 64}" in refused("eval", "compare", first, second)
+    assert f"features.inception.sha256: {'0' * 64} and {'f' * 64}" in call("eval", "compare", first, second, ok=False).output
     call("eval", "--data", sets[1], "--ref", sets[0], "--out", second, "--metrics", "mmd-pixels")
     assert "mmd-pixels" in call("eval", "compare", first, second).output
 

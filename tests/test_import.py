@@ -20,7 +20,7 @@ import numpy as np
 import parity
 import pytest
 import torch
-from click.testing import CliRunner
+from command_line import call, said
 from published_files import (
     Call,
     Name,
@@ -36,7 +36,6 @@ from published_files import (
 
 from imm import FlowMap, Sampler, checkpoints, pickles, sampling, unpickling
 from imm.checkpoints import CheckpointError, from_published, import_published, read_published
-from imm.cli import main
 from imm.networks import DDPMpp, DiT, dit
 
 LINEAR = "torch.nn.modules.linear.Linear"
@@ -678,19 +677,16 @@ def test_mutated_files_are_imported_or_refused_and_do_nothing_else(count, tmp_pa
 
 def test_the_command(flow_map, tmp_path) -> None:
     source, dest = written(tmp_path / "a.pkl", flow_map_snapshot(flow_map, "DiT_T_4")), tmp_path / "a.safetensors"
-    done = CliRunner().invoke(main, ["import", f"--net={source}", f"--out={dest}", "--second-time=identity"])
-    assert done.exit_code == 0, done.output
-    assert "network: DiT (size T, patch 4, channels 4, resolution 8, num_classes 5), 0.1 M parameters" in done.output
-    assert "second_time identity" in done.output
-    assert "sha256 " in done.output
+    output = said("import", "--net", source, "--out", dest, "--second-time=identity")
+    assert "network: DiT (size T, patch 4, channels 4, resolution 8, num_classes 5), 0.1 M parameters" in output
+    assert "second_time identity" in output
+    assert "sha256 " in output
     assert checkpoints.load(dest).second_time == "identity"
-    done = CliRunner().invoke(main, ["sample", f"--net={dest}", "--seeds=0-1", f"--out={tmp_path / 'images'}"])
-    assert done.exit_code == 0, done.output
+    call("sample", "--net", dest, "--seeds=0-1", "--out", tmp_path / "images")
     shutil.rmtree(tmp_path / "images")
     dest.unlink()
     written(source, {"ema": Call("os.system", "touch x")})
-    done = CliRunner().invoke(main, ["import", f"--net={source}", f"--out={dest}"])
-    assert done.exit_code == 1
-    assert len(done.output.splitlines()) == 1
-    assert done.output.startswith(f"Error: {source}: refused: the file names 'os.system'")
+    result = call("import", "--net", source, "--out", dest, ok=False)
+    assert (result.exit_code, len(result.output.splitlines())) == (1, 1)
+    assert result.output.startswith(f"Error: {source}: refused: the file names 'os.system'")
     assert os.listdir(tmp_path) == ["a.pkl"]

@@ -9,13 +9,12 @@ from typing import Any
 
 import pytest
 import torch
-from click.testing import CliRunner
+from command_line import call
 from published_files import Call, Name, New, ddpmpp_snapshot, dumps, flow_map_snapshot, record, torch_file
 from torch import nn
 
 from imm import FlowMap, Sampler
 from imm.checkpoints import CheckpointError, import_published, read_published
-from imm.cli import main
 from imm.networks import DDPMpp, DiT, dit
 
 WRITTEN_BY_OMEGACONF = Path(__file__).parent / "data" / "omegaconf_snapshot.pkl"
@@ -109,6 +108,6 @@ def test_a_dropout_that_ours_has_not_is_said(where, monkeypatch, tmp_path) -> No
         warnings.simplefilter("always")
         import_published(tmp_path / "a.pkl", tmp_path / "a.safetensors")
     assert [text in str(one.message) for one in caught] == ([] if where == "nowhere" else [True])
-    done = CliRunner().invoke(main, ["import", f"--net={tmp_path / 'a.pkl'}", f"--out={tmp_path / 'a.safetensors'}"])
+    done = call("import", "--net", tmp_path / "a.pkl", "--out", tmp_path / "a.safetensors")
     assert (f"note: {text}" in done.output) == (where != "nowhere")
     assert len(done.stderr) == 0

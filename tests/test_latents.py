@@ -7,7 +7,7 @@ import json
 
 import pytest
 import torch
-from test_cli import call, refused
+from command_line import call, refused
 
 from imm import FlowMap, checkpoints, latents
 from imm.evaluation import load_set

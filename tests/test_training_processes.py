@@ -17,11 +17,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from click.testing import CliRunner
+from command_line import call
 from torch import nn
 
 from imm import FlowMap, IMMObjective, checkpoints
-from imm.cli import main
 from imm.cli.train import _check_device
 from imm.data import ImageData
 from imm.distributed import Exchange, Processes
@@ -78,9 +77,7 @@ def run(*arguments, ok: bool = True, **options) -> str:
 
 def in_this(data, outdir, *options: str, ok: bool = True) -> str:
     """The command of one process, in this one."""
-    result = CliRunner().invoke(main, command(data, outdir, *options, processes=1)[3:])
-    assert (result.exit_code == 0) is ok, result.output
-    return result.output
+    return call(*command(data, outdir, *options, processes=1)[3:], ok=ok).output
 
 
 def wait_for(happened: Callable[[], bool]) -> None:
@@ -126,8 +123,7 @@ def test_in_half_precision_with_a_layer_that_is_not_used(data, tmp_path) -> None
     tune = [*OPTIONS[:4], *OPTIONS[6:], "--steps", "4", "--precision", "fp16", "--init", str(tmp_path / "net.safetensors")]
     lines = [command(data, tmp_path / name, processes=processes) for processes, name in ((1, "one"), (2, "two"))]
     one, two = (line[: line.index("--batch")] + tune for line in lines)
-    result = CliRunner().invoke(main, one[3:])
-    assert result.exit_code == 0, result.output
+    call(*one[3:])
     with started(two) as launcher:
         output, _ = launcher.communicate(timeout=240)
     assert launcher.returncode == 0, output
