@@ -11,7 +11,7 @@ from command_line import call, refused, said
 
 from imm import FlowMap, IMMObjective, data, latents
 from imm.data import ImageData, digest
-from imm.networks import UNet
+from imm.networks import UNet, dit
 from imm.training import TrainConfig, Trainer
 
 MEAN = np.random.default_rng(0).normal(0, 0.5, (12, 4, 8, 8)).astype(np.float16)
@@ -114,6 +114,7 @@ def test_they_are_not_images(tmp_path) -> None:
         data.load(str(path), 16, latents=True)
     with pytest.raises(ValueError, match="split: expected all"):
         data.load(str(path), None, "test", latents=True)
+    assert len(data.load(str(path), 8, "all", latents=True)) == 12
 
 
 def seen_by(trainer: Trainer, steps: int) -> list[torch.Tensor]:
@@ -156,22 +157,11 @@ def test_deviations_that_are_not_finite_are_refused(tmp_path) -> None:
         trainer(ImageData(torch.from_numpy(MEAN), torch.from_numpy(LABELS), 3, "made up", std), tmp_path)
 
 
-def test_imm_train_takes_them_with_a_preset(tmp_path) -> None:
+def test_imm_train_takes_them_with_a_preset(tmp_path, monkeypatch) -> None:
+    monkeypatch.setitem(dit.SIZES, "S", (32, 2, 2))
     mean = np.random.default_rng(0).normal(0, 0.5, (8, 4, 32, 32)).astype(np.float16)
     path = written(tmp_path / "a.npz", latents_mean=mean, latents_std=np.abs(mean), labels=np.arange(8))
-    options = (
-        "train",
-        "--out",
-        tmp_path / "run",
-        "--preset",
-        "dit-s-8",
-        "--steps",
-        "1",
-        "--batch",
-        "4",
-        "--precision",
-        "fp32",
-    )
+    options = ("train", "--out", tmp_path / "run", "--preset=dit-s-8", "--steps=1", "--batch=4", "--precision=fp32")
     output = said(*options, "--data", path)
     assert "8 posteriors of latents in" in output
     assert "standard deviation 0.50 (expected near 0.5)" in output
@@ -181,19 +171,9 @@ def test_imm_train_takes_them_with_a_preset(tmp_path) -> None:
     )
 
 
-@pytest.fixture
-def vae():
-    diffusers = pytest.importorskip("diffusers")
-    torch.manual_seed(0)
-    return diffusers.AutoencoderKL(
-        block_out_channels=(8, 16), norm_num_groups=4, latent_channels=4, scaling_factor=latents.SD_VAE_FACTOR,
-        down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2,
-    ).eval()  # fmt: skip
-
-
 def test_posteriors_in_the_published_scale(vae) -> None:
     """(z - mean) * 0.5 / std of each channel (section I.1), which decoding undoes."""
-    images = torch.rand(3, 3, 8, 8) * 2 - 1
+    images = torch.rand(3, 3, 16, 16) * 2 - 1
     mean, std = latents.encode(images, vae, batch=2)
     with torch.no_grad():
         posterior = vae.encode(images).latent_dist
@@ -203,7 +183,7 @@ def test_posteriors_in_the_published_scale(vae) -> None:
     with torch.no_grad():
         torch.testing.assert_close(latents.decode(mean, vae), vae.decode(posterior.mean).sample.clamp(-1, 1))
     for bad in (images[:, :1], images[..., :7], images.byte(), images[:0]):
-        with pytest.raises(ValueError, match=r"images: expected floating \[B, 3, H, W\] with H and W multiples of 2"):
+        with pytest.raises(ValueError, match=r"images: expected floating \[B, 3, H, W\] with H and W multiples of 8"):
             latents.encode(bad, vae)
     with pytest.raises(ValueError, match="batch: expected a count >= 1"):
         latents.encode(images, vae, batch=0)

@@ -14,6 +14,7 @@ import pytest
 from command_line import call, said
 from fuzz_pictures import saved
 from PIL import Image
+from test_data_layouts import tarred, write_folder, write_zip
 
 from imm import data
 from imm.data import load
@@ -23,25 +24,8 @@ PNG = saved(Image.new("RGB", (8, 8), (200, 30, 90)), "PNG")
 PETS = [f"{name}/{number}.png" for name in ("cat", "cow", "dog") for number in range(2)]
 
 
-def folder(path: Path, names, content: bytes = PNG) -> Path:
-    for name in names:
-        (path / name).parent.mkdir(parents=True, exist_ok=True)
-        (path / name).write_bytes(content)
-    return path
-
-
-def zipped(path: Path, members) -> Path:
-    with zipfile.ZipFile(path, "w") as archive:
-        for name, content in members:
-            archive.writestr(name, content)
-    return path
-
-
-def tarred(source: Path, name: str = "set.tar") -> Path:
-    path = source.parent / name
-    with tarfile.open(path, "w") as archive:
-        archive.add(source, ".")
-    return path
+def folder(path: Path, names) -> Path:
+    return write_folder(path, ((name, PNG) for name in names))
 
 
 def refused(path: Path, text: str) -> None:
@@ -131,7 +115,7 @@ def test_links_in_archives_are_refused_by_name(tmp_path) -> None:
     refused(tmp_path / "hard.tar", "got cat/1.png, a link or a device")
     link = zipfile.ZipInfo("dog")
     link.create_system, link.external_attr = 3, (stat.S_IFLNK | 0o777) << 16
-    refused(zipped(tmp_path / "a.zip", [("cat/0.png", PNG), (link, b"cat")]), "got dog, a link or a device")
+    refused(write_zip(tmp_path / "a.zip", [("cat/0.png", PNG), (link, b"cat")]), "got dog, a link or a device")
 
 
 # ---- what is no picture
@@ -142,7 +126,7 @@ def test_an_empty_class_folder_is_refused(kind, tmp_path) -> None:
     path = folder(tmp_path / "set", PETS)
     (path / "bird").mkdir()
     if kind == "zip":
-        path = zipped(tmp_path / "a.zip", [("bird/", b""), *((name, PNG) for name in PETS)])
+        path = write_zip(tmp_path / "a.zip", [("bird/", b""), *((name, PNG) for name in PETS)])
     if kind == "tar":
         path = tarred(path)
     refused(path, r"expected an image \(.*\) in every class folder of .*, got none in bird/$")
@@ -173,10 +157,10 @@ def table(names, first: int = 0, **more) -> bytes:
 def test_a_folder_around_the_set_is_stepped_into(tmp_path) -> None:
     for around in ("pets", "a/b/c"):
         members = [(f"{around}/{name}", PNG) for name in PETS]
-        found = load(str(zipped(tmp_path / "a.zip", members)))
+        found = load(str(write_zip(tmp_path / "a.zip", members)))
         assert (found.labels.tolist(), found.class_names) == ([0, 0, 1, 1, 2, 2], ("cat", "cow", "dog"))
         listed = [*members, (f"{around}/dataset.json", table(PETS, 1)), ("README.txt", b"")]
-        assert load(str(zipped(tmp_path / "b.zip", listed))).labels.tolist() == [1, 1, 2, 2, 3, 3]
+        assert load(str(write_zip(tmp_path / "b.zip", listed))).labels.tolist() == [1, 1, 2, 2, 3, 3]
     folder(tmp_path / "in" / "pets", PETS)
     assert load(str(tmp_path / "in")).num_classes == 3
     assert load(str(tarred(tmp_path / "in"))).num_classes == 3
@@ -186,7 +170,7 @@ def test_a_folder_around_the_set_is_stepped_into(tmp_path) -> None:
 
 def test_labels_that_are_not_at_the_top_are_refused(tmp_path) -> None:
     members = [("dog/0.png", PNG), *((f"cat/{name}", PNG) for name in PETS), ("cat/dataset.json", table(PETS))]
-    refused(zipped(tmp_path / "a.zip", members), "expected dataset.json at the top of .*, got cat/dataset.json")
+    refused(write_zip(tmp_path / "a.zip", members), "expected dataset.json at the top of .*, got cat/dataset.json")
 
 
 def test_splits_as_classes_are_said(tmp_path) -> None:
@@ -199,7 +183,7 @@ def test_splits_as_classes_are_said(tmp_path) -> None:
 
 def test_classes_without_an_image_are_said(tmp_path) -> None:
     members = [*((name, PNG) for name in PETS), ("dataset.json", table(PETS, 1))]
-    found = load(str(zipped(tmp_path / "a.zip", members)))
+    found = load(str(write_zip(tmp_path / "a.zip", members)))
     assert (found.num_classes, found.notes) == (4, ("classes without an image: 1 of 4 (0)",))
 
 
@@ -239,7 +223,7 @@ def test_class_names_are_kept(dest, tmp_path) -> None:
 def test_bad_class_names_are_refused(tmp_path) -> None:
     members = [(name, PNG) for name in PETS]
     for names, text in ((["a", "b"], "a name for each of 3 classes, got 2"), ("abc", "as a list of text"), ([1, 2, 3], "text")):
-        refused(zipped(tmp_path / "a.zip", [*members, ("dataset.json", table(PETS, class_names=names))]), text)
+        refused(write_zip(tmp_path / "a.zip", [*members, ("dataset.json", table(PETS, class_names=names))]), text)
 
 
 def test_generated_folders_are_listed_alike(monkeypatch, tmp_path) -> None:

@@ -12,6 +12,7 @@ import torch
 from command_line import call, refused, said
 from fuzz_pictures import saved
 from PIL import Image
+from test_data_layouts import write_folder
 
 from imm import checkpoints
 from imm.data import load
@@ -27,11 +28,7 @@ def colour(size=(8, 8)) -> Image.Image:
 
 
 def folder(path: Path, **files: bytes) -> Path:
-    for name, content in files.items():
-        file = path / name.replace("__", "/").replace("_", ".")
-        file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_bytes(content)
-    return path
+    return write_folder(path, ((name.replace("__", "/").replace("_", "."), content) for name, content in files.items()))
 
 
 def png(image: Image.Image, **options) -> bytes:
@@ -63,7 +60,7 @@ def test_a_set_is_grey_where_every_picture_is(first, tmp_path) -> None:
 
 @pytest.mark.parametrize("kind", ["c_png", "d_webp"])
 def test_pictures_that_have_no_grey_mode_fit_beside_colour(kind, tmp_path) -> None:
-    content = {"c_png": KINDS_OF_GREY["c_png"], "d_webp": KINDS_OF_GREY["d_webp"]}[kind]
+    content = KINDS_OF_GREY[kind]
     path = str(folder(tmp_path, **{kind: content, "e_png": png(colour())}))
     assert load(path).shape == (3, 8, 8)
     assert load(str(folder(tmp_path / "alone", **{kind: content}))).shape == (1, 8, 8)
@@ -109,10 +106,8 @@ def test_alpha_frames_and_squeezing_are_said(tmp_path) -> None:
         c_png=png(colour()),
     )
     output = said("data", "stats", "--data", path, "--resolution", 8)
-    assert (
-        "note: pictures that are not square, squeezed (--transform=center-crop keeps proportions): 2, such as a.png (16x8)"
-        in output
-    )
+    squeezed = "not square, squeezed (--transform=center-crop keeps proportions): 2, such as a.png (16x8)"
+    assert f"note: pictures that are {squeezed}" in output
     assert "note: pictures with alpha, which is left out: 1, such as a.png" in output
     assert "note: animated pictures, of which the first frame is taken: 1, such as b.png" in output
     for command in (
@@ -137,7 +132,6 @@ def test_broken_pictures_are_left_out_and_listed(tmp_path) -> None:
         folder(path, **{f"{'ab'[number % 2]}__{number}_png": png(colour())})
     (path / "a" / "2.png").write_bytes(b"broken")
     (path / "b" / "5.png").write_bytes((path / "b" / "5.png").read_bytes()[:60])
-    clean = ("--skip-broken",)
     for command, listed in (
         (("data", "stats", "--data", path, "--out", tmp_path / "stats.json"), tmp_path / "stats.json.left-out.txt"),
         (("train", "--data", path, "--out", tmp_path / "run", *TRAIN), tmp_path / "run" / "data.left-out.txt"),
@@ -147,7 +141,7 @@ def test_broken_pictures_are_left_out_and_listed(tmp_path) -> None:
         ),
     ):
         assert "a/2.png: no BMP, JPEG, PNG or WebP file" in refused(*command)
-        output = said(*command, *clean)
+        output = said(*command, "--skip-broken")
         count = 4 if command[0] == "eval" else 2
         assert f"left out: {count} pictures that cannot be read, listed in {listed}\n" in output
         assert [name in listed.read_text() for name in ("a/2.png: ", "b/5.png: ", "a/0.png")] == [True, True, False]

@@ -18,6 +18,7 @@ import torch
 from command_line import call, refused, said
 from fuzz_pictures import saved
 from PIL import Image
+from test_data_layouts import write_folder
 
 from imm import pictures
 from imm.data import load, parts
@@ -31,12 +32,7 @@ KINDS = ["out.zip", "out", "out.npz"]
 @pytest.fixture
 def source(tmp_path) -> Path:
     """Pictures in two classes; number 7 can be broken and mended."""
-    path = tmp_path / "set"
-    for number in range(COUNT):
-        file = path / "ab"[number % 2] / f"{number:02d}.png"
-        file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_bytes(png(number))
-    return path
+    return write_folder(tmp_path / "set", ((f"{'ab'[number % 2]}/{number:02d}.png", png(number)) for number in range(COUNT)))
 
 
 def png(number: int) -> bytes:

@@ -81,6 +81,13 @@ def test_training_of_the_paper() -> None:
 
 
 @pytest.fixture
+def small_cifar10(monkeypatch) -> None:
+    """The preset with a network of one narrow block a level."""
+    cifar = PRESETS["cifar10"]
+    monkeypatch.setitem(PRESETS, "cifar10", dataclasses.replace(cifar, arguments=cifar.arguments | {"width": 8, "blocks": 1}))
+
+
+@pytest.fixture
 def pixels(tmp_path):
     """Eight made-up 32x32 colour images of two classes."""
     path = tmp_path / "data.npz"
@@ -100,15 +107,7 @@ def test_train_with_a_preset(pixels, tmp_path) -> None:
     assert isinstance(flow_map.network, DDPMpp)
     assert flow_map.network.settings["width"] == 8
     assert flow_map.network.settings["dropout"] == 0.2  # the preset's, not the option's default
-    assert flow_map.settings == {
-        "schedule": "fm",
-        "parametrization": "simple_edm",
-        "second_time": "identity",
-        "sigma_data": 0.5,
-        "time_scale": 1000.0,
-        "t_min": 0.006,
-        "t_max": 0.994,
-    }
+    assert flow_map.settings == presets.flow_map("cifar10").settings
     _, settings = checkpoints.read_file(tmp_path / "run" / "training-state.safetensors", "training")
     objective = settings["settings"]["objective"]
     assert (objective["particles"], objective["k"], objective["a"], objective["b"]) == (2, 15, 1, 4.0)
@@ -134,8 +133,8 @@ def test_train_takes_the_training_settings_of_a_preset(pixels, tmp_path, monkeyp
     assert config("some") == {**paper, "batch": 64, "xflip": False, "precision": "fp32", "optimizer": "adamw"}
 
 
-def test_an_option_equal_to_its_default_wins_too(pixels, tmp_path) -> None:
-    options = ("--preset", "cifar10", "--width", "8", "--particles", "2", "--dropout", "0.0", "--second-time", "stride")
+def test_an_option_equal_to_its_default_wins_too(pixels, small_cifar10, tmp_path) -> None:
+    options = ("--preset=cifar10", "--particles=2", "--dropout=0.0", "--second-time=stride")
     call(*train(pixels, tmp_path / "run", *options))
     flow_map = checkpoints.load(tmp_path / "run" / "snapshot-0000001.safetensors")
     assert flow_map.second_time == "stride"
@@ -152,7 +151,7 @@ def test_train_from_a_checkpoint_with_a_preset(pixels, tmp_path) -> None:
     assert not (tmp_path / "run").exists()
 
 
-def test_augmentation_of_a_preset(pixels, tmp_path, monkeypatch) -> None:
+def test_augmentation_of_a_preset(pixels, small_cifar10, tmp_path) -> None:
     """A fresh network gets the layer for it; without it, or from a file that has none, it trains without."""
     small = ("--preset", "cifar10", "--particles", "2")
 
@@ -162,11 +161,9 @@ def test_augmentation_of_a_preset(pixels, tmp_path, monkeypatch) -> None:
         settings = checkpoints.read_file(tmp_path / name / "training-state.safetensors", "training")[1]["settings"]
         return flow_map.network.settings["augment_dim"], settings["config"]["augment"]
 
-    assert result("paper", "--width", "8") == (9, 0.12)
-    assert result("other", "--width", "8", "--augment", "0.5") == (9, 0.5)
-    assert result("none", "--width", "8", "--augment", "0") == (0, 0.0)
-    small_preset = dataclasses.replace(PRESETS["cifar10"], arguments=PRESETS["cifar10"].arguments | {"width": 8})
-    monkeypatch.setitem(PRESETS, "cifar10", small_preset)
+    assert result("paper") == (9, 0.12)
+    assert result("other", "--augment", "0.5") == (9, 0.5)
+    assert result("none", "--augment", "0") == (0, 0.0)
     for name, file, expected in (("from-none", "none", (0, 0.0)), ("from-paper", "paper", (9, 0.12))):
         assert result(name, "--init", tmp_path / file / "snapshot-0000001.safetensors") == expected
     told, untold = (str(tmp_path / name / "snapshot-0000001.safetensors") for name in ("paper", "none"))
