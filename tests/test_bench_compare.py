@@ -144,30 +144,32 @@ def test_command_line(tmp_path: Path) -> None:
         assert invoke("bench", *words, ok=False).exit_code == 2
 
 
+def git(root: Path, *arguments: str) -> str:
+    who = ("-c", "user.name=a", "-c", "user.email=a@b")
+    return subprocess.run(["git", "-C", root, *who, *arguments], check=True, capture_output=True, text=True).stdout
+
+
 @pytest.fixture
 def repository(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A checkout with a harness, an op and two commits; ``first`` lacks the op ``late``."""
     root = tmp_path / "checkout"
     (root / "python" / "imm" / "cli").mkdir(parents=True)
     (root / "bench").mkdir()
-    who = ("-c", "user.name=a", "-c", "user.email=a@b")
-    git = lambda *arguments: subprocess.run(["git", "-C", root, *who, *arguments], check=True, capture_output=True)
-    git("init", "--quiet")
-    git("commit", "--quiet", "--allow-empty", "-m", "empty")
-    git("tag", "empty")
+    git(root, "init", "--quiet")
+    git(root, "commit", "--quiet", "--allow-empty", "-m", "empty")
+    git(root, "tag", "empty")
     (root / "python" / "imm" / "cli" / "bench.py").write_text("")
     for name in ("first", "second"):
         (root / "bench" / "bench_noise.py").write_text(name)
-        git("add", ".")
-        git("commit", "--quiet", "-m", name)
-        git("tag", name)
+        git(root, "add", ".")
+        git(root, "commit", "--quiet", "-m", name)
+        git(root, "tag", name)
     monkeypatch.setattr(compare.against, "__defaults__", (root,))
     return root
 
 
 def worktrees(root: Path) -> int:
-    text = subprocess.run(["git", "-C", root, "worktree", "list"], check=True, capture_output=True, text=True).stdout
-    return len(text.splitlines())
+    return len(git(root, "worktree", "list").splitlines())
 
 
 def test_base_measures_both_in_turns_and_leaves_nothing(repository: Path, tmp_path: Path, monkeypatch) -> None:
@@ -176,12 +178,11 @@ def test_base_measures_both_in_turns_and_leaves_nothing(repository: Path, tmp_pa
 
     def measure(side: Path, op: str, options: list[str], out: Path, changes: dict[str, str]) -> compare.Results:
         text = (side / "bench" / f"bench_{op}.py").read_text()
-        commit = subprocess.run(["git", "-C", side, "rev-parse", "HEAD"], check=True, capture_output=True, text=True)
         calls.append((text, options, out.name))
         sides.append(side)
         time = {"first": 100, "second": 150}[text]
         found = row(COPY, around(100)), row("imm", around(time))
-        return compare.Results.read(folder_of(out, *found, commit=commit.stdout.strip()))
+        return compare.Results.read(folder_of(out, *found, commit=git(side, "rev-parse", "HEAD").strip()))
 
     monkeypatch.setattr(compare, "measure", measure)
     arguments = ["bench", "noise", "--quick", "--device=cpu", "--base", "first", "--out", tmp_path / "kept"]
