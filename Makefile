@@ -25,7 +25,7 @@ test: $(NATIVE)
 test-full: $(NATIVE) test-sanitize
 	$(PYTEST) -m "full or not full"
 
-# Pure, CPU, CUDA (compiled), and with broken compilers: each install from a clean clone of HEAD.
+# Pure, CPU, CUDA (compiled), and with a broken nvcc: each install from a clean clone of HEAD.
 ci-builds: $(STAMP)
 	$(BIN)/python tests/builds.py
 

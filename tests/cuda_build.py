@@ -22,6 +22,8 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
+from builds import run
+
 ROOT = Path(__file__).resolve().parents[1]
 STANDARD = "-std=c++20"
 # (kernel, SASS that it must contain, SASS that it must not): the forms that run on aligned rows. Coefficients and seeds are
@@ -46,14 +48,6 @@ class Kernel:
     spill_stores: int = 0
     spill_loads: int = 0
     shared: int = 0
-
-
-def run(*command: str | Path) -> str:
-    """A command's output, both streams. Raises RuntimeError with it where the command fails."""
-    done = subprocess.run([str(c) for c in command], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False)
-    if done.returncode:
-        raise RuntimeError(f"{' '.join(map(str, command))}\n{done.stdout}")
-    return done.stdout
 
 
 def toolkit(nvcc: str) -> tuple[list[str], list[str], Path]:

@@ -29,17 +29,8 @@ from imm.networks import DiT, dit
 ROOM = 64 << 20
 SECONDS = 2.0
 #: What an import may do where it writes, and how many of the arguments are paths.
-WRITING = {
-    "open": 1,
-    "os.mkdir": 1,
-    "os.rmdir": 1,
-    "os.chmod": 1,
-    "os.rename": 2,
-    "os.remove": 1,
-    "os.scandir": 0,
-    "os.listdir": 1,
-}
-WRITING |= {"shutil.rmtree": 1, "os.utime": 1}
+WRITING = {f"os.{name}": 1 for name in ("mkdir", "rmdir", "chmod", "remove", "listdir", "utime")}
+WRITING |= {"open": 1, "shutil.rmtree": 1, "os.rename": 2, "os.scandir": 0}
 HOSTILE = [
     b"cos\nsystem\n",
     b"\x8c\x02os\x8c\x06system\x93",

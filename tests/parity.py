@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from tolerance import distance
 from torch import Tensor
 
 DATA = Path(__file__).parent / "data"
@@ -60,5 +61,4 @@ def published_settings(meta: dict[str, Any]) -> dict[str, Any]:
 
 def relative(value: Tensor, expected: np.ndarray) -> float:
     """Relative L2 error."""
-    truth = torch.from_numpy(expected).double()
-    return float(torch.linalg.vector_norm(value.double() - truth) / torch.linalg.vector_norm(truth))
+    return distance(value, torch.from_numpy(expected))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import pickle
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from types import SimpleNamespace
 from typing import IO, Any, ClassVar
 
@@ -15,6 +16,7 @@ from imm import FlowMap, pickles, unpickling
 
 #: Would leave a mark if a reader ran it.
 SOURCE = "import os\nos.environ['IMM_TEST_RAN'] = 'module_src'\n"
+PERSISTENT = "torch_utils.persistence._reconstruct_persistent_obj"
 #: Our classes -> the classes that the published DiT has in their place; other classes of ours are persistent objects there.
 TIMM = {
     "PatchEmbed": "timm.layers.patch_embed.PatchEmbed",
@@ -49,7 +51,7 @@ class Persistent:
 
     def __init__(self, class_name: str, state: Any, source: str = SOURCE) -> None:
         meta = {"type": "class", "version": 6, "module_src": source, "class_name": class_name, "state": state}
-        self.call = Call("torch_utils.persistence._reconstruct_persistent_obj", meta)
+        self.call = Call(PERSISTENT, meta)
 
 
 class Writer(pickle._Pickler):  # the one in Python, whose steps can be told apart
@@ -97,6 +99,12 @@ def dumps(value: Any, protocol: int = 4) -> bytes:
     file = io.BytesIO()
     Writer(file, protocol).dump(value)
     return file.getvalue()
+
+
+def written(path: Path, tree: Any, protocol: int = 4) -> Path:
+    """The path, with the tree's pickle, or these bytes, in it."""
+    path.write_bytes(tree if isinstance(tree, bytes) else dumps(tree, protocol))
+    return path
 
 
 def torch_file(value: Any, zipped: bool) -> bytes:

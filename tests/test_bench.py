@@ -22,14 +22,13 @@ from typing import Any
 
 import pytest
 import torch
-from click.testing import CliRunner
+from command_line import call, refused, said
 from fake_clock import FakeClock
 from fake_cuda import FakeCuda
 from torch import Tensor
 
 from harness import case, environment, gate, measure, rows, timing
 from harness.case import Case, Claim, load, operations
-from imm.cli import main
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 BRIEF = measure.Effort(0.0, 5, 5)
@@ -192,19 +191,16 @@ def test_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gate, "refusals", lambda asked, root: {})
     monkeypatch.setattr(measure, "chosen", lambda op: {op: module})
     monkeypatch.setattr(measure, "QUICK", BRIEF)
-    result = CliRunner().invoke(main, ["bench", "noise", "--quick", "--device=cpu", "--out", str(tmp_path)])
-    assert result.exit_code == 0, result.output
-    assert "double forward, N=1000" in result.output
+    output = said("bench", "noise", "--quick", "--device=cpu", "--out", tmp_path)
+    assert "double forward, N=1000" in output
     assert {p.name for p in tmp_path.iterdir()} == {"rows.csv", "environment.json", "report.html", "plots"}
-    assert result.output.endswith(f"report: {tmp_path / 'report.html'}\n")
+    assert output.endswith(f"report: {tmp_path / 'report.html'}\n")
     recorded = json.loads((tmp_path / "environment.json").read_text())
     assert {"machine", "threads", "torch", "triton", "imm", "commit", "dirty", "capability", "implementations"} <= set(recorded)
-    wrong = CliRunner().invoke(main, ["bench", "nothing"])
-    assert wrong.exit_code == 1
-    assert wrong.output.startswith(f"Error: op: expected one of {operations()} or all")
+    assert refused("bench", "nothing").startswith(f"Error: op: expected one of {operations()} or all")
     monkeypatch.setattr(importlib.import_module("imm.cli.bench"), "BENCH", tmp_path)
-    error = "Error: bench: needs a checkout of the project, installed with pip install --editable\n"
-    assert CliRunner().invoke(main, ["bench", "all", "--device=cpu"]).output == error
+    error = "Error: bench: needs a checkout of the project, installed with pip install --editable"
+    assert refused("bench", "all", "--device=cpu") == error
     monkeypatch.setattr(environment, "ROOT", tmp_path)
     monkeypatch.setenv("IMM_COMMIT", "abc")  # where git cannot say it
     assert environment.commit() == ("abc", None)
@@ -269,8 +265,7 @@ def test_an_op_whose_tests_fail_is_not_timed(tmp_path: Path, monkeypatch: pytest
     assert found["none"].startswith("none of its tests ran")
     assert gate.refusals({"b": {"test_b.py": ""}}, tmp_path)["b"].startswith("its tests did not run")
     monkeypatch.setattr(gate, "refusals", lambda asked, root: dict.fromkeys(asked, "its tests fail"))
-    result = CliRunner().invoke(main, ["bench", "flow_step", "--device=cpu", "--quick", "--out", str(tmp_path / "out")])
-    assert result.exit_code == 1
+    result = call("bench", "flow_step", "--device=cpu", "--quick", "--out", tmp_path / "out", ok=False)
     assert "flow_step: refused: its tests fail\n" in result.output
     assert result.output.endswith("Error: flow_step: not timed, since tests fail\n")
     assert not (tmp_path / "out" / "rows.csv").exists()

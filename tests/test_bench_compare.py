@@ -12,14 +12,14 @@ from typing import Any
 
 import pytest
 import torch
-from click.testing import CliRunner
+from command_line import call as invoke
+from command_line import refused, said
 from fake_clock import FakeClock
 from test_bench import doubling
 
 from harness import compare, measure, rows, timing
 from harness.case import COPY, Case, call
 from harness.rows import Row
-from imm.cli import main
 
 CPU = torch.device("cpu")
 ENVIRONMENT = {"torch": "2.13", "commit": "0123456789abcdef", "dirty": False, "native": {}}
@@ -134,18 +134,19 @@ def folder_of(path: Path, *found: Row, **environment: Any) -> Path:
 def test_command_line(tmp_path: Path) -> None:
     a = folder_of(tmp_path / "a", row(COPY, around(100)), row("imm", around(130)))
     b = folder_of(tmp_path / "b", row(COPY, around(100)), row("imm", around(190)))
-    invoke = lambda *arguments: CliRunner().invoke(main, ["bench", *map(str, arguments)])
-    assert invoke("compare", a, b).exit_code == 0
-    assert "slower: double forward, N=1, float32, warm, imm: 130.0 us -> 190.0 us (1.46x)" in invoke("compare", a, b).output
-    assert invoke("compare", a, b, "--fail-if-slower").exit_code == 1
-    assert invoke("compare", b, a, "--fail-if-slower").exit_code == 0
-    missing = invoke("compare", a, tmp_path).output
-    assert missing == f"Error: compare: expected a folder with rows.csv and environment.json, got {tmp_path}\n"
-    assert [invoke(*words).exit_code for words in (["noise", "--fail-if-slower"], ["compare", a], ["noise", "mmd"])] == [
-        2,
-        2,
-        2,
-    ]
+    slower = "slower: double forward, N=1, float32, warm, imm: 130.0 us -> 190.0 us (1.46x)"
+    assert slower in said("bench", "compare", a, b)
+    assert invoke("bench", "compare", a, b, "--fail-if-slower", ok=False).exit_code == 1
+    said("bench", "compare", b, a, "--fail-if-slower")
+    missing = refused("bench", "compare", a, tmp_path)
+    assert missing == f"Error: compare: expected a folder with rows.csv and environment.json, got {tmp_path}"
+    for words in (["noise", "--fail-if-slower"], ["compare", a], ["noise", "mmd"]):
+        assert invoke("bench", *words, ok=False).exit_code == 2
+
+
+def git(root: Path, *arguments: str) -> str:
+    who = ("-c", "user.name=a", "-c", "user.email=a@b")
+    return subprocess.run(["git", "-C", root, *who, *arguments], check=True, capture_output=True, text=True).stdout
 
 
 @pytest.fixture
@@ -154,24 +155,21 @@ def repository(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     root = tmp_path / "checkout"
     (root / "python" / "imm" / "cli").mkdir(parents=True)
     (root / "bench").mkdir()
-    who = ("-c", "user.name=a", "-c", "user.email=a@b")
-    git = lambda *arguments: subprocess.run(["git", "-C", root, *who, *arguments], check=True, capture_output=True)
-    git("init", "--quiet")
-    git("commit", "--quiet", "--allow-empty", "-m", "empty")
-    git("tag", "empty")
+    git(root, "init", "--quiet")
+    git(root, "commit", "--quiet", "--allow-empty", "-m", "empty")
+    git(root, "tag", "empty")
     (root / "python" / "imm" / "cli" / "bench.py").write_text("")
     for name in ("first", "second"):
         (root / "bench" / "bench_noise.py").write_text(name)
-        git("add", ".")
-        git("commit", "--quiet", "-m", name)
-        git("tag", name)
+        git(root, "add", ".")
+        git(root, "commit", "--quiet", "-m", name)
+        git(root, "tag", name)
     monkeypatch.setattr(compare.against, "__defaults__", (root,))
     return root
 
 
 def worktrees(root: Path) -> int:
-    text = subprocess.run(["git", "-C", root, "worktree", "list"], check=True, capture_output=True, text=True).stdout
-    return len(text.splitlines())
+    return len(git(root, "worktree", "list").splitlines())
 
 
 def test_base_measures_both_in_turns_and_leaves_nothing(repository: Path, tmp_path: Path, monkeypatch) -> None:
@@ -180,28 +178,25 @@ def test_base_measures_both_in_turns_and_leaves_nothing(repository: Path, tmp_pa
 
     def measure(side: Path, op: str, options: list[str], out: Path, changes: dict[str, str]) -> compare.Results:
         text = (side / "bench" / f"bench_{op}.py").read_text()
-        commit = subprocess.run(["git", "-C", side, "rev-parse", "HEAD"], check=True, capture_output=True, text=True)
         calls.append((text, options, out.name))
         sides.append(side)
         time = {"first": 100, "second": 150}[text]
         found = row(COPY, around(100)), row("imm", around(time))
-        return compare.Results.read(folder_of(out, *found, commit=commit.stdout.strip()))
+        return compare.Results.read(folder_of(out, *found, commit=git(side, "rev-parse", "HEAD").strip()))
 
     monkeypatch.setattr(compare, "measure", measure)
-    arguments = ["bench", "noise", "--quick", "--device=cpu", "--base", "first", "--out", str(tmp_path / "kept")]
-    result = CliRunner().invoke(main, [*arguments, "--fail-if-slower"])
-    assert result.exit_code == 1, result.output
-    assert "1 moved" in result.output
-    assert "slower: double forward, N=1, float32, warm, imm: 100.0 us -> 150.0 us" in result.output
-    assert "each side is measured by its own" in result.output
+    arguments = ["bench", "noise", "--quick", "--device=cpu", "--base", "first", "--out", tmp_path / "kept"]
+    result = invoke(*arguments, "--fail-if-slower", ok=False)
+    assert result.exit_code == 1
+    for text in ("1 moved", "slower: double forward, N=1, float32, warm, imm: 100.0 us -> 150.0 us", "measured by its own"):
+        assert text in result.output
     options = ["--device=cpu", "--quick"]
     order = (("first", "base-1"), ("second", "tree-1"), ("first", "base-2"), ("second", "tree-2"))
     assert calls == [(text, options, name) for text, name in order]
     assert sides[1] == repository
     assert not sides[0].exists()
     assert worktrees(repository) == 1
-    again = CliRunner().invoke(main, arguments)
-    assert again.output.startswith("Error: out: expected a folder without an earlier comparison, got ")
+    assert refused(*arguments).startswith("Error: out: expected a folder without an earlier comparison, got ")
 
 
 def test_base_refuses_in_one_line_and_cleans_up(repository: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -211,7 +206,7 @@ def test_base_refuses_in_one_line_and_cleans_up(repository: Path, monkeypatch: p
         ("empty", "noise", "base: expected a commit with python/imm/cli/bench.py, got 'empty', which has none"),
         ("first", "mmd", "base: expected a commit with bench/bench_mmd.py, got 'first', which has none"),
     ):
-        result = CliRunner().invoke(main, ["bench", op, "--device=cpu", "--base", revision])
+        result = invoke("bench", op, "--device=cpu", "--base", revision, ok=False)
         assert (result.exit_code, len(result.output.splitlines())) == (1, 1)
         assert result.output.startswith(f"Error: {reason}")
     seen: list[Path] = []

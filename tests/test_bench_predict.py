@@ -7,19 +7,14 @@ from typing import Any
 
 import pytest
 import torch
-from click.testing import CliRunner
+from command_line import refused, said
 
 from harness import case as declared
 from harness import measure, predict
 from harness.case import load, operations
 from harness.predict import MACHINES, Machine
-from imm.cli import main
 
 CUDA = torch.device("cuda")
-
-
-def invoke(*arguments: str) -> Any:
-    return CliRunner().invoke(main, ["bench", *arguments])
 
 
 def at(op: str, *shape: Any, bf16: bool = False, **options: Any) -> declared.Case:
@@ -59,7 +54,7 @@ def test_to_declare_cases_makes_nothing_and_needs_no_gpu(op: str, device: str) -
 def test_the_command_prints_a_table_without_a_gpu() -> None:
     """Attention of 256 tokens reads keys and values four times from L2: 680 MB at 5.5 TB/s. In 16 bits the MMD issues 26,900
     warp instructions a group, four a cycle on 132 multiprocessors."""
-    outputs = {name: invoke(f"--predict={name}").output for name in ("h100", "h200")}
+    outputs = {name: said("bench", f"--predict={name}") for name in ("h100", "h200")}
     lines = [" ".join(line.split()) for line in outputs["h200"].splitlines()]
     mmd, attention = "mmd loss + gradient G=1024 M=4 D=4096", "attention forward B=128 T=256 H=16 d=72 bfloat16"
     for expected in (
@@ -72,11 +67,11 @@ def test_the_command_prints_a_table_without_a_gpu() -> None:
         assert expected in lines
     assert {line.split()[0] for line in lines if line} >= set(operations())
     assert "; our kernel: " not in outputs["h100"]
-    assert len(invoke("mmd", "--predict=h200", "--quick").output) < len(invoke("mmd", "--predict=h200").output)
-    unknown = f"Error: predict: expected one of {list(MACHINES)}, got 'h1000'\n"
-    assert (invoke("--predict=h1000").exit_code, invoke("--predict=h1000").output) == (1, unknown)
-    assert invoke("nothing", "--predict=h100").output.startswith("Error: op: expected one of")
-    assert invoke("--predict=h100", "--device=cpu").output.startswith("Error: predict: expected OP and --quick")
+    assert len(said("bench", "mmd", "--predict=h200", "--quick")) < len(said("bench", "mmd", "--predict=h200"))
+    unknown = f"Error: predict: expected one of {list(MACHINES)}, got 'h1000'"
+    assert refused("bench", "--predict=h1000") == unknown
+    assert refused("bench", "nothing", "--predict=h100").startswith("Error: op: expected one of")
+    assert refused("bench", "--predict=h100", "--device=cpu").startswith("Error: predict: expected OP and --quick")
 
 
 @pytest.mark.parametrize("machine", MACHINES.values(), ids=lambda machine: machine.name)

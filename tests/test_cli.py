@@ -13,36 +13,21 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
 import torch
-from click.testing import CliRunner
+from command_line import call, refused
 from PIL import Image
 
 from imm import FlowMap, checkpoints
-from imm.cli import main, options, progress
+from imm.cli import options, progress
 from imm.cli.options import process_device, writable_folder
 from imm.distributed import Processes
 from imm.networks import DiT, UNet
 
 IMM = [sys.executable, "-c", "from imm.cli import main; main()"]
-
-
-def call(*arguments: str, ok: bool = True):
-    result = CliRunner().invoke(main, [str(a) for a in arguments])
-    assert (result.exit_code == 0) is ok, result.output
-    return result
-
-
-def refused(*arguments: str) -> str:
-    """The one line that a mistake gets."""
-    result = call(*arguments, ok=False)
-    assert result.exit_code in (1, 2)
-    assert "Traceback" not in result.output
-    line = result.output.strip().splitlines()[-1]
-    assert line.startswith("Error: ")
-    return line
 
 
 @pytest.fixture
@@ -177,18 +162,7 @@ def test_train_snapshots_and_resume(digits, tmp_path) -> None:
     [
         ["--network", "dit", "--patch", "4"],
         ["--precision", "bf16", "--min-gap", "1e-4", "--second-time", "identity"],
-        [
-            "--kernel",
-            "rbf",
-            "--mapping",
-            "log_snr",
-            "--t-min",
-            "0.006",
-            "--schedule",
-            "vp_cosine",
-            "--parametrization",
-            "simple_edm",
-        ],
+        ["--kernel=rbf", "--mapping=log_snr", "--t-min=0.006", "--schedule=vp_cosine", "--parametrization=simple_edm"],
         ["--optimizer", "radam", "--dropout", "0.2", "--particles", "2", "-k", "10", "-b", "5"],
         ["--xflip", "--batch-gpu", "4"],
     ],
@@ -219,7 +193,8 @@ def test_train_with_checkpointing_gives_the_same(digits, tmp_path, monkeypatch) 
 
 def test_train_from_a_checkpoint(digits, tmp_path) -> None:
     base = ("train", "--data", digits, "--steps", "2", "--tick", "2", "--batch", "8", "--out")
-    call(*base, tmp_path / "first", "--width", "8", "--t-min", "0.006", "--second-time", "identity", "--lr", "1e-2")
+    settings = ("--width=8", "--t-min=0.006", "--second-time=identity")
+    call(*base, tmp_path / "first", *settings, "--lr", "1e-2")
     path = tmp_path / "first" / "snapshot-0000002.safetensors"
     half = tmp_path / "half.safetensors"
     checkpoints.save(half, checkpoints.load(path).to(torch.bfloat16))
@@ -237,17 +212,15 @@ def test_train_from_a_checkpoint(digits, tmp_path) -> None:
     call(*base, tmp_path / "tuned", "--init", path, "--lr", "1e-30", "-k", "10", "--steps", "3")
     refusal = refused(*base, tmp_path / "tuned", "--init", half, "--lr", "1e-30", "-k", "10")
     assert "init.sha256 was" in refusal
-    assert "init was {'sha256'" in refused(*base, tmp_path / "tuned", "--lr", "1e-30", "-k", "10", "--width", "8", "--t-min",
-                                           "0.006", "--second-time", "identity")  # fmt: skip
+    assert "init was {'sha256'" in refused(*base, tmp_path / "tuned", "--lr", "1e-30", "-k", "10", *settings)
     out = tmp_path / "no"
-    assert "width: expected no such option beside --init" in refused(*base, out, "--init", path, "--width", "8")
-    assert "t_min: expected no such option beside --init" in refused(*base, out, "--init", path, "--t-min", "0.1")
-    assert "size: expected no such option beside --init" in refused(*base, out, "--init", path, "--size", "S")
+    for option in ("--width=8", "--t-min=0.1", "--size=S"):
+        name = option[2:].partition("=")[0].replace("-", "_")
+        assert f"{name}: expected no such option beside --init" in refused(*base, out, "--init", path, option)
     refusal = refused(*base, out, "--init", path, "--preset", "cifar10")
     assert "init: expected network = DDPMpp for the preset cifar10, got UNet" in refusal
-    assert f"data: expected images of 1 channels and 8x8 for {path}" in refused(
-        *base, out, "--init", path, "--resolution", "16"
-    )
+    refusal = refused(*base, out, "--init", path, "--resolution", "16")
+    assert f"data: expected images of 1 channels and 8x8 for {path}" in refusal
     assert "expected a checkpoint file, found none" in refused(*base, out, "--init", tmp_path / "absent")
     assert not out.exists()
 
@@ -292,10 +265,7 @@ def test_a_run_out_of_time_says_so(digits, tmp_path) -> None:
     ids=lambda error: type(error).__name__,
 )
 def test_out_of_memory_says_what_to_lower(error, digits, tmp_path, monkeypatch) -> None:
-    def fail(*args, **options) -> None:
-        raise error
-
-    monkeypatch.setattr("imm.training.Trainer.update", fail)
+    monkeypatch.setattr("imm.training.Trainer.update", Mock(side_effect=error))
     line = refused("train", "--data", digits, "--out", tmp_path / "run", *TRAIN)
     assert line.startswith("Error: out of memory; try a smaller --batch-gpu (or --batch), --checkpointing")
     for option in re.findall(r"--[a-z-]+", line):
@@ -303,13 +273,9 @@ def test_out_of_memory_says_what_to_lower(error, digits, tmp_path, monkeypatch) 
 
 
 def test_other_errors_of_torch_stay_what_they_are(digits, tmp_path, monkeypatch) -> None:
-    def fail(*args, **options) -> None:
-        raise RuntimeError("shapes do not fit")
-
-    monkeypatch.setattr("imm.training.Trainer.update", fail)
-    arguments = [str(a) for a in ("train", "--data", digits, "--out", tmp_path / "run", *TRAIN)]
-    with pytest.raises(RuntimeError, match="shapes do not fit"):
-        CliRunner().invoke(main, arguments, catch_exceptions=False)
+    monkeypatch.setattr("imm.training.Trainer.update", Mock(side_effect=RuntimeError("shapes do not fit")))
+    result = call("train", "--data", digits, "--out", tmp_path / "run", *TRAIN, ok=False)
+    assert repr(result.exception) == "RuntimeError('shapes do not fit')"
 
 
 # SIGTERM is in tests/test_training_processes.py too.
@@ -330,8 +296,7 @@ def test_a_signal_stops_training_and_the_same_command_goes_on(number, digits, tm
     assert process.returncode == 128 + number
     step = int(re.search(rf"stopped by signal {number.value} at step (\d+)", output)[1])
     assert (tmp_path / "run" / f"snapshot-{step:07d}.safetensors").exists()
-    resumed = subprocess.run([*IMM, *arguments, "--steps", str(step + 1)], capture_output=True, text=True, check=True)
-    assert f"resuming at step {step}" in resumed.stdout
+    assert f"resuming at step {step}" in call(*arguments, "--steps", step + 1).output
 
 
 def test_what_nohup_ignores_stays_ignored() -> None:

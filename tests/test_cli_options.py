@@ -9,7 +9,7 @@ from collections.abc import Iterator
 
 import click
 import pytest
-from click.testing import CliRunner
+from command_line import call, refused, said
 
 from imm import objective, pictures, presets, sampling
 from imm.backends import PRECISIONS
@@ -103,7 +103,7 @@ def test_help_needs_no_torch(command, tmp_path) -> None:
 
 
 def test_the_help_of_train_has_groups() -> None:
-    output = CliRunner().invoke(main, ("train", "--help")).output
+    output = said("train", "--help")
     titles = [line for line in output.splitlines() if line.endswith(":") and not line.startswith(" ")]
     assert titles == ["Data:", "Run:", "Optimization:", "Network:", "Flow map:", "Objective:", "Other:"]
     objective_part = output[output.index("Objective:") :]
@@ -124,7 +124,7 @@ def test_the_help_of_train_has_groups() -> None:
 )
 def test_empty_paths_and_nan_are_refused_before_work(arguments, text, tmp_path, monkeypatch) -> None:
     monkeypatch.chdir(tmp_path)
-    result = CliRunner().invoke(main, arguments)
+    result = call(*arguments, ok=False)
     assert result.exit_code == 2
     assert f"Error: Invalid value for {text}\n" in result.output
     assert not list(tmp_path.iterdir())
@@ -133,5 +133,4 @@ def test_empty_paths_and_nan_are_refused_before_work(arguments, text, tmp_path, 
 def test_a_tilde_is_the_home(tmp_path, monkeypatch) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
     assert PATH.convert("~/x", None, None) == str(tmp_path / "x")
-    result = CliRunner().invoke(main, ("export", "--net=~/absent.safetensors", "--out=~/net.pt2"))
-    assert str(tmp_path / "absent.safetensors") in result.output
+    assert str(tmp_path / "absent.safetensors") in refused("export", "--net=~/absent.safetensors", "--out=~/net.pt2")

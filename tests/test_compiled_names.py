@@ -15,7 +15,7 @@ from imm import FlowMap, IMMObjective, checkpoints
 from imm.checkpoints import CheckpointError
 from imm.checkpoints.format import describe, load_state, write_file
 from imm.data import ImageData
-from imm.networks import DDPMpp, DiT, UNet, dit
+from imm.networks import DiT, UNet
 from imm.training import TrainConfig, Trainer
 from imm.weights import own_names, plain_names, unwrapped
 
@@ -28,10 +28,6 @@ def _names_alone() -> Iterator[None]:
 
 def wrapped(module: nn.Module) -> nn.Module:
     return torch.compile(module, backend="eager")  # type: ignore[return-value]
-
-
-def whole(network: nn.Module) -> nn.Module:
-    return wrapped(network)
 
 
 def twice(network: nn.Module) -> nn.Module:
@@ -53,7 +49,7 @@ def none(network: nn.Module) -> nn.Module:
     return network
 
 
-FORMS: list[Callable[[nn.Module], nn.Module]] = [none, whole, twice, part, in_place]
+FORMS: list[Callable[[nn.Module], nn.Module]] = [none, wrapped, twice, part, in_place]
 
 
 def unet() -> nn.Module:
@@ -79,7 +75,7 @@ def test_names() -> None:
     assert type(unwrapped(network)) is UNet
 
 
-@pytest.mark.parametrize("form", [twice, *(pytest.param(f, marks=pytest.mark.full) for f in (whole, part, in_place))])
+@pytest.mark.parametrize("form", [twice, *(pytest.param(f, marks=pytest.mark.full) for f in (wrapped, part, in_place))])
 def test_runs_follow_each_other(form, tmp_path) -> None:
     """A compiled run goes on as a plain one, and a plain one compiled; the files are those of a plain run."""
     for first, second, folder in ((form, none, tmp_path / "a"), (none, form, tmp_path / "b"), (none, none, tmp_path / "c")):
@@ -106,14 +102,10 @@ def test_snapshots_of_earlier_versions_load(form, tmp_path) -> None:
         load_state(nn.ParameterDict({"odd": nn.Parameter(torch.ones(1))}), {}, "x")
 
 
-@pytest.mark.parametrize("network", [DDPMpp(3, 8, 0, 16, (1, 2), 1, (4,)), "DiT"])
-def test_one_block_compiled(network, tmp_path, monkeypatch) -> None:
-    monkeypatch.setitem(dit.SIZES, "T", (32, 2, 2))
-    network = DiT("T", 4, resolution=8, num_classes=2) if network == "DiT" else network
-    network = network.eval()
-    for parameter in network.parameters():
-        nn.init.normal_(parameter, std=0.02)
-    flow_map = FlowMap(network)
+@pytest.mark.parametrize("name", ["small_ddpmpp", "small_dit"])
+def test_one_block_compiled(name, request, tmp_path) -> None:
+    flow_map = request.getfixturevalue(name)
+    network = flow_map.network
     x, labels = torch.randn(2, *flow_map.image_shape), None if not flow_map.num_classes else torch.tensor([0, 1])
     expected = flow_map(x, 0.8, 0.2, labels).detach()
     if isinstance(network, DiT):

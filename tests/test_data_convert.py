@@ -9,30 +9,14 @@ import zipfile
 import numpy as np
 import pytest
 import torch
-from click.testing import CliRunner
+from command_line import call, refused, said
 from PIL import Image
 
-from imm.cli import main
 from imm.data import ImageData, digest, load, summarize, to_float
 from imm.data.convert import spread
 from imm.pictures import fit
 
 RANDOM = np.random.default_rng(0)
-
-
-def call(*arguments: object) -> str:
-    result = CliRunner().invoke(main, ["data", *map(str, arguments)])
-    assert result.exit_code == 0, result.output
-    return result.output
-
-
-def refused(*arguments: object) -> str:
-    """The one line that a mistake gets."""
-    result = CliRunner().invoke(main, ["data", *map(str, arguments)])
-    assert result.exit_code in (1, 2)
-    line = result.output.strip().splitlines()[-1]
-    assert line.startswith("Error: "), result.output
-    return line
 
 
 @pytest.fixture
@@ -148,7 +132,7 @@ def test_the_adm_crop() -> None:
 def test_a_conversion_changes_nothing(dest, labelled, channels, images, tmp_path) -> None:
     source, target = tmp_path / "source.npz", tmp_path / dest
     np.savez(source, images=images[..., :channels], **({"labels": np.array([4, 0, 2, 2, 0, 1])} if labelled else {}))
-    assert f"wrote {target}" in call("convert", "--data", source, "--out", target)
+    assert f"wrote {target}" in said("data", "convert", "--data", source, "--out", target)
     before, after = load(str(source)), load(str(target))
     assert torch.equal(before.pixels, after.pixels)
     assert digest(before) == digest(after)
@@ -158,7 +142,7 @@ def test_a_conversion_changes_nothing(dest, labelled, channels, images, tmp_path
 
 def test_the_zip_is_the_one_that_others_read(npz, tmp_path) -> None:
     for name in ("a.zip", "b.zip"):
-        call("convert", "--data", npz, "--out", tmp_path / name)
+        call("data", "convert", "--data", npz, "--out", tmp_path / name)
     assert (tmp_path / "a.zip").read_bytes() == (tmp_path / "b.zip").read_bytes()
     with zipfile.ZipFile(tmp_path / "a.zip") as archive:
         names = [f"00000/img{number:08d}.png" for number in range(6)]
@@ -171,16 +155,16 @@ def test_the_zip_is_the_one_that_others_read(npz, tmp_path) -> None:
 
 
 def test_npz_bytes_do_not_depend_on_the_way(npz, tmp_path) -> None:
-    call("convert", "--data", npz, "--out", tmp_path / "a.zip")
-    call("convert", "--data", tmp_path / "a.zip", "--out", tmp_path / "a.npz")
-    call("convert", "--data", npz, "--out", tmp_path / "b.npz")
+    call("data", "convert", "--data", npz, "--out", tmp_path / "a.zip")
+    call("data", "convert", "--data", tmp_path / "a.zip", "--out", tmp_path / "a.npz")
+    call("data", "convert", "--data", npz, "--out", tmp_path / "b.npz")
     assert (tmp_path / "a.npz").read_bytes() == (tmp_path / "b.npz").read_bytes()
     with np.load(tmp_path / "a.npz", allow_pickle=False) as file:
         assert (file["images"].shape, file["images"].dtype, file["labels"].dtype) == ((6, 8, 8, 3), np.uint8, np.int64)
 
 
 def test_resolution_and_number_of_images(npz, tmp_path) -> None:
-    call("convert", "--data", npz, "--out", tmp_path / "a.zip", "--resolution", 4, "--max-images", 3)
+    call("data", "convert", "--data", npz, "--out", tmp_path / "a.zip", "--resolution", 4, "--max-images", 3)
     data = load(str(tmp_path / "a.zip"))
     assert torch.equal(data.pixels, load(str(npz), 4).pixels[::2])
     assert data.labels.tolist() == [4, 2, 0]
@@ -192,7 +176,7 @@ def test_pictures_of_many_sizes_are_cropped_to_one(tmp_path) -> None:
     (tmp_path / "in").mkdir()
     for number, size in enumerate([(20, 16), (9, 30), (40, 40)]):
         Image.new("RGB", size, (number, 0, 0)).save(tmp_path / "in" / f"{number}.png")
-    base = ("convert", "--data", tmp_path / "in", "--out", tmp_path / "out.zip")
+    base = ("data", "convert", "--data", tmp_path / "in", "--out", tmp_path / "out.zip")
     assert "expected square images or a resolution, got 20x16" in refused(*base)
     for transform in ("none", "center-crop", "center-crop-dhariwal"):
         call(*base, "--resolution", 8, "--transform", transform)
@@ -202,7 +186,7 @@ def test_pictures_of_many_sizes_are_cropped_to_one(tmp_path) -> None:
 
 
 def test_refusals(npz, tmp_path) -> None:
-    convert = ("convert", "--data", npz, "--out")
+    convert = ("data", "convert", "--data", npz, "--out")
     assert "another place than the source" in refused(*convert, npz)
     assert "a folder without an ending" in refused(*convert, tmp_path / "a.tar.gz")
     assert "expected a new or an empty folder" in refused(*convert, tmp_path)
@@ -212,22 +196,22 @@ def test_refusals(npz, tmp_path) -> None:
     crop = (*convert, tmp_path / "a.zip", "--transform", "center-crop-dhariwal")
     assert "expected a resolution for center-crop-dhariwal" in refused(*crop)
     assert "which has no splits, got test" in refused(*convert, tmp_path / "a.zip", "--split", "test")
-    assert "expected 'mnist5k', a folder" in refused("stats", "--data", "nowhere")
-    assert "expected a file in a folder" in refused("stats", "--data", npz, "--out", tmp_path / "no" / "a.json")
+    assert "expected 'mnist5k', a folder" in refused("data", "stats", "--data", "nowhere")
+    assert "expected a file in a folder" in refused("data", "stats", "--data", npz, "--out", tmp_path / "no" / "a.json")
     assert not (tmp_path / "a.zip").exists()
 
 
 def test_stats(npz, images, tmp_path) -> None:
-    output = call("stats", "--data", npz, "--out", tmp_path / "stats.json")
+    output = said("data", "stats", "--data", npz, "--out", tmp_path / "stats.json")
     assert "images: 6 of 8x8, 3 channels" in output
     assert "classes: 5, images of each: [2, 1, 2, 0, 1]" in output
     assert f"mean: {' '.join(f'{mean:.5f}' for mean in images.mean((0, 1, 2)))}" in output
     found = json.loads((tmp_path / "stats.json").read_text())
     assert found == summarize(load(str(npz)))
     assert f"sha256: {found['sha256']}" in output
-    assert "images: 6 of 4x4" in call("stats", "--data", npz, "--resolution", 4)
+    assert "images: 6 of 4x4" in said("data", "stats", "--data", npz, "--resolution", 4)
 
 
 def test_the_digits_convert_as_they_train(tmp_path) -> None:
-    call("convert", "--data", "mnist5k", "--out", tmp_path / "a.zip", "--max-images", 50)
+    call("data", "convert", "--data", "mnist5k", "--out", tmp_path / "a.zip", "--max-images", 50)
     assert torch.equal(load(str(tmp_path / "a.zip")).pixels, load("mnist5k").pixels[::100])

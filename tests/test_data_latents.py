@@ -7,24 +7,16 @@ import zipfile
 import numpy as np
 import pytest
 import torch
-from click.testing import CliRunner
+from command_line import call, refused, said
 
 from imm import FlowMap, IMMObjective, data, latents
-from imm.cli import main
 from imm.data import ImageData, digest
-from imm.networks import UNet
+from imm.networks import UNet, dit
 from imm.training import TrainConfig, Trainer
 
 MEAN = np.random.default_rng(0).normal(0, 0.5, (12, 4, 8, 8)).astype(np.float16)
 STD = np.full_like(MEAN, 0.25)
 LABELS = np.arange(12) % 3
-
-
-def call(*arguments, ok: bool = True) -> str:
-    result = CliRunner().invoke(main, [str(a) for a in arguments])
-    assert (result.exit_code == 0) is ok, result.output
-    assert "Traceback" not in result.output
-    return result.output if ok else result.output.strip().splitlines()[-1]
 
 
 def written(path, **arrays):
@@ -117,11 +109,12 @@ def test_they_are_not_images(tmp_path) -> None:
         ("data", "convert", "--data", path, "--out", tmp_path / "b.zip"),
         ("eval", "--data", path, "--ref", path, "--metrics", "mmd-pixels", "--out", tmp_path / "b.json"),
     ):
-        assert f"data: expected images, got the latents in {path}" in call(*command, ok=False)
+        assert f"data: expected images, got the latents in {path}" in refused(*command)
     with pytest.raises(ValueError, match="resolution: expected 8 or none, latents cannot be resized, got 16"):
         data.load(str(path), 16, latents=True)
     with pytest.raises(ValueError, match="split: expected all"):
         data.load(str(path), None, "test", latents=True)
+    assert len(data.load(str(path), 8, "all", latents=True)) == 12
 
 
 def seen_by(trainer: Trainer, steps: int) -> list[torch.Tensor]:
@@ -164,44 +157,23 @@ def test_deviations_that_are_not_finite_are_refused(tmp_path) -> None:
         trainer(ImageData(torch.from_numpy(MEAN), torch.from_numpy(LABELS), 3, "made up", std), tmp_path)
 
 
-def test_imm_train_takes_them_with_a_preset(tmp_path) -> None:
+def test_imm_train_takes_them_with_a_preset(tmp_path, monkeypatch) -> None:
+    monkeypatch.setitem(dit.SIZES, "S", (32, 2, 2))
     mean = np.random.default_rng(0).normal(0, 0.5, (8, 4, 32, 32)).astype(np.float16)
     path = written(tmp_path / "a.npz", latents_mean=mean, latents_std=np.abs(mean), labels=np.arange(8))
-    options = (
-        "train",
-        "--out",
-        tmp_path / "run",
-        "--preset",
-        "dit-s-8",
-        "--steps",
-        "1",
-        "--batch",
-        "4",
-        "--precision",
-        "fp32",
-    )
-    output = call(*options, "--data", path)
+    options = ("train", "--out", tmp_path / "run", "--preset=dit-s-8", "--steps=1", "--batch=4", "--precision=fp32")
+    output = said(*options, "--data", path)
     assert "8 posteriors of latents in" in output
     assert "standard deviation 0.50 (expected near 0.5)" in output
     images = written(tmp_path / "b.npz", images=np.zeros((8, 32, 32, 3), np.uint8), labels=np.arange(8))
-    assert "expected latents of 4 channels and 32x32 for the preset dit-s-8 (imm data encode makes them" in call(
-        *options, "--data", images, ok=False
+    assert "expected latents of 4 channels and 32x32 for the preset dit-s-8 (imm data encode makes them" in refused(
+        *options, "--data", images
     )
-
-
-@pytest.fixture
-def vae():
-    diffusers = pytest.importorskip("diffusers")
-    torch.manual_seed(0)
-    return diffusers.AutoencoderKL(
-        block_out_channels=(8, 16), norm_num_groups=4, latent_channels=4, scaling_factor=latents.SD_VAE_FACTOR,
-        down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2,
-    ).eval()  # fmt: skip
 
 
 def test_posteriors_in_the_published_scale(vae) -> None:
     """(z - mean) * 0.5 / std of each channel (section I.1), which decoding undoes."""
-    images = torch.rand(3, 3, 8, 8) * 2 - 1
+    images = torch.rand(3, 3, 16, 16) * 2 - 1
     mean, std = latents.encode(images, vae, batch=2)
     with torch.no_grad():
         posterior = vae.encode(images).latent_dist
@@ -211,7 +183,7 @@ def test_posteriors_in_the_published_scale(vae) -> None:
     with torch.no_grad():
         torch.testing.assert_close(latents.decode(mean, vae), vae.decode(posterior.mean).sample.clamp(-1, 1))
     for bad in (images[:, :1], images[..., :7], images.byte(), images[:0]):
-        with pytest.raises(ValueError, match=r"images: expected floating \[B, 3, H, W\] with H and W multiples of 2"):
+        with pytest.raises(ValueError, match=r"images: expected floating \[B, 3, H, W\] with H and W multiples of 8"):
             latents.encode(bad, vae)
     with pytest.raises(ValueError, match="batch: expected a count >= 1"):
         latents.encode(images, vae, batch=0)
@@ -230,7 +202,7 @@ def test_imm_data_encode(vae, tmp_path) -> None:
     torch.testing.assert_close(found.pixels, mean.half(), rtol=1e-3, atol=1e-3)
     torch.testing.assert_close(found.deviations, std.half(), rtol=1e-3, atol=1e-3)
     assert found.labels.tolist() == list(range(5))
-    assert "expected an .npz file for latents" in call(*options, "--out", tmp_path / "a.zip", ok=False)
+    assert "expected an .npz file for latents" in refused(*options, "--out", tmp_path / "a.zip")
     grey = written(tmp_path / "grey.npz", images=pixels[..., 0])
     repeated = written(tmp_path / "repeated.npz", images=np.repeat(pixels[..., :1], 3, axis=3))
     for source, dest in ((grey, "c.npz"), (repeated, "d.npz")):

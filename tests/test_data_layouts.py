@@ -15,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from fuzz_pictures import saved
 from PIL import Image
 
 from imm.data import ImageData, load
@@ -36,9 +37,7 @@ def refused(path, text: str, split: str | None = None) -> None:
 
 
 def png(image: np.ndarray) -> bytes:
-    out = io.BytesIO()
-    Image.fromarray(image[:, :, 0] if image.shape[2] == 1 else image).save(out, format="PNG")
-    return out.getvalue()
+    return saved(Image.fromarray(image[:, :, 0] if image.shape[2] == 1 else image), "PNG")
 
 
 def write_zip(path: Path, members, compression=zipfile.ZIP_STORED) -> Path:
@@ -54,6 +53,13 @@ def write_tar(path: Path, members, mode: str = "w:gz") -> Path:
             info = tarfile.TarInfo(name)
             info.size = len(content)
             archive.addfile(info, io.BytesIO(content))
+    return path
+
+
+def tarred(source: Path, name: str = "set.tar") -> Path:
+    path = source.parent / name
+    with tarfile.open(path, "w") as archive:
+        archive.add(source, ".")
     return path
 
 
@@ -149,10 +155,7 @@ def test_names_twice_are_refused(kind, pictures, tmp_path) -> None:
 
 def test_a_tar_made_from_a_folder(pictures, tmp_path) -> None:
     """Its names begin with "./"."""
-    write_folder(tmp_path / "set", listed(pictures, [0, 1, 2, 3]))
-    with tarfile.open(tmp_path / "set.tar", "w") as archive:
-        archive.add(tmp_path / "set", ".")
-    check(load(str(tmp_path / "set.tar")), pictures, [0, 1, 2, 3])
+    check(load(str(tarred(write_folder(tmp_path / "set", listed(pictures, [0, 1, 2, 3]))))), pictures, [0, 1, 2, 3])
 
 
 @pytest.mark.parametrize("kind", [".zip", ".tar.gz"])
@@ -198,13 +201,6 @@ def test_pictures_beyond_pillows_limit_are_refused(monkeypatch, tmp_path) -> Non
     for limit in (1000, 100):  # pillow warns from its limit on, and raises from twice that
         monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", limit)
         refused(tmp_path / "a.zip", f"expected an image of at most {limit} pixels, got .*a.png")
-
-
-def test_pictures_that_would_lose_something_are_refused(tmp_path) -> None:
-    Image.fromarray(np.full((4, 4), 1000, np.uint16)).save(tmp_path / "a.png")
-    refused(tmp_path, "got .*a.png: more than 8 bits a channel")
-    Image.new("P", (4, 4)).save(tmp_path / "a.png", format="GIF")
-    refused(tmp_path, "expected an image, got .*a.png")
 
 
 # ---- CIFAR-10
@@ -358,10 +354,11 @@ def test_bad_pickled_batches(cifar, here, tmp_path) -> None:
 def test_bad_records(cifar, tmp_path) -> None:
     files = dict(as_records(cifar))
     name = "cifar-10-batches-bin/data_batch_2.bin"
-    refused(
-        write_zip(tmp_path / "a.zip", {**files, name: files[name][:-1]}.items()), "records of 3073 bytes .*, got 12291 bytes"
-    )
-    refused(write_zip(tmp_path / "b.zip", {**files, name: b"\x0a" + files[name][1:]}.items()), r"classes 0\.\.9 in .*batch_2")
+    for content, text in (
+        (files[name][:-1], "records of 3073 bytes .*, got 12291 bytes"),
+        (b"\x0a" + files[name][1:], r"classes 0\.\.9 in .*batch_2"),
+    ):
+        refused(write_zip(tmp_path / "a.zip", {**files, name: content}.items()), text)
 
 
 @pytest.mark.parametrize("layout", [as_pickles, as_records])
@@ -451,11 +448,14 @@ def test_a_gzip_bomb_is_refused(monkeypatch, mnist, tmp_path) -> None:
 # ---- npz
 
 
-def test_npz_of_the_adm_layout(pictures, tmp_path) -> None:
-    np.savez(tmp_path / "a.npz", pictures, np.array([3, 1, 0, 2]))
-    check(load(str(tmp_path / "a.npz")), pictures, [3, 1, 0, 2])
-    np.savez_compressed(tmp_path / "a.npz", pictures)
-    check(load(str(tmp_path / "a.npz")), pictures, None)
+@pytest.mark.parametrize(("images", "labels"), [("images", "labels"), ("arr_0", "arr_1")])
+def test_npz(images, labels, pictures, tmp_path) -> None:
+    """Under our names, and under ADM's."""
+    path = tmp_path / "a.npz"
+    np.savez(path, **{images: pictures, labels: np.array([3, 1, 0, 2])})
+    check(load(str(path)), pictures, [3, 1, 0, 2])
+    np.savez_compressed(path, **{images: pictures[..., 0]})
+    check(load(str(path)), pictures[..., :1], None)
 
 
 def test_an_npz_header_cannot_ask_for_memory(pictures, tmp_path) -> None:

@@ -11,12 +11,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from click.testing import CliRunner
+from command_line import call, said
 from fuzz_pictures import saved
 from PIL import Image
+from test_data_layouts import tarred, write_folder, write_zip
 
 from imm import data
-from imm.cli import main
 from imm.data import load
 from imm.data.listing import open_files
 
@@ -24,32 +24,8 @@ PNG = saved(Image.new("RGB", (8, 8), (200, 30, 90)), "PNG")
 PETS = [f"{name}/{number}.png" for name in ("cat", "cow", "dog") for number in range(2)]
 
 
-def call(*arguments, ok: bool = True) -> str:
-    result = CliRunner().invoke(main, [str(a) for a in arguments])
-    assert (result.exit_code == 0) is ok, result.output
-    assert "Traceback" not in result.output
-    return result.output if ok else result.output.strip().splitlines()[-1]
-
-
-def folder(path: Path, names, content: bytes = PNG) -> Path:
-    for name in names:
-        (path / name).parent.mkdir(parents=True, exist_ok=True)
-        (path / name).write_bytes(content)
-    return path
-
-
-def zipped(path: Path, members) -> Path:
-    with zipfile.ZipFile(path, "w") as archive:
-        for name, content in members:
-            archive.writestr(name, content)
-    return path
-
-
-def tarred(source: Path, name: str = "set.tar") -> Path:
-    path = source.parent / name
-    with tarfile.open(path, "w") as archive:
-        archive.add(source, ".")
-    return path
+def folder(path: Path, names) -> Path:
+    return write_folder(path, ((name, PNG) for name in names))
 
 
 def refused(path: Path, text: str) -> None:
@@ -86,7 +62,7 @@ def test_links_that_lead_back_are_not_followed(tmp_path) -> None:
     found = load(str(path))
     assert found.labels.tolist() == [0, 0, 1, 1, 1, 1, 2, 2]
     assert any("not followed: 5 links to a folder around them, such as " in note for note in found.notes)
-    assert "note: not followed: 5 links" in call("data", "stats", "--data", path)
+    assert "note: not followed: 5 links" in said("data", "stats", "--data", path)
 
 
 @pytest.mark.parametrize("name", ["dog/3.png", "fish", "fish.png"])
@@ -139,7 +115,7 @@ def test_links_in_archives_are_refused_by_name(tmp_path) -> None:
     refused(tmp_path / "hard.tar", "got cat/1.png, a link or a device")
     link = zipfile.ZipInfo("dog")
     link.create_system, link.external_attr = 3, (stat.S_IFLNK | 0o777) << 16
-    refused(zipped(tmp_path / "a.zip", [("cat/0.png", PNG), (link, b"cat")]), "got dog, a link or a device")
+    refused(write_zip(tmp_path / "a.zip", [("cat/0.png", PNG), (link, b"cat")]), "got dog, a link or a device")
 
 
 # ---- what is no picture
@@ -150,7 +126,7 @@ def test_an_empty_class_folder_is_refused(kind, tmp_path) -> None:
     path = folder(tmp_path / "set", PETS)
     (path / "bird").mkdir()
     if kind == "zip":
-        path = zipped(tmp_path / "a.zip", [("bird/", b""), *((name, PNG) for name in PETS)])
+        path = write_zip(tmp_path / "a.zip", [("bird/", b""), *((name, PNG) for name in PETS)])
     if kind == "tar":
         path = tarred(path)
     refused(path, r"expected an image \(.*\) in every class folder of .*, got none in bird/$")
@@ -165,7 +141,7 @@ def test_other_formats_are_counted_aloud(tmp_path) -> None:
         "files that are not read, as their endings are not .bmp, .jpeg, .jpg, .png, .webp: "
         "2 .tif, 1 .gif, 1 without an ending, such as cat/a.tif",
     )
-    assert "2 .tif, 1 .gif" in call("data", "convert", "--data", path, "--out", tmp_path / "a.zip")
+    assert "2 .tif, 1 .gif" in said("data", "convert", "--data", path, "--out", tmp_path / "a.zip")
     folder(path, ["bird/1.tif", "bird/2.avif"])
     refused(path, r"got none in bird/ but 1 .tif, 1 .avif, such as bird/1.tif")
     refused(folder(tmp_path / "tiffs", ["1.tif", "2.jfif"]), "found none but 1 .tif, 1 .jfif, such as 1.tif")
@@ -181,10 +157,10 @@ def table(names, first: int = 0, **more) -> bytes:
 def test_a_folder_around_the_set_is_stepped_into(tmp_path) -> None:
     for around in ("pets", "a/b/c"):
         members = [(f"{around}/{name}", PNG) for name in PETS]
-        found = load(str(zipped(tmp_path / "a.zip", members)))
+        found = load(str(write_zip(tmp_path / "a.zip", members)))
         assert (found.labels.tolist(), found.class_names) == ([0, 0, 1, 1, 2, 2], ("cat", "cow", "dog"))
         listed = [*members, (f"{around}/dataset.json", table(PETS, 1)), ("README.txt", b"")]
-        assert load(str(zipped(tmp_path / "b.zip", listed))).labels.tolist() == [1, 1, 2, 2, 3, 3]
+        assert load(str(write_zip(tmp_path / "b.zip", listed))).labels.tolist() == [1, 1, 2, 2, 3, 3]
     folder(tmp_path / "in" / "pets", PETS)
     assert load(str(tmp_path / "in")).num_classes == 3
     assert load(str(tarred(tmp_path / "in"))).num_classes == 3
@@ -194,12 +170,12 @@ def test_a_folder_around_the_set_is_stepped_into(tmp_path) -> None:
 
 def test_labels_that_are_not_at_the_top_are_refused(tmp_path) -> None:
     members = [("dog/0.png", PNG), *((f"cat/{name}", PNG) for name in PETS), ("cat/dataset.json", table(PETS))]
-    refused(zipped(tmp_path / "a.zip", members), "expected dataset.json at the top of .*, got cat/dataset.json")
+    refused(write_zip(tmp_path / "a.zip", members), "expected dataset.json at the top of .*, got cat/dataset.json")
 
 
 def test_splits_as_classes_are_said(tmp_path) -> None:
     path = folder(tmp_path / "set", [f"{split}/{name}" for split in ("train", "val") for name in PETS])
-    assert "note: the classes are the folders train, val, which are called like splits" in call("data", "stats", "--data", path)
+    assert "note: the classes are the folders train, val, which are called like splits" in said("data", "stats", "--data", path)
     assert load(str(path / "train")).num_classes == 3
     path = folder(tmp_path / "deep", [f"{name}/sub/{number}.png" for name in ("a", "b") for number in range(2)])
     assert any("hold pictures in sub-folders only" in note for note in load(str(path)).notes)
@@ -207,7 +183,7 @@ def test_splits_as_classes_are_said(tmp_path) -> None:
 
 def test_classes_without_an_image_are_said(tmp_path) -> None:
     members = [*((name, PNG) for name in PETS), ("dataset.json", table(PETS, 1))]
-    found = load(str(zipped(tmp_path / "a.zip", members)))
+    found = load(str(write_zip(tmp_path / "a.zip", members)))
     assert (found.num_classes, found.notes) == (4, ("classes without an image: 1 of 4 (0)",))
 
 
@@ -237,7 +213,7 @@ def test_arrays_that_contradict_each_other_are_refused(tmp_path) -> None:
 @pytest.mark.parametrize("dest", ["out.zip", "out", "out.npz"])
 def test_class_names_are_kept(dest, tmp_path) -> None:
     path = folder(tmp_path / "set", PETS)
-    assert "class names: 0 cat, 1 cow, 2 dog" in call("data", "stats", "--data", path)
+    assert "class names: 0 cat, 1 cow, 2 dog" in said("data", "stats", "--data", path)
     call("data", "convert", "--data", path, "--out", tmp_path / dest)
     found = load(str(tmp_path / dest))
     assert (found.class_names, found.num_classes) == (("cat", "cow", "dog"), 3)
@@ -247,7 +223,7 @@ def test_class_names_are_kept(dest, tmp_path) -> None:
 def test_bad_class_names_are_refused(tmp_path) -> None:
     members = [(name, PNG) for name in PETS]
     for names, text in ((["a", "b"], "a name for each of 3 classes, got 2"), ("abc", "as a list of text"), ([1, 2, 3], "text")):
-        refused(zipped(tmp_path / "a.zip", [*members, ("dataset.json", table(PETS, class_names=names))]), text)
+        refused(write_zip(tmp_path / "a.zip", [*members, ("dataset.json", table(PETS, class_names=names))]), text)
 
 
 def test_generated_folders_are_listed_alike(monkeypatch, tmp_path) -> None:

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import io
 import json
-import zipfile
 
 import numpy as np
 import pytest
 import torch
-from click.testing import CliRunner
+from command_line import refused, said
+from test_data_layouts import write_folder, write_zip
 
 from imm import data, latents
-from imm.cli import main
 
 COUNT, SIDE = 6, 8
 RNG = np.random.default_rng(0)
@@ -34,15 +33,8 @@ def written(path, labels=LABELS, dtype=np.float32, **changes):
     files |= {NAMES[int(key[1:])] if key.startswith("_") else key: value for key, value in changes.items()}
     if labels is not None:
         files["dataset.json"] = json.dumps({"labels": labels} if labels != "none" else {"labels": None}).encode()
-    if path.suffix == ".zip":
-        with zipfile.ZipFile(path, "w") as archive:
-            for name in sorted(files, reverse=True):
-                archive.writestr(name, files[name])
-    else:
-        for name, content in files.items():
-            (path / name).parent.mkdir(parents=True, exist_ok=True)
-            (path / name).write_bytes(content)
-    return path
+    write = write_zip if path.suffix == ".zip" else write_folder
+    return write(path, sorted(files.items(), reverse=True))
 
 
 @pytest.mark.parametrize("name", ["a.zip", "folder"])
@@ -72,13 +64,9 @@ def test_without_labels(labels, tmp_path) -> None:
 def test_a_network_trains_on_them_and_nothing_else_takes_them(tmp_path) -> None:
     path = written(tmp_path / "a.zip")
     options = ["--steps=1", "--batch=4", "--network=unet", "--width=8", f"--out={tmp_path / 'run'}"]
-    done = CliRunner().invoke(main, ["train", f"--data={path}", *options])
-    assert done.exit_code == 0, done.output
-    assert "6 posteriors of latents" in done.output
+    assert "6 posteriors of latents" in said("train", "--data", path, *options)
     for command in (["stats"], ["convert", f"--out={tmp_path / 'b.zip'}"]):
-        done = CliRunner().invoke(main, ["data", *command, f"--data={path}"])
-        assert done.exit_code == 1
-        assert "data: expected images" in done.output
+        assert "data: expected images" in refused("data", *command, "--data", path)
 
 
 @pytest.mark.parametrize(
@@ -109,12 +97,3 @@ def test_what_is_refused(changes, text, tmp_path) -> None:
     path = written(tmp_path / "a.zip", **changes)
     with pytest.raises(ValueError, match=text):
         data.load(str(path), latents=True)
-
-
-def test_splits_and_sizes_are_refused(tmp_path) -> None:
-    path = str(written(tmp_path / "a.zip"))
-    with pytest.raises(ValueError, match="resolution: expected 8 or none, latents cannot be resized, got 16"):
-        data.load(path, 16, latents=True)
-    with pytest.raises(ValueError, match="split: expected all"):
-        data.load(path, split="train", latents=True)
-    assert len(data.load(path, 8, "all", latents=True)) == COUNT

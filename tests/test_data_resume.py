@@ -15,13 +15,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from click.testing import CliRunner
+from command_line import call, refused, said
 from fuzz_pictures import saved
 from PIL import Image
-from test_data_listing import call
+from test_data_layouts import write_folder
 
 from imm import pictures
-from imm.cli import main
 from imm.data import load, parts
 from imm.data.convert import write, write_latents
 from imm.data.sources import open_source
@@ -33,12 +32,7 @@ KINDS = ["out.zip", "out", "out.npz"]
 @pytest.fixture
 def source(tmp_path) -> Path:
     """Pictures in two classes; number 7 can be broken and mended."""
-    path = tmp_path / "set"
-    for number in range(COUNT):
-        file = path / "ab"[number % 2] / f"{number:02d}.png"
-        file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_bytes(png(number))
-    return path
+    return write_folder(tmp_path / "set", ((f"{'ab'[number % 2]}/{number:02d}.png", png(number)) for number in range(COUNT)))
 
 
 def png(number: int) -> bytes:
@@ -84,7 +78,7 @@ def test_a_broken_picture(dest, source, read, tmp_path) -> None:
     convert = ("data", "convert", "--data", source, "--out", path)
     broken = source / "b" / "07.png"
     broken.write_bytes(b"broken")
-    line = call(*convert, ok=False)
+    line = refused(*convert)
     assert line.startswith("Error: data: expected an image, got ")
     assert line.endswith(
         "b/07.png: no BMP, JPEG, PNG or WebP file; 9 of 12 images are done and kept; the same command goes on from there"
@@ -93,7 +87,7 @@ def test_a_broken_picture(dest, source, read, tmp_path) -> None:
     assert hidden(path) == [f".{dest}.part.jsonl", f".{dest}.part.zip"]
     broken.write_bytes(png(7))
     read.clear()
-    assert "going on after 9 of 12 images that are done" in call(*convert)
+    assert "going on after 9 of 12 images that are done" in said(*convert)
     assert read == ["07.png", "09.png", "11.png"]
     assert content(path) == expected
     assert hidden(path) == []
@@ -106,8 +100,8 @@ def test_a_broken_picture_is_left_out_or_taken_away(dest, source, read, tmp_path
     (source / "a" / "02.png").write_bytes(b"")
     for name in ("left", "gone"):
         (tmp_path / name).mkdir()
-        call(*convert, tmp_path / name / dest, ok=False)
-    output = call(*convert, tmp_path / "left" / dest, "--skip-broken")
+        refused(*convert, tmp_path / name / dest)
+    output = said(*convert, tmp_path / "left" / dest, "--skip-broken")
     listed = tmp_path / "left" / f"{dest}.left-out.txt"
     assert f"left out: 2 pictures that cannot be read, listed in {listed}\n" in output
     assert all(name in line for name, line in zip(("a/02.png", "b/07.png"), listed.read_text().splitlines(), strict=True))
@@ -138,18 +132,18 @@ def test_a_full_disk_and_signals(dest, source, tmp_path) -> None:
     convert = ("data", "convert", "--data", source, "--out", tmp_path / dest)
     with pytest.MonkeyPatch.context() as patch:
         stopped_after(4, patch, OSError(errno.ENOSPC, "No space left on device"))
-        line = call(*convert, ok=False)
+        line = refused(*convert)
         assert "out: cannot write" in line
         assert "No space left on device; 4 of 12 images are done and kept; the same command goes on from there" in line
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         before = signal.getsignal(number)
         with pytest.MonkeyPatch.context() as patch:
             stopped_after(6, patch, number)
-            result = CliRunner().invoke(main, [str(a) for a in convert])
+            result = call(*convert, ok=False)
         assert "stopped; 6 of 12 images are done and kept" in result.output
         assert result.exit_code == 1
         assert signal.getsignal(number) is before
-    assert "going on after 6 of 12" in call(*convert)
+    assert "going on after 6 of 12" in said(*convert)
     assert content(tmp_path / dest) == expected
 
 
@@ -162,7 +156,7 @@ def test_a_file_that_cannot_grow(dest, source, tmp_path) -> None:
     for limit, kept in ((900, False), (1400, True), (2500, True)):
         resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limits[1]))
         try:
-            line = call(*convert, ok=False)
+            line = refused(*convert)
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, limits)
         assert "out: cannot write" in line
@@ -210,15 +204,15 @@ def test_another_request_or_source_begins_anew(source, read, tmp_path) -> None:
     convert = ("data", "convert", "--data", source, "--out", path)
     broken = source / "b" / "07.png"
     broken.write_bytes(b"broken")
-    call(*convert, ok=False)
-    line = call(*convert, "--resolution", "4", ok=False)
+    refused(*convert)
+    line = refused(*convert, "--resolution", "4")
     assert "going on" not in line
-    call(*convert, "--resolution", "4", ok=False)
+    refused(*convert, "--resolution", "4")
     (source / "a" / "04.png").write_bytes(png(99))  # the third
     assert "2 of 12" not in line
     broken.write_bytes(png(7))
     read.clear()
-    assert "going on after 2 of 12" in call(*convert, "--resolution", "4")
+    assert "going on after 2 of 12" in said(*convert, "--resolution", "4")
     assert content(path) == whole(source, "out.zip", "--resolution", "4")
 
 
@@ -227,19 +221,19 @@ def test_a_mixture_goes_on_with_channels(source, read, tmp_path) -> None:
     path = tmp_path / "out.zip"
     convert = ("data", "convert", "--data", source, "--out", path)
     (source / "b" / "07.png").write_bytes(saved(Image.new("L", (8, 8), 90), "PNG"))
-    assert "--channels=3 or --channels=1 to make them so, got a mixture at b/07.png; 9 of 12" in call(*convert, ok=False)
+    assert "--channels=3 or --channels=1 to make them so, got a mixture at b/07.png; 9 of 12" in refused(*convert)
     read.clear()
-    assert "going on after 9 of 12" in call(*convert, "--channels", 3)
+    assert "going on after 9 of 12" in said(*convert, "--channels", 3)
     assert read == ["07.png", "09.png", "11.png"]
     assert content(path) == whole(source, "out.zip", "--channels", "3")
-    call(*convert, ok=False)
-    assert "going on" not in call(*convert, "--channels", 1)
+    refused(*convert)
+    assert "going on" not in said(*convert, "--channels", 1)
     assert content(path) == whole(source, "out.zip", "--channels", "1")
     with open_source(str(source)) as opened, pytest.MonkeyPatch.context() as patch:
         stopped_after(11, patch, ValueError("enough"))
         with pytest.raises(ValueError, match="enough; 11 of 12"):
             write(opened, str(path), channels=3)
-    assert "got a mixture at b/07.png; 9 of 12" in call(*convert, ok=False)
+    assert "got a mixture at b/07.png; 9 of 12" in refused(*convert)
 
 
 def test_what_an_earlier_version_left_is_replaced(source, tmp_path) -> None:
@@ -253,7 +247,7 @@ def test_a_failure_leaves_what_was_there(source, tmp_path) -> None:
     target = tmp_path / "out.zip"
     target.write_bytes(b"something older")
     (source / "a" / "00.png").write_bytes(b"broken")
-    assert "expected an image" in call("data", "convert", "--data", source, "--out", target, ok=False)
+    assert "expected an image" in refused("data", "convert", "--data", source, "--out", target)
     assert target.read_bytes() == b"something older"
     assert sorted(p.name for p in tmp_path.iterdir()) == ["out.zip", "set"]  # nothing was done
 
@@ -262,7 +256,7 @@ def test_two_at_once_are_refused(source, tmp_path) -> None:
     with open_source(str(source)) as opened:
         numbers = list(range(COUNT))
         with parts.open_parts(tmp_path / "a.zip", {}, opened, numbers, skip_broken=False):
-            line = call("data", "convert", "--data", source, "--out", tmp_path / "a.zip", ok=False)
+            line = refused("data", "convert", "--data", source, "--out", tmp_path / "a.zip")
     assert "expected a place that no other run writes to" in line
 
 
@@ -290,7 +284,7 @@ def test_a_real_kill(number, source, tmp_path) -> None:
     if number == signal.SIGTERM:
         assert "of 12 images are done and kept; the same command goes on from there" in errors
     assert not path.exists()
-    assert "going on after " in call(*options)
+    assert "going on after " in said(*options)
     assert content(path) == expected
 
 

@@ -6,6 +6,8 @@ import copy
 
 import pytest
 import torch
+from small import spread
+from tolerance import distance
 from torch import Tensor
 
 from imm.networks import DiT, dit
@@ -18,9 +20,11 @@ Inputs = tuple[Tensor, Tensor, Tensor, Tensor]
 
 @pytest.fixture(scope="module")
 def small() -> DiT:
-    """With weights that are not zero anywhere."""
+    """Three blocks of DiT-S, with weights that are not zero anywhere."""
     torch.manual_seed(0)
-    made = DiT("S", patch=2, channels=3, resolution=8, num_classes=5)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(dit.SIZES, "S", (384, 3, 6))
+        made = DiT("S", patch=2, channels=3, resolution=8, num_classes=5)
     for name, parameter in made.named_parameters():
         torch.nn.init.normal_(parameter, std=0.02 if parameter.dim() < 2 or "adaLN" in name else parameter[0].numel() ** -0.5)
     return made
@@ -43,11 +47,6 @@ def form(network: DiT, *, fused: bool, dtype: torch.dtype = torch.float32, check
     made = copy.deepcopy(network).to(dtype)
     made.fused, made.checkpointing = fused, checkpointing
     return made
-
-
-def distance(a: Tensor, b: Tensor) -> float:
-    a, b = a.detach().double(), b.detach().double()
-    return float((a - b).norm() / b.norm())
 
 
 def test_both_forms_are_one_function(network: DiT, device: str) -> None:
@@ -114,12 +113,9 @@ def test_autocast_trains_in_both_forms(network: DiT, device: str) -> None:
 
 
 @pytest.mark.parametrize("fused", [False, True])
-def test_compiles_whole(fused: bool, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_compiles_whole(fused: bool, device: str, size_t: None) -> None:
     torch._dynamo.reset()
-    monkeypatch.setitem(dit.SIZES, "T", (32, 2, 2))  # blocks are alike, and a compiler takes each anew
-    made = DiT("T", patch=2, channels=3, resolution=8, num_classes=5, fused=fused).to(device).eval()
-    for parameter in made.parameters():
-        torch.nn.init.normal_(parameter, std=0.1)
+    made = spread(DiT("T", patch=2, channels=3, resolution=8, num_classes=5, fused=fused)).to(device).eval()
     compiled = torch.compile(made, fullgraph=True, backend="aot_eager")
     x, *rest = inputs(device)
     torch.testing.assert_close(compiled(x, *rest), made(x, *rest))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 
 from imm.evaluation import (
     FeatureStatistics,
@@ -19,6 +21,7 @@ from imm.evaluation import (
     kernel_distance,
     neighbourhoods,
 )
+from imm.evaluation.evaluate import _gathered, split_of
 from imm.evaluation.statistics import is_statistics, load_statistics, save_statistics
 
 RECORDED = json.loads((Path(__file__).parent / "data" / "evaluation_numbers.json").read_text())
@@ -130,30 +133,27 @@ def test_statistics_files(tmp_path) -> None:
         load_statistics(path)
 
 
-PROGRAM = """
-import sys, torch, torch.distributed as dist
-from imm.evaluation import FeatureStatistics
-from imm.evaluation.evaluate import _gathered, split_of
-rank, path = int(sys.argv[1]), sys.argv[2]
-dist.init_process_group("gloo", init_method=f"file://{path}.store", rank=rank, world_size=2)
-x = torch.load(f"{path}.x")
-mine = split_of(len(x), rank, 2)
-statistics = FeatureStatistics(x.shape[1])
-for part in x[mine.start : mine.stop].split(13):
-    statistics.update(part)
-statistics.all_reduce()
-everything = _gathered(x[mine.start : mine.stop], len(x))
-torch.save((statistics.n, statistics.mean, statistics.m2, everything), f"{path}.{rank}")
-dist.destroy_process_group()
-"""
+def share(rank: int, path: str) -> None:
+    """What one of two processes knows in the end, in a file."""
+    dist.init_process_group("gloo", init_method=f"file://{path}.store", rank=rank, world_size=2)
+    x = torch.load(f"{path}.x")
+    mine = split_of(len(x), rank, 2)
+    statistics = FeatureStatistics(x.shape[1])
+    for part in x[mine.start : mine.stop].split(13):
+        statistics.update(part)
+    statistics.all_reduce()
+    everything = _gathered(x[mine.start : mine.stop], len(x))
+    torch.save((statistics.n, statistics.mean, statistics.m2, everything), f"{path}.{rank}")
+    dist.destroy_process_group()
 
 
 def test_two_processes_are_as_one(tmp_path) -> None:
     x = torch.randn(101, 9) + 5.0
     torch.save(x, tmp_path / "run.x")
-    command = [sys.executable, "-c", PROGRAM]
-    running = [subprocess.Popen([*command, str(rank), str(tmp_path / "run")]) for rank in range(2)]
-    assert [process.wait(timeout=100) for process in running] == [0, 0]
+    program = f"import sys; sys.path.insert(0, {os.path.dirname(__file__)!r}); import test_evaluation_metrics as test\n"
+    other = subprocess.Popen([sys.executable, "-c", f"{program}test.share(1, {str(tmp_path / 'run')!r})"])
+    share(0, str(tmp_path / "run"))
+    assert other.wait(timeout=100) == 0
     results = [torch.load(tmp_path / f"run.{rank}") for rank in range(2)]
     whole = statistics_of(x)
     for n, mean, m2, everything in results:

@@ -9,14 +9,12 @@ from typing import Any
 
 import pytest
 import torch
-from click.testing import CliRunner
-from published_files import Call, Name, New, ddpmpp_snapshot, dumps, flow_map_snapshot, record, torch_file
+from command_line import call
+from published_files import Call, Name, New, ddpmpp_snapshot, dumps, flow_map_snapshot, record, torch_file, written
 from torch import nn
 
-from imm import FlowMap, Sampler
+from imm import Sampler
 from imm.checkpoints import CheckpointError, import_published, read_published
-from imm.cli import main
-from imm.networks import DDPMpp, DiT, dit
 
 WRITTEN_BY_OMEGACONF = Path(__file__).parent / "data" / "omegaconf_snapshot.pkl"
 
@@ -31,18 +29,15 @@ def test_settings_that_omegaconf_wrote() -> None:
 
 
 @pytest.mark.parametrize("form", ["pickle 3", "pickle 4", "torch.save", "torch.save, older"])
-def test_a_network_with_such_settings_is_imported(form, tmp_path) -> None:
-    network = DDPMpp(channels=3, resolution=8, width=32, multipliers=(1, 2), blocks=1, attention=(4,), dropout=0.1)
-    flow_map = FlowMap(network, parametrization="simple_edm").eval()
+def test_a_network_with_such_settings_is_imported(form, small_ddpmpp, tmp_path) -> None:
     builtins = "__builtin__" if form.startswith("torch") else "builtins"  # as protocol 2 has it
     lists = {"channel_mult": [1, 2], "resample_filter": [1, 1], "attn_resolutions": [4]}
     keywords = {name: record(value, builtins) for name, value in {**lists, "num_blocks": 1, "nested": {"a": [None]}}.items()}
-    tree = ddpmpp_snapshot(flow_map, **keywords)
+    tree = ddpmpp_snapshot(small_ddpmpp, **keywords)
     data = dumps(tree, int(form[-1])) if form.startswith("pickle") else torch_file(tree, form == "torch.save")
-    (tmp_path / "a.pkl").write_bytes(data)
-    imported = import_published(tmp_path / "a.pkl", tmp_path / "a.safetensors")
-    assert imported.network.settings == network.settings
-    assert torch.equal(Sampler(imported, steps=1).sample([3]), Sampler(flow_map, steps=1).sample([3]))
+    imported = import_published(written(tmp_path / "a.pkl", data), tmp_path / "a.safetensors")
+    assert imported.network.settings == small_ddpmpp.network.settings
+    assert torch.equal(Sampler(imported, steps=1).sample([3]), Sampler(small_ddpmpp, steps=1).sample([3]))
 
 
 LIST = "omegaconf.listconfig.ListConfig"
@@ -62,23 +57,20 @@ LIST = "omegaconf.listconfig.ListConfig"
     ],
 )
 def test_records_that_are_none_get_one_line(value, text, tmp_path) -> None:
-    path = tmp_path / "a.pkl"
-    path.write_bytes(dumps({"ema": New("torch.nn.modules.linear.Linear", {"channel_mult": value})}))
+    path = written(tmp_path / "a.pkl", {"ema": New("torch.nn.modules.linear.Linear", {"channel_mult": value})})
     with pytest.raises(CheckpointError, match=re.escape(text)) as caught:
         read_published(path)
     assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize("name", ["channel_mult", "model_type", "augment_dim"])
-def test_a_setting_that_refers_to_another_gets_one_line(name, tmp_path) -> None:
+def test_a_setting_that_refers_to_another_gets_one_line(name, small_ddpmpp, tmp_path) -> None:
     """OmegaConf resolves what is taken out of a record, but leaves the items of a list as they are."""
     value = record(["${network.model_channels}", 2] if name == "channel_mult" else "${network.model_channels}")
-    network = DDPMpp(channels=3, resolution=8, width=32, multipliers=(1, 2), blocks=1, attention=(4,))
-    tree = ddpmpp_snapshot(FlowMap(network, parametrization="simple_edm"), **{name: value})
-    (tmp_path / "a.pkl").write_bytes(dumps(tree))
+    source = written(tmp_path / "a.pkl", ddpmpp_snapshot(small_ddpmpp, **{name: value}))
     text = f"{name}: expected a value, got OmegaConf's reference to another setting: .*model_channels.*; save"
     with pytest.raises(CheckpointError, match=text) as caught:
-        import_published(tmp_path / "a.pkl", tmp_path / "a.safetensors")
+        import_published(source, tmp_path / "a.safetensors")
     assert "\n" not in str(caught.value)
     assert len(str(caught.value)) < 500
 
@@ -88,27 +80,24 @@ def test_a_record_within_itself_is_no_setting(tmp_path) -> None:
     loop = New(LIST, {"_content": content})
     content.append(loop)
     tree = {"ema": New("torch.nn.modules.linear.Linear", {"loop": loop, "no_content": New(LIST, {}), "n": record(3)})}
-    (tmp_path / "a.pkl").write_bytes(dumps(tree))
-    assert read_published(tmp_path / "a.pkl")[1] == {"n": 3, "class_name": "Linear"}
+    assert read_published(written(tmp_path / "a.pkl", tree))[1] == {"n": 3, "class_name": "Linear"}
 
 
 @pytest.mark.parametrize("where", ["keyword", "modules", "nowhere"])
-def test_a_dropout_that_ours_has_not_is_said(where, monkeypatch, tmp_path) -> None:
-    monkeypatch.setitem(dit.SIZES, "T", (32, 2, 2))
-    flow_map = FlowMap(DiT("T", 4, channels=4, resolution=8, num_classes=5)).eval()
-    tree = flow_map_snapshot(flow_map, "DiT_T_4")
+def test_a_dropout_that_ours_has_not_is_said(where, small_dit, tmp_path) -> None:
+    tree = flow_map_snapshot(small_dit, "DiT_T_4")
     state = tree["ema"].call.args[0]["state"]
     state["_init_kwargs"] |= {"dropout": 0.25} if where == "keyword" else {}
     if where == "modules":
         block = state["_modules"]["model"].call.args[0]["state"]["_modules"]["blocks"].state["_modules"]["0"]
         mlp = block.call.args[0]["state"]["_modules"]["mlp"]
         mlp.state["_modules"]["drop1"] = New("torch.nn.modules.dropout.Dropout", {**nn.Dropout(0.25).__dict__})
-    (tmp_path / "a.pkl").write_bytes(dumps(tree))
+    source, dest = written(tmp_path / "a.pkl", tree), tmp_path / "a.safetensors"
     text = "the DiT's dropout of 0.25 is left out: ours has none"
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        import_published(tmp_path / "a.pkl", tmp_path / "a.safetensors")
+        import_published(source, dest)
     assert [text in str(one.message) for one in caught] == ([] if where == "nowhere" else [True])
-    done = CliRunner().invoke(main, ["import", f"--net={tmp_path / 'a.pkl'}", f"--out={tmp_path / 'a.safetensors'}"])
+    done = call("import", "--net", source, "--out", dest)
     assert (f"note: {text}" in done.output) == (where != "nowhere")
     assert len(done.stderr) == 0

@@ -10,10 +10,10 @@ import shutil
 import subprocess
 import sys
 import tarfile
-import venv
 import zipfile
 from pathlib import Path
 
+import builds
 import pytest
 import torch
 
@@ -49,10 +49,7 @@ def native(request) -> str:
 def distributions(native, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("dist")
     tree = copied(folder / "tree")  # a pure build clears the library of the tree that it is made from
-    command = [sys.executable, "-m", "build", "--no-isolation", "--outdir", str(folder), str(tree)]
-    environment = {**os.environ, "IMM_BUILD_NATIVE": native}
-    result = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
-    assert result.returncode == 0, result.stdout + result.stderr
+    builds.run(sys.executable, "-m", "build", "--no-isolation", "--outdir", folder, tree, IMM_BUILD_NATIVE=native)
     return folder
 
 
@@ -73,33 +70,20 @@ def test_contents(native, distributions) -> None:
 
 
 @pytest.fixture(scope="module")
-def environment(tmp_path_factory) -> Path:
-    """A virtual environment that sees this one's libraries but not this checkout."""
-    folder = tmp_path_factory.mktemp("clean") / "env"
-    venv.create(folder, with_pip=True)
-    # Python 3.11 bundles a setuptools that is too old for the metadata; the libraries' own one is used.
-    run([folder / "bin" / "python", "-m", "pip", "uninstall", "--quiet", "--yes", "setuptools"], folder)
-    (site,) = (folder / "lib").glob("python*/site-packages")
-    (site / "dependencies.pth").write_text(f"{Path(torch.__file__).parent.parent}\n")
-    return folder / "bin"
-
-
-def run(command: list[str | Path], folder: Path, **environment: str) -> str:
-    variables = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"} | environment
-    result = subprocess.run(command, capture_output=True, text=True, check=False, cwd=folder, env=variables)
-    assert result.returncode == 0, result.stdout + result.stderr
-    return result.stdout
+def programs(tmp_path_factory) -> Path:
+    """The programs of a clean environment."""
+    return builds.environment(tmp_path_factory.mktemp("clean") / "env")[0]
 
 
 @pytest.mark.parametrize("pattern", ["*.whl", "*.tar.gz"])
-def test_install_in_a_clean_environment(pattern, native, distributions, environment, tmp_path) -> None:
+def test_install_in_a_clean_environment(pattern, native, distributions, programs, tmp_path) -> None:
     (distribution,) = distributions.glob(pattern)
-    python = environment / "python"
+    run = lambda name, *arguments, **variables: builds.run(programs / name, *arguments, cwd=tmp_path, **variables)
     options = ["--quiet", "--no-deps", "--no-build-isolation", "--force-reinstall"]
-    run([python, "-m", "pip", "install", *options, distribution], tmp_path, IMM_BUILD_NATIVE=native)
-    assert run([python, "-c", PROGRAM], tmp_path).strip() == "0.1.0"
+    run("python", "-m", "pip", "install", *options, distribution, IMM_BUILD_NATIVE=native)
+    assert run("python", "-c", PROGRAM).strip().endswith("0.1.0")
     assert (tmp_path / "net.safetensors").exists()
-    assert "mmd_loss: " in run([environment / "imm", "doctor"], tmp_path)
+    assert "mmd_loss: " in run("imm", "doctor")
 
 
 @pytest.fixture(scope="module")
@@ -142,29 +126,24 @@ def test_a_broken_compiler(tree) -> None:
     assert "IMM_WERROR: expected 0 or 1, got 'yes'" in build(tree, IMM_BUILD_CUDA="0", IMM_WERROR="yes").stderr
 
 
-def test_a_broken_nvcc(tree) -> None:
+@pytest.mark.parametrize(
+    ("nvcc", "tried", "reason"),
+    [
+        ("exit 1", [", with CUDA (torch is built for CUDA 1.0 and nvcc is"], "configuring the native library with CUDA failed"),
+        # Two CUDA runtimes in one process: nothing is compiled with this one.
+        ("echo 'Cuda compilation tools, release 13.0, V13.0.88'", [], "torch is built for CUDA 1.0 and nvcc is of CUDA 13"),
+    ],
+)
+def test_an_nvcc_that_is_broken_or_of_another_cuda(nvcc, tried, reason, tree) -> None:
     """auto goes on without CUDA, for a reason; 1 is an error, as it is for a torch without CUDA."""
+    (tree.parent / "bin" / "nvcc").write_text(f"#!/bin/sh\n{nvcc}\n")
     torch_folder = str(tree.parent / "torch")
     auto = build(tree, IMM_BUILD_NATIVE="auto", IMM_TORCH_DIR=torch_folder)
-    lines = [line for line in auto.stderr.splitlines() if line.startswith("imm: native build")]
-    assert len(lines) == 2, auto.stderr
-    assert ", with CUDA (torch is built for CUDA 1.0 and nvcc is" in lines[0]
-    assert lines[1].endswith("without CUDA (configuring the native library with CUDA failed)")
-    demanded = build(tree, IMM_BUILD_CUDA="1", IMM_TORCH_DIR=torch_folder)
-    assert demanded.returncode != 0
-    assert "IMM_BUILD_CUDA=1, but configuring the native library with CUDA failed" in demanded.stderr
-    if torch.version.cuda is None:
-        assert "IMM_BUILD_CUDA=1, but torch" in build(tree, IMM_BUILD_CUDA="1").stderr
-
-
-def test_an_nvcc_of_another_cuda_is_not_used(tree) -> None:
-    """Two CUDA runtimes in one process: auto goes on without CUDA, 1 is an error, and nothing was compiled with nvcc."""
-    (tree.parent / "bin" / "nvcc").write_text("#!/bin/sh\necho 'Cuda compilation tools, release 13.0, V13.0.88'\n")
-    torch_folder = str(tree.parent / "torch")
-    reason = "torch is built for CUDA 1.0 and nvcc is of CUDA 13"
-    auto = build(tree, IMM_BUILD_NATIVE="auto", IMM_TORCH_DIR=torch_folder)
-    lines = [line for line in auto.stderr.splitlines() if line.startswith("imm: native build")]
-    assert [line.rpartition(", ")[2] for line in lines] == [f"without CUDA ({reason})"]
+    *before, last = [line for line in auto.stderr.splitlines() if line.startswith("imm: native build")]
+    assert last.endswith(f"without CUDA ({reason})"), auto.stderr
+    assert all(text in line for text, line in zip(tried, before, strict=True)), auto.stderr
     demanded = build(tree, IMM_BUILD_CUDA="1", IMM_TORCH_DIR=torch_folder)
     assert demanded.returncode != 0
     assert f"IMM_BUILD_CUDA=1, but {reason}" in demanded.stderr
+    if torch.version.cuda is None:
+        assert "IMM_BUILD_CUDA=1, but torch" in build(tree, IMM_BUILD_CUDA="1").stderr

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-import builtins
 import json
+import sys
+from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import torch
-from test_cli import call, refused
+from command_line import call, refused
 
 from imm import FlowMap, checkpoints, latents
 from imm.evaluation import load_set
@@ -16,12 +18,6 @@ from imm.networks import DiT
 from imm.sampling import Sampler
 
 diffusers = pytest.importorskip("diffusers")
-
-
-@pytest.fixture
-def vae() -> diffusers.AutoencoderKL:
-    """An autoencoder as small as they come, with the settings that tell an sd-vae-ft."""
-    return tiny_vae()
 
 
 def tiny_vae(**settings) -> diffusers.AutoencoderKL:
@@ -108,9 +104,16 @@ def test_the_fingerprint_is_of_weights_and_scale(vae, tmp_path) -> None:
     assert latents.fingerprint(tiny_vae()) != first  # other random weights
 
 
-def test_sampling_names_an_autoencoder_by_its_weights(vae, tmp_path) -> None:
-    net, out = tmp_path / "dit.safetensors", tmp_path / "out"
-    checkpoints.save(net, FlowMap(DiT("S", patch=4, resolution=8, num_classes=2)))
+@pytest.fixture
+def net(size_t, tmp_path) -> Path:
+    """A file with a DiT on latents."""
+    path = tmp_path / "dit.safetensors"
+    checkpoints.save(path, FlowMap(DiT("T", patch=4, resolution=8, num_classes=2)))
+    return path
+
+
+def test_sampling_names_an_autoencoder_by_its_weights(vae, net, tmp_path) -> None:
+    out = tmp_path / "out"
     options = ("sample", "--net", net, "--seeds", "0-1", "--steps", "1", "--out", out)
     vae.save_pretrained(tmp_path / "vae")
     call(*options, "--vae", tmp_path / "vae")
@@ -127,9 +130,7 @@ def test_sampling_names_an_autoencoder_by_its_weights(vae, tmp_path) -> None:
     assert "holds images of another run (vae {" in refused(*options, "--vae", tmp_path / "vae")
 
 
-def test_latents_are_decoded_later_without_sampling_again(vae, tmp_path, monkeypatch) -> None:
-    net = tmp_path / "dit.safetensors"
-    checkpoints.save(net, FlowMap(DiT("S", patch=4, resolution=8, num_classes=2)))
+def test_latents_are_decoded_later_without_sampling_again(vae, net, tmp_path, monkeypatch) -> None:
     vae.save_pretrained(tmp_path / "vae")
     decoding = ("--vae", tmp_path / "vae")
     options = ("sample", "--net", net, "--seeds", "0-5", "--steps", "1", "--batch", "4", "--out")
@@ -166,24 +167,13 @@ def test_folders_without_safetensors_are_refused(vae, tmp_path) -> None:
 
 
 def test_a_name_that_the_hub_does_not_give(monkeypatch) -> None:
-    def absent(*arguments, **settings):
-        raise OSError("no such file")
-
-    monkeypatch.setattr(diffusers.AutoencoderKL, "from_pretrained", absent)
-    with pytest.raises(
-        OSError, match=r"vae: expected config.json .* in a/b, which is no folder here, on the hub, got: no such"
-    ):
+    monkeypatch.setattr(diffusers.AutoencoderKL, "from_pretrained", Mock(side_effect=OSError("no such file")))
+    text = r"vae: expected config.json .* in a/b, which is no folder here, on the hub, got: no such"
+    with pytest.raises(OSError, match=text):
         load_vae("a/b")
 
 
 def test_without_diffusers(monkeypatch, tmp_path) -> None:
-    real = builtins.__import__
-
-    def without(name, *args, **kwargs):
-        if name == "diffusers":
-            raise ImportError(name)
-        return real(name, *args, **kwargs)
-
-    monkeypatch.setattr(builtins, "__import__", without)
+    monkeypatch.setitem(sys.modules, "diffusers", None)
     with pytest.raises(ImportError, match=r'vae: expected the diffusers library .* pip install "imm-kernels\[diffusers\]"'):
         load_vae(tmp_path)

@@ -18,7 +18,6 @@ import torch
 from tolerance import assert_close, bound
 from torch import Tensor
 
-import imm
 from imm.ops import adaln as adaln_ops
 from imm.ops import flow_map_mmd as flow_map_ops
 from imm.ops import flow_step as flow_step_ops
@@ -47,6 +46,11 @@ def particles(M: int, D: int, dtype: torch.dtype, G: int = 3, seed: int = 0, apa
 
 def double(value: Any) -> Any:
     return value.double() if isinstance(value, Tensor) else value
+
+
+def results(*found: Any) -> Any:
+    """Pairs of the tensors that two forms of an op give, of one or of several."""
+    return zip(*((v,) if isinstance(v, Tensor) else v for v in found), strict=True)
 
 
 def assert_sum(got: Tensor, exact: Tensor, coefficient: Tensor, x: Tensor, y: Tensor) -> None:
@@ -185,10 +189,8 @@ def test_flow_map_mmd_against_float64(M: int, dtype: torch.dtype, kernel: tuple[
         options = weight, upstream, *kernel, D == 37 and M > 1
         loss, grad = OPS.flow_map_mmd(x_t, x_r, g_t, g_r, *c, scale, *options)
         assert (loss.dtype, grad.dtype) == (torch.promote_types(dtype, torch.float32), t_dtype)
-        y_t, y_r = (
-            flow_map_ops._particles(x_t, g_t, c[0], c[1], loss.dtype),
-            flow_map_ops._particles(x_r, g_r, c[2], c[3], loss.dtype),
-        )
+        y_t = flow_map_ops._particles(x_t, g_t, c[0], c[1], loss.dtype)
+        y_r = flow_map_ops._particles(x_r, g_r, c[2], c[3], loss.dtype)
         assert torch.equal(loss, OPS.mmd_loss(y_t, y_r, scale, weight, *options[2:])[0])
         t, r = y_t.double(), y_r.double()
         _, slopes = mmd_ops.mmd_loss(t, r, scale, weight, *options[2:])
@@ -243,7 +245,7 @@ def adaln_calls(
 def check_adaln(name: str, args: tuple[Any, ...]) -> None:
     got, exact = getattr(OPS, name)(*args), getattr(adaln_ops, name)(*map(double, args))
     x = args[{"adaln_modulate_bwd": 1, "gated_residual_adaln_bwd": 2}.get(name, 0)]
-    for value, truth in zip(*((v,) if isinstance(v, Tensor) else v for v in (got, exact)), strict=True):
+    for value, truth in results(got, exact):
         assert value.shape == truth.shape
         assert value.is_contiguous()
         # Numbers that are float64 for a modulation's sake are no better than the arithmetic.
@@ -287,11 +289,10 @@ def test_adaln_special_values_stay_in_their_token(value: float) -> None:
     for name, args in adaln_calls(3, 70, 17, (torch.float32,) * 3):
         for i, argument in enumerate(args[:-1]):
             bad = [a.clone() if isinstance(a, Tensor) else a for a in args]
-            bad[i][(1, 66, 16) if argument.dim() == 3 else (1, 16)] = (
-                value  # a lane after the last whole vector, or an image's modulation
-            )
+            # A lane after the last whole vector, or an image's modulation.
+            bad[i][(1, 66, 16) if argument.dim() == 3 else (1, 16)] = value
             got, want = getattr(OPS, name)(*bad), getattr(adaln_ops, name)(*bad)
-            for a, b in zip(*((v,) if isinstance(v, Tensor) else v for v in (got, want)), strict=True):
+            for a, b in results(got, want):
                 torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4, equal_nan=True)
 
 
@@ -299,10 +300,8 @@ def test_adaln_special_values_stay_in_their_token(value: float) -> None:
 def test_timestep_embedding_against_the_reference(dtype: torch.dtype) -> None:
     gen = torch.Generator().manual_seed(0)
     for B, dim, s_dtype in itertools.product((0, 1, 5), (2, 6, 34, 256), DTYPES):
-        t, s = (
-            (1000 * torch.rand(B, generator=gen, dtype=torch.float64)).to(dtype),
-            torch.rand(2 * B, generator=gen).to(s_dtype)[::2],
-        )
+        t = (1000 * torch.rand(B, generator=gen, dtype=torch.float64)).to(dtype)
+        s = torch.rand(2 * B, generator=gen).to(s_dtype)[::2]
         for out_dtype in DTYPES:
             got, want = (run.timestep_embedding(t, s, dim, 1e4, out_dtype) for run in (OPS, timestep_ops))
             assert got.dtype == out_dtype
@@ -381,11 +380,8 @@ def test_bits_do_not_depend_on_the_threads() -> None:
         times = torch.linspace(0, 1000, 50), torch.linspace(1, 0, 50)
         embedding = OPS.timestep_embedding(*times, 256, 1e4, torch.float32)
         results += [embedding, *OPS.timestep_embedding_bwd(embedding, *times, 1e4)]
-        one, x, seeds = (
-            torch.ones(1, dtype=torch.float64),
-            torch.randn(9, 9000, generator=torch.manual_seed(0)),
-            torch.arange(9),
-        )
+        one, seeds = torch.ones(1, dtype=torch.float64), torch.arange(9)
+        x = torch.randn(9, 9000, generator=torch.manual_seed(0))
         return [*results, OPS.noise(seeds, 9000, 1), OPS.flow_step(x, x, one, one, None, None, one, seeds, 1)]
 
     before = torch.get_num_threads()
@@ -421,31 +417,6 @@ def test_out_may_share_memory_with_inputs() -> None:
     x = torch.randn(1, 100, requires_grad=True)
     with pytest.raises(RuntimeError, match="out= form has no derivative"):
         OPS.flow_step(x, x.detach(), one, one, None, None, None, None, 0, out=torch.empty(1, 100))
-
-
-def test_autograd_autocast_and_compile_pass_through_the_kernels() -> None:
-    y_t, y_r, scale, weight = particles(3, 20, torch.float64, G=2)
-    y_t.requires_grad_()
-    assert torch.autograd.gradcheck(lambda y: imm.functional.mmd_loss(y, y_r, scale, weight=weight), y_t)
-    c = [0.5 + torch.rand(2, dtype=torch.float64) for _ in range(4)]
-    flow_map_loss = lambda g: imm.functional.flow_map_mmd_loss(y_r, y_r.flip(1), g, y_r, *c, scale, upstream=weight[:1])
-    assert torch.autograd.gradcheck(flow_map_loss, y_t)
-    y_r = y_r.clone().requires_grad_()
-    assert torch.autograd.gradcheck(lambda x, y: imm.functional.mmd_gram(x, y, scale), (y_t, y_r))
-    with torch.autocast("cpu", torch.bfloat16):
-        loss, _ = OPS.mmd_loss(y_t.bfloat16(), y_r.detach().bfloat16(), scale, None, *LAPLACE, False)
-        assert loss.dtype == torch.float32
-    y_t, y_r = y_t.detach().float(), y_r.detach().float()
-    options = scale, weight, None, *LAPLACE, False
-    flow_map = y_t, y_r, y_r, y_t, *c, *options
-    for op, args, kwargs in (
-        (OPS.mmd_loss.default, (y_t, y_r, scale, weight, *LAPLACE, True), {}),
-        (OPS.mmd_loss_bwd.default, (weight, torch.ones(2, 3, 6), y_t, y_r, weight, True), {}),
-        (OPS.flow_map_mmd.default, flow_map, {}),
-        (OPS.flow_map_mmd_bwd.default, (weight, y_t, y_r, None), {}),
-        (OPS.noise.out, (torch.arange(2), 9, 1), {"out": torch.empty(2, 9)}),
-    ):
-        torch.library.opcheck(op, args, kwargs, test_utils=("test_schema", "test_faketensor"))
 
 
 def _pick(rng: random.Random, tensor: Tensor) -> Tensor:
@@ -537,11 +508,7 @@ def test_fuzz_raises_or_agrees(seed: int) -> None:
             agreed += 1
             if name == "mmd_loss":
                 got = got[0], got[1].abs()  # the signs of slopes are the kernel's own notes
-            for a, b in zip(
-                (got,) if isinstance(got, Tensor) else got,
-                (want,) if isinstance(want, Tensor) else want,
-                strict=True,
-            ):
+            for a, b in results(got, want):
                 assert (a.shape, a.dtype) == (b.shape, b.dtype), described
                 eps_of = 4 * torch.finfo(b.dtype).eps if b.is_floating_point() else 0
                 torch.testing.assert_close(

@@ -38,15 +38,7 @@ def objective(**options) -> IMMObjective:
 
 @pytest.mark.parametrize("row", ROWS, ids=lambda r: "-".join(str(r[k]) for k in ("parametrization", "schedule", "a", "b", "k")))
 def test_parity_with_recorded_training_weights(row) -> None:
-    target = objective(
-        schedule=row["schedule"],
-        parametrization=row["parametrization"],
-        t_min=row["eps"],
-        t_max=row["T"],
-        a=row["a"],
-        b=row["b"],
-        k=row["k"],
-    )
+    target = objective(t_min=row["eps"], t_max=row["T"], **{n: row[n] for n in ("schedule", "parametrization", "a", "b", "k")})
     t, s = (torch.tensor(row[name], dtype=torch.float64) for name in ("t", "s"))
     for value, name in ((target.mapping(t, s), "r"), (target.kernel_scale(t, s), "kernel_scale"), (target.weight(t), "weight")):
         torch.testing.assert_close(value, torch.tensor(row[name], dtype=torch.float64), rtol=1e-9, atol=0)

@@ -141,19 +141,17 @@ def test_tf32_is_emulated_in_products_alone() -> None:
             ("8x8_conv", "map_layer0", "map_layer1_s", "aux_conv", "affine"),
             ("conv0", "conv1", "qkv"),
         ),
-        (
-            lambda: DiT("S", patch=2, resolution=8, num_classes=3),
-            ("x_embedder.proj", "s_embedder.mlp.2", "final_layer.linear", "adaLN_modulation.1"),
-            ("qkv", "fc1", "fc2"),
-        ),
-        (
-            lambda: DiT("S", patch=2, resolution=8, num_classes=3, fused=False),
-            ("x_embedder.proj", "s_embedder.mlp.2", "final_layer.linear", "adaLN_modulation.1"),
-            ("qkv", "fc1", "fc2"),
+        *(
+            (
+                lambda fused=fused: DiT("T", patch=2, resolution=8, num_classes=3, fused=fused),
+                ("x_embedder.proj", "s_embedder.mlp.2", "final_layer.linear", "adaLN_modulation.1"),
+                ("qkv", "fc1", "fc2"),
+            )
+            for fused in (True, False)
         ),
     ],
 )
-def test_ends_and_times_are_in_full_precision_and_branches_in_half_twice(network, in_full, in_half) -> None:
+def test_ends_and_times_are_in_full_precision_and_branches_in_half_twice(network, in_full, in_half, size_t) -> None:
     """What each layer gives under autocast, in the branch that learns and in the target's."""
     made = network()
     seen: dict[str, list[torch.dtype]] = {}
@@ -172,8 +170,8 @@ def test_ends_and_times_are_in_full_precision_and_branches_in_half_twice(network
             assert all(dtypes == [expected] * 2 for dtypes in found), end
 
 
-def test_a_network_in_half_precision_under_autocast_stays_in_it() -> None:
-    for made in (UNet(1, 8, 3, width=8, multipliers=(1, 2)), DiT("S", patch=2, resolution=8, num_classes=3)):
+def test_a_network_in_half_precision_under_autocast_stays_in_it(size_t) -> None:
+    for made in (UNet(1, 8, 3, width=8, multipliers=(1, 2)), DiT("T", patch=2, resolution=8, num_classes=3)):
         made.bfloat16()
         x = torch.randn(2, made.channels, 8, 8, dtype=torch.bfloat16)
         times, labels = torch.full((2,), 500.0, dtype=torch.float64), torch.tensor([0, 3])

@@ -8,10 +8,9 @@ import numpy as np
 import parity
 import pytest
 import torch
-from click.testing import CliRunner
+from command_line import call, refused, said
 
 from imm import IMMObjective, Sampler, checkpoints, presets
-from imm.cli import main
 from imm.networks import DDPMpp, DiT
 from imm.presets import PRESETS
 from imm.training import TrainConfig
@@ -81,10 +80,11 @@ def test_training_of_the_paper() -> None:
         assert preset.steps == (400_000 if cifar else 1_200_000)
 
 
-def call(*arguments: str, ok: bool = True) -> str:
-    result = CliRunner().invoke(main, [str(a) for a in arguments])
-    assert (result.exit_code == 0) is ok, result.output
-    return result.output
+@pytest.fixture
+def small_cifar10(monkeypatch) -> None:
+    """The preset with a network of one narrow block a level."""
+    cifar = PRESETS["cifar10"]
+    monkeypatch.setitem(PRESETS, "cifar10", dataclasses.replace(cifar, arguments=cifar.arguments | {"width": 8, "blocks": 1}))
 
 
 @pytest.fixture
@@ -95,27 +95,19 @@ def pixels(tmp_path):
     return path
 
 
-def train(data, outdir, *options: str, ok: bool = True) -> str:
-    return call("train", "--data", data, "--out", outdir, "--steps", "1", "--batch", "2", *options, ok=ok)
+def train(data, outdir, *options: str) -> tuple:
+    return "train", "--data", data, "--out", outdir, "--steps=1", "--batch=2", *options
 
 
 def test_train_with_a_preset(pixels, tmp_path) -> None:
-    output = train(pixels, tmp_path / "run", "--preset", "cifar10", "--width", "8", "--particles", "2", "-b", "4")
+    output = said(*train(pixels, tmp_path / "run", "--preset=cifar10", "--width=8", "--particles=2", "-b", "4"))
     assert "network: DDPMpp" in output
     assert "preset: cifar10" in output
     flow_map = checkpoints.load(tmp_path / "run" / "snapshot-0000001.safetensors")
     assert isinstance(flow_map.network, DDPMpp)
     assert flow_map.network.settings["width"] == 8
     assert flow_map.network.settings["dropout"] == 0.2  # the preset's, not the option's default
-    assert flow_map.settings == {
-        "schedule": "fm",
-        "parametrization": "simple_edm",
-        "second_time": "identity",
-        "sigma_data": 0.5,
-        "time_scale": 1000.0,
-        "t_min": 0.006,
-        "t_max": 0.994,
-    }
+    assert flow_map.settings == presets.flow_map("cifar10").settings
     _, settings = checkpoints.read_file(tmp_path / "run" / "training-state.safetensors", "training")
     objective = settings["settings"]["objective"]
     assert (objective["particles"], objective["k"], objective["a"], objective["b"]) == (2, 15, 1, 4.0)
@@ -126,22 +118,11 @@ def test_train_takes_the_training_settings_of_a_preset(pixels, tmp_path, monkeyp
     asked: list[int] = []
     monkeypatch.setattr("imm.cli.progress.run", lambda trainer, steps, seconds, quiet: asked.append(steps) or trainer.save())
     base = ("train", "--data", pixels, "--preset", "cifar10", "--width", "8", "--out")
-    output = call(*base, tmp_path / "all")
+    output = said(*base, tmp_path / "all")
     assert "'optimizer': 'radam'" in output
     assert "tf32; steps: 400000, batch 4096" in output
-    call(
-        *base,
-        tmp_path / "some",
-        "--batch",
-        "64",
-        "--steps",
-        "10000",
-        "--no-xflip",
-        "--precision",
-        "fp32",
-        "--optimizer",
-        "adamw",
-    )
+    own = ("--batch=64", "--steps=10000", "--no-xflip", "--precision=fp32", "--optimizer=adamw")
+    call(*base, tmp_path / "some", *own)
     assert asked == [400_000, 10_000]
 
     def config(name: str) -> dict:
@@ -152,9 +133,9 @@ def test_train_takes_the_training_settings_of_a_preset(pixels, tmp_path, monkeyp
     assert config("some") == {**paper, "batch": 64, "xflip": False, "precision": "fp32", "optimizer": "adamw"}
 
 
-def test_an_option_equal_to_its_default_wins_too(pixels, tmp_path) -> None:
-    options = ("--preset", "cifar10", "--width", "8", "--particles", "2", "--dropout", "0.0", "--second-time", "stride")
-    train(pixels, tmp_path / "run", *options)
+def test_an_option_equal_to_its_default_wins_too(pixels, small_cifar10, tmp_path) -> None:
+    options = ("--preset=cifar10", "--particles=2", "--dropout=0.0", "--second-time=stride")
+    call(*train(pixels, tmp_path / "run", *options))
     flow_map = checkpoints.load(tmp_path / "run" / "snapshot-0000001.safetensors")
     assert flow_map.second_time == "stride"
     assert flow_map.network.settings["dropout"] == 0.0
@@ -166,55 +147,51 @@ def test_train_from_a_checkpoint_with_a_preset(pixels, tmp_path) -> None:
     preset = PRESETS["cifar10"]
     checkpoints.save(path, presets.Preset("DDPMpp", preset.arguments | {"width": 8}, preset.flow_map).build())
     options = ("--preset", "cifar10", "--init", path, "--particles", "2")
-    assert "init: expected width = 128 for the preset cifar10, got 8" in train(pixels, tmp_path / "run", *options, ok=False)
+    assert "init: expected width = 128 for the preset cifar10, got 8" in refused(*train(pixels, tmp_path / "run", *options))
     assert not (tmp_path / "run").exists()
 
 
-def test_augmentation_of_a_preset(pixels, tmp_path, monkeypatch) -> None:
+def test_augmentation_of_a_preset(pixels, small_cifar10, tmp_path) -> None:
     """A fresh network gets the layer for it; without it, or from a file that has none, it trains without."""
     small = ("--preset", "cifar10", "--particles", "2")
 
     def result(name: str, *options: str) -> tuple[int, float]:
-        train(pixels, tmp_path / name, *small, *options)
+        call(*train(pixels, tmp_path / name, *small, *options))
         flow_map = checkpoints.load(tmp_path / name / "snapshot-0000001.safetensors")
         settings = checkpoints.read_file(tmp_path / name / "training-state.safetensors", "training")[1]["settings"]
         return flow_map.network.settings["augment_dim"], settings["config"]["augment"]
 
-    assert result("paper", "--width", "8") == (9, 0.12)
-    assert result("other", "--width", "8", "--augment", "0.5") == (9, 0.5)
-    assert result("none", "--width", "8", "--augment", "0") == (0, 0.0)
-    small_preset = dataclasses.replace(PRESETS["cifar10"], arguments=PRESETS["cifar10"].arguments | {"width": 8})
-    monkeypatch.setitem(PRESETS, "cifar10", small_preset)
+    assert result("paper") == (9, 0.12)
+    assert result("other", "--augment", "0.5") == (9, 0.5)
+    assert result("none", "--augment", "0") == (0, 0.0)
     for name, file, expected in (("from-none", "none", (0, 0.0)), ("from-paper", "paper", (9, 0.12))):
         assert result(name, "--init", tmp_path / file / "snapshot-0000001.safetensors") == expected
     told, untold = (str(tmp_path / name / "snapshot-0000001.safetensors") for name in ("paper", "none"))
     base = ("train", "--data", pixels, "--steps", "1", "--batch", "2", "--particles", "2", "--out", tmp_path / "tuned")
-    refusal = call(*base, "--init", untold, "--augment", "0.1", ok=False)
+    refusal = refused(*base, "--init", untold, "--augment", "0.1")
     assert "augment: expected a network that is told of it (DDPMpp with augment_dim = 9), got DDPMpp with 0" in refusal
     call(*base, "--init", told, "--augment", "0.1")
-    refusal = call(*base[:-1], tmp_path / "refused", "--augment", "0.1", ok=False)
+    refusal = refused(*base[:-1], tmp_path / "refused", "--augment", "0.1")
     assert "got UNet with 0" in refusal
     assert not (tmp_path / "refused").exists()
 
 
 def test_help_lists_every_preset() -> None:
-    words = call("train", "--help").replace(",", " ").split()
+    words = said("train", "--help").replace(",", " ").split()
     joined = "".join(words)  # a name may be broken at its dash
     assert all(name in joined for name in PRESETS)
 
 
 def test_refusals(pixels, tmp_path) -> None:
-    def refused(*options: str) -> str:
-        return train(pixels, tmp_path / "run", *options, ok=False)
-
-    assert "is not one of 'cifar10'" in refused("--preset", "cifar")
-    assert "size: expected no such option beside --preset=cifar10" in refused("--preset", "cifar10", "--size", "S")
-    assert "whose network is DDPMpp with width, dropout, got unet" in refused("--preset", "cifar10", "--network", "unet")
-    latents = refused("--preset", "dit-s-2")
-    assert "data: expected latents of 4 channels and 32x32 for the preset dit-s-2" in latents
-    assert "got [3, 32, 32]" in latents
-    smaller = refused("--preset", "cifar10", "--resolution", "16")
-    assert "(--resolution=32 resizes), got [3, 16, 16]" in smaller
+    for options, *texts in (
+        (["--preset=cifar"], "is not one of 'cifar10'"),
+        (["--preset=cifar10", "--size=S"], "size: expected no such option beside --preset=cifar10"),
+        (["--preset=cifar10", "--network=unet"], "whose network is DDPMpp with width, dropout, got unet"),
+        (["--preset=dit-s-2"], "data: expected latents of 4 channels and 32x32 for the preset dit-s-2", "got [3, 32, 32]"),
+        (["--preset=cifar10", "--resolution=16"], "(--resolution=32 resizes), got [3, 16, 16]"),
+    ):
+        line = refused(*train(pixels, tmp_path / "run", *options))
+        assert all(text in line for text in texts)
     assert not (tmp_path / "run").exists()
 
 

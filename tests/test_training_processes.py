@@ -13,15 +13,15 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
 import torch
-from click.testing import CliRunner
+from command_line import call
 from torch import nn
 
 from imm import FlowMap, IMMObjective, checkpoints
-from imm.cli import main
 from imm.cli.train import _check_device
 from imm.data import ImageData
 from imm.distributed import Exchange, Processes
@@ -44,9 +44,9 @@ def data(tmp_path):
     return path
 
 
-def command(data, outdir, *options: str, processes: int) -> list[str]:
+def command(data, outdir, *options: str, processes: int, common: list[str] = OPTIONS) -> list[str]:
     launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"] if processes > 1 else []
-    return [sys.executable, *launch, *IMM, "--data", str(data), "--out", str(outdir), *OPTIONS, *options]
+    return [sys.executable, *launch, *IMM, "--data", str(data), "--out", str(outdir), *common, *options]
 
 
 def workers(launcher: subprocess.Popen) -> list[int]:
@@ -69,18 +69,20 @@ def started(line: list[str], **options) -> Iterator[subprocess.Popen]:
                     os.kill(number, signal.SIGKILL)
 
 
-def run(*arguments, ok: bool = True, **options) -> str:
-    with started(command(*arguments, **options)) as launcher:
+def output_of(line: list[str], ok: bool = True) -> str:
+    with started(line) as launcher:
         output, _ = launcher.communicate(timeout=240)
     assert (launcher.returncode == 0) is ok, output
     return output
 
 
-def in_this(data, outdir, *options: str, ok: bool = True) -> str:
+def run(*arguments, ok: bool = True, **options) -> str:
+    return output_of(command(*arguments, **options), ok)
+
+
+def in_this(*arguments, ok: bool = True, **options) -> str:
     """The command of one process, in this one."""
-    result = CliRunner().invoke(main, command(data, outdir, *options, processes=1)[3:])
-    assert (result.exit_code == 0) is ok, result.output
-    return result.output
+    return call(*command(*arguments, processes=1, **options)[3:], ok=ok).output
 
 
 def wait_for(happened: Callable[[], bool]) -> None:
@@ -123,14 +125,9 @@ def test_in_half_precision_with_a_layer_that_is_not_used(data, tmp_path) -> None
     network = DDPMpp(3, 8, width=8, multipliers=(1, 2), blocks=1, attention=(), num_classes=3, augment_dim=9)
     torch.nn.init.normal_(network.map_augment.weight)
     checkpoints.save(tmp_path / "net.safetensors", FlowMap(network))
-    tune = [*OPTIONS[:4], *OPTIONS[6:], "--steps", "4", "--precision", "fp16", "--init", str(tmp_path / "net.safetensors")]
-    lines = [command(data, tmp_path / name, processes=processes) for processes, name in ((1, "one"), (2, "two"))]
-    one, two = (line[: line.index("--batch")] + tune for line in lines)
-    result = CliRunner().invoke(main, one[3:])
-    assert result.exit_code == 0, result.output
-    with started(two) as launcher:
-        output, _ = launcher.communicate(timeout=240)
-    assert launcher.returncode == 0, output
+    tune, common = ("--steps=4", "--precision=fp16", f"--init={tmp_path / 'net.safetensors'}"), [*OPTIONS[:4], *OPTIONS[6:]]
+    in_this(data, tmp_path / "one", *tune, common=common)
+    run(data, tmp_path / "two", *tune, processes=2, common=common)
     assert_alike(tmp_path / "one", tmp_path / "two", rel=1e-2)
 
 
@@ -217,9 +214,7 @@ def test_an_exchange_of_all_sorts_of_tensors(tmp_path) -> None:
     script = tmp_path / "exchange.py"
     script.write_text(EXCHANGE)
     launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=3"]
-    with started([sys.executable, *launch, str(script)]) as launcher:
-        output, _ = launcher.communicate(timeout=120)
-    assert launcher.returncode == 0, output
+    output_of([sys.executable, *launch, str(script)])
 
 
 @pytest.mark.parametrize(("device", "local"), [("cuda", "2"), ("auto", "2"), ("cuda:0", "1")])
@@ -236,16 +231,6 @@ def test_two_processes_on_one_gpu_are_refused(device, local, data, tmp_path, mon
         _check_device("cuda", where)  # each on a machine of its own
 
 
-class _Nobody(Exchange):
-    """Exchanges nothing."""
-
-    def __init__(self) -> None:
-        pass
-
-    def take_first(self, tensors) -> None:
-        pass
-
-
 class _Alone(Processes):
     """One of two processes, whose other is not waited for."""
 
@@ -259,7 +244,7 @@ class _Alone(Processes):
         return numbers
 
     def exchange(self, device):
-        return _Nobody()
+        return Mock(spec=Exchange)
 
 
 class _Elsewhere(_Alone):

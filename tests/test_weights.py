@@ -15,9 +15,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from published_files import flow_map_snapshot
+from published_files import flow_map_snapshot, written
 from safetensors.torch import load_file
-from test_import import written
+from small import spread
 from test_training import CONFIG, trainer
 from torch import Tensor, nn
 
@@ -26,14 +26,11 @@ from imm import FlowMap, Sampler, checkpoints, latents
 from imm.checkpoints import import_published
 from imm.evaluation import networks
 from imm.integrations.autoencoder import load_vae
-from imm.networks import NETWORKS, DiT, dit
+from imm.networks import NETWORKS
 from imm.training.state import STATE_FILE
 from imm.weights import ALIGNMENT, frozen, is_aligned, own_memory
 
-
-@pytest.fixture(autouse=True)
-def _tiny_dit(monkeypatch) -> None:
-    monkeypatch.setitem(dit.SIZES, "T", (32, 2, 2))
+pytestmark = pytest.mark.usefixtures("size_t")
 
 
 def shifted(tensor: Tensor, by: int = 8) -> Tensor:
@@ -178,18 +175,9 @@ def test_a_resumed_training(optimizer, tmp_path) -> None:
     assert_own([*weights(run.objective.flow_map.network), *weights(run.ema.network), *moments], tmp_path / STATE_FILE)
 
 
-def test_published_files(tmp_path) -> None:
-    flow_map = FlowMap(DiT("T", patch=4, resolution=8, num_classes=4)).eval()
-    source = written(tmp_path / "a.pkl", flow_map_snapshot(flow_map, "DiT_T_4"))
+def test_published_files(small_dit, tmp_path) -> None:
+    source = written(tmp_path / "a.pkl", flow_map_snapshot(small_dit, "DiT_T_4"))
     assert_own(weights(import_published(source, tmp_path / "a.safetensors").network))
-
-
-@pytest.fixture
-def vae():
-    pytest.importorskip("diffusers")
-    from test_latents import tiny_vae
-
-    return tiny_vae()
 
 
 def vae_file(folder: Path) -> Path:
@@ -230,13 +218,10 @@ def test_a_network_that_diffusers_puts_on_devices_itself(small_flow_map, monkeyp
     assert_own(weights(loaded.net))
 
 
-def test_a_pipeline_of_diffusers_and_its_autoencoder(vae, tmp_path) -> None:
+def test_a_pipeline_of_diffusers_and_its_autoencoder(vae, small_dit, tmp_path) -> None:
     from imm.integrations.diffusers import IMMPipeline
 
-    network = DiT("T", patch=4, resolution=8, num_classes=3)
-    for parameter in network.parameters():
-        nn.init.normal_(parameter, std=0.02)
-    pipeline = IMMPipeline.from_flow_map(FlowMap(network).eval(), vae=vae)
+    pipeline = IMMPipeline.from_flow_map(small_dit, vae=vae)
     pipeline.set_progress_bar_config(disable=True)
     options = {"class_labels": [0, 2], "seeds": [3, 5], "output_type": "pt"}
     expected = pipeline(**options).images
@@ -249,15 +234,14 @@ def test_a_pipeline_of_diffusers_and_its_autoencoder(vae, tmp_path) -> None:
     assert_own(weights(loaded.vae), paths[1])
 
 
-def test_an_autoencoder_that_a_pipeline_is_given(vae) -> None:
+def test_an_autoencoder_that_a_pipeline_is_given(vae, small_dit) -> None:
     """As diffusers' own ``from_pretrained`` leaves it; one that lies well stays where it is, where a graph may know it."""
     from imm.integrations.diffusers import IMMPipeline
 
-    flow_map = FlowMap(DiT("T", patch=4, resolution=8, num_classes=3)).eval()
     before = [tensor.data_ptr() for tensor in weights(vae)]
-    assert IMMPipeline.from_flow_map(flow_map, vae=vae).vae is vae
+    assert IMMPipeline.from_flow_map(small_dit, vae=vae).vae is vae
     assert [tensor.data_ptr() for tensor in weights(vae)] == before
-    IMMPipeline.from_flow_map(flow_map, vae=misaligned(vae))
+    IMMPipeline.from_flow_map(small_dit, vae=misaligned(vae))
     assert_own(weights(vae))
 
 
@@ -334,9 +318,7 @@ def test_an_autoencoder_has_the_same_bits_whether_its_weights_ask_for_gradients(
 def test_a_network_has_the_same_bits_whether_its_weights_ask_for_gradients(name, dtype) -> None:
     """The average of training does not, and its snapshot does where it is loaded."""
     settings = {"UNet": {"width": 8}, "DDPMpp": {"width": 32, "blocks": 1, "attention": (4,)}, "DiT": {"size": "T", "patch": 4}}
-    network = NETWORKS[name](channels=4, resolution=8, num_classes=3, **settings[name])
-    for parameter in network.parameters():
-        nn.init.normal_(parameter, std=0.05)
+    network = spread(NETWORKS[name](channels=4, resolution=8, num_classes=3, **settings[name]), 0.05)
     flow_map = FlowMap(network.to(dtype)).eval()
     sample = lambda: Sampler(flow_map, steps=2, guidance=1.5).sample(range(3), [0, 1, 2])
     expected = sample()

@@ -22,6 +22,12 @@ def bound(dtype: torch.dtype, truth: Tensor, terms: int) -> float:
     return largest * relative + torch.finfo(accumulate).tiny
 
 
+def distance(value: Tensor, truth: Tensor) -> float:
+    """The norm of the error over that of the truth."""
+    value, truth = value.detach().double(), truth.detach().double()
+    return float((value - truth).norm() / truth.norm())
+
+
 def assert_close(value: Tensor, truth: Tensor, terms: int, dtype: torch.dtype | None = None) -> None:
     """``value`` within :func:`bound` of ``truth``, elementwise and, as a whole, with the same direction."""
     value, truth = value.detach(), truth.detach().double()
