@@ -1,6 +1,7 @@
 #include "sampling_loop.h"
 
 #include <ATen/core/dispatch/Dispatcher.h>
+#include <ATen/ops/empty_like.h>
 #include <ATen/ops/full.h>
 #include <ATen/ops/mul.h>
 #include <ATen/ops/stack.h>
@@ -62,6 +63,8 @@ void check_settings(const SamplingSettings& settings) {
   TORCH_CHECK_VALUE(settings.num_classes >= 0, "num_classes: expected a count >= 0, got ", settings.num_classes);
   TORCH_CHECK_VALUE(!settings.guided || settings.num_classes > 0,
                     "guidance: expected a class-conditional network, got one with num_classes = 0");
+  TORCH_CHECK_TYPE(settings.state_dtype == at::kFloat || settings.state_dtype == at::kDouble,
+                   "state dtype: expected torch.float32 or torch.float64, got ", settings.state_dtype);
   TORCH_CHECK_TYPE(is_kernel_dtype(settings.input_dtype),
                    "input dtype: expected a floating dtype of 16, 32 or 64 bits, got ", settings.input_dtype);
 }
@@ -84,7 +87,7 @@ SamplingLoop::SamplingLoop(SamplingTable table, SamplingSettings settings, Netwo
   const auto memory = [&](int64_t rows, at::ScalarType dtype) {
     return at::zeros(with_rows(rows, settings_.shape), options.dtype(dtype));
   };
-  state_ = memory(B, at::kFloat);
+  state_ = memory(B, settings_.state_dtype);
   input_ = memory(R, settings_.input_dtype);
   seeds_ = at::zeros({B}, options.dtype(at::kLong));
   guidance_ = at::zeros({B}, options.dtype(at::kDouble));
@@ -151,8 +154,10 @@ void SamplingLoop::load(const Tensor& seeds, const std::optional<Tensor>& labels
     return;
   }
   const int64_t numel = state_.numel() / B;
-  noise_op().call(seeds_.narrow(0, 0, n), numel, 0, target.view({n, numel}));
-  target.mul_(settings_.sigma_data);
+  const Tensor normals = state_.scalar_type() == at::kFloat ? target : at::empty_like(target, at::kFloat);
+  noise_op().call(seeds_.narrow(0, 0, n), numel, 0, normals.view({n, numel}));
+  normals.mul_(settings_.sigma_data);
+  target.copy_(normals);  // nothing where they are the same
 }
 
 // c_in x for a step that has not got it from the sampling_step before.
@@ -160,7 +165,7 @@ void SamplingLoop::scale_input(int64_t step) {
   const at::Scalar c_in(table_.c_in[static_cast<size_t>(step)]);
   for (int64_t copy = 0; copy < copies_; ++copy) {
     Tensor target = input_.narrow(0, copy * settings_.rows, settings_.rows);
-    if (settings_.input_dtype == at::kFloat) {
+    if (settings_.input_dtype == settings_.state_dtype) {
       at::mul_out(target, state_, c_in);
     } else {
       target.copy_(at::mul(state_, c_in));
@@ -230,8 +235,7 @@ Tensor SamplingLoop::run_here(const Tensor& seeds, const std::optional<Tensor>& 
   } else {
     body();
   }
-  const Tensor images = state_.narrow(0, 0, seeds.size(0));
-  return images.clone();
+  return state_.narrow(0, 0, seeds.size(0)).clone();
 }
 
 }  // namespace imm

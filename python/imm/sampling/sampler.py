@@ -23,8 +23,6 @@ from imm.schedules import Time
 
 #: A batch runs padded to a captured size of at most this many times its own, rather than being captured anew.
 PADDING = 1.25
-#: Loops that a sampler keeps; the one that was used longest ago is dropped.
-MAX_GRAPHS = 8
 #: Modulations of all steps are computed at once while they take no more than this.
 MODULATION_BYTES = 256 << 20
 
@@ -52,7 +50,7 @@ class PythonLoop:
         self.table, self.network, self.prepare = table, network, prepare
         self.rows, self.shape, self.guided = settings["rows"], settings["shape"], settings["guided"]
         self.num_classes, self.sigma_data = settings["num_classes"], settings["sigma_data"]
-        self.input_dtype, self.device = settings["input_dtype"], settings["device"]
+        self.state_dtype, self.input_dtype, self.device = (settings[k] for k in ("state_dtype", "input_dtype", "device"))
         self.bytes = 0
 
     def capture(self) -> None:
@@ -73,7 +71,7 @@ class PythonLoop:
             guidance = padded(guidance) if len(guidance) == n else guidance
         if self.prepare is not None:
             self.prepare(labels)
-        return run(self.table, self.network, start.float(), labels, guidance, seeds, self.input_dtype)[:n]
+        return run(self.table, self.network, start.to(self.state_dtype), labels, guidance, seeds, self.input_dtype)[:n]
 
 
 def as_labels(labels: Tensor | Sequence[int]) -> Tensor:
@@ -151,7 +149,9 @@ class Sampler:
             network cannot be captured; True makes that an error; False never captures.
         rows: run every batch in this many rows, padded or in parts. An image's bits then depend on its seed, label and
             guidance, and not on what is generated beside it.
+        state_dtype: float32 or float64, of the state between steps.
         shape: of an image; None: what the network says.
+        max_graphs: batch sizes that are kept; the one that was used longest ago is dropped.
 
     Raises:
         ValueError, TypeError: values other than these.
@@ -169,21 +169,26 @@ class Sampler:
         dtype: torch.dtype | None = None,
         graph: str | bool = "auto",
         rows: int | None = None,
+        state_dtype: torch.dtype = torch.float32,
         shape: Sequence[int] | None = None,
+        max_graphs: int = 8,
     ) -> None:
         if not isinstance(flow_map, FlowMap):
             raise TypeError(f"flow_map: expected an imm.FlowMap, got {type(flow_map).__name__}")
         if graph not in ("auto", True, False):
             raise ValueError(f'graph: expected "auto", True or False, got {graph!r}')
+        if state_dtype not in (torch.float32, torch.float64):
+            raise TypeError(f"state_dtype: expected torch.float32 or torch.float64, got {state_dtype}")
         if dtype not in (None, torch.float32, torch.bfloat16, torch.float16, torch.float64):
             raise TypeError(f"dtype: expected None or a floating dtype of 16, 32 or 64 bits, got {dtype}")
-        if rows is not None and (not isinstance(rows, numbers.Integral) or rows < 1):
-            raise ValueError(f"rows: expected a count >= 1, got {rows!r}")
+        for name, count in (("rows", rows), ("max_graphs", max_graphs)):
+            if count is not None and (not isinstance(count, numbers.Integral) or count < 1):
+                raise ValueError(f"{name}: expected a count >= 1, got {count!r}")
         self.flow_map, self.times = flow_map, time_grid(flow_map, steps, kind, mid_eta)
         self.table = step_table(flow_map, self.times, method)
         self.shape = tuple(flow_map.image_shape if shape is None else shape)
         self.guidance = checked_guidance(flow_map, guidance, 1)
-        self.dtype, self.graph, self.rows = dtype, graph, rows
+        self.dtype, self.graph, self.rows, self.state_dtype, self.max_graphs = dtype, graph, rows, state_dtype, max_graphs
         self._begin()
         self._start()
 
@@ -229,7 +234,7 @@ class Sampler:
             x: the states to begin with, ``[B, *shape]`` of standard deviation sigma_data; None: the seeds' noise.
 
         Returns:
-            ``[B, *shape]`` float32, on the network's device.
+            ``[B, *shape]`` of ``state_dtype``, on the network's device.
 
         Raises:
             ValueError, TypeError: arguments other than these, a network in training mode. RuntimeError: within the capture of a
@@ -253,7 +258,7 @@ class Sampler:
             if x is not None and (x.shape != (count, *self.shape) or not x.is_floating_point()):
                 raise ValueError(f"x: expected floating {[count, *self.shape]}, got {list(x.shape)} of {x.dtype}")
             if count == 0:
-                return torch.empty(0, *self.shape, device=self._device)
+                return torch.empty(0, *self.shape, dtype=self.state_dtype, device=self._device)
             kind = self._device.type
             if not torch.is_autocast_enabled(kind):
                 return self._in_parts(seeds, labels, w, x)
@@ -293,7 +298,7 @@ class Sampler:
         loop = self._loops.get((rows, guided))
         if loop is None:
             loop = self._loops[rows, guided] = self._made(rows, guided)
-            while len(self._loops) > MAX_GRAPHS:
+            while len(self._loops) > self.max_graphs:
                 self._loops.popitem(last=False)
         self._loops.move_to_end((rows, guided))
         return loop
@@ -311,6 +316,7 @@ class Sampler:
             "guided": guided,
             "num_classes": self.flow_map.num_classes,
             "sigma_data": self.flow_map.sigma_data,
+            "state_dtype": self.state_dtype,
             "input_dtype": self._input_dtype,
             "device": self._device,
         }
@@ -383,8 +389,8 @@ class Sampler:
     def warmup(self, batch_sizes: Sequence[int]) -> None:
         """Make, and capture, the loops for these numbers of images before the first call; largest first, so that the smaller
         ones use its memory. With the sampler's guidance, and without where it has none."""
-        if len(set(batch_sizes)) > MAX_GRAPHS:
-            raise ValueError(f"batch_sizes: expected at most {MAX_GRAPHS}, got {len(set(batch_sizes))}")
+        if len(set(batch_sizes)) > self.max_graphs:
+            raise ValueError(f"batch_sizes: expected at most max_graphs = {self.max_graphs}, got {len(set(batch_sizes))}")
         for size in sorted(set(batch_sizes), reverse=True):
             self.sample(range(size))
 
