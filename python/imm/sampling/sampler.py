@@ -9,7 +9,7 @@ import warnings
 import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -29,18 +29,6 @@ MODULATION_BYTES = 256 << 20
 Prepare = Callable[[Tensor | None], None]
 
 
-class Loop(Protocol):
-    """What csrc/sampling_loop.h and :class:`PythonLoop` have in common."""
-
-    rows: int
-    bytes: int
-    captured: bool
-
-    def capture(self) -> None: ...
-
-    def run(self, seeds: Tensor, labels: Tensor | None, guidance: Tensor | None, x: Tensor | None) -> Tensor: ...
-
-
 class PythonLoop:
     """csrc/sampling_loop.h in Python, for installs without the native library: the same operations in the same order."""
 
@@ -52,9 +40,6 @@ class PythonLoop:
         self.num_classes, self.sigma_data = settings["num_classes"], settings["sigma_data"]
         self.state_dtype, self.input_dtype, self.device = (settings[k] for k in ("state_dtype", "input_dtype", "device"))
         self.bytes = 0
-
-    def capture(self) -> None:
-        raise RuntimeError("capture: expected the native library, built for CUDA")
 
     def run(self, seeds: Tensor, labels: Tensor | None, guidance: Tensor | None, x: Tensor | None) -> Tensor:
         n, pad = len(seeds), self.rows - len(seeds)
@@ -102,10 +87,8 @@ class _Conditioned:
 
     def prepare(self, labels: Tensor | None) -> None:
         if labels is None:
-            self.rows = self.network.condition(self.times, None).rows
             self.index = torch.zeros_like(self.index)
-        else:
-            self.rows = self.network.condition(self.times, labels[self.first :], distinct=False).rows
+        self.rows = self.network.condition(self.times, None if labels is None else labels[self.first :])
 
     def __call__(self, step: int, x: Tensor, t: Tensor, s: Tensor, labels: Tensor | None) -> Tensor:
         assert self.rows is not None
@@ -195,7 +178,7 @@ class Sampler:
     def _begin(self) -> None:
         """What a sampler has to itself, and a copy has anew."""
         self._lock = threading.RLock()
-        self._loops: OrderedDict[tuple[int, bool], Loop] = OrderedDict()
+        self._loops: OrderedDict[tuple[int, bool], PythonLoop] = OrderedDict()  # or the native library's
         self._captures, self._replays = 0, 0
         self._most_rows: int | None = self.rows
         self._no_graph: str | None = None
@@ -292,7 +275,7 @@ class Sampler:
         text = f"out of memory with {rows} images at a time; going on with at most {self._most_rows}"
         warnings.warn(text, RuntimeWarning, stacklevel=5)
 
-    def _loop(self, count: int, guided: bool) -> Loop:
+    def _loop(self, count: int, guided: bool) -> PythonLoop:
         """The loop for a number of images, made and captured where there is none yet."""
         rows = self.rows or self._captured_size(count, guided) or count
         loop = self._loops.get((rows, guided))
@@ -308,7 +291,7 @@ class Sampler:
         sizes = [r for (r, g), loop in self._loops.items() if g == guided and loop.captured and count <= r <= PADDING * count]
         return min(sizes, default=None)
 
-    def _made(self, rows: int, guided: bool) -> Loop:
+    def _made(self, rows: int, guided: bool) -> PythonLoop:
         network = self._callable(rows, guided)
         settings: dict[str, Any] = {
             "rows": rows,
@@ -329,7 +312,7 @@ class Sampler:
             self._capture(loop)
         return loop
 
-    def _capture(self, loop: Loop) -> None:
+    def _capture(self, loop: Any) -> None:
         try:
             loop.capture()
         except torch.OutOfMemoryError:
@@ -345,9 +328,12 @@ class Sampler:
 
     def _callable(self, rows: int, guided: bool) -> Plain | _Conditioned:
         features = getattr(self._network, "modulation_features", None)
-        if features is None or not hasattr(self._network, "condition"):
-            return Plain(self._network)
-        if len(self.table) * (rows + 1) * features * self._input_dtype.itemsize > MODULATION_BYTES:
+        numbers = len(self.table) * (rows + 1) * (features or 0)
+        if (
+            features is None
+            or not hasattr(self._network, "condition")
+            or numbers * self._input_dtype.itemsize > MODULATION_BYTES
+        ):
             return Plain(self._network)
         return _Conditioned(self._network, self.table, rows, guided, self._device)
 
