@@ -6,7 +6,6 @@
 #include <torch/csrc/utils/pybind.h>
 
 #include <memory>
-#include <optional>
 #include <utility>
 #include <vector>
 
