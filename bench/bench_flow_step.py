@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from harness.case import Case, Peer, Step, call, compiled
+from harness.case import Case, Peer, Step, call, compiled, writing
 from imm.functional import flow_step
 from imm.ops import flow_step as ops
 
@@ -32,13 +32,7 @@ def arguments(x: Tensor, g: Tensor, g_uncond: Tensor, c_skip: Tensor, c_out: Ten
 
 
 def preallocated(*inputs: Tensor) -> Step:
-    out, given = torch.empty_like(inputs[0]), arguments(*inputs)
-
-    def step() -> tuple[Tensor, ...]:
-        torch.ops.imm.flow_step.out(*given, out=out)
-        return (out,)
-
-    return step
+    return writing(torch.ops.imm.flow_step.out, torch.empty_like(inputs[0]), *arguments(*inputs))
 
 
 def user(x: Tensor, g: Tensor, g_uncond: Tensor, c_skip: Tensor, c_out: Tensor, guidance: Tensor) -> Tensor:

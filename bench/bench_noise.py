@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from harness.case import Case, Peer, Step, call, compiled
+from harness.case import Case, Peer, Step, call, compiled, writing
 from imm.functional import noise
 from imm.ops import noise as ops
 
@@ -22,13 +22,7 @@ COMPILED = "torch.compile of the reference"
 
 
 def preallocated(seeds: Tensor, numel: int) -> Step:
-    out = torch.empty(len(seeds), numel, device=seeds.device)
-
-    def step() -> tuple[Tensor, ...]:
-        torch.ops.imm.noise.out(seeds, numel, STEP, out=out)
-        return (out,)
-
-    return step
+    return writing(torch.ops.imm.noise.out, torch.empty(len(seeds), numel, device=seeds.device), seeds, numel, STEP)
 
 
 def triton(seeds: Tensor, numel: int) -> Step:

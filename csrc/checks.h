@@ -66,32 +66,38 @@ inline void check_coefficient(const char* name, const at::Tensor& value, const a
   check_same_device(name, value, x);
 }
 
-// The arguments of imm::flow_step, on any device; the same checks in the same order as the reference.
-inline void check_flow_step(const at::Tensor& x, const at::Tensor& g, const at::Tensor& c_skip, const at::Tensor& c_out,
-                            const Optional& g_uncond, const Optional& guidance, const Optional& c_noise,
-                            const Optional& seeds, int64_t step) {
-  TORCH_CHECK_VALUE(x.dim() >= 1 && g.sizes() == x.sizes(), "x and g: expected the same shape [B, ...], got ",
-                    x.sizes(), " and ", g.sizes());
-  check_kernel_dtype("x", x);
-  check_kernel_dtype("g", g);
-  check_same_device("g", g, x);
-  TORCH_CHECK_VALUE(g_uncond.has_value() == guidance.has_value(), "g_uncond and guidance: expected both or neither");
-  TORCH_CHECK_VALUE(c_noise.has_value() == seeds.has_value(), "c_noise and seeds: expected both or neither");
-  if (g_uncond) {
-    TORCH_CHECK_VALUE(g_uncond->sizes() == g.sizes() && g_uncond->scalar_type() == g.scalar_type(),
-                      "g_uncond: expected ", g.sizes(), " of ", dtype_name(g), ", got ", g_uncond->sizes(), " of ",
-                      dtype_name(*g_uncond));
-    check_same_device("g_uncond", *g_uncond, x);
+// The arguments of imm::flow_step, on any device.
+struct Step {
+  const at::Tensor &x, &g, &c_skip, &c_out;
+  const Optional &g_uncond, &guidance, &c_noise, &seeds;
+  int64_t step;
+};
+
+// The same checks in the same order as the reference.
+inline void check_flow_step(const Step& a) {
+  TORCH_CHECK_VALUE(a.x.dim() >= 1 && a.g.sizes() == a.x.sizes(), "x and g: expected the same shape [B, ...], got ",
+                    a.x.sizes(), " and ", a.g.sizes());
+  check_kernel_dtype("x", a.x);
+  check_kernel_dtype("g", a.g);
+  check_same_device("g", a.g, a.x);
+  TORCH_CHECK_VALUE(a.g_uncond.has_value() == a.guidance.has_value(),
+                    "g_uncond and guidance: expected both or neither");
+  TORCH_CHECK_VALUE(a.c_noise.has_value() == a.seeds.has_value(), "c_noise and seeds: expected both or neither");
+  if (a.g_uncond) {
+    TORCH_CHECK_VALUE(a.g_uncond->sizes() == a.g.sizes() && a.g_uncond->scalar_type() == a.g.scalar_type(),
+                      "g_uncond: expected ", a.g.sizes(), " of ", dtype_name(a.g), ", got ", a.g_uncond->sizes(),
+                      " of ", dtype_name(*a.g_uncond));
+    check_same_device("g_uncond", *a.g_uncond, a.x);
   }
-  check_coefficient("c_skip", c_skip, x);
-  check_coefficient("c_out", c_out, x);
-  if (guidance) check_coefficient("guidance", *guidance, x);
-  if (!seeds) return;
-  check_coefficient("c_noise", *c_noise, x);
-  TORCH_CHECK_VALUE(seeds->dim() == 1 && seeds->size(0) == x.size(0), "seeds: expected one per image, [", x.size(0),
-                    "], got ", seeds->sizes());
-  check_noise(*seeds, x.numel(), step);
-  check_same_device("seeds", *seeds, x);
+  check_coefficient("c_skip", a.c_skip, a.x);
+  check_coefficient("c_out", a.c_out, a.x);
+  if (a.guidance) check_coefficient("guidance", *a.guidance, a.x);
+  if (!a.seeds) return;
+  check_coefficient("c_noise", *a.c_noise, a.x);
+  TORCH_CHECK_VALUE(a.seeds->dim() == 1 && a.seeds->size(0) == a.x.size(0), "seeds: expected one per image, [",
+                    a.x.size(0), "], got ", a.seeds->sizes());
+  check_noise(*a.seeds, a.x.numel(), a.step);
+  check_same_device("seeds", *a.seeds, a.x);
 }
 
 // What imm::sampling_step takes beside those.
@@ -182,36 +188,30 @@ inline bool apart(const at::Tensor& out, const at::Tensor& input) {
   return !input.defined() || at::get_overlap_status(out, input) == at::MemOverlapStatus::No;
 }
 
+inline at::Tensor or_none(const Optional& value) { return value.value_or(at::Tensor()); }
+
 // The same for flow_step, on any device: an element is read before it is written, so the state may be stepped in place.
-inline bool writes_flow_step_directly(const at::Tensor& out, std::initializer_list<at::Tensor> images,
-                                      std::initializer_list<Optional> coefficients) {
-  if (!out.is_contiguous()) return false;
-  for (const at::Tensor& image : images) {
-    const bool in_place = image.defined() && image.is_same(out);
-    if (!in_place && !apart(out, image)) return false;
-  }
-  for (const Optional& coefficient : coefficients) {
-    if (coefficient && !apart(out, *coefficient)) return false;
-  }
-  return true;
+inline bool writes_flow_step_directly(const Step& a, const at::Tensor& out) {
+  const auto images = {a.x, a.g, or_none(a.g_uncond)};
+  const auto numbers = {a.c_skip, a.c_out, or_none(a.guidance), or_none(a.c_noise), or_none(a.seeds)};
+  const auto in_place_or_apart = [&](const at::Tensor& image) { return image.is_same(out) || apart(out, image); };
+  return out.is_contiguous() && std::all_of(images.begin(), images.end(), in_place_or_apart) &&
+         std::all_of(numbers.begin(), numbers.end(), [&](const at::Tensor& value) { return apart(out, value); });
 }
 
 // Checks the arguments of imm::sampling_step.out beside those of flow_step; whether a kernel may write both directly.
 // The network's next input is written while all others are read.
-inline bool check_sampling_step_out(const at::Tensor& x, const at::Tensor& g, const at::Tensor& c_skip,
-                                    const at::Tensor& c_out, const Optional& g_uncond, const Optional& guidance,
-                                    const Optional& c_noise, const Optional& seeds, const at::Tensor& c_in,
-                                    int64_t copies, const at::Tensor& out, const at::Tensor& input) {
-  check_next_input(x, c_in, copies);
-  check_out("out", out, x.sizes(), x.scalar_type(), x);
-  check_out("input", input, next_input_sizes(x, copies), g.scalar_type(), x);
-  const auto or_none = [](const Optional& value) { return value.value_or(at::Tensor()); };
-  const auto others = {x, g, or_none(g_uncond), c_skip, c_out, or_none(guidance), or_none(c_noise), c_in};
+inline bool check_sampling_step_out(const Step& a, const at::Tensor& c_in, int64_t copies, const at::Tensor& out,
+                                    const at::Tensor& input) {
+  check_next_input(a.x, c_in, copies);
+  check_out("out", out, a.x.sizes(), a.x.scalar_type(), a.x);
+  check_out("input", input, next_input_sizes(a.x, copies), a.g.scalar_type(), a.x);
+  const auto others = {a.x,  a.g, or_none(a.g_uncond), a.c_skip, a.c_out, or_none(a.guidance), or_none(a.c_noise),
+                       c_in, out};
   refuse_gradients("sampling_step", others);
-  refuse_gradients("sampling_step", {out, input});
-  return writes_flow_step_directly(out, {x, g, or_none(g_uncond)},
-                                   {c_skip, c_out, guidance, c_noise, seeds, c_in, input}) &&
-         input.is_contiguous() && apart(input, or_none(seeds)) &&
+  refuse_gradients("sampling_step", {input});
+  return writes_flow_step_directly(a, out) && apart(out, c_in) && input.is_contiguous() &&
+         apart(input, or_none(a.seeds)) &&
          std::all_of(others.begin(), others.end(), [&](const at::Tensor& other) { return apart(input, other); });
 }
 

@@ -11,14 +11,9 @@
 #include <cstdint>
 
 #include "capability.h"
+#include "per_image.h"
 
 namespace imm {
-
-// One number per image (stride 1) or one for all (stride 0); null where absent.
-struct Coefficient {
-  const double* data;
-  int64_t stride;
-};
 
 constexpr int64_t kFlowBlock = 1024;  // elements of an image worked on at a time; a multiple of a Philox block
 
@@ -26,12 +21,12 @@ struct FlowStepArgs {
   c10::ScalarType x_dtype, g_dtype;
   int64_t numel;  // per image
   const void *x, *g, *g_uncond;
-  Coefficient c_skip, c_out, guidance, c_noise;
-  const int64_t* seeds;
+  PerImage<double> c_skip, c_out, guidance, c_noise;
+  PerImage<int64_t> seeds;
   int64_t step;
   void* out;  // x_dtype
   // What the network takes next, c_in x_s in g_dtype, in `copies` blocks of as many elements; or null.
-  Coefficient c_in;
+  PerImage<double> c_in;
   void* input;
   int64_t copies, block;
 };
@@ -40,7 +35,7 @@ struct FlowStepBwdArgs {
   c10::ScalarType x_dtype, g_dtype;
   int64_t numel;     // per image
   const void* grad;  // x_dtype
-  Coefficient c_skip, c_out, guidance;
+  PerImage<double> c_skip, c_out, guidance;
   void *grad_x, *grad_g, *grad_uncond;
 };
 

@@ -1,5 +1,5 @@
-// Memory for results. A first touch of a page of 4 KiB costs more than a kernel takes to fill it, so large results ask
-// for large pages, which Linux gives to those who ask.
+// Memory for results. On the CPU a first touch of a page of 4 KiB costs more than a kernel takes to fill it, so large
+// results ask for large pages, which Linux gives to those who ask.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -12,8 +12,9 @@
 
 namespace imm {
 
-inline at::Tensor fresh(at::IntArrayRef sizes, at::ScalarType dtype) {
-  at::Tensor result = at::empty(sizes, dtype);
+inline at::Tensor fresh(at::IntArrayRef sizes, at::ScalarType dtype, at::Device device = at::kCPU) {
+  at::Tensor result = at::empty(sizes, at::TensorOptions(device).dtype(dtype));
+  if (!device.is_cpu()) return result;
 #if defined(__linux__) && defined(MADV_HUGEPAGE)
   constexpr uintptr_t kLargePage = 2 << 20;
   const uintptr_t address = reinterpret_cast<uintptr_t>(result.mutable_data_ptr());

@@ -5,12 +5,13 @@
 #include <cstdint>
 
 #include "capability.h"
+#include "per_image.h"
 
 namespace imm {
 
 struct NoiseArgs {
-  const int64_t* seeds;  // [B]
-  int64_t numel;         // per image
+  PerImage<int64_t> seeds;
+  int64_t numel;  // per image
   int64_t step;
   float* out;  // [B, numel]
 };

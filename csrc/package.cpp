@@ -71,6 +71,7 @@ std::unique_ptr<SamplingLoop> load_package(const std::string& path, bool graph) 
                             .guided = number<int64_t>(metadata, "guided") != 0,
                             .num_classes = number<int64_t>(metadata, "num_classes"),
                             .sigma_data = number<double>(metadata, "sigma_data"),
+                            .state_dtype = dtype(metadata, "state_dtype"),
                             .input_dtype = dtype(metadata, "input_dtype"),
                             .device = at::Device(entry(metadata, "device"))};
   if (settings.device.is_cuda())  // where the loader put the weights

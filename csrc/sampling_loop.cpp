@@ -1,6 +1,7 @@
 #include "sampling_loop.h"
 
 #include <ATen/core/dispatch/Dispatcher.h>
+#include <ATen/ops/empty_like.h>
 #include <ATen/ops/full.h>
 #include <ATen/ops/mul.h>
 #include <ATen/ops/stack.h>
@@ -10,7 +11,6 @@
 #include <c10/core/InferenceMode.h>
 
 #include <algorithm>
-#include <numeric>
 #include <utility>
 
 #include "checks.h"
@@ -47,25 +47,6 @@ std::vector<int64_t> with_rows(int64_t rows, const std::vector<int64_t>& shape) 
   return sizes;
 }
 
-void check_table(const SamplingTable& table) {
-  const size_t steps = table.t.size();
-  TORCH_CHECK_VALUE(steps >= 1, "table: expected at least one step");
-  for (const auto* column : {&table.s, &table.c_in, &table.c_skip, &table.c_out, &table.c_noise}) {
-    TORCH_CHECK_VALUE(column->size() == steps, "table: expected ", steps, " numbers a column, got ", column->size());
-  }
-}
-
-void check_settings(const SamplingSettings& settings) {
-  TORCH_CHECK_VALUE(settings.rows >= 1, "rows: expected at least 1, got ", settings.rows);
-  TORCH_CHECK_VALUE(!settings.shape.empty() && *std::min_element(settings.shape.begin(), settings.shape.end()) >= 1,
-                    "shape: expected the sizes of an image, got ", settings.shape);
-  TORCH_CHECK_VALUE(settings.num_classes >= 0, "num_classes: expected a count >= 0, got ", settings.num_classes);
-  TORCH_CHECK_VALUE(!settings.guided || settings.num_classes > 0,
-                    "guidance: expected a class-conditional network, got one with num_classes = 0");
-  TORCH_CHECK_TYPE(is_kernel_dtype(settings.input_dtype),
-                   "input dtype: expected a floating dtype of 16, 32 or 64 bits, got ", settings.input_dtype);
-}
-
 }  // namespace
 
 SamplingLoop::SamplingLoop(SamplingTable table, SamplingSettings settings, Network network, Prepare prepare,
@@ -76,15 +57,18 @@ SamplingLoop::SamplingLoop(SamplingTable table, SamplingSettings settings, Netwo
       prepare_(std::move(prepare)),
       pool_(std::move(pool)),
       copies_(settings_.guided ? 2 : 1) {
-  check_table(table_);
-  check_settings(settings_);
+  const std::vector<int64_t>& shape = settings_.shape;
+  TORCH_CHECK_VALUE(!shape.empty() && *std::min_element(shape.begin(), shape.end()) >= 1,
+                    "shape: expected the sizes of an image, got ", shape);
+  TORCH_CHECK_TYPE(is_kernel_dtype(settings_.input_dtype),
+                   "input dtype: expected a floating dtype of 16, 32 or 64 bits, got ", settings_.input_dtype);
   const c10::InferenceMode off(false);
   const int64_t B = settings_.rows, R = copies_ * B, steps = static_cast<int64_t>(table_.t.size());
   const auto options = at::TensorOptions(settings_.device);
   const auto memory = [&](int64_t rows, at::ScalarType dtype) {
     return at::zeros(with_rows(rows, settings_.shape), options.dtype(dtype));
   };
-  state_ = memory(B, at::kFloat);
+  state_ = memory(B, settings_.state_dtype);
   input_ = memory(R, settings_.input_dtype);
   seeds_ = at::zeros({B}, options.dtype(at::kLong));
   guidance_ = at::zeros({B}, options.dtype(at::kDouble));
@@ -121,21 +105,12 @@ int64_t SamplingLoop::bytes() const {
 void SamplingLoop::load(const Tensor& seeds, const std::optional<Tensor>& labels, const std::optional<Tensor>& guidance,
                         const std::optional<Tensor>& x) {
   const int64_t B = settings_.rows;
-  TORCH_CHECK_VALUE(seeds.scalar_type() == at::kLong && seeds.dim() == 1, "seeds: expected a [B] int64 tensor, got ",
-                    seeds.sizes(), " of ", dtype_name(seeds));
   const int64_t n = seeds.size(0);
-  TORCH_CHECK_VALUE(n <= B, "seeds: expected at most ", B, ", got ", n);
   TORCH_CHECK_VALUE(labels.has_value() == labels_.has_value(), "labels: expected ",
                     labels_ ? "[B] int64" : "None for an unconditional network", ", got ",
                     labels ? "a tensor" : "None");
-  TORCH_CHECK_VALUE(!labels || (labels->scalar_type() == at::kLong && labels->dim() == 1 && labels->size(0) == n),
-                    "labels: expected [", n, "] int64, got ", labels ? labels->sizes() : at::IntArrayRef());
   TORCH_CHECK_VALUE(guidance.has_value() == settings_.guided, "guidance: expected ",
                     settings_.guided ? "a scale" : "None for a loop without", ", got ", guidance ? "a tensor" : "None");
-  TORCH_CHECK_VALUE(!guidance || (guidance->scalar_type() == at::kDouble && guidance->dim() == 1 &&
-                                  (guidance->size(0) == n || guidance->size(0) == 1)),
-                    "guidance: expected [1] or [", n, "] float64, got ",
-                    guidance ? guidance->sizes() : at::IntArrayRef());
   // Ordinary memory of the host is read before the call returns; pinned memory would be read later.
   const auto copy = [this](const Tensor& to, const Tensor& from) {
     to.copy_(from, settings_.device.is_cuda() && !(from.is_cpu() && from.is_pinned()));
@@ -146,13 +121,14 @@ void SamplingLoop::load(const Tensor& seeds, const std::optional<Tensor>& labels
   const Tensor target = state_.narrow(0, 0, n);
   if (n < B) state_.narrow(0, n, B - n).zero_();  // not stepped on and on from run to run
   if (x) {
-    TORCH_CHECK_VALUE(x->sizes() == target.sizes(), "x: expected ", target.sizes(), ", got ", x->sizes());
     copy(target, *x);
     return;
   }
   const int64_t numel = state_.numel() / B;
-  noise_op().call(seeds_.narrow(0, 0, n), numel, 0, target.view({n, numel}));
-  target.mul_(settings_.sigma_data);
+  const Tensor normals = state_.scalar_type() == at::kFloat ? target : at::empty_like(target, at::kFloat);
+  noise_op().call(seeds_.narrow(0, 0, n), numel, 0, normals.view({n, numel}));
+  normals.mul_(settings_.sigma_data);
+  target.copy_(normals);  // nothing where they are the same
 }
 
 // c_in x for a step that has not got it from the sampling_step before.
@@ -160,7 +136,7 @@ void SamplingLoop::scale_input(int64_t step) {
   const at::Scalar c_in(table_.c_in[static_cast<size_t>(step)]);
   for (int64_t copy = 0; copy < copies_; ++copy) {
     Tensor target = input_.narrow(0, copy * settings_.rows, settings_.rows);
-    if (settings_.input_dtype == at::kFloat) {
+    if (settings_.input_dtype == settings_.state_dtype) {
       at::mul_out(target, state_, c_in);
     } else {
       target.copy_(at::mul(state_, c_in));
@@ -185,14 +161,13 @@ void SamplingLoop::body() {
     const Optional c_noise = noisy ? Optional(coefficients.select(0, 3)) : std::nullopt;
     const Optional seeds = noisy ? Optional(seeds_) : std::nullopt;
     const Tensor c_skip = coefficients.select(0, 1), c_out = coefficients.select(0, 2);
-    if (i + 1 == steps) {
-      flow_step_op().call(state_, output, c_skip, c_out, uncond, guidance, c_noise, seeds, i + 1, state_);
-    } else if (g.scalar_type() == settings_.input_dtype) {
+    const bool last = i + 1 == steps;
+    if (!last && g.scalar_type() == settings_.input_dtype) {
       sampling_step_op().call(state_, output, c_skip, c_out, uncond, guidance, c_noise, seeds, i + 1,
                               coefficients_.select(0, i + 1).select(0, 0), copies_, state_, input_);
-    } else {  // a network whose output has another dtype than its input
+    } else {
       flow_step_op().call(state_, output, c_skip, c_out, uncond, guidance, c_noise, seeds, i + 1, state_);
-      scale_input(i + 1);
+      if (!last) scale_input(i + 1);  // of a network whose output has another dtype than its input
     }
   }
 }
@@ -230,8 +205,7 @@ Tensor SamplingLoop::run_here(const Tensor& seeds, const std::optional<Tensor>& 
   } else {
     body();
   }
-  const Tensor images = state_.narrow(0, 0, seeds.size(0));
-  return images.clone();
+  return state_.narrow(0, 0, seeds.size(0)).clone();
 }
 
 }  // namespace imm

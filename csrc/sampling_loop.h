@@ -31,8 +31,8 @@ struct SamplingSettings {
   std::vector<int64_t> shape;  // of an image
   bool guided;
   int64_t num_classes;  // 0: the network takes no labels; else label num_classes means "none"
-  double sigma_data;    // of the initial state, float32 as every state
-  at::ScalarType input_dtype;
+  double sigma_data;    // of the initial state
+  at::ScalarType state_dtype, input_dtype;
   at::Device device = at::kCPU;
 };
 

@@ -15,8 +15,8 @@ from imm import Sampler
 @pytest.mark.parametrize("called", [False, True])
 def test_copies_and_pickles(called, small_flow_map) -> None:
     settings = {"steps": 2, "kind": "eta", "mid_eta": (1.4,), "method": "restart", "guidance": 1.5, "rows": 3}
-    sampler, seeds, labels = Sampler(small_flow_map, **settings), [3, 4], [0, 1]
-    expected = Sampler(small_flow_map, **settings).sample(seeds, labels)
+    sampler, seeds, labels = Sampler(small_flow_map, **settings, state_dtype=torch.float64), [3, 4], [0, 1]
+    expected = Sampler(small_flow_map, **settings, state_dtype=torch.float64).sample(seeds, labels)
     if called:
         sampler.sample(seeds, labels)
     file = io.BytesIO()

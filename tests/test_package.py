@@ -163,6 +163,7 @@ def test_files_that_export_did_not_write(guided, tmp_path) -> None:
         ({"steps": 0}, ValueError, "steps: expected at least 1"),
         ({"path": "nowhere/net.pt2"}, ValueError, "out: expected a file in a folder that is there"),
         ({"dtype": torch.int8}, TypeError, "dtype: expected one of"),
+        ({"state_dtype": torch.float16}, TypeError, "state_dtype: expected one of"),
         ({"guided": True, "num_classes": 0}, ValueError, "guidance: expected a class-conditional network"),
     ],
 )

@@ -46,12 +46,12 @@ def flow_map(small_flow_map: FlowMap, device: str) -> FlowMap:
     return small_flow_map.to(device).eval()
 
 
-def eager(flow_map: FlowMap, made: Sampler, method: str, labels: Tensor | None, w: Any) -> Tensor:
+def eager(flow_map: FlowMap, made: Sampler, method: str, labels: Tensor | None, w: Any, **options: Any) -> Tensor:
     device = next(flow_map.parameters()).device
     x = sampling.initial_state(flow_map, range(len(LABELS)), SHAPE, device)
     labels = None if labels is None else labels.to(device)
     extra = {"seeds": range(len(LABELS))} if method == "restart" else {}
-    return getattr(sampling, method)(flow_map, x, made.times, labels, w, **extra)
+    return getattr(sampling, method)(flow_map, x, made.times, labels, w, **extra, **options)
 
 
 @pytest.mark.parametrize("labelled", [False, True])
@@ -61,11 +61,13 @@ def eager(flow_map: FlowMap, made: Sampler, method: str, labels: Tensor | None, 
 def test_it_has_the_bits_of_the_eager_loop(method, steps, guidance, labelled, flow_map, loop) -> None:
     w = torch.linspace(0.5, 2.0, 5, dtype=torch.float64) if guidance == "each" else guidance
     labels = LABELS if labelled else None
-    made = Sampler(flow_map, steps=steps, method=method)
-    out = made.sample(range(5), labels, w)
-    assert out.dtype == torch.float32
-    assert torch.equal(out, eager(flow_map, made, method, labels, w))
-    assert torch.equal(made.sample(range(5), labels, w), out)
+    for state_dtype in (torch.float32, torch.float64):
+        made = Sampler(flow_map, steps=steps, method=method, state_dtype=state_dtype)
+        out = made.sample(range(5), labels, w)
+        assert out.dtype == state_dtype
+        expected = eager(flow_map, made, method, labels, w, dtype=state_dtype)
+        assert torch.equal(out, expected)
+        assert torch.equal(made.sample(range(5), labels, w), out)
 
 
 def test_defaults_and_initial_states(flow_map, loop, device) -> None:
@@ -345,10 +347,9 @@ def recorded(monkeypatch: pytest.MonkeyPatch) -> type[Recorder]:
     return Recorder
 
 
-def test_sizes_are_captured_once_largest_first_and_padded_to(flow_map, recorded, monkeypatch) -> None:
-    monkeypatch.setattr(sampler, "MAX_GRAPHS", 3)
-    made = Sampler(flow_map, steps=2)
-    with pytest.raises(ValueError, match="batch_sizes: expected at most 3, got 4"):
+def test_sizes_are_captured_once_largest_first_and_padded_to(flow_map, recorded) -> None:
+    made = Sampler(flow_map, steps=2, max_graphs=3)
+    with pytest.raises(ValueError, match="expected at most max_graphs = 3, got 4"):
         made.warmup([1, 2, 3, 4])
     made.warmup([1, 8, 4])
     assert [loop.rows for loop in recorded.made] == [8, 4, 1]
@@ -408,6 +409,8 @@ def test_integers_of_numpy_are_integers(small_flow_map) -> None:
         ({"rows": 0}, ValueError, "rows: expected a count >= 1, got 0"),
         ({"rows": 1.5}, ValueError, "rows: expected a count >= 1, got 1.5"),
         ({"dtype": torch.int8}, TypeError, "dtype: expected None or a floating dtype"),
+        ({"state_dtype": torch.float16}, TypeError, "state_dtype: expected torch.float32 or torch.float64"),
+        ({"max_graphs": 0}, ValueError, "max_graphs: expected a count >= 1, got 0"),
         ({"guidance": float("nan")}, ValueError, "guidance: expected finite numbers"),
     ],
 )

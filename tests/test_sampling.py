@@ -71,8 +71,8 @@ def test_bad_grids_are_refused(arguments, text, exact) -> None:
 def test_an_exact_flow_map_arrives_from_any_number_of_steps(steps, exact) -> None:
     x = torch.randn(3, 6, dtype=torch.float64) * 0.5
     grid = sampling.time_grid(exact, steps)
-    for method, options in (("pushforward", {}), ("restart", {"seeds": range(3)})):
-        out = getattr(sampling, method)(exact, x, grid, dtype=torch.float64, **options)
+    for sampler in (sampling.pushforward, sampling.restart):
+        out = sampler(exact, x, grid, dtype=torch.float64)
         torch.testing.assert_close(out, torch.full_like(x, Dirac.point), rtol=1e-5, atol=1e-5)
 
 
@@ -128,10 +128,16 @@ def test_restart_noise(small_flow_map) -> None:
         if i < 2:
             by_hand = (1 - grid[i + 1]).float() * by_hand + grid[i + 1].float() * fresh[i]
     before = x.clone()
-    torch.testing.assert_close(sampling.restart(small_flow_map, x, grid, seeds=seeds), by_hand, rtol=1e-5, atol=1e-5)
+    seeded = sampling.restart(small_flow_map, x, grid, seeds=seeds)
+    torch.testing.assert_close(seeded, by_hand, rtol=1e-5, atol=1e-5)
+    assert torch.equal(sampling.restart(small_flow_map, x, grid, noise=fresh), seeded)
     assert torch.equal(x, before)
-    with pytest.raises(ValueError, match="seeds: expected one per image, 2, got 1"):
-        sampling.restart(small_flow_map, x, grid, seeds=[0])
+    first, second = sampling.restart(small_flow_map, x, grid), sampling.restart(small_flow_map, x, grid)
+    assert not torch.equal(first, second)
+    torch.manual_seed(0)
+    first = sampling.restart(small_flow_map, x, grid)
+    torch.manual_seed(0)
+    assert torch.equal(sampling.restart(small_flow_map, x, grid), first)
 
 
 @pytest.mark.parametrize("method", ["pushforward", "restart"])
@@ -145,12 +151,23 @@ def test_restart_noise(small_flow_map) -> None:
     ],
 )
 def test_bad_times_are_refused(method, times, text, small_flow_map) -> None:
-    options = {"seeds": [0, 1]} if method == "restart" else {}
     with pytest.raises(ValueError, match=text):
-        getattr(sampling, method)(small_flow_map, torch.randn(2, 1, 8, 8), torch.tensor(times, dtype=torch.float64), **options)
+        getattr(sampling, method)(small_flow_map, torch.randn(2, 1, 8, 8), torch.tensor(times, dtype=torch.float64))
+
+
+def test_bad_noise_is_refused(small_flow_map) -> None:
+    x, grid = torch.randn(2, 1, 8, 8), sampling.time_grid(small_flow_map, 3)
+    for options, text in (
+        ({"noise": [x]}, r"expected 2 tensors of shape \[2, 1, 8, 8\], got \[\[2, 1, 8, 8\]\]"),
+        ({"noise": [x, x[:1]]}, "expected 2 tensors"),
+        ({"noise": [x, x], "seeds": [0, 1]}, "one of them at most"),
+        ({"seeds": [0]}, "seeds: expected one per image, 2, got 1"),
+    ):
+        with pytest.raises(ValueError, match=text):
+            sampling.restart(small_flow_map, x, grid, **options)
 
 
 def test_restart_times_need_not_decrease(exact) -> None:
     times = torch.tensor([0.9, 0.3, 0.6, 0.0], dtype=torch.float64)
-    out = sampling.restart(exact, torch.randn(2, 4), times, seeds=[0, 1])
+    out = sampling.restart(exact, torch.randn(2, 4), times)
     assert torch.isfinite(out).all()

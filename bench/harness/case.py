@@ -44,6 +44,16 @@ def call(function: Callable[..., Any]) -> Peer:
     return prepare
 
 
+def writing(function: Callable[..., Any], out: Tensor, *inputs: Any) -> Step:
+    """A step that calls an ``out=`` form with memory that was there before."""
+
+    def step() -> tuple[Tensor, ...]:
+        function(*inputs, out=out)
+        return (out,)
+
+    return step
+
+
 def compiled(function: Callable[..., Any], form: Callable[..., Peer] = call, **options: Any) -> Peer:
     """The peer ``form`` of a function that torch compiles when the peer is prepared."""
     return lambda *inputs: form(torch.compile(function, **options))(*inputs)

@@ -242,11 +242,7 @@ void sum_as(const AdalnSumArgs& args, void* scratch, int64_t begin, int64_t end)
       for (int64_t i = 0; i < n; ++i) total[i] += part[i];
     }
     void* target = at_element(args.out[kind], args.modulation_dtype, row * n);
-    if (args.modulation_dtype == args.compute_dtype) {
-      for (int64_t i = 0; i < n; ++i) static_cast<T*>(target)[i] = total[i];
-    } else {
-      finish(total, target, args.modulation_dtype, n);
-    }
+    finish(total, target, args.modulation_dtype, n);
   }
 }
 

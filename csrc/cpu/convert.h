@@ -6,6 +6,7 @@
 #include <c10/core/ScalarType.h>
 
 #include <cstdint>
+#include <type_traits>
 
 namespace imm {
 namespace {
@@ -51,30 +52,29 @@ void narrow(const float* source, Narrow* target, int64_t n) {
 
 template <typename To, typename From>
 void cast(const From* source, To* target, int64_t n) {
-  for (int64_t i = 0; i < n; ++i) target[i] = static_cast<To>(source[i]);
+  if constexpr (std::is_same_v<To, float> && sizeof(From) == 2) {
+    widen(source, target, n);
+  } else if constexpr (std::is_same_v<From, float> && sizeof(To) == 2) {
+    narrow(source, target, n);
+  } else {
+    for (int64_t i = 0; i < n; ++i) target[i] = static_cast<To>(source[i]);
+  }
+}
+
+// Calls f with a null pointer to the type of a dtype.
+template <typename F>
+void with_pointer(c10::ScalarType dtype, const F& f) {
+  if (dtype == c10::kBFloat16) return f(static_cast<c10::BFloat16*>(nullptr));
+  if (dtype == c10::kHalf) return f(static_cast<c10::Half*>(nullptr));
+  dtype == c10::kFloat ? f(static_cast<float*>(nullptr)) : f(static_cast<double*>(nullptr));
 }
 
 // n elements at `source` as T: `source` itself where it holds T, else converted into `buffer`.
 template <typename T>
 const T* as_compute(const void* source, c10::ScalarType dtype, int64_t n, T* buffer) {
   if (dtype == c10::CppTypeToScalarType<T>::value) return static_cast<const T*>(source);
-  if constexpr (std::is_same_v<T, float>) {
-    if (dtype == c10::kBFloat16) {
-      widen(static_cast<const c10::BFloat16*>(source), buffer, n);
-    } else if (dtype == c10::kHalf) {
-      widen(static_cast<const c10::Half*>(source), buffer, n);
-    } else {
-      cast(static_cast<const double*>(source), buffer, n);
-    }
-  } else {
-    if (dtype == c10::kBFloat16) {
-      cast(static_cast<const c10::BFloat16*>(source), buffer, n);
-    } else if (dtype == c10::kHalf) {
-      cast(static_cast<const c10::Half*>(source), buffer, n);
-    } else {
-      cast(static_cast<const float*>(source), buffer, n);
-    }
-  }
+  with_pointer(dtype,
+               [&](auto of) { cast(static_cast<const std::remove_pointer_t<decltype(of)>*>(source), buffer, n); });
   return buffer;
 }
 
@@ -88,15 +88,7 @@ T* compute_target(void* target, c10::ScalarType dtype, T* buffer) {
 template <typename T>
 void finish(const T* computed, void* target, c10::ScalarType dtype, int64_t n) {
   if (computed == target) return;
-  if constexpr (std::is_same_v<T, float>) {
-    if (dtype == c10::kBFloat16) return narrow(computed, static_cast<c10::BFloat16*>(target), n);
-    if (dtype == c10::kHalf) return narrow(computed, static_cast<c10::Half*>(target), n);
-    cast(computed, static_cast<double*>(target), n);
-  } else {
-    if (dtype == c10::kBFloat16) return cast(computed, static_cast<c10::BFloat16*>(target), n);
-    if (dtype == c10::kHalf) return cast(computed, static_cast<c10::Half*>(target), n);
-    cast(computed, static_cast<float*>(target), n);
-  }
+  with_pointer(dtype, [&](auto of) { cast(computed, static_cast<decltype(of)>(target), n); });
 }
 
 }  // namespace

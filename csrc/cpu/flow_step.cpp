@@ -10,8 +10,8 @@ namespace imm {
 namespace {
 
 template <typename T>
-T coefficient(const Coefficient& c, int64_t image) {
-  return static_cast<T>(c.data[image * c.stride]);
+T coefficient(const PerImage<double>& c, int64_t image) {
+  return static_cast<T>(c.ptr[image * c.stride]);
 }
 
 // Calls f(image, first element, count) for pieces [begin, end).
@@ -41,9 +41,10 @@ void forward_as(const FlowStepArgs& args, int64_t begin, int64_t end) {
     void* target = at_element(args.out, args.x_dtype, offset);
     T* out = compute_target(target, args.x_dtype, out_buffer);
     const T c_skip = coefficient<T>(args.c_skip, image), c_out = coefficient<T>(args.c_out, image);
-    if (args.seeds) {
+    if (args.seeds.ptr) {
       const T c_noise = coefficient<T>(args.c_noise, image);
-      normals(static_cast<uint64_t>(args.seeds[image]), static_cast<uint64_t>(args.step), first, n, normal);
+      const int64_t seed = args.seeds.ptr[image * args.seeds.stride];
+      normals(static_cast<uint64_t>(seed), static_cast<uint64_t>(args.step), first, n, normal);
       for (int64_t i = 0; i < n; ++i) out[i] = c_skip * x[i] + c_out * g[i] + c_noise * static_cast<T>(normal[i]);
     } else {
       for (int64_t i = 0; i < n; ++i) out[i] = c_skip * x[i] + c_out * g[i];

@@ -1,4 +1,4 @@
-// The torch side of a launch: tensors as kernels take them, device guard, current stream, error as an exception.
+// The torch side of a launch: device guard, current stream, error as an exception.
 // Kernels are started by launch.cuh.
 #pragma once
 
@@ -7,19 +7,9 @@
 #include <c10/cuda/CUDAGuard.h>
 #include <c10/cuda/CUDAStream.h>
 
-#include <optional>
 #include <utility>
 
-#include "per_image.h"
-
 namespace imm::cuda {
-
-// A [1] or [B] tensor as the kernels take it; absent is a null pointer.
-template <typename T>
-PerImage<T> per_image(const std::optional<at::Tensor>& value) {
-  if (!value) return {};
-  return {value->const_data_ptr<T>(), value->size(0) == 1 ? 0 : value->stride(0)};
-}
 
 // Runs launch(stream) -> cudaError_t on the tensor's device and that device's current stream.
 template <typename Launch>

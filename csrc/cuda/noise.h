@@ -5,7 +5,7 @@
 
 #include <cstdint>
 
-#include "per_image.h"
+#include "../per_image.h"
 
 namespace imm::cuda {
 

@@ -9,7 +9,7 @@
 #include <cstring>
 #include <type_traits>
 
-#include "per_image.h"
+#include "../per_image.h"
 
 namespace imm::cuda {
 

@@ -150,7 +150,7 @@ void generate(const std::map<std::string, std::string>& options) {
     }
     parts.push_back(loop->run(at::tensor(own, at::kLong), labels, guidance, std::nullopt).cpu());
   }
-  const at::Tensor images = at::cat(parts).contiguous();
+  const at::Tensor images = at::cat(parts).to(at::kFloat).contiguous();
   write_npy(options.at("--out"), images);
   std::cout << total << " images of " << images.sizes().slice(1) << ": " << options.at("--out") << "\n";
 }

@@ -40,10 +40,7 @@ class Processes:
 
     def total(self, number: int) -> int:
         """The sum of the processes' numbers, when every process is here."""
-        count = torch.tensor(number)
-        if self.world > 1:
-            distributed.all_reduce(count)
-        return int(count)
+        return int(self.sums(torch.tensor(number)))
 
     def largest(self, number: int) -> int:
         """The largest of the processes' numbers, when every process is here."""
@@ -149,10 +146,3 @@ def processes() -> Iterator[Processes]:
     yield Processes(distributed.get_rank(), world, int(os.environ.get("LOCAL_RANK", "0")))
     # Not after an error: NCCL would wait for the others, which wait for this one; its end is what ends them.
     distributed.destroy_process_group()
-
-
-def device_of(local_rank: int) -> torch.device:
-    """A device for a process of a machine: CUDA devices in turn where there are any."""
-    if torch.cuda.is_available():
-        return torch.device("cuda", local_rank % torch.cuda.device_count())
-    return torch.device("cpu")

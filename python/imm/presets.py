@@ -32,18 +32,10 @@ class Preset:
         return FlowMap(NETWORKS[self.network](**self.arguments), **self.flow_map)
 
 
-def _training(optimizer: str, precision: str, xflip: bool = False, augment: float = 0.0) -> dict[str, Any]:
-    return {
-        "batch": 4096,
-        "optimizer": optimizer,
-        "lr": 1e-4,
-        "betas": (0.9, 0.999),
-        "weight_decay": 0.0,
-        "ema": 0.9999,
-        "precision": precision,
-        "xflip": xflip,
-        "augment": augment,
-    }
+#: What the paper's settings have alike.
+_FLOW_MAP: dict[str, Any] = {"schedule": "fm", "t_max": 0.994}
+_OBJECTIVE: dict[str, Any] = {"particles": 4, "kernel": "laplace", "mapping_kind": "eta"}
+_TRAINING: dict[str, Any] = {"batch": 4096, "lr": 1e-4, "betas": (0.9, 0.999), "weight_decay": 0.0, "ema": 0.9999}
 
 
 def _dit(
@@ -53,25 +45,10 @@ def _dit(
     return Preset(
         network="DiT",
         arguments={"size": size, "patch": patch, "channels": 4, "resolution": 32, "num_classes": 1000},
-        flow_map={
-            "schedule": "fm",
-            "parametrization": "euler_fm",
-            "second_time": second_time,
-            "t_min": 0.0,
-            "t_max": 0.994,
-        },
-        objective={
-            "particles": 4,
-            "kernel": "laplace",
-            "mapping_kind": "eta",
-            "k": 12,
-            "a": a,
-            "b": 4.0,
-            "min_gap": min_gap,
-            "label_dropout": 0.1,
-        },
+        flow_map={**_FLOW_MAP, "parametrization": "euler_fm", "second_time": second_time, "t_min": 0.0},
+        objective={**_OBJECTIVE, "k": 12, "a": a, "b": 4.0, "min_gap": min_gap, "label_dropout": 0.1},
         sampling={"steps": 8, "kind": "uniform", "guidance": 1.5},
-        training=_training("adamw", precision),
+        training={**_TRAINING, "optimizer": "adamw", "precision": precision, "xflip": False, "augment": 0.0},
         steps=1_200_000,
     )
 
@@ -82,16 +59,10 @@ PRESETS: dict[str, Preset] = {
     "cifar10": Preset(
         network="DDPMpp",
         arguments={"channels": 3, "resolution": 32, "num_classes": 0, "width": 128, "dropout": 0.2},
-        flow_map={
-            "schedule": "fm",
-            "parametrization": "simple_edm",
-            "second_time": "identity",
-            "t_min": 0.006,
-            "t_max": 0.994,
-        },
-        objective={"particles": 4, "kernel": "laplace", "mapping_kind": "eta", "k": 15, "a": 1, "b": 5.0},
+        flow_map={**_FLOW_MAP, "parametrization": "simple_edm", "second_time": "identity", "t_min": 0.006},
+        objective={**_OBJECTIVE, "k": 15, "a": 1, "b": 5.0},
         sampling={"steps": 2, "kind": "eta", "mid_eta": (1.4,)},
-        training=_training("radam", "tf32", xflip=True, augment=0.12),
+        training={**_TRAINING, "optimizer": "radam", "precision": "tf32", "xflip": True, "augment": 0.12},
         steps=400_000,
     ),
     "imagenet256-ts-a2": _dit("XL", 2, second_time="stride", a=2, min_gap=1e-4, precision="fp16"),

@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 import os
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -15,39 +17,49 @@ from imm.cli import progress
 from imm.cli.options import device_line, name_list, pick_device, say_left_out, say_notes
 from imm.data import load, summarize
 from imm.data.convert import check_request, spread, write, write_latents
-from imm.data.sources import Source, open_source
+from imm.data.sources import open_source
 from imm.files import write_text
 from imm.integrations.autoencoder import load_vae
 
 
-def convert(
+def convert(data: str, out: str, **options: Any) -> None:
+    """Run ``imm data convert``; the arguments are its options."""
+    _write(data, out, lambda: write, "writing", f"to {out}", **options)
+
+
+def encode(data: str, out: str, vae: str, device: str, **options: Any) -> None:
+    """Run ``imm data encode``; the arguments are its options."""
+    target = pick_device(device)
+    if Path(out).suffix != ".npz":
+        raise ValueError(f"out: expected an .npz file for latents, got {out}")
+    encoder = lambda: partial(write_latents, vae=load_vae(vae).to(target))
+    _write(data, out, encoder, "encoding", f"on {device_line(target)}", **options)
+
+
+def _write(
     data: str,
     out: str,
+    prepare: Callable[[], Callable[..., list[str]]],
+    doing: str,
+    place: str,
+    *,
     resolution: int | None,
     transform: str,
     split: str | None,
     max_images: int | None,
-    channels: int | None,
-    skip_broken: bool,
+    **options: Any,
 ) -> None:
-    """Run ``imm data convert``; the arguments are its options."""
+    """Write a source's images by what ``prepare`` gives, which is called when the source is found to be there."""
     check_request(out, resolution, transform, data)
     with open_source(data, split) as opened:
-        numbers = spread(opened.count, max_images)
-        click.echo(f"{opened.description}, {opened.num_classes} classes: writing {len(numbers)} to {out}")
+        act, numbers = prepare(), spread(opened.count, max_images)
+        click.echo(f"{opened.description}, {opened.num_classes} classes: {doing} {len(numbers)} {place}")
+        options |= {"resolution": resolution, "transform": transform, "numbers": numbers}
         with _stoppable(), progress.bar(len(numbers), "image") as bar:
-            left_out = write(
-                opened,
-                out,
-                resolution=resolution,
-                transform=transform,
-                channels=channels,
-                numbers=numbers,
-                skip_broken=skip_broken,
-                on_image=bar.update,
-                say=click.echo,
-            )
-        _finish(opened, out, left_out)
+            left_out = act(opened, out, **options, on_image=bar.update, say=click.echo)
+        say_notes(opened.said())
+    say_left_out(left_out, Path(out))
+    click.echo(f"wrote {out}")
 
 
 @contextmanager
@@ -64,49 +76,6 @@ def _stoppable() -> Iterator[None]:
     finally:
         for number, handler in old.items():
             signal.signal(number, handler)
-
-
-def _finish(opened: Source, out: str, left_out: list[str]) -> None:
-    say_notes(opened.said())
-    say_left_out(left_out, Path(out))
-    click.echo(f"wrote {out}")
-
-
-def encode(
-    data: str,
-    out: str,
-    vae: str,
-    resolution: int | None,
-    transform: str,
-    split: str | None,
-    max_images: int | None,
-    batch: int,
-    device: str,
-    skip_broken: bool,
-) -> None:
-    """Run ``imm data encode``; the arguments are its options."""
-    target = pick_device(device)
-    check_request(out, resolution, transform, data)
-    if Path(out).suffix != ".npz":
-        raise ValueError(f"out: expected an .npz file for latents, got {out}")
-    with open_source(data, split) as opened:
-        encoder = load_vae(vae).to(target)
-        numbers = spread(opened.count, max_images)
-        click.echo(f"{opened.description}, {opened.num_classes} classes: encoding {len(numbers)} on {device_line(target)}")
-        with _stoppable(), progress.bar(len(numbers), "image") as bar:
-            left_out = write_latents(
-                opened,
-                out,
-                encoder,
-                resolution=resolution,
-                transform=transform,
-                numbers=numbers,
-                batch=batch,
-                skip_broken=skip_broken,
-                on_image=bar.update,
-                say=click.echo,
-            )
-        _finish(opened, out, left_out)
 
 
 def stats(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import click
 import torch
 
@@ -11,32 +13,12 @@ from imm.cli.options import device_line, pick_device
 from imm.ops import native
 
 
-def run(
-    net: str,
-    out: str,
-    steps: int,
-    batch: int,
-    guided: bool,
-    kind: str,
-    mid_eta: list[float],
-    method: str,
-    precision: str | None,
-    device: str,
-) -> None:
+def run(net: str, out: str, steps: int, batch: int, guided: bool, precision: str | None, device: str, **grid: Any) -> None:
     """Run ``imm export``; the arguments are its options."""
     target = pick_device(device)
     flow_map = checkpoints.load(net).to(target)
-    package.export(
-        flow_map,
-        out,
-        rows=batch,
-        steps=steps,
-        kind=kind,
-        mid_eta=mid_eta,
-        method=method,
-        guided=guided,
-        dtype=None if precision is None else PRECISIONS[precision] or torch.float32,
-    )
+    dtype = None if precision is None else PRECISIONS[precision] or torch.float32
+    package.export(flow_map, out, rows=batch, steps=steps, guided=guided, dtype=dtype, **grid)
     click.echo(f"{out}: {steps} steps of {batch} images at a time, on {device_line(target)}")
     program = native.program("imm_generate")
     if program is not None:

@@ -117,10 +117,8 @@ def process_device(name: str, where: Processes) -> torch.device:
     """:func:`pick_device` for one of several processes: "auto" and "cuda" are the GPUs of its machine in turn."""
     import torch
 
-    from imm.distributed import device_of
-
     if name in ("auto", "cuda") and torch.cuda.is_available():
-        name = str(device_of(where.local_rank))
+        name = f"cuda:{where.local_rank % torch.cuda.device_count()}"
     return pick_device(name)
 
 

@@ -13,6 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import IO
 
 import numpy as np
 from numpy.typing import NDArray
@@ -235,12 +236,16 @@ def _idx_array(files: Files, name: str, dims: int) -> NDArray[np.uint8]:
     return np.frombuffer(content, np.uint8, offset=header).reshape(shape)
 
 
+def read_header(file: IO[bytes]) -> tuple[tuple[int, ...], bool, np.dtype]:
+    """Shape, whether in column order, and dtype of an npy file; its values are next."""
+    version = np.lib.format.read_magic(file)
+    return (np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0)(file)
+
+
 def _check_header(path: Path, name: str) -> None:
     """That the array's size is what its header says: numpy asks for the memory before it reads."""
     with zipfile.ZipFile(path) as archive, archive.open(f"{name}.npy") as file:
-        version = np.lib.format.read_magic(file)
-        reader = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-        shape, _, dtype = reader(file)
+        shape, _, dtype = read_header(file)
         size = archive.getinfo(f"{name}.npy").file_size - file.tell()
     if not dtype.hasobject and math.prod(shape) * dtype.itemsize != size:
         raise ValueError(f"{name} has {size} bytes for {list(shape)} of {dtype}")

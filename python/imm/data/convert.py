@@ -37,7 +37,7 @@ def check_request(out: str, resolution: int | None, transform: str, source: str 
     path = Path(out)
     if source is not None and path.resolve() == Path(source).resolve():
         raise ValueError(f"out: expected another place than the source, got {out}")
-    if _is_folder(path):
+    if path.suffix not in (".zip", ".npz"):
         if path.suffix:
             raise ValueError(f"out: expected a .zip or .npz file or a folder without an ending, got {out}")
         if path.is_file() or (path.is_dir() and any(path.iterdir())):
@@ -95,7 +95,6 @@ def write(
     chosen = list(range(source.count)) if numbers is None else numbers
     ending = ".npy" if path.suffix == ".npz" else ".png"
     request = {"ending": ending, "resolution": resolution, "transform": transform, "channels": channels, "imm": __version__}
-    tell = on_image or (lambda count: None)
 
     def picture_of(content: bytes) -> Picture:
         return decode(content, out) if ending == ".png" else _from_npy(content)
@@ -103,19 +102,12 @@ def write(
     def fits(content: bytes) -> bool:
         return channels in (None, picture_of(content).shape[2])
 
-    with open_parts(path, request, source, chosen, skip_broken=skip_broken, fits=fits, say=say) as parts:
-        tell(len(chosen) - len(parts.todo))
+    with open_parts(path, request, source, chosen, skip_broken=skip_broken, fits=fits, on_image=on_image, say=say) as parts:
         like = picture_of(parts.read(0)) if parts.kept else None
-
-        def leave_out(number: int, text: str) -> None:
-            parts.leave_out(number, text)
-            tell(1)
-
-        on_broken = leave_out if skip_broken else None
+        on_broken = parts.leave_out if skip_broken else None
         pictures = source.pictures(resolution, transform, parts.todo, channels=channels, like=like, on_broken=on_broken)
         for number, picture in pictures:
             parts.append(number, encode(picture) if ending == ".png" else _to_npy(picture), ending)
-            tell(1)
         check_kept(parts.kept, parts.left_out)
         labels = None if source.labels is None else source.labels[parts.kept]
         class_names = None if labels is None else source.class_names
@@ -169,17 +161,12 @@ def write_latents(
         raise ValueError(f"out: expected an .npz file for latents, got {out}")
     chosen = list(range(source.count)) if numbers is None else numbers
     request = {"vae": fingerprint(vae), "batch": batch, "resolution": resolution, "transform": transform, "imm": __version__}
-    tell = on_image or (lambda count: None)
     # By whole batches, so that an image is encoded beside the same others as in a run that was not stopped.
-    with open_parts(path, request, source, chosen, skip_broken=skip_broken, multiple=batch, say=say) as parts:
-        tell(len(chosen) - len(parts.todo))
+    with open_parts(
+        path, request, source, chosen, skip_broken=skip_broken, multiple=batch, on_image=on_image, say=say
+    ) as parts:
         shape = _from_npy(parts.read(0)).shape if parts.kept else None
-
-        def leave_out(number: int, text: str) -> None:
-            parts.leave_out(number, text)
-            tell(1)
-
-        on_broken = leave_out if skip_broken else None
+        on_broken = parts.leave_out if skip_broken else None
         pictures = source.pictures(resolution, transform, parts.todo, channels=3, on_broken=on_broken)
         while part := list(islice(pictures, batch)):
             images = to_float(torch.from_numpy(np.stack([picture for _, picture in part])).permute(0, 3, 1, 2))
@@ -193,7 +180,6 @@ def write_latents(
                     sizes = [list(one[1:]) for one in (shape, values.shape)]
                     raise ValueError(f"data: expected latents of {sizes[0]}, got {sizes[1]} ({source.name(number)})")
                 parts.append(number, _to_npy(values), ".npy")
-            tell(len(part))
         check_kept(parts.kept, parts.left_out)
         labels = None if source.labels is None else source.labels[parts.kept]
         class_names = None if labels is None else source.class_names
@@ -201,10 +187,6 @@ def write_latents(
             names_of_arrays = ("latents_mean", "latents_std")
             _write_npz(whole, names_of_arrays, parts, lambda index: list(_from_npy(parts.read(index))), labels, class_names)
     return list(parts.left_out.values())
-
-
-def _is_folder(path: Path) -> bool:
-    return path.suffix not in (".zip", ".npz")
 
 
 def _write_file(path: Path, content: bytes) -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from imm.data.arrays import Arrays
+from imm.data.arrays import Arrays, read_header
 from imm.data.listing import Files, open_files
 from imm.data.sources import LABELS_FILE, listed_labels
 from imm.latents import SD_VAE_MEAN, SD_VAE_STD, STD
@@ -65,9 +65,7 @@ def _values(files: Files, name: str) -> NDArray[np.floating]:
     file = io.BytesIO(content)
     try:
         # The header first: numpy takes the memory that it asks for before it reads.
-        version = np.lib.format.read_magic(file)
-        header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-        shape, fortran, dtype = header(file)
+        shape, fortran, dtype = read_header(file)
         whole = len(shape) == 3 and shape[0] == 2 * _CHANNELS and shape[1] == shape[2] > 0 and not fortran
         if not whole or dtype not in (np.float16, np.float32):
             raise ValueError(f"{list(shape)} of {dtype}{' in column order' if fortran else ''}")

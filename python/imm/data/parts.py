@@ -40,9 +40,10 @@ class Parts:
         skip_broken: bool,
         multiple: int,
         fits: Callable[[bytes], bool],
+        on_image: Callable[[int], object],
     ) -> None:
         self.path, self.journal_path = (out.with_name(f".{out.name}.part.{ending}") for ending in ("zip", "jsonl"))
-        self._source, self._total = source, len(numbers)
+        self._source, self._total, self._on_image = source, len(numbers), on_image
         self.kept: list[int] = []
         self.left_out: dict[int, str] = {}
         try:
@@ -120,11 +121,13 @@ class Parts:
         self._write_line(number, None)
         self._members.append(info)
         self.kept.append(number)
+        self._on_image(1)
 
     def leave_out(self, number: int, text: str) -> None:
         """Keep that a picture is broken."""
         self._write_line(number, text)
         self.left_out[number] = text
+        self._on_image(1)
 
     def _write_line(self, number: int, text: str | None) -> None:
         self._journal.write(json.dumps([*self._row(number), text]).encode() + b"\n")
@@ -177,6 +180,7 @@ def open_parts(
     skip_broken: bool,
     multiple: int = 1,
     fits: Callable[[bytes], bool] = lambda content: True,
+    on_image: Callable[[int], object] | None = None,
     say: Callable[[str], object] | None = None,
 ) -> Iterator[Parts]:
     """What was done of a conversion to ``out`` by the same ``request``; kept where this one fails, and gone after it.
@@ -184,19 +188,21 @@ def open_parts(
     Args:
         numbers: of the source's pictures, in the order of writing. skip_broken: whether pictures may be left out.
         multiple: go on after so many pictures. fits: whether this run would write the first picture that is done.
-        say: gets a line where there was something.
+        on_image: called with the number of images done. say: gets a line where there was something.
 
     Raises:
         ValueError: what fails within, with how far it came; another process writes to ``out``.
     """
     try:
-        parts = Parts(out, request, source, numbers, skip_broken, multiple, fits)
+        tell = on_image or (lambda count: None)
+        parts = Parts(out, request, source, numbers, skip_broken, multiple, fits, tell)
     except OSError as error:
         raise ValueError(f"out: cannot write {out}: {error}") from error
     failed = True
     try:
         if say is not None and parts.kept:
             say(f"going on after {len(parts.kept) + len(parts.left_out)} of {len(numbers)} images that are done")
+        tell(len(numbers) - len(parts.todo))
         yield parts
         failed = False
     except (OSError, ValueError) as error:

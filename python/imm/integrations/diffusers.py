@@ -33,6 +33,7 @@ except ImportError as error:
     raise ImportError(f"imm.integrations.diffusers: {NEEDED}") from error
 
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
+FLOW_MAP_SETTINGS = ("schedule", "parametrization", "second_time", "sigma_data", "time_scale", "t_min", "t_max")
 
 
 class IMMNetwork(ModelMixin, ConfigMixin):
@@ -154,15 +155,7 @@ class IMMScheduler(SchedulerMixin, ConfigMixin):
         mid_eta: Sequence[float] = (),
         method: str = "pushforward",
     ) -> None:
-        self.flow_map_settings: dict[str, Any] = {
-            "schedule": schedule,
-            "parametrization": parametrization,
-            "second_time": second_time,
-            "sigma_data": sigma_data,
-            "time_scale": time_scale,
-            "t_min": t_min,
-            "t_max": t_max,
-        }
+        self.flow_map_settings: dict[str, Any] = {name: self.config[name] for name in FLOW_MAP_SETTINGS}
         self.init_noise_sigma = sigma_data
         self.num_inference_steps: int | None = None
         self.timesteps = torch.empty(0, dtype=torch.float64)
@@ -363,7 +356,9 @@ class IMMPipeline(DiffusionPipeline):
             raise ValueError(f"rows: expected None beside callback_on_step_end, which sees whole batches, got {rows}")
         count = _count(seeds, generator, class_labels, batch_size)
         keys = _drawn(generator, count) if seeds is None else functional.as_seeds(seeds)
-        labels = None if class_labels is None else as_labels(_each(class_labels, count))
+        given: Any = class_labels
+        given = [int(given)] * count if given is not None and _single(given) else given
+        labels = None if given is None else as_labels(given)
         if callback_on_step_end is None:
             images = self._made_sampler(flow_map, num_inference_steps, rows).sample(keys, labels, guidance_scale)
         else:
@@ -459,10 +454,6 @@ def _count(seeds: Any, generator: Any, class_labels: Any, batch_size: int | None
     if count < 1:
         raise ValueError(f"{next(iter(given))}: expected at least one image, got {count}")
     return count
-
-
-def _each(class_labels: Any, count: int) -> Any:
-    return [int(class_labels)] * count if _single(class_labels) else class_labels
 
 
 def _single(value: Any) -> bool:

@@ -13,10 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.checkpoint import checkpoint
 
 from imm.networks.embeddings import check_image, full_precision
-from imm.networks.layers import GroupNorm, attention
+from imm.networks.layers import GroupNorm, attention, run_block
 from imm.ops.timestep_embedding import MAX_PERIOD, sinusoids
 
 #: Of every GroupNorm.
@@ -245,7 +244,11 @@ class DDPMpp(nn.Module):
         h, skips = x, []
         # By name: a block that torch.compile wrapped is no Block.
         for name, module in self.enc.items():
-            h = full_precision(weight, module, h) if name.endswith("_conv") else self._run(module, h, condition)
+            h = (
+                full_precision(weight, module, h)
+                if name.endswith("_conv")
+                else run_block(self.checkpointing, module, h, condition)
+            )
             skips.append(h)
         for name, module in self.dec.items():
             if "_aux_" in name:
@@ -253,13 +256,8 @@ class DDPMpp(nn.Module):
                 h = full_precision(weight, end, h)
             else:
                 h = torch.cat([h, skips.pop()], dim=1) if "_block" in name else h
-                h = self._run(module, h, condition)
+                h = run_block(self.checkpointing, module, h, condition)
         return h
-
-    def _run(self, block: nn.Module, x: Tensor, condition: Tensor) -> Tensor:
-        if self.checkpointing and torch.is_grad_enabled():
-            return checkpoint(block, x, condition, use_reentrant=False)
-        return block(x, condition)
 
     def _sinusoids(self, times: Tensor) -> Tensor:
         """sin then cos of ``width / 2`` frequencies from 1 to 1/10000, both ends included: ``[B, width]``."""

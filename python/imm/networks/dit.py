@@ -11,11 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.checkpoint import checkpoint
 
-from imm.networks.conditioning import Modulations
 from imm.networks.embeddings import LabelEmbedder, TimestepEmbedder, check_image, full_precision
-from imm.networks.layers import attention, linear
+from imm.networks.layers import attention, linear, run_block
 from imm.ops.attention import TOKENS
 from imm.ops.timestep_embedding import MAX_PERIOD
 
@@ -249,37 +247,28 @@ class DiT(nn.Module):
         condition = self._embeddings(t, s)
         return condition if self.y_embedder is None else condition + self.y_embedder(labels)
 
-    def _run(self, block: Any, *args: Tensor) -> Any:
-        if self.checkpointing and torch.is_grad_enabled():
-            return checkpoint(block, *args, use_reentrant=False)
-        return block(*args)
-
     def _plain(self, tokens: Tensor, modulations: list[Tensor]) -> Tensor:
         for block, modulation in zip(self.blocks, modulations, strict=False):
-            tokens = self._run(block, tokens, modulation)
+            tokens = run_block(self.checkpointing, block, tokens, modulation)
         return full_precision(self.final_layer.linear.weight, self.final_layer, tokens, modulations[-1])
 
     def _fused(self, tokens: Tensor, modulations: list[Tensor]) -> Tensor:
         shift, scale = modulations[0][:, : 2 * tokens.shape[2]].chunk(2, dim=1)
         h = torch.ops.imm.adaln_modulate(tokens, shift, scale, EPS)
         for block, modulation, following in zip(self.blocks, modulations, modulations[1:], strict=False):
-            tokens, h = self._run(block, tokens, modulation, h, following)
+            tokens, h = run_block(self.checkpointing, block, tokens, modulation, h, following)
         return full_precision(self.final_layer.linear.weight, self.final_layer, h, None)
 
-    def condition(
-        self, times: Tensor, labels: Tensor | None, batch: int | None = None, *, distinct: bool = True
-    ) -> Modulations:
-        """The modulations of every step of a sampling run at once: each layer multiplies all distinct (step, class) rows.
+    def condition(self, times: Tensor, labels: Tensor | None) -> Tensor:
+        """The modulations of every step of a sampling run at once, each layer one product. They depend on the times and the
+        class alone, so images of one class may share a row.
 
         Args:
             times: ``[N, 2]`` float64, each step's scaled t and s.
-            labels: ``[B]`` int64, or None for an unconditional network.
-            batch: images, where there are no labels to count them.
-            distinct: compute a class that repeats once. It is looked for on the host, which a captured graph cannot; False
-                computes a row for every label.
+            labels: ``[R]`` int64, a row each, or None for an unconditional network: one row.
 
         Returns:
-            :class:`Modulations` of N steps, in the weights' dtype. To rounding what ``forward`` computes from times and labels.
+            ``[N, R, modulation_features]``, in the weights' dtype. To rounding what ``forward`` computes from times and labels.
 
         Raises:
             ValueError: times of another shape; labels missing, or given to an unconditional network.
@@ -289,15 +278,9 @@ class DiT(nn.Module):
         if (labels is None) != (self.y_embedder is None):
             raise ValueError(f"labels: expected {'none' if self.y_embedder is None else '[B] int64'}, got {labels}")
         condition = self._embeddings(times[:, 0], times[:, 1])[:, None]  # [N, 1, C]
-        if labels is None or self.y_embedder is None:
-            index = torch.zeros(1 if batch is None else batch, dtype=torch.int64, device=times.device)
-        else:
-            index = torch.arange(len(labels), device=labels.device)
-            if distinct:
-                labels, index = labels.unique(return_inverse=True)
+        if self.y_embedder is not None:
             condition = condition + self.y_embedder(labels)  # [N, R, C]
-        layers = (*self.blocks, self.final_layer)
-        return Modulations(torch.cat([layer.adaLN_modulation(condition) for layer in layers], dim=2), index)
+        return torch.cat([layer.adaLN_modulation(condition) for layer in (*self.blocks, self.final_layer)], dim=2)
 
     def _unpatchify(self, tokens: Tensor) -> Tensor:
         side, p, c = self.resolution // self.patch, self.patch, self.channels

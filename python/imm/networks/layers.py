@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.checkpoint import checkpoint
 
 
 def linear(layer: nn.Module, x: Tensor, *, gelu: bool = False) -> Tensor:
@@ -32,6 +35,11 @@ def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         with sdpa_kernel(SDPBackend.MATH):
             return F.scaled_dot_product_attention(q, k, v)
     return F.scaled_dot_product_attention(q, k, v)
+
+
+def run_block(checkpointing: bool, block: nn.Module, *args: Tensor) -> Any:
+    """``block(*args)``; with ``checkpointing``, in training, only ``args`` are kept and the backward runs it again."""
+    return checkpoint(block, *args, use_reentrant=False) if checkpointing and torch.is_grad_enabled() else block(*args)
 
 
 class GroupNorm(nn.GroupNorm):

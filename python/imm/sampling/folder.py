@@ -247,13 +247,8 @@ def generate(
 
 def _stored(folder: ImageFolder, seeds: Sequence[int]) -> Tensor | None:
     """The latents of all these seeds from the folder, if they are there."""
-    found: list[Tensor] = []
-    for seed in seeds:
-        latents = folder.latents(seed)
-        if latents is None:
-            return None
-        found.append(latents)
-    return torch.stack(found)
+    found = [latents for seed in seeds if (latents := folder.latents(seed)) is not None]
+    return torch.stack(found) if len(found) == len(seeds) else None
 
 
 def _check_finite(images: Tensor, seeds: Sequence[int], origin: str) -> None:

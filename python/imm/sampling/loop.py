@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +15,8 @@ from imm.schedules import Time, as_time
 
 #: (step, x [R, ...], t [R], s [R], labels [R] or None) -> x's shape.
 Network = Callable[[int, Tensor, Tensor, Tensor, Tensor | None], Tensor]
+#: (step, state after it) -> the noise that is added, of the state's shape.
+Fresh = Callable[[int, Tensor], Tensor]
 
 
 class Plain:
@@ -49,8 +52,8 @@ def jump(
     out: Tensor | None = None,
 ) -> Tensor:
     """The state after step i from the one before, x ``[B, ...]``, and what the network gave for it, with noise of ``seeds``
-    where the table has any."""
-    noisy = table.c_noise[i] != 0.0
+    where there are any and the table has noise."""
+    noisy = seeds is not None and table.c_noise[i] != 0.0
     return functional.flow_step(
         x,
         g,
@@ -106,11 +109,15 @@ def run(
     guidance: Tensor | None,
     seeds: Tensor | None,
     dtype: torch.dtype,
+    fresh: Fresh | None = None,
 ) -> Tensor:
-    """Every :func:`step` of a table; in place from the second one on, so that x stays as it is."""
+    """Every :func:`step` of a table; in place from the second one on, so that x stays as it is. Without seeds ``fresh`` gives
+    the noise."""
     out = None
     for i in range(len(table)):
         x = out = step(table, i, network, x, labels, guidance, seeds, dtype, out)
+        if fresh is not None and table.c_noise[i] != 0.0:
+            functional.flow_step(x, fresh(i, x), 1.0, table.c_noise[i], out=x)
     return x
 
 
@@ -157,7 +164,7 @@ def pushforward(
     Raises:
         ValueError, TypeError: times that do not decrease or leave the flow map's range; what :class:`FlowMap` refuses.
     """
-    return _sample(flow_map, step_table(flow_map, times), x, labels, guidance, dtype, None)
+    return _sample(flow_map, step_table(flow_map, times), x, labels, guidance, dtype)
 
 
 @torch.no_grad()
@@ -168,26 +175,39 @@ def restart(
     labels: Tensor | None = None,
     guidance: Time | None = None,
     dtype: torch.dtype = torch.float32,
+    noise: Sequence[Tensor] | None = None,
     *,
-    seeds: Tensor | Sequence[int] | range,
+    seeds: Tensor | Sequence[int] | range | None = None,
 ) -> Tensor:
     """Jump to the last time from each time, re-noising in between (algorithm 5).
 
     Args:
         flow_map, x, labels, guidance, dtype: as in :func:`pushforward`.
         times: ``[steps + 1]``; all but the last above the last, in any order.
-        seeds: image seeds that the fresh noise is drawn from (:func:`imm.noise` at steps 1, 2, ...).
+        noise: the steps - 1 tensors of fresh noise in sampling order, of x's shape and already scaled by sigma_data.
+        seeds: image seeds to draw that noise from (:func:`imm.noise` at steps 1, 2, ...). With neither, torch's default
+            generator gives it.
 
     Returns:
         ``[B, ...]`` in ``dtype``.
 
     Raises:
-        ValueError, TypeError: as :func:`pushforward`; seeds of another number.
+        ValueError, TypeError: as :func:`pushforward`; both noise and seeds, or either of another number or shape.
     """
-    table, keys = step_table(flow_map, times, "restart"), functional.as_seeds(seeds, x.device)
-    if len(keys) != len(x):
-        raise ValueError(f"seeds: expected one per image, {len(x)}, got {len(keys)}")
-    return _sample(flow_map, table, x, labels, guidance, dtype, keys)
+    table = step_table(flow_map, times, "restart")
+    if seeds is not None:
+        if noise is not None:
+            raise ValueError("noise and seeds: expected one of them at most")
+        keys = functional.as_seeds(seeds, x.device)
+        if len(keys) != len(x):
+            raise ValueError(f"seeds: expected one per image, {len(x)}, got {len(keys)}")
+        return _sample(flow_map, table, x, labels, guidance, dtype, keys)
+    if noise is not None and (len(noise) != len(table) - 1 or any(n.shape != x.shape for n in noise)):
+        expected = f"{len(table) - 1} tensors of shape {list(x.shape)}"
+        raise ValueError(f"noise: expected {expected}, got {[list(n.shape) for n in noise]}")
+    table = replace(table, c_noise=tuple(c / flow_map.sigma_data for c in table.c_noise))
+    fresh = lambda i, state: torch.randn_like(state) * flow_map.sigma_data if noise is None else noise[i].to(state)
+    return _sample(flow_map, table, x, labels, guidance, dtype, fresh=fresh)
 
 
 def _sample(
@@ -197,10 +217,11 @@ def _sample(
     labels: Tensor | None,
     guidance: Time | None,
     dtype: torch.dtype,
-    seeds: Tensor | None,
+    seeds: Tensor | None = None,
+    fresh: Fresh | None = None,
 ) -> Tensor:
     labels = flow_map.checked_labels(labels, len(x), x.device)
     w = checked_guidance(flow_map, guidance, len(x))
     if w is not None and labels is not None:
         labels, w = with_none(labels, flow_map.num_classes), w.to(x.device)
-    return run(table, Plain(flow_map.network), x.to(dtype), labels, w, seeds, flow_map.network_dtype)
+    return run(table, Plain(flow_map.network), x.to(dtype), labels, w, seeds, flow_map.network_dtype, fresh)

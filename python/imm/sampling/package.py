@@ -53,6 +53,7 @@ def export(
     method: str = "pushforward",
     guided: bool = False,
     dtype: torch.dtype | None = None,
+    state_dtype: torch.dtype = torch.float32,
 ) -> None:
     """Compile a flow map's network ahead of time for a sampling run, into the file ``path`` (``.pt2``).
 
@@ -61,7 +62,7 @@ def export(
     Args:
         flow_map: in evaluation mode, on the device to generate on.
         rows: images at a time; a run of fewer is padded, one of more is cut.
-        steps, kind, mid_eta, method: as in :class:`imm.Sampler`.
+        steps, kind, mid_eta, method, state_dtype: as in :class:`imm.Sampler`.
         guided: whether runs give a guidance scale, which may differ from run to run.
         dtype: of the weights; None: as they are.
 
@@ -70,8 +71,9 @@ def export(
     """
     path = Path(path)
     dtype = dtype or flow_map.network_dtype
-    if dtype not in DTYPES:
-        raise TypeError(f"dtype: expected one of {[str(d) for d in DTYPES]}, got {dtype}")
+    for name, value, accepted in (("dtype", dtype, DTYPES), ("state_dtype", state_dtype, (torch.float32, torch.float64))):
+        if value not in accepted:
+            raise TypeError(f"{name}: expected one of {[str(d) for d in accepted]}, got {value}")
     if not path.parent.is_dir():
         raise ValueError(f"out: expected a file in a folder that is there, got {path}")
     if path.suffix != ".pt2":
@@ -100,6 +102,7 @@ def export(
         "guided": str(int(guided)),
         "num_classes": str(flow_map.num_classes),
         "sigma_data": repr(flow_map.sigma_data),
+        "state_dtype": str(state_dtype).removeprefix("torch."),
         "input_dtype": str(dtype).removeprefix("torch."),
         "device": device.type,
     }

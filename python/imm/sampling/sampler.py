@@ -9,7 +9,7 @@ import warnings
 import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -23,24 +23,10 @@ from imm.schedules import Time
 
 #: A batch runs padded to a captured size of at most this many times its own, rather than being captured anew.
 PADDING = 1.25
-#: Loops that a sampler keeps; the one that was used longest ago is dropped.
-MAX_GRAPHS = 8
 #: Modulations of all steps are computed at once while they take no more than this.
 MODULATION_BYTES = 256 << 20
 
 Prepare = Callable[[Tensor | None], None]
-
-
-class Loop(Protocol):
-    """What csrc/sampling_loop.h and :class:`PythonLoop` have in common."""
-
-    rows: int
-    bytes: int
-    captured: bool
-
-    def capture(self) -> None: ...
-
-    def run(self, seeds: Tensor, labels: Tensor | None, guidance: Tensor | None, x: Tensor | None) -> Tensor: ...
 
 
 class PythonLoop:
@@ -52,11 +38,8 @@ class PythonLoop:
         self.table, self.network, self.prepare = table, network, prepare
         self.rows, self.shape, self.guided = settings["rows"], settings["shape"], settings["guided"]
         self.num_classes, self.sigma_data = settings["num_classes"], settings["sigma_data"]
-        self.input_dtype, self.device = settings["input_dtype"], settings["device"]
+        self.state_dtype, self.input_dtype, self.device = (settings[k] for k in ("state_dtype", "input_dtype", "device"))
         self.bytes = 0
-
-    def capture(self) -> None:
-        raise RuntimeError("capture: expected the native library, built for CUDA")
 
     def run(self, seeds: Tensor, labels: Tensor | None, guidance: Tensor | None, x: Tensor | None) -> Tensor:
         n, pad = len(seeds), self.rows - len(seeds)
@@ -73,7 +56,7 @@ class PythonLoop:
             guidance = padded(guidance) if len(guidance) == n else guidance
         if self.prepare is not None:
             self.prepare(labels)
-        return run(self.table, self.network, start.float(), labels, guidance, seeds, self.input_dtype)[:n]
+        return run(self.table, self.network, start.to(self.state_dtype), labels, guidance, seeds, self.input_dtype)[:n]
 
 
 def as_labels(labels: Tensor | Sequence[int]) -> Tensor:
@@ -104,10 +87,8 @@ class _Conditioned:
 
     def prepare(self, labels: Tensor | None) -> None:
         if labels is None:
-            self.rows = self.network.condition(self.times, None).rows
             self.index = torch.zeros_like(self.index)
-        else:
-            self.rows = self.network.condition(self.times, labels[self.first :], distinct=False).rows
+        self.rows = self.network.condition(self.times, None if labels is None else labels[self.first :])
 
     def __call__(self, step: int, x: Tensor, t: Tensor, s: Tensor, labels: Tensor | None) -> Tensor:
         assert self.rows is not None
@@ -151,7 +132,9 @@ class Sampler:
             network cannot be captured; True makes that an error; False never captures.
         rows: run every batch in this many rows, padded or in parts. An image's bits then depend on its seed, label and
             guidance, and not on what is generated beside it.
+        state_dtype: float32 or float64, of the state between steps.
         shape: of an image; None: what the network says.
+        max_graphs: batch sizes that are kept; the one that was used longest ago is dropped.
 
     Raises:
         ValueError, TypeError: values other than these.
@@ -169,28 +152,33 @@ class Sampler:
         dtype: torch.dtype | None = None,
         graph: str | bool = "auto",
         rows: int | None = None,
+        state_dtype: torch.dtype = torch.float32,
         shape: Sequence[int] | None = None,
+        max_graphs: int = 8,
     ) -> None:
         if not isinstance(flow_map, FlowMap):
             raise TypeError(f"flow_map: expected an imm.FlowMap, got {type(flow_map).__name__}")
         if graph not in ("auto", True, False):
             raise ValueError(f'graph: expected "auto", True or False, got {graph!r}')
+        if state_dtype not in (torch.float32, torch.float64):
+            raise TypeError(f"state_dtype: expected torch.float32 or torch.float64, got {state_dtype}")
         if dtype not in (None, torch.float32, torch.bfloat16, torch.float16, torch.float64):
             raise TypeError(f"dtype: expected None or a floating dtype of 16, 32 or 64 bits, got {dtype}")
-        if rows is not None and (not isinstance(rows, numbers.Integral) or rows < 1):
-            raise ValueError(f"rows: expected a count >= 1, got {rows!r}")
+        for name, count in (("rows", rows), ("max_graphs", max_graphs)):
+            if count is not None and (not isinstance(count, numbers.Integral) or count < 1):
+                raise ValueError(f"{name}: expected a count >= 1, got {count!r}")
         self.flow_map, self.times = flow_map, time_grid(flow_map, steps, kind, mid_eta)
         self.table = step_table(flow_map, self.times, method)
         self.shape = tuple(flow_map.image_shape if shape is None else shape)
         self.guidance = checked_guidance(flow_map, guidance, 1)
-        self.dtype, self.graph, self.rows = dtype, graph, rows
+        self.dtype, self.graph, self.rows, self.state_dtype, self.max_graphs = dtype, graph, rows, state_dtype, max_graphs
         self._begin()
         self._start()
 
     def _begin(self) -> None:
         """What a sampler has to itself, and a copy has anew."""
         self._lock = threading.RLock()
-        self._loops: OrderedDict[tuple[int, bool], Loop] = OrderedDict()
+        self._loops: OrderedDict[tuple[int, bool], PythonLoop] = OrderedDict()  # or the native library's
         self._captures, self._replays = 0, 0
         self._most_rows: int | None = self.rows
         self._no_graph: str | None = None
@@ -229,7 +217,7 @@ class Sampler:
             x: the states to begin with, ``[B, *shape]`` of standard deviation sigma_data; None: the seeds' noise.
 
         Returns:
-            ``[B, *shape]`` float32, on the network's device.
+            ``[B, *shape]`` of ``state_dtype``, on the network's device.
 
         Raises:
             ValueError, TypeError: arguments other than these, a network in training mode. RuntimeError: within the capture of a
@@ -253,7 +241,7 @@ class Sampler:
             if x is not None and (x.shape != (count, *self.shape) or not x.is_floating_point()):
                 raise ValueError(f"x: expected floating {[count, *self.shape]}, got {list(x.shape)} of {x.dtype}")
             if count == 0:
-                return torch.empty(0, *self.shape, device=self._device)
+                return torch.empty(0, *self.shape, dtype=self.state_dtype, device=self._device)
             kind = self._device.type
             if not torch.is_autocast_enabled(kind):
                 return self._in_parts(seeds, labels, w, x)
@@ -287,13 +275,13 @@ class Sampler:
         text = f"out of memory with {rows} images at a time; going on with at most {self._most_rows}"
         warnings.warn(text, RuntimeWarning, stacklevel=5)
 
-    def _loop(self, count: int, guided: bool) -> Loop:
+    def _loop(self, count: int, guided: bool) -> PythonLoop:
         """The loop for a number of images, made and captured where there is none yet."""
         rows = self.rows or self._captured_size(count, guided) or count
         loop = self._loops.get((rows, guided))
         if loop is None:
             loop = self._loops[rows, guided] = self._made(rows, guided)
-            while len(self._loops) > MAX_GRAPHS:
+            while len(self._loops) > self.max_graphs:
                 self._loops.popitem(last=False)
         self._loops.move_to_end((rows, guided))
         return loop
@@ -303,7 +291,7 @@ class Sampler:
         sizes = [r for (r, g), loop in self._loops.items() if g == guided and loop.captured and count <= r <= PADDING * count]
         return min(sizes, default=None)
 
-    def _made(self, rows: int, guided: bool) -> Loop:
+    def _made(self, rows: int, guided: bool) -> PythonLoop:
         network = self._callable(rows, guided)
         settings: dict[str, Any] = {
             "rows": rows,
@@ -311,6 +299,7 @@ class Sampler:
             "guided": guided,
             "num_classes": self.flow_map.num_classes,
             "sigma_data": self.flow_map.sigma_data,
+            "state_dtype": self.state_dtype,
             "input_dtype": self._input_dtype,
             "device": self._device,
         }
@@ -323,7 +312,7 @@ class Sampler:
             self._capture(loop)
         return loop
 
-    def _capture(self, loop: Loop) -> None:
+    def _capture(self, loop: Any) -> None:
         try:
             loop.capture()
         except torch.OutOfMemoryError:
@@ -339,9 +328,12 @@ class Sampler:
 
     def _callable(self, rows: int, guided: bool) -> Plain | _Conditioned:
         features = getattr(self._network, "modulation_features", None)
-        if features is None or not hasattr(self._network, "condition"):
-            return Plain(self._network)
-        if len(self.table) * (rows + 1) * features * self._input_dtype.itemsize > MODULATION_BYTES:
+        numbers = len(self.table) * (rows + 1) * (features or 0)
+        if (
+            features is None
+            or not hasattr(self._network, "condition")
+            or numbers * self._input_dtype.itemsize > MODULATION_BYTES
+        ):
             return Plain(self._network)
         return _Conditioned(self._network, self.table, rows, guided, self._device)
 
@@ -383,8 +375,8 @@ class Sampler:
     def warmup(self, batch_sizes: Sequence[int]) -> None:
         """Make, and capture, the loops for these numbers of images before the first call; largest first, so that the smaller
         ones use its memory. With the sampler's guidance, and without where it has none."""
-        if len(set(batch_sizes)) > MAX_GRAPHS:
-            raise ValueError(f"batch_sizes: expected at most {MAX_GRAPHS}, got {len(set(batch_sizes))}")
+        if len(set(batch_sizes)) > self.max_graphs:
+            raise ValueError(f"batch_sizes: expected at most max_graphs = {self.max_graphs}, got {len(set(batch_sizes))}")
         for size in sorted(set(batch_sizes), reverse=True):
             self.sample(range(size))
 

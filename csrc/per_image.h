@@ -3,13 +3,13 @@
 
 #include <cstdint>
 
-namespace imm::cuda {
+namespace imm {
 
-// One number per image in device memory, or one for all (stride 0).
+// One number per image in the device's memory, or one for all (stride 0); a null pointer where absent.
 template <typename T>
 struct PerImage {
   const T* ptr = nullptr;
   int64_t stride = 0;
 };
 
-}  // namespace imm::cuda
+}  // namespace imm
