@@ -4,6 +4,7 @@ Sizes: M on both sides of the tiles of 4 and 8 rows, of packing (8) and of a blo
 numbers) and the blocks of features. Left out: sizes whose M x M part does not fit memory; the fuzz test has them, as errors.
 """
 
+import functools
 import itertools
 import json
 import os
@@ -19,10 +20,10 @@ from tolerance import assert_close, bound
 from torch import Tensor
 
 from imm.ops import adaln as adaln_ops
+from imm.ops import dispatch, native
 from imm.ops import flow_map_mmd as flow_map_ops
 from imm.ops import flow_step as flow_step_ops
 from imm.ops import mmd as mmd_ops
-from imm.ops import native
 from imm.ops import noise as noise_ops
 from imm.ops import timestep_embedding as timestep_ops
 
@@ -315,38 +316,38 @@ def test_adaln_and_timestep_embedding_refuse_in_the_words_of_the_references() ->
     x, y, m, t = torch.ones(2, 3, 4), torch.ones(2, 3, 4).half(), torch.ones(2, 4), torch.ones(3)
     gated, modulate, gated_bwd = "gated_residual_adaln", "adaln_modulate", "gated_residual_adaln_bwd"
     embed, embed_bwd = "timestep_embedding", "timestep_embedding_bwd"
-    for module, name, args in (
-        (adaln_ops, modulate, (x[0], m, m, 1e-6)),
-        (adaln_ops, modulate, (x[..., :0], m[:, :0], m[:, :0], 1e-6)),
-        (adaln_ops, modulate, (x.int(), m, m, 1e-6)),
-        (adaln_ops, modulate, (x, m.int(), m, 1e-6)),
-        (adaln_ops, modulate, (x, m, m[:, :3], 1e-6)),
-        (adaln_ops, modulate, (x, m[0], m, 1e-6)),
-        (adaln_ops, modulate, (x, m, m[:1], 1e-6)),
-        (adaln_ops, modulate, (x, m, m.double(), 1e-6)),
-        (adaln_ops, modulate, (x, m, m, -1.5)),
-        (adaln_ops, modulate, (x, m, m, float("nan"))),
-        (adaln_ops, "adaln_modulate_bwd", (x[:1], x, m, 1e-6)),
-        (adaln_ops, gated, (x, y[:, :2], m, m, m, 1e-6)),
-        (adaln_ops, gated, (x, y.bool(), m, m, m, 1e-6)),
-        (adaln_ops, gated, (x, y, m, m, m.half(), 1e-6)),
-        (adaln_ops, gated_bwd, (x, y, x, y, m, m[:1], 1e-6)),
-        (adaln_ops, gated_bwd, (x[:1], y, x, y, m, m, 1e-6)),
-        (adaln_ops, gated_bwd, (x, x, x, y, m, m, 1e-6)),
-        (timestep_ops, embed, (x, x, 4, 100.0, torch.float32)),
-        (timestep_ops, embed, (t, t[:2], 4, 100.0, torch.float32)),
-        (timestep_ops, embed, (t, t.int(), 4, 100.0, torch.float32)),
-        (timestep_ops, embed, (t, t, 3, 100.0, torch.float32)),
-        (timestep_ops, embed, (t, t, 0, 100.0, torch.float32)),
-        (timestep_ops, embed, (t, t, 4, 0.5, torch.float32)),
-        (timestep_ops, embed, (t, t, 4, float("inf"), torch.float32)),
-        (timestep_ops, embed, (t, t, 4, 100.0, torch.int32)),
-        (timestep_ops, embed_bwd, (x[:1], t, t, 100.0)),
-        (timestep_ops, embed_bwd, (x, t[0], t[0], 100.0)),
-        (timestep_ops, embed_bwd, (torch.ones(2, 3, 5), t, t, 100.0)),
-        (timestep_ops, embed_bwd, (x.int(), t, t, 100.0)),
+    for name, args in (
+        (modulate, (x[0], m, m, 1e-6)),
+        (modulate, (x[..., :0], m[:, :0], m[:, :0], 1e-6)),
+        (modulate, (x.int(), m, m, 1e-6)),
+        (modulate, (x, m.int(), m, 1e-6)),
+        (modulate, (x, m, m[:, :3], 1e-6)),
+        (modulate, (x, m[0], m, 1e-6)),
+        (modulate, (x, m, m[:1], 1e-6)),
+        (modulate, (x, m, m.double(), 1e-6)),
+        (modulate, (x, m, m, -1.5)),
+        (modulate, (x, m, m, float("nan"))),
+        ("adaln_modulate_bwd", (x[:1], x, m, 1e-6)),
+        (gated, (x, y[:, :2], m, m, m, 1e-6)),
+        (gated, (x, y.bool(), m, m, m, 1e-6)),
+        (gated, (x, y, m, m, m.half(), 1e-6)),
+        (gated_bwd, (x, y, x, y, m, m[:1], 1e-6)),
+        (gated_bwd, (x[:1], y, x, y, m, m, 1e-6)),
+        (gated_bwd, (x, x, x, y, m, m, 1e-6)),
+        (embed, (x, x, 4, 100.0, torch.float32)),
+        (embed, (t, t[:2], 4, 100.0, torch.float32)),
+        (embed, (t, t.int(), 4, 100.0, torch.float32)),
+        (embed, (t, t, 3, 100.0, torch.float32)),
+        (embed, (t, t, 0, 100.0, torch.float32)),
+        (embed, (t, t, 4, 0.5, torch.float32)),
+        (embed, (t, t, 4, float("inf"), torch.float32)),
+        (embed, (t, t, 4, 100.0, torch.int32)),
+        (embed_bwd, (x[:1], t, t, 100.0)),
+        (embed_bwd, (x, t[0], t[0], 100.0)),
+        (embed_bwd, (torch.ones(2, 3, 5), t, t, 100.0)),
+        (embed_bwd, (x.int(), t, t, 100.0)),
     ):
-        want, got = _outcome(getattr(module, name), args), _outcome(getattr(OPS, name), args)
+        want, got = _outcome(functools.partial(dispatch.run, name, "reference"), args), _outcome(getattr(OPS, name), args)
         assert isinstance(want, (ValueError, TypeError)), (name, args)
         assert (type(got), str(got)) == (type(want), str(want))
 
@@ -478,24 +479,24 @@ def test_fuzz_raises_or_agrees(seed: int) -> None:
         t, s = (_pick(rng, 100 * torch.rand(G).to(rng.choice(DTYPES))) for _ in range(2))
         dim, period = rng.choice([-2, 0, 2, 2, 3, 34, 2**60]), rng.choice([1e4, 1e4, 50.0, 1.0, float("inf")])
         embedding = _pick(rng, torch.randn(2, G, 6).to(dtype))
-        for name, module, args in (
-            ("mmd_loss", mmd_ops, (x, y, scale, weight, *loss[3:])),
-            ("mmd_loss_bwd", mmd_ops, (_pick(rng, g2), slopes, x, y, weight, loss[-1])),
-            ("flow_map_mmd", flow_map_ops, (x, y, g, _pick(rng, u), *numbers, *loss)),
-            ("flow_map_mmd_bwd", flow_map_ops, (_pick(rng, g2), x, y, upstream)),
-            ("mmd_gram", mmd_ops, (x, y, scale, *kernel)),
-            ("mmd_gram_bwd", mmd_ops, (gram_up, x, y, scale, *kernel)),
-            ("flow_step", flow_step_ops, (x, g, c[0], c[1], *base, *extra, step)),
-            ("flow_step_bwd", flow_step_ops, (x, g, c[0], c[1], *base)),
-            ("noise", noise_ops, (seeds, numel, step)),
-            ("adaln_modulate", adaln_ops, (x, shift, factor, rate)),
-            ("adaln_modulate_bwd", adaln_ops, (up_x, x, factor, rate)),
-            ("gated_residual_adaln", adaln_ops, (x, g, gate, shift, factor, rate)),
-            ("gated_residual_adaln_bwd", adaln_ops, (up_x, up_y, x, g, gate, factor, rate)),
-            ("timestep_embedding", timestep_ops, (t, s, dim, period, rng.choice([*DTYPES, torch.int64]))),
-            ("timestep_embedding_bwd", timestep_ops, (embedding, t, s, period)),
+        for name, args in (
+            ("mmd_loss", (x, y, scale, weight, *loss[3:])),
+            ("mmd_loss_bwd", (_pick(rng, g2), slopes, x, y, weight, loss[-1])),
+            ("flow_map_mmd", (x, y, g, _pick(rng, u), *numbers, *loss)),
+            ("flow_map_mmd_bwd", (_pick(rng, g2), x, y, upstream)),
+            ("mmd_gram", (x, y, scale, *kernel)),
+            ("mmd_gram_bwd", (gram_up, x, y, scale, *kernel)),
+            ("flow_step", (x, g, c[0], c[1], *base, *extra, step)),
+            ("flow_step_bwd", (x, g, c[0], c[1], *base)),
+            ("noise", (seeds, numel, step)),
+            ("adaln_modulate", (x, shift, factor, rate)),
+            ("adaln_modulate_bwd", (up_x, x, factor, rate)),
+            ("gated_residual_adaln", (x, g, gate, shift, factor, rate)),
+            ("gated_residual_adaln_bwd", (up_x, up_y, x, g, gate, factor, rate)),
+            ("timestep_embedding", (t, s, dim, period, rng.choice([*DTYPES, torch.int64]))),
+            ("timestep_embedding_bwd", (embedding, t, s, period)),
         ):
-            want, got = _outcome(getattr(module, name), args), _outcome(getattr(OPS, name), args)
+            want, got = _outcome(functools.partial(dispatch.run, name, "reference"), args), _outcome(getattr(OPS, name), args)
             described = name, [(a.shape, a.dtype, a.stride()) if isinstance(a, Tensor) else a for a in args], want, got
             if isinstance(want, Exception):
                 out_of_memory = "alloc" in str(want)  # the kernel may need none where the result is empty
