@@ -176,10 +176,10 @@ def test_train_options(options, digits, tmp_path) -> None:
 
 
 def test_train_with_checkpointing_gives_the_same(digits, tmp_path, monkeypatch) -> None:
-    from imm.networks import dit
+    from imm.networks import layers
 
-    calls, own = [], dit.checkpoint
-    monkeypatch.setattr(dit, "checkpoint", lambda *args, **options: calls.append(1) or own(*args, **options))
+    calls, own = [], layers.checkpoint
+    monkeypatch.setattr(layers, "checkpoint", lambda *args, **options: calls.append(1) or own(*args, **options))
     options = ("train", "--data", digits, "--steps", "2", "--batch", "8", "--network", "dit", "--patch", "4", "--out")
     call(*options, tmp_path / "plain")
     assert not calls
