@@ -93,8 +93,8 @@ def test_parts_make_the_whole(device) -> None:
     whole = statistics_of(x)
     merged = FeatureStatistics(12)
     for part in x.split(77):
-        merged.update(part)
-    merged.update(x[:0])
+        merged.merge(statistics_of(part))
+    merged.merge(FeatureStatistics(12))
     exact = x.double().cpu()
     assert merged.n == 501
     for one in (whole, merged):
@@ -112,6 +112,8 @@ def test_statistics_refusals(tmp_path) -> None:
     statistics.update(torch.ones(1, 4))
     with pytest.raises(ValueError, match="at least 2 images, got 1"):
         statistics.covariance()
+    with pytest.raises(ValueError, match="expected 4 dimensions, got 3"):
+        statistics.merge(FeatureStatistics(3))
 
 
 def test_statistics_files(tmp_path) -> None:

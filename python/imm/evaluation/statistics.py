@@ -70,6 +70,13 @@ class FeatureStatistics:
         centred = x - mean
         self._add(len(x), mean.cpu(), (centred.T @ centred).cpu())
 
+    def merge(self, other: FeatureStatistics) -> None:
+        """Add what another one gathered."""
+        if other.mean.shape != self.mean.shape:
+            raise ValueError(f"statistics: expected {len(self.mean)} dimensions, got {len(other.mean)}")
+        if other.n:
+            self._add(other.n, other.mean, other.m2)
+
     def _add(self, n: int, mean: Tensor, m2: Tensor) -> None:
         total = self.n + n
         shift = mean - self.mean
@@ -77,12 +84,17 @@ class FeatureStatistics:
         self.m2 = self.m2 + m2 + torch.outer(shift, shift) * (self.n * n / total)
         self.n = total
 
-    def all_reduce(self) -> None:
-        """Merge what all processes gathered, by rank, so that all hold the same bits. Collective over gloo."""
+    def all_reduce(self, device: torch.device | str = "cpu") -> None:
+        """Merge what all processes gathered, in the order of their ranks, so that all hold the same bits. Collective.
+
+        Args:
+            device: what the process group's backend carries: "cpu" for gloo, the rank's CUDA device for nccl.
+        """
         merged = FeatureStatistics(len(self.mean))
         for rank in range(dist.get_world_size()):
-            part = torch.cat([torch.tensor([self.n], dtype=torch.float64), self.mean, self.m2.flatten()])
+            part = torch.cat([torch.tensor([self.n], dtype=torch.float64), self.mean, self.m2.flatten()]).to(device)
             dist.broadcast(part, src=rank)
+            part = part.cpu()
             if part[0] > 0:
                 mean, m2 = part[1:].split([len(self.mean), self.m2.numel()])
                 merged._add(int(part[0]), mean, m2.reshape(self.m2.shape))

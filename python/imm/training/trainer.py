@@ -18,6 +18,7 @@ from imm.backends import PRECISIONS, deterministic
 from imm.data import ImageData
 from imm.distributed import Exchange, Processes
 from imm.files import lock_folder
+from imm.flow_map import FlowMap
 from imm.objective import Draws, IMMObjective
 from imm.training.batches import Batches, mix
 from imm.training.config import OPTIMIZERS, TrainConfig, check_fit, settings_of
@@ -100,6 +101,11 @@ class Trainer:
         if self._lock is not None:
             self._lock.release(force=True)
             self._lock = None  # else it would be another trainer's, made later, as long as this one
+
+    @property
+    def ema_flow_map(self) -> FlowMap:
+        """The flow map around the averaged weights."""
+        return self._state.average
 
     @property
     def snapshot_path(self) -> Path:
