@@ -76,7 +76,7 @@ def test_adaln(layout: str, dtype: torch.dtype, shape: tuple[int, int, int]) -> 
 def test_mixed_dtypes_and_strided_tokens() -> None:
     x, y = tokens((17, 3, 4), torch.float32, 0).permute(2, 1, 0), tokens((4, 6, 34), torch.bfloat16, 1)[:, ::2, ::2]
     args = x, y, *modulations(3, 4, 17, torch.float16, "chunks"), 1e-6
-    z, h = adaln._triton_gated(*args)
+    z, h = dispatch.run("gated_residual_adaln", "triton", *args)
     assert (z.dtype, h.dtype) == (torch.float32, torch.bfloat16)
     check((z, h), adaln.gated_residual_adaln(*double(args)))
 
@@ -86,7 +86,7 @@ def test_no_tokens_have_no_gradient() -> None:
     for shape in ((0, 3, 5), (2, 0, 5)):
         x = torch.zeros(shape, device=DEVICE)
         gate = torch.zeros(shape[0], 5, device=DEVICE)
-        z, h = adaln._triton_gated(x, x, gate, gate, gate, 1e-6)
+        z, h = dispatch.run("gated_residual_adaln", "triton", x, x, gate, gate, gate, 1e-6)
         assert z.shape == h.shape == x.shape
         for grad in adaln._triton_gated_bwd(x, x, x, x, gate, gate, 1e-6)[2:]:
             assert torch.equal(grad, gate)

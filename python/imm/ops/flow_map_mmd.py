@@ -117,7 +117,7 @@ def _fake(*args: Any) -> tuple[Tensor, Tensor]:
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     a, (_, finished) = Arguments(*inputs), output
-    only(ctx, "flow_map_mmd", a, "g_t")
+    only(ctx, a, {"g_t"}, "flow_map_mmd: the gradient goes to g_t only; detach the other arguments")
     ctx.mark_non_differentiable(finished)
     ctx.save_for_backward(finished, a.g_t, a.upstream)
 

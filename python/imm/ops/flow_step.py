@@ -179,7 +179,8 @@ def _fake_bwd(
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     a = Step(*inputs)
-    only(ctx, "flow_step", a, "x", "g", "g_uncond")
+    refusal = "flow_step: the gradient goes to x and the network outputs only; detach the coefficients"
+    only(ctx, a, {"x", "g", "g_uncond"}, refusal)
     ctx.save_for_backward(a.g, a.c_skip, a.c_out, a.g_uncond, a.guidance)
 
 

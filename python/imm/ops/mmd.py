@@ -283,7 +283,7 @@ class _Loss(NamedTuple):
 
 def _setup_loss(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     a, (_, slopes) = _Loss(*inputs), output
-    only(ctx, "mmd_loss", a, "y_t")
+    only(ctx, a, {"y_t"}, "mmd_loss: the gradient goes to y_t only; detach y_r, scale and weight")
     ctx.mark_non_differentiable(slopes)
     ctx.save_for_backward(slopes, a.y_t, a.y_r, a.weight)
     ctx.unbiased = a.unbiased
@@ -306,7 +306,7 @@ class _Gram(NamedTuple):
 
 def _setup_gram(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     a = _Gram(*inputs)
-    only(ctx, "mmd_gram", a, "x", "y")
+    only(ctx, a, {"x", "y"}, "mmd_gram: the gradient goes to x and y only; detach scale")
     ctx.save_for_backward(a.x, a.y, a.scale)
     ctx.kernel = a.kernel, a.bandwidths, a.eps
 

@@ -113,11 +113,11 @@ def register_autograd(op: str, backward: Callable[..., Any], setup_context: Call
     _LIBRARY.impl(op, kernel, "Autograd", with_keyset=True)
 
 
-def only(ctx: Any, op: str, arguments: NamedTuple, *learning: str) -> None:
+def only(ctx: Any, arguments: NamedTuple, learning: set[str], refusal: str) -> None:
     """Raise RuntimeError where another argument than the ``learning`` ones asks for a gradient."""
     needed = {name for name, needs in zip(arguments._fields, ctx.needs_input_grad, strict=False) if needs}  # torch adds its own
-    if others := needed - set(learning):
-        raise RuntimeError(f"{op}: the gradient goes to {', '.join(learning)} only; detach {', '.join(sorted(others))}")
+    if needed - learning:
+        raise RuntimeError(refusal)
 
 
 def gradients(of: type[NamedTuple], **given: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
