@@ -10,7 +10,7 @@ import torch
 from interpreter import DEVICE, in_the_interpreter, kernel_test
 from torch import Tensor
 
-from imm.ops import adaln, timestep_embedding
+from imm.ops import adaln, dispatch, timestep_embedding
 
 pytest.importorskip("triton")
 
