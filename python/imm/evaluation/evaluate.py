@@ -293,10 +293,9 @@ def evaluate(
         settings[name] = {"what": metric.what, **chosen_settings}
         if metric.kind == "fd" and metric.features == INCEPTION and moments is not None:
             settings[name]["reference"] = {"statistics": "mu and sigma of the file", "sha256": moments.digest()}
-    seeds = None if pictures.seeds is None else format_integers(pictures.seeds)
     versions = {"imm": __version__, "python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__}
     protocol = {
-        "images": {**_about(pictures), "seeds": seeds},
+        "images": {**_about(pictures), "seeds": None if pictures.seeds is None else format_integers(pictures.seeds)},
         "generation": pictures.generation,
         **about,
         "quantisation": pictures.quantisation,
