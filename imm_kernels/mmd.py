@@ -2,7 +2,7 @@
 
 Which kernels run is chosen here, by shape: up to 8 particles (6 of a flow map) are compared pair by pair, whole groups to a
 program where there are groups enough to fill the device (resident) and slices of groups where there are not (split); larger M
-takes tensor-core products (mmd_dot.py). All are deterministic. Floors, resources and figures: docs/mmd.md.
+takes matmuls on tensor cores (mmd_dot.py). All are deterministic. Rooflines, resources and figures: docs/mmd.md.
 """
 
 # mypy: allow-untyped-defs
@@ -21,11 +21,11 @@ from torch import Tensor
 from imm_kernels import mmd_direct, mmd_dot
 from imm_kernels.mmd_math import number_of, set_of
 
-#: Bytes that the resident programs of a multiprocessor may work on together, so that the second pass finds the group near.
-_NEAR_BYTES = 200 * 1024
+#: Bytes that the resident programs of a multiprocessor work on at most, so that the second pass finds the group in L2 cache.
+_CACHED_BYTES = 200 * 1024
 #: Rows of the pairs kernel, and features at a time where it differences a close pair.
 _ROWS, _FEATURES = 16, 128
-#: Triton's interpreter multiplies bfloat16 bit patterns in products.
+#: Triton's interpreter multiplies bit patterns in bfloat16 matmuls.
 _INTERPRETED = not isinstance(mmd_dot._products_kernel, triton.runtime.JITFunction)
 
 
@@ -63,7 +63,7 @@ class DirectSizes:
 
 @dataclass(frozen=True)
 class DotSizes:
-    """Of mmd_dot: rows of a block, features of a block of products and of the gradient, warps of these, stages of loads."""
+    """Of mmd_dot: rows of a block, features of a block of the matmuls and of the gradient, their warps, stages of loads."""
 
     rows: int
     features: int
@@ -129,7 +129,7 @@ class _Groups:
 def _compute(
     groups: _Groups, scale: Tensor, weight: Tensor | None, upstream: Tensor | None, what: Kernel, grad: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """Launch what computes loss [G], slopes [G, M, 2 M] and, where there is room for it, the gradient."""
+    """Loss [G] and slopes [G, M, 2 M]; ``grad`` [G, M, D], where there is one, gets the gradient."""
     G, M, D = groups.G, groups.M, groups.D
     loss, slopes = groups.empty(), groups.empty(M, 2 * M)
     if G == 0:
@@ -141,7 +141,7 @@ def _compute(
         sizes = direct_sizes(M, D, groups.bits, mix=groups.mixed)
         direct: dict[str, Any] = {"M": M, **vars(sizes)}
         if count <= G or D <= 4 * sizes.BLOCK:  # resident
-            programs = min(G, count * max(1, min(16, _NEAR_BYTES // groups.group_bytes)))
+            programs = min(G, count * max(1, min(16, _CACHED_BYTES // groups.group_bytes)))
             resident = mmd_direct._resident_kernel[(programs,)]
             resident(groups.t, groups.r, *numbers, number_of(upstream), loss, slopes, grad, G, D, what.eps, **kernel, **direct)
             return loss, slopes

@@ -100,7 +100,7 @@ def number_of(value: Tensor | None) -> Number | None:
     """The :class:`Number` of a tensor [G], or [1] for all groups. Triton compiles for each stride that it meets: 0 and 1."""
     if value is None:
         return None
-    return Number(value, 0) if value.shape[0] == 1 else Number(value.contiguous(), 1)
+    return Number(value, 0) if value.shape[0] == 1 or value.stride(0) == 0 else Number(value.contiguous(), 1)
 
 
 class Rows(NamedTuple):

@@ -183,7 +183,7 @@ def test_mmd(G: int, M: int, D: int, expected: list[str], dtype: torch.dtype, la
         sizes = kernels.direct_sizes(M, D, 8 * y_t.element_size(), mix=False)
         assert (first.warps, first.maxnreg) == (sizes.num_warps, sizes.maxnreg)
         # As many groups at once as stay in the cache, or slices of few.
-        near = fake_driver.MULTIPROCESSORS * (kernels._NEAR_BYTES // (2 * M * D * y_t.element_size()))
+        near = fake_driver.MULTIPROCESSORS * (kernels._CACHED_BYTES // (2 * M * D * y_t.element_size()))
         assert first.grid[0] == (min(G, near) if expected == ["resident"] else G * -(-D // sizes.BLOCK))
     else:
         assert first.warps == kernels.dot_sizes(M, exact_bf16=dtype == torch.bfloat16, mix=False).warps
@@ -198,6 +198,7 @@ def test_flow_map_mmd_without_optional_numbers(M: int, launches: list[Launch]) -
     _, grad = run("flow_map_mmd", x, x, g, g, *numbers, torch.rand(3), None, None, "laplace", [1.0], 1e-8, False)
     run("flow_map_mmd_bwd", torch.ones(1).expand(3), grad, g, None)
     assert (launches[-1].kernel, launches[-1].grid) == ("mmd_direct._rescale_kernel", (3, 1, 1))
+    assert launches[-1].given["grad.stride"] == 0  # the gradient of a mean is one number, which is not copied
     assert grad.dtype == g.dtype
     assert [launches[0].types[name] for name in ("t.y", "t.x", "t.c_skip")] == ["*bf16", "*fp32", "*fp64"]
     assert all(launch.types.get("weight", "constexpr") == "constexpr" for launch in launches)

@@ -46,9 +46,9 @@ class Batches:
         return images, labels, told
 
     def indices(self, step: int) -> Tensor:
-        """The images of a step: positions step * batch, ... of the endless sequence of the epochs' permutations.
+        """The images of a step: positions step * batch, ... of the epochs' permutations, one after the other.
 
-        Numbers from the count of images on are mirrored images.
+        With ``xflip``, indices at or above the number of images mean mirrored images.
         """
         count = len(self._pixels) * (2 if self._config.xflip else 1)
         position = step * self._config.batch

@@ -1,4 +1,4 @@
-"""The settings of a run: how to train, whether it fits network and data, and what a resumed run must have alike."""
+"""The settings of a run: how to train, whether it fits network and data, and what a resumed run must not change."""
 
 from __future__ import annotations
 
@@ -137,9 +137,9 @@ def settings_of(config: TrainConfig, objective: IMMObjective, data: ImageData, i
 
 
 def differences(kept: Any, settings: dict[str, Any]) -> list[str]:
-    """What a run to resume, whose state ``kept`` its settings, had otherwise, in words."""
+    """Where the settings of a state, ``kept``, differ from those of the run that resumes it, in words."""
     if isinstance(kept, dict) and isinstance(kept.get("config"), dict):
-        # Of runs from before there were these settings.
+        # Runs of earlier versions did not have these settings.
         kept = {**kept, "config": {"xflip": False, "augment": 0.0, **kept["config"]}}
     named = ("data.source ", "data.class_names ")  # what the data are called does not change the result
     return [text for text in _unlike(kept, settings) if not text.startswith(named)]

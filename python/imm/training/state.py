@@ -1,4 +1,4 @@
-"""What a run goes on from: its state in one file, and the snapshots of the averaged weights beside it."""
+"""The state that a run resumes from, one file, and the snapshots of the averaged weights beside it."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class State:
     """Network, average, optimizer and loss scale of a run, and the files in its folder that hold them.
 
     Attributes:
-        settings: of the run (:func:`imm.training.config.settings_of`), kept in both files; a run of others is not resumed.
+        settings: of the run (:func:`imm.training.config.settings_of`), kept in both files; a run with others cannot resume it.
         keep_every: snapshots of steps that it divides stay; None for none. writes: whether this process writes the files.
         saved_step: that of the state file; None where this run has not written or read one.
     """
@@ -63,7 +63,7 @@ class State:
                 "settings": self.settings,
             }
             checkpoints.write_file(self.folder / STATE_FILE, self._tensors(), settings)
-            # A run that is killed from here on does the rest when it is resumed: the state says which snapshots are whose.
+            # A run that is killed here does the rest when it resumes: the state says which snapshot to write and to remove.
             self._write_snapshot(step)
             self._drop_snapshot(replaced)
         self.saved_step = step
@@ -85,7 +85,7 @@ class State:
             self.snapshot_path(step).unlink(missing_ok=True)
 
     def resume(self) -> int | None:
-        """Take up the state file and return its step; None where there is none.
+        """Load the state file and return its step; None where there is none.
 
         Raises:
             CheckpointError: a state of other settings, or that cannot be read. ValueError: snapshots without a state.

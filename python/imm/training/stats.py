@@ -58,7 +58,7 @@ def combined(parts: list[tuple[float, dict[str, Tensor]]]) -> dict[str, Tensor]:
 
 
 def _bin_sums(stats: dict[str, Tensor]) -> Tensor:
-    """The sums of the losses in each bin of t, whose means an empty bin does not have."""
+    """The sum of the losses in each bin of t; 0 for an empty bin, whose mean is NaN."""
     return torch.where(stats["t_bin_count"] > 0, stats["t_bin_loss"] * stats["t_bin_count"], 0.0)
 
 

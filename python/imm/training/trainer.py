@@ -43,7 +43,7 @@ class Trainer:
             of the same settings. They share a batch, times and noise of which are those of one process; so is the result, to
             rounding, but for a network's dropout. The first process writes. All make a trainer, run and save together.
 
-    A state file in ``out`` is continued, by the same settings only. The folder is locked against other processes until
+    A state file in ``out`` is resumed, with the same settings only. The folder is locked against other processes until
     :meth:`close`, the end of the trainer, or of its process. Each step seeds torch's default generators from
     (seed, step).
 
