@@ -40,8 +40,8 @@ WORKERS = max(1, (os.cpu_count() or 1) - 1)  # processes that share the GPU; one
 TOOLS = ("nvcc", "cmake", "ninja", "c++", "compute-sanitizer", "nvidia-smi")
 #: Where kernels are; the rest of the tests says nothing new on a GPU.
 TRITON_TESTS = ("test_triton_noise", "test_triton_mmd", "test_triton_adaln", "test_triton_attention")
-OP_TESTS = ("test_sampler_graphs", "test_sampler", "test_package", "test_bench_graphs", "test_dit", "test_adaln", "test_attention")
-OP_TESTS += ("test_mmd", "test_flow_step", "test_noise", "test_ops", "test_objective", "test_sampling")
+OP_TESTS = ("test_sampler_graphs", "test_sampler", "test_package", "test_bench_graphs", "test_dit", "test_adaln")
+OP_TESTS += ("test_attention", "test_mmd", "test_flow_step", "test_noise", "test_ops", "test_objective", "test_sampling")
 _DIT = ("test_dit", "adaln", "attention", "timestep")
 #: Expected seconds of a benchmark's cases without the baselines that compile, and with them; the first run replaces them. Then
 #: what it rests on: words in the names of tests, checks, kernels and files. The order is that of the questions in PENDING.md.
