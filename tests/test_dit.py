@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import copy
+from collections import Counter
+from typing import Any
 
 import pytest
 import torch
 from small import spread
 from tolerance import distance
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from imm.networks import DiT, dit
+from imm.networks import DiT, dit, layers
 from imm.networks.dit import Attention
 from imm.networks.layers import linear
 
@@ -128,7 +131,7 @@ def test_conditioning_for_a_run_is_that_of_each_step(network: DiT, fused: bool, 
     x, _, _, labels = inputs(device, 4)
     times = torch.tensor([[994.0, 600.0], [600.0, 250.0], [250.0, 6.0]], dtype=torch.float64, device=device)
     with torch.no_grad():
-        modulations = made.condition(times, labels)
+        modulations = made.conditioner(times)(labels)
         assert modulations.shape == (3, 4, made.modulation_features)
         for step, (t, s) in enumerate(times):
             expected = made(x, t.expand(4), s.expand(4), labels)
@@ -140,7 +143,7 @@ def test_conditioning_without_classes(device: str) -> None:
     for parameter in made.parameters():
         nn.init.normal_(parameter, std=0.02)
     times = torch.tensor([[994.0, 6.0]], dtype=torch.float64, device=device)
-    modulations = made.condition(times, None)
+    modulations = made.conditioner(times)(None)
     x = torch.randn(3, 1, 8, 8, device=device)
     expected = made(x, *times[0, :, None].expand(2, 3))
     assert distance(made(x, modulation=modulations[0].expand(3, -1)), expected) < 1e-6
@@ -150,7 +153,7 @@ def test_bad_modulations_are_refused(network: DiT, device: str) -> None:
     x, t, s, labels = inputs(device)
     features = network.modulation_features
     times = torch.tensor([[994.0, 6.0], [6.0, 1.0]], dtype=torch.float64, device=device)
-    modulations = network.condition(times, labels)
+    modulations = network.conditioner(times)(labels)
     for wrong in (torch.zeros(2, features, device=device), torch.zeros(3, features - 1, device=device), modulations):
         with pytest.raises(ValueError, match=rf"modulation: expected one step's \[3, {features}\], got"):
             network(x, modulation=wrong)
@@ -159,9 +162,9 @@ def test_bad_modulations_are_refused(network: DiT, device: str) -> None:
     with pytest.raises(ValueError, match="t and s: expected the two times"):
         network(x)
     with pytest.raises(ValueError, match=r"times: expected t and s of each step, \[N, 2\], got \[2\]"):
-        network.condition(times[0], labels)
-    with pytest.raises(ValueError, match=r"labels: expected \[B\] int64, got None"):
-        network.condition(times, None)
+        network.conditioner(times[0])
+    with pytest.raises(ValueError, match=r"labels: expected \[R\] int64, got None"):
+        network.conditioner(times)(None)
 
 
 @pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 1e-6), (torch.bfloat16, 4e-3)])
@@ -176,6 +179,61 @@ def test_a_linear_layer_of_inference(dtype: torch.dtype, bound: float, device: s
         erf = torch.nn.functional.gelu(exact)
         assert float((gelu - erf).abs().max()) > 1e-4  # another function
         assert distance(linear(layer, x.transpose(0, 1), gelu=True), gelu.transpose(0, 1)) < bound
+
+
+def test_gelu_in_the_epilogue_of_a_matmul(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The CPU stands for CUDA, with another GELU."""
+    monkeypatch.setattr(layers, "TANH_GELU", ("cpu",))
+    monkeypatch.setattr(layers, "_one_dnn", lambda x: False)
+    torch.manual_seed(0)
+    layer, x = nn.Linear(24, 40), torch.randn(7, 2, 24).transpose(0, 1)
+    erf = nn.functional.gelu(nn.functional.linear(x.double(), layer.weight.double(), layer.bias.double()))
+    with torch.no_grad():
+        found = linear(layer, x, gelu=True)
+    assert found.shape == (2, 7, 40)
+    assert distance(found, erf) < 1e-6
+    assert distance(linear(layer, x, gelu=True), erf) > 1e-4  # tanh-GELU, where something learns
+
+
+class Launches(TorchDispatchMode):
+    """Counts the ops that are no views."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count[str(func)] += not func.is_view and "view" not in str(func)
+        return func(*args, **(kwargs or {}))
+
+
+def test_kernels_of_a_step_of_dit_xl(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On CUDA, for which the meta device stands here."""
+    monkeypatch.setattr(layers, "TANH_GELU", ("meta",))
+    with torch.device("meta"):
+        made = DiT("XL").eval().to(torch.bfloat16)
+        x, modulation = (torch.empty(2, *n, dtype=torch.bfloat16) for n in ((4, 32, 32), (made.modulation_features,)))
+        times, labels = torch.empty(1, 2, dtype=torch.float64), torch.empty(2, dtype=torch.int64)
+    conditioner = made.conditioner(times)
+    with torch.no_grad(), Launches() as step:
+        made(x, modulation=modulation)
+    with Launches() as conditioning:
+        conditioner(labels)
+    assert step.count.total() == 201, step.count  # 4 matmuls, 2 norms and 1 attention a block, and 5
+    assert conditioning.count.total() == 4, conditioning.count
+
+
+def test_projections_that_were_replaced_or_hooked_are_called(network: DiT, device: str) -> None:
+    times = torch.tensor([[994.0, 600.0], [600.0, 6.0]], dtype=torch.float64, device=device)
+    labels = torch.tensor([4, 0], device=device)
+    expected = network.conditioner(times)(labels)
+    projection = network.blocks[1].adaLN_modulation[1]
+    handle = projection.register_forward_hook(lambda module, args, output: 2 * output)
+    found = network.conditioner(times)(labels)
+    handle.remove()
+    first, second = 6 * 384, 12 * 384
+    assert distance(found[..., first:second], 2 * expected[..., first:second]) < 1e-6
+    assert distance(found[..., second:], expected[..., second:]) < 1e-6
 
 
 def test_a_linear_layer_that_was_replaced_or_hooked_is_called() -> None:

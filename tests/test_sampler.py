@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import gc
 import subprocess
 import sys
@@ -22,6 +23,7 @@ import imm
 from imm import FlowMap, Sampler, sampling
 from imm.checkpoints import from_published
 from imm.networks import DiT, UNet
+from imm.networks.dit import Conditioner
 from imm.ops import native
 from imm.sampling import sampler
 
@@ -143,16 +145,37 @@ def test_a_dit_is_conditioned_once_a_run(guidance, dit, loop, monkeypatch) -> No
     made = Sampler(dit, steps=3, guidance=guidance)
     labels, x = torch.tensor([4, 0, 4]), sampling.initial_state(dit, range(3), (4, 16, 16))
     expected = sampling.pushforward(dit, x, made.times, labels, guidance)
-    calls = []
-    whole = DiT.condition
-    monkeypatch.setattr(DiT, "condition", lambda *args, **options: calls.append(1) or whole(*args, **options))
+    made_for, calls = [], []
+    start, call = Conditioner.__init__, Conditioner.__call__
+    monkeypatch.setattr(Conditioner, "__init__", lambda *args: made_for.append(1) or start(*args))
+    monkeypatch.setattr(Conditioner, "__call__", lambda *args: calls.append(1) or call(*args))
     out = made.sample(range(3), labels)
-    assert len(calls) == 1
+    assert torch.equal(made.sample(range(3), labels), out)
+    made.sample(range(2), labels[:2])  # another loop
+    assert (len(made_for), len(calls)) == (1, 3)
     torch.testing.assert_close(out, expected, rtol=1e-5, atol=1e-6)
     monkeypatch.setattr(sampler, "MODULATION_BYTES", 0)
     made.refresh()
     assert torch.equal(made.sample(range(3), labels), expected)  # in every step, as the eager loop
-    assert len(calls) == 1
+    assert len(calls) == 3
+
+
+def test_a_dit_whose_weights_changed_is_conditioned_anew(dit, loop) -> None:
+    changed = copy.deepcopy(dit)
+    made = Sampler(changed, steps=2)
+    labels = torch.tensor([4, 0, 4])
+    first = made.sample(range(3), labels)
+    state = {name: value * (1.5 if "adaLN" in name else 1.0) for name, value in changed.network.state_dict().items()}
+    changed.network.load_state_dict(state)
+    second = made.sample(range(3), labels)
+    assert not torch.allclose(first, second, rtol=1e-2)
+    torch.testing.assert_close(second, Sampler(changed, steps=2).sample(range(3), labels), rtol=0, atol=0)
+    with torch.no_grad():
+        changed.network.blocks[0].adaLN_modulation[1].weight.mul_(0.5)
+    made.refresh()
+    torch.testing.assert_close(
+        made.sample(range(3), labels), Sampler(changed, steps=2).sample(range(3), labels), rtol=0, atol=0
+    )
 
 
 def test_an_unconditional_dit(loop) -> None:

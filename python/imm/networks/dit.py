@@ -6,6 +6,8 @@ written in torch's operations; the fused one runs on the ops of imm, which read 
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from imm.networks.embeddings import LabelEmbedder, TimestepEmbedder, check_image, full_precision
-from imm.networks.layers import attention, linear, run_block
+from imm.networks.layers import attention, is_linear, linear, run_block
 from imm.ops.attention import TOKENS
 from imm.ops.timestep_embedding import MAX_PERIOD
 
@@ -207,7 +209,7 @@ class DiT(nn.Module):
             x: ``[B, channels, resolution, resolution]``.
             t, s: scaled times ``[B]``, float64 for their digits.
             labels: ``[B]`` int64, or None for an unconditional network.
-            modulation: in place of times and labels, ``[B, modulation_features]``: one step of :meth:`condition`.
+            modulation: in place of times and labels, ``[B, modulation_features]``: one step of a :meth:`conditioner`'s.
 
         Returns:
             x's shape.
@@ -221,8 +223,7 @@ class DiT(nn.Module):
             if t is None or s is None:
                 raise ValueError("t and s: expected the two times, or a modulation in their place, got neither")
             condition = full_precision(weight, self._condition, t, s, labels)
-            layers = (*self.blocks, self.final_layer)
-            modulations = [full_precision(weight, layer.adaLN_modulation, condition) for layer in layers]
+            modulations = [full_precision(weight, project, condition) for project in self._projections()]
         else:
             if t is not None or s is not None or labels is not None:
                 raise ValueError("modulation: expected no times or labels beside it, which it stands for")
@@ -232,7 +233,8 @@ class DiT(nn.Module):
                 )
             features = 6 * self.final_layer.linear.in_features
             modulations = list(modulation.split(features, dim=1))  # the last one is shorter
-        tokens = full_precision(weight, self.x_embedder, x) + self.pos_embed.to(x.dtype)
+        # The first operand's layout is the sum's: tokens in rows, which no kernel has to copy.
+        tokens = self.pos_embed.to(x.dtype) + full_precision(weight, self.x_embedder, x)
         return self._unpatchify((self._fused if self.fused else self._plain)(tokens, modulations))
 
     def _embeddings(self, t: Tensor, s: Tensor) -> Tensor:
@@ -244,8 +246,13 @@ class DiT(nn.Module):
         return self.t_embedder.mlp(sinusoids[0]) + self.s_embedder.mlp(sinusoids[1])
 
     def _condition(self, t: Tensor, s: Tensor, labels: Tensor | None) -> Tensor:
+        """SiLU of the times and the class, from which every layer's modulation is one linear map, ``[B, features]``."""
         condition = self._embeddings(t, s)
-        return condition if self.y_embedder is None else condition + self.y_embedder(labels)
+        return F.silu(condition if self.y_embedder is None else condition + self.y_embedder(labels))
+
+    def _projections(self) -> list[Callable[[Tensor], Tensor]]:
+        """The linear maps to the modulations, each block's and the last layer's."""
+        return [layer.adaLN_modulation[1] for layer in (*self.blocks, self.final_layer)]
 
     def _plain(self, tokens: Tensor, modulations: list[Tensor]) -> Tensor:
         for block, modulation in zip(self.blocks, modulations, strict=False):
@@ -259,30 +266,53 @@ class DiT(nn.Module):
             tokens, h = run_block(self.checkpointing, block, tokens, modulation, h, following)
         return full_precision(self.final_layer.linear.weight, self.final_layer, h, None)
 
-    def condition(self, times: Tensor, labels: Tensor | None) -> Tensor:
-        """The modulations of every step of a sampling run at once, each layer one product. They depend on the times and the
-        class alone, so images of one class may share a row.
-
-        Args:
-            times: ``[N, 2]`` float64, each step's scaled t and s.
-            labels: ``[R]`` int64, a row each, or None for an unconditional network: one row.
-
-        Returns:
-            ``[N, R, modulation_features]``, in the weights' dtype. To rounding what ``forward`` computes from times and labels.
-
-        Raises:
-            ValueError: times of another shape; labels missing, or given to an unconditional network.
-        """
-        if times.dim() != 2 or times.shape[1] != 2 or not times.is_floating_point():
-            raise ValueError(f"times: expected t and s of each step, [N, 2], got {list(times.shape)} of {times.dtype}")
-        if (labels is None) != (self.y_embedder is None):
-            raise ValueError(f"labels: expected {'none' if self.y_embedder is None else '[B] int64'}, got {labels}")
-        condition = self._embeddings(times[:, 0], times[:, 1])[:, None]  # [N, 1, C]
-        if self.y_embedder is not None:
-            condition = condition + self.y_embedder(labels)  # [N, R, C]
-        return torch.cat([layer.adaLN_modulation(condition) for layer in (*self.blocks, self.final_layer)], dim=2)
+    def conditioner(self, times: Tensor) -> Conditioner:
+        """The modulations of a sampling run's steps, as a function of the class: :class:`Conditioner`."""
+        return Conditioner(self, times)
 
     def _unpatchify(self, tokens: Tensor) -> Tensor:
         side, p, c = self.resolution // self.patch, self.patch, self.channels
         grid = tokens.reshape(-1, side, side, p, p, c)  # patches hold (row, column, channel)
         return grid.permute(0, 5, 1, 3, 2, 4).reshape(-1, c, side * p, side * p)
+
+
+class Conditioner:
+    """The modulations of every step of a sampling run, as a function of the class.
+
+    What only depends on the weights and the times is computed once: the steps' embeddings and, where nobody has replaced or
+    hooked a layer, the weights of all layers' modulations as one matrix. A call is then four kernels, whatever the number of
+    steps and layers. The matrix is a copy, a third of the network's memory, and does not follow the weights when they change.
+
+    Args:
+        network: without gradients to it.
+        times: ``[N, 2]`` float64, each step's scaled t and s.
+
+    Raises:
+        ValueError: times of another shape.
+    """
+
+    @torch.no_grad()
+    def __init__(self, network: DiT, times: Tensor) -> None:
+        if times.dim() != 2 or times.shape[1] != 2 or not times.is_floating_point():
+            raise ValueError(f"times: expected t and s of each step, [N, 2], got {list(times.shape)} of {times.dtype}")
+        self.classes = network.y_embedder
+        self.times = network._embeddings(times[:, 0], times[:, 1])[:, None]  # [N, 1, C]
+        self.projections = network._projections()
+        if all(is_linear(p) for p in self.projections):
+            weight, bias = (torch.cat([getattr(p, name) for p in self.projections]) for name in ("weight", "bias"))
+            self.projections = [partial(F.linear, weight=weight, bias=bias)]
+
+    @torch.no_grad()
+    def __call__(self, labels: Tensor | None) -> Tensor:
+        """labels ``[R]`` int64, a row each, or None for an unconditional network: one row -> ``[N, R, modulation_features]``
+        in the weights' dtype. To rounding what ``forward`` computes from times and labels; images of one class may share a row.
+
+        Raises:
+            ValueError: labels missing, or given to an unconditional network.
+        """
+        if (labels is None) != (self.classes is None):
+            raise ValueError(f"labels: expected {'none' if self.classes is None else '[R] int64'}, got {labels}")
+        condition = self.times if self.classes is None else self.times + self.classes(labels)  # [N, R, C]
+        condition = F.silu(condition)
+        modulations = [project(condition) for project in self.projections]
+        return modulations[0] if len(modulations) == 1 else torch.cat(modulations, dim=2)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -11,22 +11,35 @@ from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
 
+#: Devices on which the GELU of ``torch._addmm_activation`` is tanh's. On the CPU it is erf's.
+TANH_GELU = ("cuda",)
+
 
 def linear(layer: nn.Module, x: Tensor, *, gelu: bool = False) -> Tensor:
     """``layer(x)``, then tanh-GELU where asked for; ``[..., in]`` -> ``[..., out]``.
 
-    On the CPU, where no gradient is needed, oneDNN's product applies the function to what it is about to write. Under
-    torch.compile the compiler chooses, and a layer that somebody has replaced or hooked is called as it is.
+    Where no gradient is needed, the matmul applies the function to what it is about to write: oneDNN's on the CPU, cuBLASLt's
+    on CUDA. Under torch.compile the compiler chooses, and a layer that somebody has replaced or hooked is called as it is.
     """
-    if _one_dnn(layer, x):
-        function, form = ("gelu", "tanh") if gelu else ("none", "")
-        return torch.ops.mkldnn._linear_pointwise(x, layer.weight, layer.bias, function, [], form)
+    device = x.device.type
+    if _alone(layer, x):
+        if device == "cpu" and _one_dnn(x):
+            function, form = ("gelu", "tanh") if gelu else ("none", "")
+            return torch.ops.mkldnn._linear_pointwise(x, layer.weight, layer.bias, function, [], form)
+        if device in TANH_GELU and gelu and layer.bias is not None:
+            hidden = torch._addmm_activation(layer.bias, x.flatten(0, -2), layer.weight.t(), use_gelu=True)
+            return hidden.unflatten(0, x.shape[:-1])
     hidden = layer(x)
     if not gelu:
         return hidden
     if hidden.requires_grad or torch.compiler.is_compiling() or _forward_mode():
         return F.gelu(hidden, approximate="tanh")
     return torch.ops.aten.gelu_(hidden, approximate="tanh")  # the widest tensor of the network is not allocated twice
+
+
+def is_linear(layer: object) -> TypeGuard[nn.Linear]:
+    """Whether a call of ``layer`` is its matmul and no more: nobody has replaced, parametrized or hooked it."""
+    return type(layer) is nn.Linear and not layer._forward_hooks and not layer._forward_pre_hooks
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -54,18 +67,19 @@ def _forward_mode() -> bool:
     return forward_ad._current_level >= 0
 
 
-def _one_dnn(layer: nn.Module, x: Tensor) -> bool:
-    return bool(
+def _alone(layer: nn.Module, x: Tensor) -> TypeGuard[nn.Linear]:
+    """Whether ``layer(x)`` is a matmul that nobody differentiates, compiles or runs in another precision."""
+    return (
         not torch.compiler.is_compiling()
         and not _forward_mode()
-        and type(layer) is nn.Linear
-        and x.device.type == "cpu"
-        and x.dtype in (torch.float32, torch.bfloat16)
+        and is_linear(layer)
         and layer.weight.dtype == x.dtype
         and not (torch.is_grad_enabled() and (x.requires_grad or layer.weight.requires_grad))
-        and not torch.is_autocast_enabled("cpu")
-        and not layer._forward_hooks
-        and not layer._forward_pre_hooks
-        and torch.backends.mkldnn.is_available()
-        and torch.backends.mkldnn.enabled
+        and not (torch.amp.is_autocast_available(x.device.type) and torch.is_autocast_enabled(x.device.type))
+    )
+
+
+def _one_dnn(x: Tensor) -> bool:
+    return bool(
+        x.dtype in (torch.float32, torch.bfloat16) and torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled
     )

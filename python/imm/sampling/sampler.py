@@ -77,9 +77,8 @@ class _Conditioned:
     the same whatever they are.
     """
 
-    def __init__(self, network: Any, table: StepTable, rows: int, guided: bool, device: torch.device) -> None:
-        self.network = network
-        self.times = torch.tensor([table.t, table.s], dtype=torch.float64, device=device).T.contiguous()
+    def __init__(self, network: Any, conditioner: Any, steps: int, rows: int, guided: bool, device: torch.device) -> None:
+        self.network, self.conditioner, self.steps = network, conditioner, steps
         own = torch.arange(rows, device=device)
         self.first = rows - 1 if guided else 0  # of the labels [none, ..., none, label, ..., label]: the last none
         self.index = torch.cat([torch.zeros_like(own), own + 1]) if guided else own
@@ -88,12 +87,12 @@ class _Conditioned:
     def prepare(self, labels: Tensor | None) -> None:
         if labels is None:
             self.index = torch.zeros_like(self.index)
-        self.rows = self.network.condition(self.times, None if labels is None else labels[self.first :])
+        self.rows = self.conditioner(None if labels is None else labels[self.first :])
 
     def __call__(self, step: int, x: Tensor, t: Tensor, s: Tensor, labels: Tensor | None) -> Tensor:
         assert self.rows is not None
         modulation = self.rows[step].index_select(0, self.index)
-        if step + 1 == len(self.times):
+        if step + 1 == self.steps:
             self.rows = None  # as large as a few images' activations, and the next run's are others
         return self.network(x, modulation=modulation)
 
@@ -179,6 +178,7 @@ class Sampler:
         """What a sampler has to itself, and a copy has anew."""
         self._lock = threading.RLock()
         self._loops: OrderedDict[tuple[int, bool], PythonLoop] = OrderedDict()  # or the native library's
+        self._conditioner: Any = None  # of a DiT, made with the first loop that needs it
         self._captures, self._replays = 0, 0
         self._most_rows: int | None = self.rows
         self._no_graph: str | None = None
@@ -327,15 +327,16 @@ class Sampler:
             self._captures += 1
 
     def _callable(self, rows: int, guided: bool) -> Plain | _Conditioned:
-        features = getattr(self._network, "modulation_features", None)
+        network: Any = self._network
+        features = getattr(network, "modulation_features", None)
         numbers = len(self.table) * (rows + 1) * (features or 0)
-        if (
-            features is None
-            or not hasattr(self._network, "condition")
-            or numbers * self._input_dtype.itemsize > MODULATION_BYTES
-        ):
-            return Plain(self._network)
-        return _Conditioned(self._network, self.table, rows, guided, self._device)
+        too_many = numbers * self._input_dtype.itemsize > MODULATION_BYTES
+        if features is None or not hasattr(network, "conditioner") or too_many:
+            return Plain(network)
+        if self._conditioner is None:
+            times = torch.tensor([self.table.t, self.table.s], dtype=torch.float64, device=self._device)
+            self._conditioner = network.conditioner(times.T)
+        return _Conditioned(network, self._conditioner, len(self.table), rows, guided, self._device)
 
     # The network --------------------------------------------------------------------------------------------------------------
 
@@ -360,6 +361,7 @@ class Sampler:
         if self.graph is True and reason is not None:
             raise ValueError(f"graph=True: expected a CUDA device and the native library built for it, got {device}")
         self._loops.clear()
+        self._conditioner = None
         self._known, self._network, self._input_dtype, self._device, self._pool = known, network, dtype, device, pool
         self._no_graph = reason if self.graph else "graph=False"
         self._stale = False
