@@ -22,27 +22,27 @@ PerImage<T> per_image(const Optional& value) {
   return {value->const_data_ptr<T>(), value->size(0) == 1 ? 0 : value->stride(0)};
 }
 
-// Device::run(seeds, numel, step, normal) fills [B, numel], which is contiguous.
+// Device::run(seeds, numel, step, scale, normal) fills [B, numel], which is contiguous.
 template <class Device>
 struct NoiseForms {
   using Tensor = at::Tensor;
 
-  // seeds [B] int64 -> [B, numel] float32, N(0, 1).
-  static Tensor noise(const Tensor& seeds, int64_t numel, int64_t step) {
+  // seeds [B] int64 -> [B, numel] float32, N(0, scale^2).
+  static Tensor noise(const Tensor& seeds, int64_t numel, int64_t step, double scale) {
     check_noise(seeds, numel, step);
     const Tensor normal = fresh({seeds.size(0), numel}, at::kFloat, seeds.device());
-    Device::run(seeds, numel, step, normal);
+    Device::run(seeds, numel, step, scale, normal);
     return normal;
   }
 
-  static void noise_out(const Tensor& seeds, int64_t numel, int64_t step, const Tensor& out) {
+  static void noise_out(const Tensor& seeds, int64_t numel, int64_t step, double scale, const Tensor& out) {
     check_noise(seeds, numel, step);
     const std::array<int64_t, 2> expected{seeds.size(0), numel};
     check_out("out", out, expected, at::kFloat, seeds);
     if (out.is_contiguous() && apart(out, seeds)) {
-      Device::run(seeds, numel, step, out);
+      Device::run(seeds, numel, step, scale, out);
     } else {
-      out.copy_(noise(seeds, numel, step));
+      out.copy_(noise(seeds, numel, step, scale));
     }
   }
 

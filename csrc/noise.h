@@ -13,6 +13,7 @@ struct NoiseArgs {
   PerImage<int64_t> seeds;
   int64_t numel;  // per image
   int64_t step;
+  float scale;
   float* out;  // [B, numel]
 };
 

@@ -2,11 +2,11 @@
 
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/ops/empty_like.h>
-#include <ATen/ops/full.h>
 #include <ATen/ops/mul.h>
 #include <ATen/ops/stack.h>
 #include <ATen/ops/tensor.h>
 #include <ATen/ops/zeros.h>
+#include <ATen/ops/zeros_like.h>
 #include <c10/core/DeviceGuard.h>
 #include <c10/core/InferenceMode.h>
 
@@ -36,7 +36,7 @@ const auto& sampling_step_op() {
 }
 
 const auto& noise_op() {
-  using Signature = void(const Tensor&, int64_t, int64_t, const Tensor&);
+  using Signature = void(const Tensor&, int64_t, int64_t, double, const Tensor&);
   static const auto op = c10::Dispatcher::singleton().findSchemaOrThrow("imm::noise", "out").typed<Signature>();
   return op;
 }
@@ -70,9 +70,15 @@ SamplingLoop::SamplingLoop(SamplingTable table, SamplingSettings settings, Netwo
   };
   state_ = memory(B, settings_.state_dtype);
   input_ = memory(R, settings_.input_dtype);
-  seeds_ = at::zeros({B}, options.dtype(at::kLong));
-  guidance_ = at::zeros({B}, options.dtype(at::kDouble));
-  if (settings_.num_classes > 0) labels_ = at::full({R}, settings_.num_classes, options.dtype(at::kLong));
+  // Each 16-byte aligned, as the times are; what a call gives begins with the labels after those that are none.
+  const auto even = [](int64_t n) { return n + n % 2; };
+  const int64_t seeds_first = settings_.num_classes > 0 ? even(R) : 0, guidance_first = seeds_first + even(B);
+  const Tensor numbers = at::zeros({guidance_first + B}, options.dtype(at::kLong));
+  seeds_ = numbers.narrow(0, seeds_first, B);
+  guidance_ = numbers.narrow(0, guidance_first, B).view(at::kDouble);
+  if (settings_.num_classes > 0) labels_ = numbers.narrow(0, 0, R).fill_(settings_.num_classes);
+  const int64_t none = settings_.num_classes > 0 ? R - B : 0;
+  given_ = numbers.narrow(0, none, numbers.numel() - none);
   const auto column = [](const std::vector<double>& values) { return at::tensor(values, at::kDouble); };
   times_ = at::stack({column(table_.t), column(table_.s)}, 1)
                .to(settings_.device)
@@ -96,8 +102,8 @@ SamplingLoop::~SamplingLoop() {
 
 int64_t SamplingLoop::bytes() const {
   int64_t total = 0;
-  for (const Tensor& kept : {state_, input_, seeds_, guidance_, times_, coefficients_, labels_.value_or(Tensor())}) {
-    if (kept.defined()) total += static_cast<int64_t>(kept.nbytes());
+  for (const Tensor& kept : {state_, input_, times_, coefficients_, given_}) {
+    total += static_cast<int64_t>(kept.storage().nbytes());
   }
   return total;
 }
@@ -111,23 +117,35 @@ void SamplingLoop::load(const Tensor& seeds, const std::optional<Tensor>& labels
                     labels ? "a tensor" : "None");
   TORCH_CHECK_VALUE(guidance.has_value() == settings_.guided, "guidance: expected ",
                     settings_.guided ? "a scale" : "None for a loop without", ", got ", guidance ? "a tensor" : "None");
-  // Ordinary memory of the host is read before the call returns; pinned memory would be read later.
-  const auto copy = [this](const Tensor& to, const Tensor& from) {
-    to.copy_(from, settings_.device.is_cuda() && !(from.is_cpu() && from.is_pinned()));
+  // What is in the host's memory goes in one copy, by pinned memory that the allocator keeps until the copy has ended.
+  const Tensor host = settings_.device.is_cpu()
+                          ? given_
+                          : at::zeros_like(given_, at::TensorOptions(at::kCPU).dtype(at::kLong).pinned_memory(true));
+  const auto put = [&](const Tensor& kept, const Tensor& value, bool on_host) {
+    if (value.is_cpu() != on_host) return;
+    const Tensor place = on_host ? host.narrow(0, kept.storage_offset() - given_.storage_offset(), n) : kept;
+    place.view(kept.scalar_type()).copy_(value, !on_host);
   };
-  copy(seeds_.narrow(0, 0, n), seeds);
-  if (labels) copy(labels_->narrow(0, settings_.guided ? B : 0, n), *labels);
-  if (guidance) copy(guidance_.narrow(0, 0, n), *guidance);
+  const auto put_all = [&](bool on_host) {
+    put(seeds_.narrow(0, 0, n), seeds, on_host);
+    if (labels) put(labels_->narrow(0, settings_.guided ? B : 0, n), *labels, on_host);
+    if (guidance) put(guidance_.narrow(0, 0, n), *guidance, on_host);
+  };
+  put_all(true);
+  if (!settings_.device.is_cpu()) {
+    given_.copy_(host, true);
+    put_all(false);
+  }
   const Tensor target = state_.narrow(0, 0, n);
   if (n < B) state_.narrow(0, n, B - n).zero_();  // not stepped on and on from run to run
   if (x) {
-    copy(target, *x);
+    // Ordinary memory of the host is read before the call returns; pinned memory would be read later.
+    target.copy_(*x, settings_.device.is_cuda() && !(x->is_cpu() && x->is_pinned()));
     return;
   }
   const int64_t numel = state_.numel() / B;
   const Tensor normals = state_.scalar_type() == at::kFloat ? target : at::empty_like(target, at::kFloat);
-  noise_op().call(seeds_.narrow(0, 0, n), numel, 0, normals.view({n, numel}));
-  normals.mul_(settings_.sigma_data);
+  noise_op().call(seeds_.narrow(0, 0, n), numel, 0, settings_.sigma_data, normals.view({n, numel}));
   target.copy_(normals);  // nothing where they are the same
 }
 

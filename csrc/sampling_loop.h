@@ -80,7 +80,8 @@ class IMM_EXPORT SamplingLoop {
   Prepare prepare_;
   std::shared_ptr<GraphPool> pool_;
   int64_t copies_;
-  at::Tensor state_, input_, seeds_, guidance_, times_, coefficients_;
+  at::Tensor state_, input_, times_, coefficients_;
+  at::Tensor given_, seeds_, guidance_;  // what a call gives, int64 side by side, and its parts
   std::optional<at::Tensor> labels_;
   std::unique_ptr<Graph> graph_;
 };

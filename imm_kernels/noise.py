@@ -3,7 +3,7 @@
 Element e of a row takes lane e % 4 of the Philox4x32-10 block with key = seed (64 bits) and counter
 (q low, q high, step low, step high), q = e // 4; lanes (0, 1) and (2, 3) become normals by Box-Muller in float64:
     radius = sqrt(-2 log((r_a + 1/2) / 2^32)),  angle = 2 pi (r_b + 1/2) / 2^32,  (radius cos(angle), radius sin(angle))
-rounded to float32. Writes B D numbers once; a program takes BLOCK elements of one row.
+rounded to float32, times scale. Writes B D numbers once; a program takes BLOCK elements of one row.
 """
 
 # mypy: allow-untyped-defs
@@ -43,13 +43,13 @@ def normals(seed, step, first, BLOCK: tl.constexpr):
 
 
 @triton.jit(do_not_specialize=["seeds_stride", "step"], do_not_specialize_on_alignment=["seeds_ptr"])
-def _noise_kernel(seeds_ptr, normal_ptr, seeds_stride, step, D, BLOCK: tl.constexpr):
+def _noise_kernel(seeds_ptr, normal_ptr, seeds_stride, step, scale, D, BLOCK: tl.constexpr):
     blocks_per_row = (D - 1) // BLOCK + 1
     pid_b = (tl.program_id(0) // blocks_per_row).to(tl.int64)
     first = (tl.program_id(0) % blocks_per_row).to(tl.int64) * BLOCK
     offs_d = first + tl.arange(0, BLOCK)
     normal = normals(tl.load(seeds_ptr + pid_b * seeds_stride), step, first, BLOCK)
-    tl.store(normal_ptr + pid_b * D + offs_d, normal, mask=offs_d < D)
+    tl.store(normal_ptr + pid_b * D + offs_d, normal * scale, mask=offs_d < D)
 
 
 def stride(value: Tensor | None) -> int:
@@ -57,11 +57,11 @@ def stride(value: Tensor | None) -> int:
     return 0 if value is None or value.shape[0] == 1 else value.stride(0)
 
 
-def noise(seeds: Tensor, numel: int, step: int) -> Tensor:
-    """seeds [B] int64 -> [B, numel] float32, N(0, 1)."""
+def noise(seeds: Tensor, numel: int, step: int, scale: float = 1.0) -> Tensor:
+    """seeds [B] int64 -> [B, numel] float32, N(0, scale^2)."""
     normal = torch.empty((seeds.shape[0], numel), dtype=torch.float32, device=seeds.device)
     if normal.numel():
         with torch.cuda.device_of(seeds):
             grid = (seeds.shape[0] * triton.cdiv(numel, BLOCK),)
-            _noise_kernel[grid](seeds, normal, stride(seeds), step, numel, BLOCK=BLOCK, num_warps=NUM_WARPS)
+            _noise_kernel[grid](seeds, normal, stride(seeds), step, scale, numel, BLOCK=BLOCK, num_warps=NUM_WARPS)
     return normal

@@ -133,7 +133,7 @@ def noise(variant: str, dtype: torch.dtype, device: str) -> tuple[Any, ...]:
     seeds = torch.tensor([] if variant == "empty" else [0, 7, 2**62], dtype=torch.int64, device=device)
     if variant == "sliced":
         seeds = torch.arange(6, device=device)[::2]
-    return seeds, 7, 2
+    return seeds, 7, 2, 0.5
 
 
 def out_form(sample: Callable[..., tuple[Any, ...]], op: str, *names: str) -> Callable[..., tuple[Any, ...]]:

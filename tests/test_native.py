@@ -357,6 +357,7 @@ def test_noise_has_the_bits_of_the_reference() -> None:
     for numel, step in ((0, 0), (1, 0), (5, 1), (1023, 2), (3072, 2**40), (100_003, 7)):
         want = noise_ops.noise(seeds, numel, step)
         assert torch.equal(OPS.noise(seeds, numel, step), want)
+        assert torch.equal(OPS.noise(seeds, numel, step, 0.3), want * 0.3)
         for out in (torch.empty(5, numel), torch.zeros(5, 2 * numel)[:, ::2]):
             OPS.noise(seeds, numel, step, out=out)
             assert torch.equal(out, want)

@@ -98,6 +98,17 @@ def test_pinned_inputs_may_be_rewritten_at_once(small_flow_map) -> None:
     assert torch.equal(out, expected)
 
 
+@pytest.mark.parametrize("graph", [True, False])
+def test_seeds_labels_and_guidance_of_either_device(graph, small_flow_map) -> None:
+    made = Sampler(small_flow_map.to("cuda").eval(), steps=2, guidance=1.5, graph=graph)
+    seeds, labels, w = torch.tensor([5, 6, 7]), torch.tensor([0, 2, 3]), torch.tensor([0.0, 1.0, 2.0], dtype=torch.float64)
+    expected = made.sample(seeds, labels, w)
+    for place in range(8):
+        given = [v.cuda() if place >> i & 1 else v for i, v in enumerate((seeds, labels, w))]
+        made.sample([1, 2, 3], [1, 1, 1], [3.0, 3.0, 3.0])
+        assert torch.equal(made.sample(*given), expected)
+
+
 def test_a_dit_with_graphs(dit) -> None:
     for dtype in (None, torch.bfloat16):
         by_graph, by_step = (Sampler(dit, steps=3, guidance=1.5, dtype=dtype, graph=g) for g in (True, False))

@@ -26,7 +26,8 @@ def test_it_has_the_bits_of_the_reference(numel: int, step: int) -> None:
 
     seeds = torch.tensor([0, 1, 2**31, 2**32 - 1, 2**32, 2**40 + 7, 2**63 - 1, -1], device=DEVICE)
     for chosen in (seeds, seeds[::3], seeds[:1], seeds[:0]):
-        assert torch.equal(noise(chosen, numel, step).cpu(), reference(chosen.cpu(), numel, step))
+        for scale in (1.0, 0.3):
+            assert torch.equal(noise(chosen, numel, step, scale).cpu(), reference(chosen.cpu(), numel, step, scale))
 
 
 @kernel_test

@@ -1,4 +1,4 @@
-// Standard normals by image seed, n of ../philox.h: seeds [B] -> normal [B, D] float32, written once, 16 bytes at a
+// Normals by image seed, scale times n of ../philox.h: seeds [B] -> normal [B, D] float32, written once, 16 bytes at a
 // time where rows allow it; a chunk of a row per thread.
 #include "launch.cuh"
 #include "noise.h"
@@ -16,6 +16,8 @@ __global__ void __launch_bounds__(kMaxThreads) noise_kernel(const Noise p) {
     for_each_chunk(ceil_div(p.D, N), [&](int64_t q) {
       float n[N];
       normals(seed, p.step, q, n);
+#pragma unroll
+      for (int i = 0; i < N; ++i) n[i] *= p.scale;
       store_chunk<kVector>(p.normal + b * p.D + q * N, count_in_row<kVector, N>(q, p.D), n);
     });
   });

@@ -13,6 +13,7 @@ struct Noise {
   float* normal = nullptr;  // [B, D]
   PerImage<int64_t> seeds;
   uint64_t step = 0;
+  float scale = 1;
   int64_t B = 0, D = 0;
 };
 

@@ -238,18 +238,20 @@ def noise(
     shape: Sequence[int],
     step: int = 0,
     *,
+    scale: float = 1.0,
     device: torch.device | str | None = None,
 ) -> Tensor:
-    """Standard normal noise of each image's own: Philox4x32-10 with key = seed and counter = (step, element).
+    """Normal noise of each image's own: Philox4x32-10 with key = seed and counter = (step, element).
 
     Args:
         seeds: one integer in [0, 2^63) per image: a sequence or a ``[B]`` int64 tensor.
         shape: of one image, such as ``(3, 32, 32)``.
         step: sampling step >= 0; step 0 is the initial state.
+        scale: standard deviation.
         device: where to; by default where ``seeds`` is.
 
     Returns:
-        ``[B, *shape]`` float32, N(0, 1). An image's numbers do not depend on the other seeds, the batch or the device.
+        ``[B, *shape]`` float32, N(0, scale^2). An image's numbers do not depend on the other seeds, the batch or the device.
 
     Raises:
         ValueError, TypeError: seeds, shape or step other than these.
@@ -257,7 +259,7 @@ def noise(
     if any(n < 0 for n in shape):
         raise ValueError(f"shape: expected sizes >= 0, got {list(shape)}")
     tensor = as_seeds(seeds, device)
-    return torch.ops.imm.noise(tensor, math.prod(shape), step).reshape(len(tensor), *shape)
+    return torch.ops.imm.noise(tensor, math.prod(shape), step, scale).reshape(len(tensor), *shape)
 
 
 def timestep_embedding(

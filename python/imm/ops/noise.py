@@ -6,7 +6,7 @@ The definition that every implementation follows. Element e of an image at a sam
 and lanes (a, b) of a block, (0, 1) and (2, 3), become two normals by Box-Muller in float64:
     radius = sqrt(-2 log((r_a + 1/2) / 2^32)),  angle = 2 pi (r_b + 1/2) / 2^32,
     n_a = radius cos(angle),  n_b = radius sin(angle)
-then rounded to float32. An image's noise depends on its seed, the step and the element alone.
+then rounded to float32 and multiplied by ``scale`` in it. An image's noise depends on its seed, the step and the element alone.
 (Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3".)
 """
 
@@ -37,7 +37,7 @@ def philox_4x32(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[Tenso
     return [c0, c1, c2, c3]
 
 
-def check(seeds: Tensor, numel: int, step: int) -> None:
+def check(seeds: Tensor, numel: int, step: int, scale: float = 1.0) -> None:
     """Raises ValueError unless seeds is int64 [B] and the counts are not negative."""
     if seeds.dtype != torch.int64 or seeds.dim() != 1:
         raise ValueError(f"seeds: expected a [B] int64 tensor, got {list(seeds.shape)} of {seeds.dtype}")
@@ -45,8 +45,8 @@ def check(seeds: Tensor, numel: int, step: int) -> None:
         raise ValueError(f"numel and step: expected counts >= 0, got {numel} and {step}")
 
 
-def noise(seeds: Tensor, numel: int, step: int) -> Tensor:
-    """Reference of imm::noise: seeds [B] int64 -> [B, numel] float32, N(0, 1)."""
+def noise(seeds: Tensor, numel: int, step: int, scale: float = 1.0) -> Tensor:
+    """Reference of imm::noise: seeds [B] int64 -> [B, numel] float32, N(0, scale^2)."""
     blocks = torch.arange((numel + 3) // 4, dtype=torch.int64, device=seeds.device)[None]  # [1, Q]
     seeds = seeds[:, None]  # [B, 1]
     step_words = torch.full_like(blocks, step & _MASK), torch.full_like(blocks, step >> 32)
@@ -56,20 +56,20 @@ def noise(seeds: Tensor, numel: int, step: int) -> Tensor:
     for u, v in ((u0, u1), (u2, u3)):
         radius, angle = (-2.0 * u.log()).sqrt(), 2.0 * math.pi * v
         normals += [radius * angle.cos(), radius * angle.sin()]
-    return torch.stack(normals, -1).flatten(1)[:, :numel].float().contiguous()
+    return torch.stack(normals, -1).flatten(1)[:, :numel].float().contiguous() * scale
 
 
-def noise_out(seeds: Tensor, numel: int, step: int, *, out: Tensor) -> None:
+def noise_out(seeds: Tensor, numel: int, step: int, scale: float = 1.0, *, out: Tensor) -> None:
     """Reference of imm::noise.out: :func:`noise` into ``out``, [B, numel] float32."""
-    out.copy_(torch.ops.imm.noise(seeds, numel, step))
+    out.copy_(torch.ops.imm.noise(seeds, numel, step, scale))
 
 
-def _check_out(seeds: Tensor, numel: int, step: int, *, out: Tensor) -> None:
-    check(seeds, numel, step)
+def _check_out(seeds: Tensor, numel: int, step: int, scale: float = 1.0, *, out: Tensor) -> None:
+    check(seeds, numel, step, scale)
     check_out("out", out, torch.Size((seeds.shape[0], numel)), torch.float32, seeds.device)
 
 
-def _fake(seeds: Tensor, numel: int, step: int) -> Tensor:
+def _fake(seeds: Tensor, numel: int, step: int, scale: float = 1.0) -> Tensor:
     return seeds.new_empty((seeds.shape[0], numel), dtype=torch.float32)
 
 

@@ -33,6 +33,6 @@ SCHEMAS: tuple[str, ...] = (
     "timestep_attention_bwd(Tensor grad, Tensor qkv, Tensor out, Tensor lse, int heads) -> Tensor",
     "timestep_embedding(Tensor t, Tensor s, int dim, float max_period, ScalarType dtype) -> Tensor",
     "timestep_embedding_bwd(Tensor grad, Tensor t, Tensor s, float max_period) -> (Tensor, Tensor)",
-    "noise(Tensor seeds, SymInt numel, int step) -> Tensor",
-    "noise.out(Tensor seeds, SymInt numel, int step, *, Tensor(a!) out) -> ()",
+    "noise(Tensor seeds, SymInt numel, int step, float scale=1.0) -> Tensor",
+    "noise.out(Tensor seeds, SymInt numel, int step, float scale=1.0, *, Tensor(a!) out) -> ()",
 )

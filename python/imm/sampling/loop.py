@@ -38,7 +38,7 @@ def initial_state(
     flow_map: FlowMap, seeds: Tensor | Sequence[int] | range, shape: Sequence[int], device: torch.device | str | None = None
 ) -> Tensor:
     """x at t_max: sigma_data times each seed's step-0 noise, ``[B, *shape]`` float32."""
-    return functional.noise(seeds, shape, 0, device=device) * flow_map.sigma_data
+    return functional.noise(seeds, shape, scale=flow_map.sigma_data, device=device)
 
 
 def jump(

@@ -46,7 +46,7 @@ class PythonLoop:
         padded = lambda value: torch.cat([value, value.new_zeros(pad, *value.shape[1:])]) if pad else value
         seeds = padded(seeds.to(self.device))
         given = None if x is None else padded(x.to(self.device))
-        start = functional.noise(seeds, self.shape, 0) * self.sigma_data if given is None else given
+        start = functional.noise(seeds, self.shape, scale=self.sigma_data) if given is None else given
         if labels is not None:
             labels = padded(labels.to(self.device))
             if self.guided:
