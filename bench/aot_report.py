@@ -1,4 +1,5 @@
-"""What every shipped Triton kernel uses, compiled without a GPU: registers, spills, shared memory, occupancy, access widths.
+"""What every shipped Triton kernel uses, compiled without a GPU: registers, spills, shared memory, occupancy, instructions and
+access widths.
 
     python bench/aot_report.py [--arch 90] [--quick]
 
@@ -52,6 +53,7 @@ class Usage:
     loads: Mapping[int, int]
     stores: Mapping[int, int]
     products: int = 0  # instructions of the tensor cores
+    instructions: int = 0  # in all; those of a loop count once
     overwrites: int = 0  # by overwritten
 
     def occupancy(self, arch: int) -> int:
@@ -173,6 +175,7 @@ def usage(compiled: Any, said: str) -> Usage:
         loads=_widths(sass, "LDG|LDGSTS"),
         stores=_widths(sass, "STG"),
         products=len(re.findall(r"\b(?:HGMMA|HMMA|UTCHMMA)\.", sass)),
+        instructions=len(re.findall(r"/\*[0-9a-f]{4,}\*/ +(?!NOP)\S", sass)),
         overwrites=len(overwritten(sass)),
     )
 
@@ -212,8 +215,10 @@ def _rows(index: int, arch: int, quick: bool) -> dict[str, tuple[str, list[str]]
         only_wide = name == "noise._noise_kernel"
         wrong = problems(u, least_wide(name, constants, kinds), only_wide=only_wide, products=products)
         types = " ".join(dict.fromkeys(kind[1:] for kind in kinds.values() if kind.startswith("*")))
-        sizes = " ".join(f"{k}={v}" for k, v in constants.items() if k in ("M", "D", "C", "BLOCK", "COLUMNS", "FULL") and v)
+        named = ("M", "D", "C", "BLOCK", "COLUMNS", "FULL", "BLOCKS")
+        sizes = " ".join(f"{k}={v}" for k, v in constants.items() if k in named and v)
         numbers = f"{u.registers:5d} {u.spills:7d} {u.shared:7d} {u.stack:6d} {u.overwrites:10d} {u.occupancy(arch):9d}"
+        numbers += f" {u.products:8d} {u.instructions:12d}"
         accesses = "; ".join(", ".join(f"{bits}: {n}" for bits, n in kind.items()) for kind in (u.loads, u.stores))
         what = f"{name} {types} {sizes}"
         found[kernel.hash] = f"{what:72s} {u.warps:5d} {arch:5d} {numbers}  {accesses}", [f"{what}: {p}" for p in wrong]
@@ -227,7 +232,8 @@ def main() -> int:
     options = parser.parse_args()
     jobs = [(i, arch) for arch in options.arch or ARCHITECTURES for i in range(len(shipped(options.quick)))]
     failed, seen = [], set()
-    print(f"{'kernel':72s} warps  arch  regs  spills  shared  stack overwrites occupancy  loads; stores (bits: count)")
+    numbers = "regs  spills  shared  stack overwrites occupancy products instructions"
+    print(f"{'kernel':72s} warps  arch  {numbers}  loads; stores (bits: count)")
     with ProcessPoolExecutor(os.cpu_count(), multiprocessing.get_context("spawn")) as pool:
         futures = [(arch, pool.submit(_rows, i, arch, options.quick)) for i, arch in jobs]
         for arch, future in futures:
