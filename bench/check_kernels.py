@@ -39,7 +39,7 @@ SHAPES = ((2, 1024), (3, 37), (1, 1))
 MMD_SIZES = ((1, 5), (4, 37), (4, 4096), (4, 40000), (8, 64), (12, 70), (40, 128))
 #: (rows, tokens, features), (rows, tokens, heads, head size), with one block of keys and with several.
 TOKENS = ((2, 5, 37), (2, 64, 1152))
-ATTENTION = ((2, 37, 2, 8), (2, 256, 16, 72), (1, 300, 2, 64))
+ATTENTION = ((2, 37, 2, 8), (2, 256, 16, 72), (16, 256, 16, 72), (1, 300, 2, 64))
 
 
 def random_attention(seed: int, count: int = 4) -> tuple[tuple[int, int, int, int], ...]:
@@ -101,12 +101,14 @@ def norms(B: int, T: int, C: int, dtype: torch.dtype, output: torch.dtype | None
     yield f"imm::gated_residual_adaln_bwd {what}", "gated_residual_adaln_bwd", back, T * eps
 
 
-def attentions(B: int, T: int, H: int, d: int, dtype: torch.dtype) -> Iterator[Call]:
+def attentions(B: int, T: int, H: int, d: int, dtype: torch.dtype, backward: bool = True) -> Iterator[Call]:
     """Attention, forward and backward."""
     eps, what = torch.finfo(dtype).eps, f"{(B, T, H, d)} {dtype}"
-    qkv, up = torch.randn(B, T, 3 * H * d).to(dtype), torch.randn(B, T, H * d).to(dtype)
-    out, lse = torch.ops.imm.timestep_attention(qkv, H)
+    qkv = torch.randn(B, T, 3 * H * d).to(dtype)
     yield f"imm::timestep_attention {what}", "timestep_attention", (qkv, H), 4 * eps
+    if not backward:
+        return
+    up, (out, lse) = torch.randn(B, T, H * d).to(dtype), torch.ops.imm.timestep_attention(qkv, H)
     yield f"imm::timestep_attention_bwd {what}", "timestep_attention_bwd", (up, qkv, out, lse, H), 8 * eps
 
 
@@ -134,11 +136,16 @@ def shipped(quick: bool) -> list[Group]:
     sizes = [(132, M, D) for M in range(1, 9) for D in (1024, 2048, 4096)] + [(1, M, 65536) for M in range(1, 9)]
     sizes += [(1, M, 1024) for M in (16, 32, 64, 128, 256)]
     heads = [(72, 256), *itertools.product((64, 72, 80, 128), (256, 1024)), (64, 250), (40, 256), (96, 256), (8, 16), (72, 300)]
+    # Rows of two heads, with which a program of the forward walks some blocks of queries, or all.
+    walked = [*itertools.product((8, 24, 40, 56, 64, 72), (250, 256)), (80, 256), (64, 128), (72, 100), (72, 130)]
+    walks = [(B, *size, dtype) for B in (40, 128) for size in walked for dtype in halves]
     if quick:
         sizes, heads = [(132, 4, 4096), (1, 4, 65536), (1, 64, 1024)], [(72, 256)]
+        walks = [(B, 72, 256, torch.bfloat16) for B in (40, 128)]
     pairs = ((single, None), (torch.bfloat16, None), (single, torch.bfloat16))
     return [
         *(partial(attentions, 1, T, 2, d, dtype) for d, T in heads for dtype in (every[1:2] if quick else every)),
+        *(partial(attentions, B, T, 2, d, dtype, backward=False) for B, d, T, dtype in walks),
         *(partial(mmds, M, D, dtype, G=G, gram=M == 64) for G, M, D in sizes for dtype in every[: 2 if quick else 3]),
         *(partial(norms, 2, 64, C, *dtypes) for C in ((384, 1152)[quick:]) for dtypes in pairs[quick:]),
         *(partial(steps, SHAPES[0], dtype) for dtype in (FLOATS if quick else (*every, torch.float64))),

@@ -3,9 +3,10 @@
     out = softmax(q k^T / sqrt(d)) v,  lse = log sum_j exp(q k_j^T / sqrt(d))
 
 The d features of a head are two parts of powers of two, MAIN and, for what is left, REST (72 = 64 + 8 in 16), because padding
-72 to 128 would cost 1.8 times the products. Forward: a program takes BLOCK_M queries of a head; up to 256 keys are on chip at
-once, more go by in blocks with running maxima. Backward, without atomics: rowsums of grad out; then keys by blocks, which pass
-over the queries; then queries by blocks, which pass over the keys. Both compute the scores again. Sums are float32.
+72 to 128 would cost 1.8 times the products. Forward: up to 256 keys of a head and their values stay on chip while a program
+walks its blocks of queries; more go by in blocks, with running maxima, for one block of queries. Backward, without atomics:
+rowsums of grad out; then keys by blocks, which pass over the queries; then queries by blocks, which pass over the keys. Both
+compute the scores again. Sums are float32.
 """
 
 # mypy: allow-untyped-defs
@@ -19,18 +20,22 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from imm_kernels.device import multiprocessors
+
 LOG2_E = tl.constexpr(1.4426950408889634)
 LN_2 = tl.constexpr(0.6931471805599453)
 DELTA_TOKENS, DELTA_WARPS = 64, 4
 
 
 class Sizes(NamedTuple):
-    """Of a launch: queries and keys of a block, warps and stages of the loop's loads."""
+    """Of a launch: queries and keys of a block, warps and stages of the loop's loads. blocks: how many of queries a program of
+    the forward walks with all keys on chip; 0 where keys go by."""
 
     queries: int
     keys: int
     warps: int
     stages: int
+    blocks: int = 0
 
 
 def parts(d: int) -> tuple[int, int]:
@@ -39,14 +44,20 @@ def parts(d: int) -> tuple[int, int]:
     return main, 0 if main >= d else max(16, triton.next_power_of_2(d - main))
 
 
-def forward_sizes(d: int, T: int, element_bits: int) -> Sizes:
-    """Blocks of the forward; all keys at once where ``keys`` reaches T and the registers hold it without a spill."""
+def forward_sizes(d: int, T: int, element_bits: int, heads: int, multiprocessors: int) -> Sizes:
+    """Blocks of the forward; ``heads``: of all images. All keys are on chip where two programs fit a multiprocessor so, and few
+    heads are split over programs."""
     if element_bits == 32:  # products without tensor cores keep their operands in registers
         return Sizes(32, 32, 8, 1)
-    whole = triton.next_power_of_2(T) == T  # no masks
-    if T <= 256 and (d <= 64 or (d <= 80 and whole)):
-        return Sizes(64, max(16, triton.next_power_of_2(T)), 4, 1)
-    return Sizes(64, 64, 4, 2)
+    if T > 256 or d > 80:
+        return Sizes(64, 64, 4, 2)
+    blocks = triton.cdiv(T, 64)
+
+    def cost(walked: int) -> int:
+        """Of all rounds of programs, in blocks of queries; loading keys and values takes about as long as one."""
+        return triton.cdiv(heads * triton.cdiv(blocks, walked), 2 * multiprocessors) * (1 + walked)
+
+    return Sizes(64, max(16, triton.next_power_of_2(T)), 4, 1, min(range(blocks, 0, -1), key=cost))
 
 
 def key_sizes(d: int, element_bits: int) -> Sizes:
@@ -134,6 +145,29 @@ def _place(T, HEADS: tl.constexpr, BLOCK: tl.constexpr):
     return (image_head // HEADS).to(tl.int64), image_head % HEADS, (tl.program_id(0) % blocks) * BLOCK
 
 
+@triton.jit
+def _store_weighted(
+    out_ptr,
+    lse_ptr,
+    rows,
+    T,
+    main,
+    rest,
+    largest,  # scaled scores, base 2
+    total,  # of the weights
+    HEADS: tl.constexpr,
+    D: tl.constexpr,
+    MAIN: tl.constexpr,
+    REST: tl.constexpr,
+):
+    """The weighted sums of v over the weights' total, and lse."""
+    main /= total[:, None]
+    if REST > 0:
+        rest /= total[:, None]
+    _store(out_ptr, HEADS * D, rows, T, main, rest, D, MAIN, REST)
+    tl.store(lse_ptr + rows, (largest + tl.log2(total)) * LN_2, mask=rows < T)
+
+
 @triton.jit(do_not_specialize=["T"])
 def _attention_fwd_kernel(
     qkv_ptr,  # [B, T, 3, HEADS, D]
@@ -149,29 +183,37 @@ def _attention_fwd_kernel(
     REST: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
-    FULL: tl.constexpr,  # both blocks divide T
-    ONE_BLOCK: tl.constexpr,  # all keys are in one block
+    FULL: tl.constexpr,  # all blocks of a program are within T
+    BLOCKS: tl.constexpr,  # blocks of queries that a program walks where all keys are in one block, else 0
 ):
     token_stride *= 8  # the compiler sees that rows are aligned to 16 bytes and more
-    b, h, first = _place(T, HEADS, BLOCK_M)
-    rows = first + tl.arange(0, BLOCK_M)
+    b, h, first = _place(T, HEADS, BLOCK_M * max(BLOCKS, 1))
     q_ptr = qkv_ptr + b * batch_stride * 8 + h * D
     k_ptr = q_ptr + HEADS * D
     v_ptr = k_ptr + HEADS * D
-    q_main, q_rest = _load(q_ptr, token_stride, rows, T, D, MAIN, REST, FULL)
-    o_main, o_rest = _zeros(BLOCK_M, MAIN, REST)
-    if ONE_BLOCK:
+    out_ptr += b * T * HEADS * D + h * D
+    lse_ptr += (b * HEADS + h) * T
+    if BLOCKS > 0:
         keys = tl.arange(0, BLOCK_N)
         k_main, k_rest = _load(k_ptr, token_stride, keys, T, D, MAIN, REST, FULL)
-        scores = _product(q_main, q_rest, k_main, k_rest, REST)
-        if not FULL:
-            scores = tl.where((keys < T)[None, :], scores, -float("inf"))
-        largest = tl.max(scores, 1)
-        weights = tl.exp2((scores - largest[:, None]) * scale)
-        total = tl.sum(weights, 1)
         v_main, v_rest = _load(v_ptr, token_stride, keys, T, D, MAIN, REST, FULL)
-        o_main, o_rest = _add_product(o_main, o_rest, weights, v_main, v_rest, REST)
+        # Addresses computed before the loop would take the registers of the scores.
+        for i in tl.range(0, BLOCKS, disable_licm=True):
+            rows = first + i * BLOCK_M + tl.arange(0, BLOCK_M)
+            q_main, q_rest = _load(q_ptr, token_stride, rows, T, D, MAIN, REST, FULL)
+            scores = _product(q_main, q_rest, k_main, k_rest, REST)
+            if not FULL:
+                scores = tl.where((keys < T)[None, :], scores, -float("inf"))
+            largest = tl.max(scores, 1) * scale  # its rounding cancels: in the weights over their total, and in lse
+            weights = tl.exp2(scores * scale - largest[:, None])
+            total = tl.sum(weights, 1)
+            o_main, o_rest = _zeros(BLOCK_M, MAIN, REST)
+            o_main, o_rest = _add_product(o_main, o_rest, weights, v_main, v_rest, REST)
+            _store_weighted(out_ptr, lse_ptr, rows, T, o_main, o_rest, largest, total, HEADS, D, MAIN, REST)
     else:
+        rows = first + tl.arange(0, BLOCK_M)
+        q_main, q_rest = _load(q_ptr, token_stride, rows, T, D, MAIN, REST, FULL)
+        o_main, o_rest = _zeros(BLOCK_M, MAIN, REST)
         largest = tl.full((BLOCK_M,), -float("inf"), tl.float32)
         total = tl.zeros((BLOCK_M,), tl.float32)
         for start in range(0, T, BLOCK_N):
@@ -180,9 +222,9 @@ def _attention_fwd_kernel(
             scores = _product(q_main, q_rest, k_main, k_rest, REST)
             if not FULL:
                 scores = tl.where((keys < T)[None, :], scores, -float("inf"))
-            higher = tl.maximum(largest, tl.max(scores, 1))
-            shrink = tl.exp2((largest - higher) * scale)
-            weights = tl.exp2((scores - higher[:, None]) * scale)
+            higher = tl.maximum(largest, tl.max(scores, 1) * scale)
+            shrink = tl.exp2(largest - higher)
+            weights = tl.exp2(scores * scale - higher[:, None])
             total = total * shrink + tl.sum(weights, 1)
             largest = higher
             o_main *= shrink[:, None]
@@ -190,12 +232,7 @@ def _attention_fwd_kernel(
                 o_rest *= shrink[:, None]
             v_main, v_rest = _load(v_ptr, token_stride, keys, T, D, MAIN, REST, FULL)
             o_main, o_rest = _add_product(o_main, o_rest, weights, v_main, v_rest, REST)
-    o_main /= total[:, None]
-    if REST > 0:
-        o_rest /= total[:, None]
-    _store(out_ptr + b * T * HEADS * D + h * D, HEADS * D, rows, T, o_main, o_rest, D, MAIN, REST)
-    lse = (largest * scale + tl.log2(total)) * LN_2
-    tl.store(lse_ptr + (b * HEADS + h) * T + rows, lse, mask=rows < T)
+        _store_weighted(out_ptr, lse_ptr, rows, T, o_main, o_rest, largest, total, HEADS, D, MAIN, REST)
 
 
 @triton.jit(do_not_specialize=["T"])
@@ -335,9 +372,10 @@ def attention(qkv: Tensor, heads: int) -> tuple[Tensor, Tensor]:
         return out, lse
     qkv = _readable(qkv)
     main, rest = parts(d)
-    sizes = forward_sizes(d, T, _bits(qkv))
+    sizes = forward_sizes(d, T, _bits(qkv), B * heads, multiprocessors(qkv.device))
+    queries = sizes.queries * max(sizes.blocks, 1)
     with torch.cuda.device_of(qkv):
-        _attention_fwd_kernel[(B * heads * triton.cdiv(T, sizes.queries),)](
+        _attention_fwd_kernel[(B * heads * triton.cdiv(T, queries),)](
             qkv,
             out,
             lse,
@@ -351,8 +389,8 @@ def attention(qkv: Tensor, heads: int) -> tuple[Tensor, Tensor]:
             REST=rest,
             BLOCK_M=sizes.queries,
             BLOCK_N=sizes.keys,
-            FULL=T % sizes.queries == 0 and T % sizes.keys == 0,
-            ONE_BLOCK=sizes.keys >= T,
+            FULL=T % queries == 0 and T % sizes.keys == 0,
+            BLOCKS=sizes.blocks,
             num_warps=sizes.warps,
             num_stages=sizes.stages,
         )

@@ -9,7 +9,6 @@ takes matmuls on tensor cores (mmd_dot.py). All are deterministic. Rooflines, re
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -19,6 +18,7 @@ import triton
 from torch import Tensor
 
 from imm_kernels import mmd_direct, mmd_dot
+from imm_kernels.device import multiprocessors
 from imm_kernels.mmd_math import number_of, set_of
 
 #: Bytes that the resident programs of a multiprocessor work on at most, so that the second pass finds the group in L2 cache.
@@ -95,12 +95,6 @@ def dot_sizes(M: int, *, exact_bf16: bool, mix: bool) -> DotSizes:
     return DotSizes(64, 64 if exact_bf16 else 16, 4 if exact_bf16 else 8, 64, 8)
 
 
-@functools.cache
-def _multiprocessors(device: torch.device) -> int:
-    # Tensors elsewhere are the interpreter's: as on an H200.
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 132
-
-
 def slices(groups: int, D: int, programs: int, block: int, most: int) -> tuple[int, int]:
     """(how many slices the features of a group are cut into, features of a slice) for ``programs`` or more programs in all."""
     wanted = max(1, min(-(-programs // max(groups, 1)), most, -(-D // block)))
@@ -136,7 +130,7 @@ def _compute(
         return loss, slopes
     numbers = number_of(scale), number_of(weight)
     kernel = {"KERNEL": what.kernel, "BANDWIDTHS": what.bandwidths, "UNBIASED": what.unbiased}
-    count = _multiprocessors(groups.device)
+    count = multiprocessors(groups.device)
     if groups.direct:
         sizes = direct_sizes(M, D, groups.bits, mix=groups.mixed)
         direct: dict[str, Any] = {"M": M, **vars(sizes)}
@@ -208,7 +202,7 @@ def _gradient(
     given = groups.t, groups.r, number_of(weight), number_of(upstream), slopes, grad
     if groups.direct:
         sizes = direct_sizes(M, D, groups.bits, mix=groups.mixed)
-        parts, features = slices(groups.G, D, 16 * _multiprocessors(groups.device), sizes.BLOCK, D)
+        parts, features = slices(groups.G, D, 16 * multiprocessors(groups.device), sizes.BLOCK, D)
         launch = {name: value for name, value in vars(sizes).items() if name != "EACH"}
         mmd_direct._gradient_kernel[(groups.G * parts,)](*given, D, parts, features, M=M, UNBIASED=unbiased, **launch)
         return

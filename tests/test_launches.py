@@ -107,7 +107,10 @@ def test_float32_is_taken_by_every_op() -> None:
 @pytest.mark.parametrize(
     ("B", "T", "d", "dtype"),
     [
-        (2, 256, 72, torch.bfloat16),  # DiT-XL/2
+        (2, 256, 72, torch.bfloat16),  # DiT-XL/2: few heads, a block of queries a program
+        (40, 256, 72, torch.bfloat16),  # two blocks a program
+        (130, 256, 72, torch.float16),  # a head a program
+        (130, 250, 64, torch.bfloat16),
         (1, 300, 64, torch.bfloat16),  # keys in turns
         (1, 1, 16, torch.float16),
         (1, 1, 8, torch.float32),
@@ -121,17 +124,31 @@ def test_attention(B: int, T: int, d: int, dtype: torch.dtype, launches: list[La
     run("timestep_attention", qkv, H)
     run("timestep_attention_bwd", up, qkv, up, lse, H)
     bits = 8 * qkv.element_size()
-    sizes = kernels.forward_sizes(d, T, bits), kernels.key_sizes(d, bits), kernels.query_sizes(d, bits)
-    blocks = (sizes[0].queries, kernels.DELTA_TOKENS, sizes[1].keys, sizes[2].queries)
+    forward = kernels.forward_sizes(d, T, bits, B * H, fake_driver.MULTIPROCESSORS)
+    sizes = forward, kernels.key_sizes(d, bits), kernels.query_sizes(d, bits)
+    blocks = (sizes[0].queries * max(sizes[0].blocks, 1), kernels.DELTA_TOKENS, sizes[1].keys, sizes[2].queries)
     names = ("fwd", "delta", "bwd_keys", "bwd_queries")
     warps = (sizes[0].warps, kernels.DELTA_WARPS, sizes[1].warps, sizes[2].warps)
     assert summary(launches) == [
         (f"attention._attention_{name}_kernel", B * H * -(-T // block), w)
         for name, block, w in zip(names, blocks, warps, strict=True)
     ]
-    forward = launches[0]
-    assert (forward.types["qkv_ptr"], forward.types["T"]) == (TYPES[dtype], "i32")  # whatever T is, one compilation
-    assert "qkv_ptr" in forward.aligned
+    first = launches[0]
+    assert (first.types["qkv_ptr"], first.types["T"]) == (TYPES[dtype], "i32")  # whatever T is, one compilation
+    assert "qkv_ptr" in first.aligned
+
+
+@launch_test
+def test_attention_splits_few_heads_and_no_others() -> None:
+    from imm_kernels.attention import forward_sizes
+
+    def blocks(T: int, heads: int, d: int = 72, multiprocessors: int = 132) -> int:
+        return forward_sizes(d, T, 16, heads, multiprocessors).blocks
+
+    assert [blocks(256, rows * 16) for rows in (1, 2, 4, 6, 16, 128, 512)] == [1, 1, 1, 2, 4, 4, 4]
+    assert blocks(256, 256, multiprocessors=264) == 2
+    assert [blocks(T, 4096) for T in (1, 64, 65, 129, 192, 256, 257)] == [1, 1, 2, 3, 3, 4, 0]
+    assert [blocks(256, 4096, d) for d in (8, 64, 80, 88, 128)] == [4, 4, 4, 0, 0]
 
 
 @launch_test

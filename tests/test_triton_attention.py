@@ -76,6 +76,37 @@ def test_full_sizes_match_float64(dtype: torch.dtype, shape: tuple[int, int]) ->
 
 
 @kernel_test
+@pytest.mark.every(2)
+@pytest.mark.parametrize(
+    ("d", "T", "multiprocessors", "blocks"),
+    [(72, 256, 1, 4), (72, 256, 4, 2), (40, 130, 1, 3), (40, 130, 4, 2), (72, 256, 132, 1), (64, 100, 1, 2)],
+)
+def test_a_program_walks_blocks_of_queries(
+    d: int, T: int, multiprocessors: int, blocks: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A head whole, in parts, and block by block; with a last block that is not full, and one of no queries at all."""
+    from imm_kernels import attention as kernels
+
+    monkeypatch.setattr(kernels, "multiprocessors", lambda device: multiprocessors)
+    assert kernels.forward_sizes(d, T, 16, 2 * HEADS, multiprocessors).blocks == blocks
+    check(projection(d, T, torch.float16, B=2))
+
+
+@kernel_test
+def test_large_scores_keep_the_digits_of_lse() -> None:
+    """Of scores of a thousand, whose largest is rounded before the weights are taken."""
+    qkv = projection(64, 128, torch.float16)
+    q, k, _ = qkv.chunk(3, dim=2)
+    q *= 16
+    k *= 16
+    truth, sums = reference(qkv.double(), HEADS)
+    assert float(sums.abs().max()) > 500
+    out, lse = run("timestep_attention", qkv, HEADS)
+    assert_close(out, truth, 192)
+    assert_close(lse, sums, 192)
+
+
+@kernel_test
 @pytest.mark.parametrize("layout", ["permuted", "sliced"])
 def test_any_strides(layout: str) -> None:
     check(projection(40, 9, torch.float32, B=3, layout=layout), layout)
