@@ -133,14 +133,15 @@ def shipped(quick: bool) -> list[Group]:
     """Aligned sizes: whatever a launcher chooses by shape and dtype is among them; quick: a few of each kernel."""
     halves, single = (torch.bfloat16, torch.float16), torch.float32
     every = (single, *halves)
-    sizes = [(132, M, D) for M in range(1, 9) for D in (1024, 2048, 4096)] + [(1, M, 65536) for M in range(1, 9)]
+    # Resident: up to four blocks of features, of however few groups.
+    sizes = [(2, M, D) for M in range(1, 9) for D in (1024, 2048)] + [(1, M, 65536) for M in range(1, 9)]
     sizes += [(1, M, 1024) for M in (16, 32, 64, 128, 256)]
     heads = [(72, 256), *itertools.product((64, 72, 80, 128), (256, 1024)), (64, 250), (40, 256), (96, 256), (8, 16), (72, 300)]
     # Rows of two heads, with which a program of the forward walks some blocks of queries, or all.
     walked = [*itertools.product((8, 24, 40, 56, 64, 72), (250, 256)), (80, 256), (64, 128), (72, 100), (72, 130)]
     walks = [(B, *size, dtype) for B in (40, 128) for size in walked for dtype in halves]
     if quick:
-        sizes, heads = [(132, 4, 4096), (1, 4, 65536), (1, 64, 1024)], [(72, 256)]
+        sizes, heads = [(2, 4, 4096), (1, 4, 65536), (1, 64, 1024)], [(72, 256)]
         walks = [(B, 72, 256, torch.bfloat16) for B in (40, 128)]
     pairs = ((single, None), (torch.bfloat16, None), (single, torch.bfloat16))
     return [

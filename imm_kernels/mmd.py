@@ -1,7 +1,7 @@
 """Launches of the MMD loss, its gradient and their fusion with a flow map, for up to LARGEST_SET particles.
 
 Which kernels run is chosen here, by shape: up to 8 particles (6 of a flow map) are compared pair by pair, whole groups to a
-program where there are groups enough to fill the device (resident) and slices of groups where there are not (split); larger M
+program where their rounds fill the device (resident) and slices of groups where they do not (split); larger M
 takes matmuls on tensor cores (mmd_dot.py). All are deterministic. Rooflines, resources and figures: docs/mmd.md.
 """
 
@@ -22,7 +22,7 @@ from imm_kernels.device import multiprocessors
 from imm_kernels.mmd_math import number_of, set_of
 
 #: Bytes that the resident programs of a multiprocessor work on at most, so that the second pass finds the group in L2 cache.
-_CACHED_BYTES = 200 * 1024
+_CACHED_BYTES = 256 * 1024
 #: Rows of the pairs kernel, and features at a time where it differences a close pair.
 _ROWS, _FEATURES = 16, 128
 #: Triton's interpreter multiplies bit patterns in bfloat16 matmuls.
@@ -53,12 +53,17 @@ class Kernel:
 
 @dataclass(frozen=True)
 class DirectSizes:
-    """Of mmd_direct: features per block, neighbouring features per thread, warps, most registers (None: ptxas's choice)."""
+    """Of mmd_direct: features per block, neighbouring features per thread, warps, most registers."""
 
     BLOCK: int
     EACH: int
     num_warps: int
-    maxnreg: int | None
+    maxnreg: int
+
+    @property
+    def programs(self) -> int:
+        """How many fit a multiprocessor, of 65536 registers."""
+        return 65536 // (32 * self.num_warps * self.maxnreg)
 
 
 @dataclass(frozen=True)
@@ -81,9 +86,9 @@ def largest_direct(*, mix: bool) -> int:
 def direct_sizes(M: int, D: int, bits: int, *, mix: bool) -> DirectSizes:
     """For inputs whose narrowest has ``bits``: 16 bytes of it a thread (4 features from M = 5), warps as registers allow."""
     each = 128 // bits if M <= 4 else 4
-    warps = 8 if M > 6 else 4 if M > 4 or D <= 1024 else 16 if bits == 32 and not mix and D > 2048 else 8
-    # Left alone, ptxas spills a few registers of these to fit one more program.
-    return DirectSizes(32 * warps * each, each, warps, 255 if mix or M in (5, 6) else None)
+    warps = 4 if M in (5, 6) or (M <= 4 and D <= 1024) else 8
+    registers = 64 if M <= 2 else 128 if M <= 4 else 255
+    return DirectSizes(32 * warps * each, each, warps, min(2 * registers, 255) if mix else registers)
 
 
 def dot_sizes(M: int, *, exact_bf16: bool, mix: bool) -> DotSizes:
@@ -134,12 +139,13 @@ def _compute(
     if groups.direct:
         sizes = direct_sizes(M, D, groups.bits, mix=groups.mixed)
         direct: dict[str, Any] = {"M": M, **vars(sizes)}
-        if count <= G or D <= 4 * sizes.BLOCK:  # resident
-            programs = min(G, count * max(1, min(16, _CACHED_BYTES // groups.group_bytes)))
-            resident = mmd_direct._resident_kernel[(programs,)]
+        # A group that does not fit the cache alone is read twice whatever its neighbours do.
+        places = count * min(_CACHED_BYTES // groups.group_bytes or sizes.programs, sizes.programs)
+        if D <= 4 * sizes.BLOCK or places * -(-G // places) <= 1.3 * G:  # resident: the last round is nearly full
+            resident = mmd_direct._resident_kernel[(min(G, places),)]
             resident(groups.t, groups.r, *numbers, number_of(upstream), loss, slopes, grad, G, D, what.eps, **kernel, **direct)
             return loss, slopes
-        parts, features = slices(G, D, 2 * count, sizes.BLOCK, D)
+        parts, features = slices(G, D, 4 * places, sizes.BLOCK, D)
         partial = groups.empty(parts, 2 * mmd_direct.leaves(M * (M - 1) // 2) + mmd_direct.leaves(M**2))
         mmd_direct._partial_kernel[(G * parts,)](groups.t, groups.r, partial, D, parts, features, **direct)
         mmd_direct._combine_kernel[(G,)](partial, *numbers, loss, slopes, D, parts, what.eps, M=M, **kernel, num_warps=1)

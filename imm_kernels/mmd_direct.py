@@ -284,7 +284,8 @@ def _resident_kernel(
     BLOCK: tl.constexpr,
     EACH: tl.constexpr,
 ):
-    for group in range(tl.program_id(0), G, tl.num_programs(0)):
+    # What the compiler would move before the loop takes the registers of the particles.
+    for group in tl.range(tl.program_id(0), G, tl.num_programs(0), disable_licm=True):
         g = tl.cast(group, tl.int64)
         t_rows = rows_of(t, g)
         r_rows = rows_of(r, g)

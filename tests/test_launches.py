@@ -176,6 +176,9 @@ def test_adaln(B: int, T: int, C: int, dtype: torch.dtype, launches: list[Launch
     ("G", "M", "D", "expected"),
     [
         (300, 4, 4096, ["resident"]),
+        (300, 2, 4096, ["resident"]),
+        (250, 4, 20000, ["resident"]),
+        (300, 4, 20000, ["partial", "combine", "gradient"]),  # a second round of a few groups
         (1, 1, 1, ["resident"]),
         (2, 4, 40000, ["partial", "combine", "gradient"]),
         (3, 12, 70, ["products", "pairs", "gradient"]),
@@ -199,9 +202,11 @@ def test_mmd(G: int, M: int, D: int, expected: list[str], dtype: torch.dtype, la
     if M <= 8:
         sizes = kernels.direct_sizes(M, D, 8 * y_t.element_size(), mix=False)
         assert (first.warps, first.maxnreg) == (sizes.num_warps, sizes.maxnreg)
-        # As many groups at once as stay in the cache, or slices of few.
-        near = fake_driver.MULTIPROCESSORS * (kernels._CACHED_BYTES // (2 * M * D * y_t.element_size()))
-        assert first.grid[0] == (min(G, near) if expected == ["resident"] else G * -(-D // sizes.BLOCK))
+        # As many groups at once as fit and stay in the cache, or slices that fill the device a few times.
+        near = kernels._CACHED_BYTES // (2 * M * D * y_t.element_size()) or sizes.programs
+        places = fake_driver.MULTIPROCESSORS * min(near, sizes.programs)
+        parts = min(-(-4 * places // G), -(-D // sizes.BLOCK))
+        assert first.grid[0] == (min(G, places) if expected == ["resident"] else G * parts)
     else:
         assert first.warps == kernels.dot_sizes(M, exact_bf16=dtype == torch.bfloat16, mix=False).warps
 

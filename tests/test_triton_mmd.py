@@ -100,6 +100,13 @@ def test_split_features(M: int, kernels: Any) -> None:
 
 
 @kernel_test
+@pytest.mark.parametrize("M", [2, 4])
+def test_a_program_takes_several_groups(M: int, kernels: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernels, "multiprocessors", lambda device: 1)
+    check(kernels, inputs(2 * kernels.direct_sizes(M, 40, 32, mix=False).programs + 1, M, 40, torch.float32))
+
+
+@kernel_test
 @pytest.mark.every(2)
 @pytest.mark.parametrize("M", [16, 33])
 def test_sliced_products(M: int, kernels: Any) -> None:
