@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from harness.case import Step
 from harness.networks import plain_mmd
-from imm.backends import repeatable
+from imm.backends import deterministic
 from imm.data import ImageData
 from imm.flow_map import FlowMap
 from imm.networks import DiT
@@ -126,18 +126,18 @@ def exact_outputs(training: Training, x: Tensor, labels: Tensor | None) -> tuple
     return training.outputs(objective, total)
 
 
-def trainer_step(training: Training, x: Tensor, labels: Tensor | None) -> Step:
+def trainer_step(training: Training, x: Tensor, labels: Tensor | None, *, compiled: bool = False) -> Step:
     """The step of :class:`imm.training.Trainer` on a batch that is there."""
     objective = training.objective()
     precision = {torch.float32: "fp32", torch.bfloat16: "bf16"}[training.dtype]
-    config = TrainConfig(len(x), training.optimizer, LEARNING_RATE, ema=BETA, precision=precision)
+    config = TrainConfig(len(x), training.optimizer, LEARNING_RATE, ema=BETA, precision=precision, compile=compiled)
     data = ImageData(x, labels, objective.flow_map.num_classes, "random numbers")
     with tempfile.TemporaryDirectory() as folder:
         trainer = Trainer(objective, data, folder, config)
 
     def step() -> tuple[Tensor, ...]:
         torch.manual_seed(SEED)
-        with repeatable(tf32=False):  # as in Trainer.run
+        with deterministic(tf32=False):  # as in Trainer.run
             stats, _ = trainer.update(x, labels)
         return training.outputs(objective, stats["loss"])
 

@@ -172,6 +172,11 @@ _TRAIN: dict[str, list[Decorator]] = {
         _option("--ema", default=0.9999, type=Number(), help="Beta of the moving average."),
         _precision("Of both branches of the loss; bf16 and fp16 by autocast. docs/training.md has the error of the gradient."),
         _option("--checkpointing", is_flag=True, help="DiT, DDPM++: compute blocks again in the backward, for less memory."),
+        _option(
+            "--compile",
+            is_flag=True,
+            help="Compile the network (torch.compile): minutes before the first step, faster steps. Needs a C++ compiler.",
+        ),
     ],
     "Network": [
         _option(

@@ -30,7 +30,7 @@ from imm.training import TrainConfig, Trainer
 NETWORK_OPTIONS = {"UNet": ("width", "dropout"), "DDPMpp": ("width", "dropout"), "DiT": ("size", "patch")}
 FLOW_MAP_OPTIONS = ("schedule", "parametrization", "second_time", "t_min", "t_max")
 #: Options that are settings of :class:`imm.training.TrainConfig`.
-TRAINING_OPTIONS = ("batch", "batch_gpu", "lr", "warmup", "optimizer", "ema", "precision", "xflip", "augment", "seed")
+TRAINING_OPTIONS = ("batch", "batch_gpu", "lr", "warmup", "optimizer", "ema", "precision", "xflip", "augment", "seed", "compile")
 #: Option -> argument of :class:`imm.IMMObjective`.
 OBJECTIVE_OPTIONS = {
     **{name: name for name in ("particles", "kernel", "k", "a", "b", "min_gap", "label_dropout")},
@@ -112,7 +112,8 @@ def _run(
         say_left_out(images.left_out, Path(out) / "data")
     if preset is not None:
         say(f"preset: {preset}; flow map: {flow_map.settings}; objective: {chosen.objective}; training: {training}")
-    say(f"network: {type(net).__name__}, {count:,} parameters; {config.precision}; steps: {steps}, batch {config.batch}")
+    how = f"{config.precision}, compiled" if config.compile else config.precision
+    say(f"network: {type(net).__name__}, {count:,} parameters; {how}; steps: {steps}, batch {config.batch}")
     if init is not None:
         say(f"init: {init}, sha256 {digest}")
     if trainer.resumed_from is not None:

@@ -5,6 +5,9 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
+import os
+import shutil
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -50,6 +53,8 @@ class TrainConfig:
         xflip: an epoch has every image twice, as it is and mirrored left to right. Not for latents.
         augment: probability of the transformations of :func:`imm.data.augment`, 0 for none; for networks with ``augment_dim``
             = 9, which are told of them. Not for latents.
+        compile: the network runs as torch.compile makes it, in both branches and in the backward: another rounding, a start of
+            a minute or two. Needs a C++ compiler, and a network that is one graph.
     """
 
     batch: int = 64
@@ -67,6 +72,7 @@ class TrainConfig:
     xflip: bool = False
     keep_every: int | None = None
     augment: float = 0.0
+    compile: bool = False
 
     def __post_init__(self) -> None:
         for name, known in (("optimizer", OPTIMIZERS), ("precision", PRECISIONS)):
@@ -107,6 +113,15 @@ def check_fit(config: TrainConfig, objective: IMMObjective, data: ImageData, wor
         raise ValueError(f"xflip: expected images, a mirrored latent is no mirrored image's, got {data.source}")
     if config.augment:
         _check_augmentation(network, data)
+    if config.compile:
+        _check_compiler()
+
+
+def _check_compiler() -> None:
+    """torch.compile asks for one at the first step, on CUDA too, and says so in many lines."""
+    named = os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++")  # as torch.compile has it
+    if shutil.which(named) is None:
+        raise ValueError(f"compile: expected a C++ compiler, got no {named} on the path (the variable CXX names another)")
 
 
 def _check_augmentation(network: nn.Module, data: ImageData) -> None:
@@ -140,7 +155,7 @@ def differences(kept: Any, settings: dict[str, Any]) -> list[str]:
     """Where the settings of a state, ``kept``, differ from those of the run that resumes it, in words."""
     if isinstance(kept, dict) and isinstance(kept.get("config"), dict):
         # Runs of earlier versions did not have these settings.
-        kept = {**kept, "config": {"xflip": False, "augment": 0.0, **kept["config"]}}
+        kept = {**kept, "config": {"xflip": False, "augment": 0.0, "compile": False, **kept["config"]}}
     named = ("data.source ", "data.class_names ")  # what the data are called does not change the result
     return [text for text in _unlike(kept, settings) if not text.startswith(named)]
 

@@ -78,6 +78,10 @@ class Trainer:
             self._parameters, lr=config.lr, betas=config.betas, weight_decay=config.weight_decay
         )
         self._scaler = torch.amp.GradScaler(self.device.type, enabled=config.precision == "fp16")
+        if config.compile:
+            # In place: the weights keep their names. fullgraph: what cannot be compiled is an error, never a silent change to the
+            # plain network. deterministic: kernels are not chosen by timing them, which a resumed run would do anew.
+            network.compile(fullgraph=True, dynamic=False, options={"deterministic": True})
         # After all checks of settings, so that a refusal leaves no folder.
         refusal = f"out: expected a folder that the first process can write to, got {out}"
         self._lock = where.in_first(lambda: lock_folder(self.out, shared=True), refusal)
