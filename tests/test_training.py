@@ -110,7 +110,7 @@ def test_a_compiled_run_is_repeated_and_resumed_bit_for_bit_and_plain_to_roundin
             run(name, until)
         assert_same_state(tmp_path / "whole", tmp_path / name)
     assert type(whole.ema_flow_map.network) is type(made())
-    with pytest.raises(checkpoints.CheckpointError, match="config.compile was True and is False"):
+    with pytest.raises(checkpoints.CheckpointError, match=r"config\.compile was True and is False"):
         run("whole", 7, CONFIG)
     # What a network drops out of one branch it drops out of the other, which is compiled without a gradient.
     x, t, labels = torch.randn(8, 1, 8, 8), torch.full((8,), 0.5, dtype=torch.float64), torch.arange(8) % 3
@@ -140,7 +140,7 @@ def test_a_compiled_step_is_the_plain_one_to_rounding(tmp_path) -> None:
 
 def test_without_a_compiler_a_compiled_run_is_refused_and_leaves_no_folder(tmp_path, monkeypatch) -> None:
     monkeypatch.setenv("CXX", "absent-compiler")
-    with pytest.raises(ValueError, match="^compile: expected a C\\+\\+ compiler, got no absent-compiler on the path"):
+    with pytest.raises(ValueError, match=r"^compile: expected a C\+\+ compiler, got no absent-compiler on the path"):
         trainer(tmp_path / "run", dataclasses.replace(CONFIG, compile=True))
     assert not (tmp_path / "run").exists()
 

@@ -30,7 +30,19 @@ from imm.training import TrainConfig, Trainer
 NETWORK_OPTIONS = {"UNet": ("width", "dropout"), "DDPMpp": ("width", "dropout"), "DiT": ("size", "patch")}
 FLOW_MAP_OPTIONS = ("schedule", "parametrization", "second_time", "t_min", "t_max")
 #: Options that are settings of :class:`imm.training.TrainConfig`.
-TRAINING_OPTIONS = ("batch", "batch_gpu", "lr", "warmup", "optimizer", "ema", "precision", "xflip", "augment", "seed", "compile")
+TRAINING_OPTIONS = (
+    "batch",
+    "batch_gpu",
+    "lr",
+    "warmup",
+    "optimizer",
+    "ema",
+    "precision",
+    "xflip",
+    "augment",
+    "seed",
+    "compile",
+)
 #: Option -> argument of :class:`imm.IMMObjective`.
 OBJECTIVE_OPTIONS = {
     **{name: name for name in ("particles", "kernel", "k", "a", "b", "min_gap", "label_dropout")},

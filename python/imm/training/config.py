@@ -53,8 +53,9 @@ class TrainConfig:
         xflip: an epoch has every image twice, as it is and mirrored left to right. Not for latents.
         augment: probability of the transformations of :func:`imm.data.augment`, 0 for none; for networks with ``augment_dim``
             = 9, which are told of them. Not for latents.
-        compile: the network runs as torch.compile makes it, in both branches and in the backward: another rounding, a start of
-            a minute or two. Needs a C++ compiler, and a network that is one graph.
+        compile: the network is compiled (torch.compile), in both branches and in the backward, and stays so after the run: a
+            start of minutes, another rounding. Needs a C++ compiler, and a network that compiles to one graph: any other is an
+            error at the first step, not a plain network.
     """
 
     batch: int = 64

@@ -26,6 +26,10 @@ from imm.training.ema import EMA
 from imm.training.state import State
 from imm.training.stats import STATS_FILE, Window, combined, trim
 
+#: Of the compiler. Kernels are not chosen by timing them, which a resumed run would do anew. On the CPU a thread takes 8192
+#: numbers of a loop or more: to wake it for 512, the default, takes longer than they do.
+_COMPILER: dict[str, str | int | bool | Callable[..., Any]] = {"deterministic": True, "cpp.min_chunk_size": 8192}
+
 
 class TrainingError(RuntimeError):
     """Training cannot go on; the message says why and from where it can be resumed."""
@@ -79,9 +83,7 @@ class Trainer:
         )
         self._scaler = torch.amp.GradScaler(self.device.type, enabled=config.precision == "fp16")
         if config.compile:
-            # In place: the weights keep their names. fullgraph: what cannot be compiled is an error, never a silent change to the
-            # plain network. deterministic: kernels are not chosen by timing them, which a resumed run would do anew.
-            network.compile(fullgraph=True, dynamic=False, options={"deterministic": True})
+            network.compile(fullgraph=True, dynamic=False, options=_COMPILER)  # in place: the weights keep their names
         # After all checks of settings, so that a refusal leaves no folder.
         refusal = f"out: expected a folder that the first process can write to, got {out}"
         self._lock = where.in_first(lambda: lock_folder(self.out, shared=True), refusal)
