@@ -82,6 +82,8 @@ def least_wide(kernel: str, given: Mapping[str, Any], kinds: Mapping[str, str]) 
         "mmd_gram._gram_gradient_kernel": (1, 1),
         "adaln._adaln_fwd_kernel": (4, 2) if residual else (2, 1),
         "adaln._adaln_bwd_kernel": (4, 2) if residual else (2, 1),
+        "adaln._adaln_jvp_kernel": (10, 4) if residual else (6, 2),
+        "attention_jvp._attention_jvp_kernel": (4, 2),
         "attention._attention_fwd_kernel": (3 if given.get("D", 0) > 8 else 1, 1),
         "attention._attention_bwd_keys_kernel": (4, 2),
         "attention._attention_bwd_queries_kernel": (4, 1),

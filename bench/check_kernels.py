@@ -97,6 +97,10 @@ def norms(B: int, T: int, C: int, dtype: torch.dtype, output: torch.dtype | None
     yield f"imm::adaln_modulate {what}", "adaln_modulate", (x, shift, scale, 1e-6), 4 * eps
     yield f"imm::adaln_modulate_bwd {what}", "adaln_modulate_bwd", (up, x, scale, 1e-6), T * eps
     yield f"imm::gated_residual_adaln {what}", "gated_residual_adaln", (x, y, gate, shift, scale, 1e-6), 4 * eps
+    tangents = (x.flip(0), scale.flip(1), shift.flip(1))
+    yield f"imm::adaln_modulate_jvp {what}", "adaln_modulate_jvp", (x, shift, scale, 1e-6, *tangents), 8 * eps
+    given = (x, y, gate, shift, scale, 1e-6, x.flip(0), y.flip(0), gate.flip(1), *tangents[1:])
+    yield f"imm::gated_residual_adaln_jvp {what}", "gated_residual_adaln_jvp", given, 8 * eps
     back = (up_z, up, x, y, gate, scale, 1e-6)
     yield f"imm::gated_residual_adaln_bwd {what}", "gated_residual_adaln_bwd", back, T * eps
 
@@ -108,6 +112,7 @@ def attentions(B: int, T: int, H: int, d: int, dtype: torch.dtype, backward: boo
     yield f"imm::timestep_attention {what}", "timestep_attention", (qkv, H), 4 * eps
     if not backward:
         return
+    yield f"imm::timestep_attention_jvp {what}", "timestep_attention_jvp", (qkv, H, qkv.flip(1)), 16 * eps
     up, (out, lse) = torch.randn(B, T, H * d).to(dtype), torch.ops.imm.timestep_attention(qkv, H)
     yield f"imm::timestep_attention_bwd {what}", "timestep_attention_bwd", (up, qkv, out, lse, H), 8 * eps
 

@@ -13,6 +13,9 @@ afterwards. Nothing is saved but z: its mean and deviation cost no memory to fin
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
@@ -22,6 +25,13 @@ from torch import Tensor
 LARGEST = 8192
 #: Tokens of a program of the backward.
 ROWS = 16
+
+
+class Modulation(NamedTuple):
+    """[B or 1, C] numbers with contiguous features, and elements from one image's to the next: 0 where one serves all."""
+
+    ptr: Tensor
+    stride: int
 
 
 @triton.jit
@@ -58,6 +68,62 @@ def _adaln_fwd_kernel(
     shift = tl.load(shift_ptr + image * shift_stride + offs_c, mask=mask_c, other=0.0).to(acc_dtype)
     h = centred * rstd * (1.0 + scale) + shift
     tl.store(h_ptr + offs, h.to(h_ptr.dtype.element_ty), mask=mask_c)
+
+
+@triton.jit
+def _modulation(of, image, offs_c, mask, dtype: tl.constexpr):
+    return tl.load(of.ptr + image * of.stride + offs_c, mask=mask, other=0.0).to(dtype)
+
+
+@triton.jit
+def _adaln_jvp_kernel(
+    x_ptr,  # [B T, C], as all tokens
+    dx_ptr,
+    y_ptr,  # absent without a residual, as dy, gate, dgate, z and dz
+    dy_ptr,
+    gate,  # a Modulation, as the ones below
+    dgate,
+    shift,
+    dshift,
+    scale,
+    dscale,
+    z_ptr,
+    dz_ptr,
+    h_ptr,
+    dh_ptr,
+    tokens,
+    eps,
+    C: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    """The forward and its tangent along all arguments; a program takes one token."""
+    acc_dtype: tl.constexpr = tl.float64 if x_ptr.dtype.element_ty == tl.float64 else tl.float32
+    row = tl.program_id(0).to(tl.int64)
+    image = row // tokens
+    offs_c = tl.arange(0, BLOCK_C)
+    mask = offs_c < C
+    offs = row * C + offs_c
+    z = tl.load(x_ptr + offs, mask=mask, other=0.0).to(acc_dtype)
+    dz = tl.load(dx_ptr + offs, mask=mask, other=0.0).to(acc_dtype)
+    if y_ptr is not None:
+        factor = _modulation(gate, image, offs_c, mask, acc_dtype)
+        y = tl.load(y_ptr + offs, mask=mask, other=0.0).to(acc_dtype)
+        z += factor * y
+        dz += _modulation(dgate, image, offs_c, mask, acc_dtype) * y
+        dz += factor * tl.load(dy_ptr + offs, mask=mask, other=0.0).to(acc_dtype)
+        tl.store(z_ptr + offs, z.to(z_ptr.dtype.element_ty), mask=mask)
+        tl.store(dz_ptr + offs, dz.to(dz_ptr.dtype.element_ty), mask=mask)
+    centred = tl.where(mask, z - tl.sum(z, 0) / C, 0.0)
+    rstd = tl.rsqrt(tl.sum(centred * centred, 0) / C + eps)
+    normalised = centred * rstd
+    change = tl.where(mask, dz - tl.sum(dz, 0) / C, 0.0)
+    slope = rstd * (change - normalised * (tl.sum(normalised * change, 0) / C))
+    factor = 1.0 + _modulation(scale, image, offs_c, mask, acc_dtype)
+    h = normalised * factor + _modulation(shift, image, offs_c, mask, acc_dtype)
+    dh = slope * factor + normalised * _modulation(dscale, image, offs_c, mask, acc_dtype)
+    dh += _modulation(dshift, image, offs_c, mask, acc_dtype)
+    tl.store(h_ptr + offs, h.to(h_ptr.dtype.element_ty), mask=mask)
+    tl.store(dh_ptr + offs, dh.to(dh_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit
@@ -171,6 +237,53 @@ def gated_residual_adaln(x: Tensor, y: Tensor, gate: Tensor, shift: Tensor, scal
     z, h = _forward(x, y, gate, shift, scale, eps)
     assert z is not None
     return z, h
+
+
+def _forward_jvp(
+    x: Tensor, dx: Tensor, y: Tensor | None, dy: Tensor | None, modulations: Sequence[Tensor | None], eps: float
+) -> tuple[Tensor | None, Tensor, Tensor | None, Tensor]:
+    """modulations: gate, shift, scale and then their tangents."""
+    B, T, C = x.shape
+    h, dh = (torch.empty(x.shape, dtype=x.dtype if y is None else y.dtype, device=x.device) for _ in range(2))
+    z, dz = (None if y is None else torch.empty(x.shape, dtype=x.dtype, device=x.device) for _ in range(2))
+    if x.numel() == 0:
+        return z, h, dz, dh
+    gate, shift, scale, dgate, dshift, dscale = (None if m is None else Modulation(*_rows(m)) for m in modulations)
+    contiguous = lambda value: None if value is None else value.contiguous()
+    block, warps = block_and_warps(C, 1)
+    with torch.cuda.device_of(x):
+        _adaln_jvp_kernel[(B * T,)](
+            *(contiguous(value) for value in (x, dx, y, dy)),
+            *(gate, dgate, shift, dshift, scale, dscale),
+            *(z, dz, h, dh, T, eps),
+            C=C,
+            BLOCK_C=block,
+            num_warps=warps,
+        )
+    return z, h, dz, dh
+
+
+def adaln_modulate_jvp(
+    x: Tensor, shift: Tensor, scale: Tensor, eps: float, dx: Tensor, dshift: Tensor, dscale: Tensor
+) -> tuple[Tensor, Tensor]:
+    """adaln_modulate and its tangent."""
+    _, h, _, dh = _forward_jvp(x, dx, None, None, (None, shift, scale, None, dshift, dscale), eps)
+    return h, dh
+
+
+def gated_residual_adaln_jvp(
+    x: Tensor,
+    y: Tensor,
+    gate: Tensor,
+    shift: Tensor,
+    scale: Tensor,
+    eps: float,
+    dx: Tensor,
+    dy: Tensor,
+    *tangents: Tensor,  # of gate, shift and scale
+) -> tuple[Tensor | None, ...]:
+    """gated_residual_adaln and its tangents: z, h, dz, dh."""
+    return _forward_jvp(x, dx, y, dy, (gate, shift, scale, *tangents), eps)
 
 
 def backward(

@@ -129,6 +129,16 @@ def timestep_embedding_bwd(variant: str, dtype: torch.dtype, device: str) -> tup
     return torch.randn(2, len(t), 8, device=device).to(dtype), t.detach(), s.detach(), 100.0
 
 
+def with_tangents(sample: Callable[..., tuple[Any, ...]]) -> Callable[..., tuple[Any, ...]]:
+    """A sample of a ``_jvp`` op: the op's own arguments, and a tangent for each tensor."""
+
+    def make(variant: str, dtype: torch.dtype, device: str) -> tuple[Any, ...]:
+        arguments = [a.detach() if isinstance(a, Tensor) else a for a in sample(variant, dtype, device)]
+        return *arguments, *(torch.randn_like(a) for a in arguments if isinstance(a, Tensor))
+
+    return make
+
+
 def noise(variant: str, dtype: torch.dtype, device: str) -> tuple[Any, ...]:
     seeds = torch.tensor([] if variant == "empty" else [0, 7, 2**62], dtype=torch.int64, device=device)
     if variant == "sliced":
@@ -162,12 +172,16 @@ SAMPLES: dict[str, Callable[..., tuple[Any, ...]]] = {
     "sampling_step.out": out_form(sampling_step, "sampling_step", "out", "input"),
     "adaln_modulate": adaln_modulate,
     "adaln_modulate_bwd": adaln_modulate_bwd,
+    "adaln_modulate_jvp": with_tangents(adaln_modulate),
     "gated_residual_adaln": gated_residual_adaln,
     "gated_residual_adaln_bwd": gated_residual_adaln_bwd,
+    "gated_residual_adaln_jvp": with_tangents(gated_residual_adaln),
     "timestep_attention": timestep_attention,
     "timestep_attention_bwd": timestep_attention_bwd,
+    "timestep_attention_jvp": with_tangents(timestep_attention),
     "timestep_embedding": timestep_embedding,
     "timestep_embedding_bwd": timestep_embedding_bwd,
+    "timestep_embedding_jvp": with_tangents(timestep_embedding),
     "noise": noise,
     "noise.out": out_form(noise, "noise", "out"),
 }

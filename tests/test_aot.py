@@ -20,7 +20,7 @@ if os.environ.get("TRITON_INTERPRET") == "1":
 import aot_report
 
 #: Of imm_kernels, those with kernels.
-FILES = ("adaln", "attention", "mmd_direct", "mmd_dot", "mmd_gram", "noise", "timestep_embedding")
+FILES = ("adaln", "attention", "attention_jvp", "mmd_direct", "mmd_dot", "mmd_gram", "noise", "timestep_embedding")
 
 
 @pytest.mark.parametrize("quick", [True, pytest.param(False, marks=pytest.mark.full)], ids=["quick", "all"])

@@ -118,20 +118,26 @@ def test_float32_is_taken_by_every_op() -> None:
 )
 def test_attention(B: int, T: int, d: int, dtype: torch.dtype, launches: list[Launch]) -> None:
     from imm_kernels import attention as kernels
+    from imm_kernels.attention_jvp import jvp_sizes
 
     H = 2
     qkv, up, lse = torch.randn(B, T, 3 * H * d).to(dtype), torch.randn(B, T, H * d).to(dtype), torch.randn(B, H, T)
     run("timestep_attention", qkv, H)
     run("timestep_attention_bwd", up, qkv, up, lse, H)
+    run("timestep_attention_jvp", qkv, H, qkv)
     bits = 8 * qkv.element_size()
     forward = kernels.forward_sizes(d, T, bits, B * H, fake_driver.MULTIPROCESSORS)
     sizes = forward, kernels.key_sizes(d, bits), kernels.query_sizes(d, bits)
     blocks = (sizes[0].queries * max(sizes[0].blocks, 1), kernels.DELTA_TOKENS, sizes[1].keys, sizes[2].queries)
     names = ("fwd", "delta", "bwd_keys", "bwd_queries")
     warps = (sizes[0].warps, kernels.DELTA_WARPS, sizes[1].warps, sizes[2].warps)
+    jvp = jvp_sizes(d, bits)
     assert summary(launches) == [
-        (f"attention._attention_{name}_kernel", B * H * -(-T // block), w)
-        for name, block, w in zip(names, blocks, warps, strict=True)
+        *(
+            (f"attention._attention_{name}_kernel", B * H * -(-T // block), w)
+            for name, block, w in zip(names, blocks, warps, strict=True)
+        ),
+        ("attention_jvp._attention_jvp_kernel", B * H * -(-T // jvp.queries), jvp.warps),
     ]
     first = launches[0]
     assert (first.types["qkv_ptr"], first.types["T"]) == (TYPES[dtype], "i32")  # whatever T is, one compilation
@@ -163,11 +169,15 @@ def test_adaln(B: int, T: int, C: int, dtype: torch.dtype, launches: list[Launch
     run("gated_residual_adaln", x, y, gate, shift, scale, 1e-6)
     run("gated_residual_adaln_bwd", x, x, x, y, gate, scale, 1e-6)
     run("adaln_modulate", x, shift, scale, 1e-6)
+    run("adaln_modulate_jvp", x, shift, scale, 1e-6, x, shift, scale)
+    run("gated_residual_adaln_jvp", x, y, gate, shift, scale, 1e-6, x, y, gate, shift, scale)
     forward = ("adaln._adaln_fwd_kernel", B * T, kernels.block_and_warps(C, 1)[1])
     back = ("adaln._adaln_bwd_kernel", B * -(-T // kernels.ROWS), kernels.block_and_warps(C, kernels.ROWS)[1])
-    assert summary(launches) == [forward, back, forward]
-    assert [launch.given["scale_stride"] for launch in launches] == [0, 0, 0]
-    assert [launch.types["y_ptr"] for launch in launches] == [TYPES[dtype], TYPES[dtype], "constexpr"]
+    jvp = ("adaln._adaln_jvp_kernel", *forward[1:])
+    assert summary(launches) == [forward, back, forward, jvp, jvp]
+    assert [launch.given["scale_stride"] for launch in launches[:3]] == [0, 0, 0]
+    types = [TYPES[dtype], TYPES[dtype], "constexpr", "constexpr", TYPES[dtype]]
+    assert [launch.types["y_ptr"] for launch in launches] == types
 
 
 @launch_test

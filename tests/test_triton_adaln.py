@@ -73,6 +73,20 @@ def test_adaln(layout: str, dtype: torch.dtype, shape: tuple[int, int, int]) -> 
 
 
 @kernel_test
+@pytest.mark.every(5)
+@pytest.mark.parametrize(("layout", "dtype", "shape"), CASES, ids=str)
+def test_adaln_tangents(layout: str, dtype: torch.dtype, shape: tuple[int, int, int]) -> None:
+    B, _, C = shape
+    x, y, dx, dy = (tokens(shape, dtype, i) for i in range(4))
+    numbers = torch.float32 if dtype == torch.bfloat16 else dtype
+    gate, shift, scale, dgate, dshift, dscale = modulations(6, 1 if layout == "shared" else B, C, numbers, layout)
+    args = x, shift, scale, 1e-6, dx, dshift, dscale
+    check(dispatch.run("adaln_modulate_jvp", "triton", *args), adaln.adaln_modulate_jvp(*double(args)))
+    args = x, y, gate, shift, scale, 1e-6, dx, dy, dgate, dshift, dscale
+    check(dispatch.run("gated_residual_adaln_jvp", "triton", *args), adaln.gated_residual_adaln_jvp(*double(args)))
+
+
+@kernel_test
 def test_mixed_dtypes_and_strided_tokens() -> None:
     x, y = tokens((17, 3, 4), torch.float32, 0).permute(2, 1, 0), tokens((4, 6, 34), torch.bfloat16, 1)[:, ::2, ::2]
     args = x, y, *modulations(3, 4, 17, torch.float16, "chunks"), 1e-6

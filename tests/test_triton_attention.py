@@ -14,6 +14,7 @@ from torch import Tensor
 from imm.ops import dispatch
 from imm.ops.attention import timestep_attention as reference
 from imm.ops.attention import timestep_attention_bwd as reference_bwd
+from imm.ops.attention import timestep_attention_jvp as reference_jvp
 
 pytest.importorskip("triton")
 
@@ -107,6 +108,33 @@ def test_large_scores_keep_the_digits_of_lse() -> None:
 
 
 @kernel_test
+@pytest.mark.every(3)
+@pytest.mark.parametrize("shape", [*SHAPES, (80, 130)], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_tangents_match_float64(dtype: torch.dtype, shape: tuple[int, int]) -> None:
+    check_tangents(projection(*shape, dtype, B=2), projection(*shape, dtype, B=2, layout="permuted"))
+
+
+@kernel_test
+@pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
+def test_a_tangent_that_all_keys_share_changes_no_weight(dtype: torch.dtype) -> None:
+    """Then dS is one large number in each row, which cancels in dout and stays in dlse."""
+    qkv, dqkv = projection(72, 130, dtype), projection(72, 130, dtype)
+    dqkv.chunk(3, dim=2)[1].copy_(4.0)
+    check_tangents(qkv, dqkv)
+
+
+def check_tangents(qkv: Tensor, dqkv: Tensor) -> None:
+    _, T, width = qkv.shape
+    truth = reference_jvp(qkv.double(), HEADS, dqkv.double())
+    found = run("timestep_attention_jvp", qkv, HEADS, dqkv)
+    for value, other in zip(found[:2], run("timestep_attention", qkv, HEADS), strict=True):
+        assert (value.shape, value.dtype, value.is_contiguous()) == (other.shape, other.dtype, True)
+    for value, right in zip(found, truth, strict=True):
+        assert_close(value, right, 4 * (T + width // (3 * HEADS)))
+
+
+@kernel_test
 @pytest.mark.parametrize("layout", ["permuted", "sliced"])
 def test_any_strides(layout: str) -> None:
     check(projection(40, 9, torch.float32, B=3, layout=layout), layout)
@@ -166,6 +194,7 @@ def test_nothing_in_nothing_out() -> None:
     out, lse = run("timestep_attention", qkv, HEADS)
     found = run("timestep_attention_bwd", out, qkv, out, lse, HEADS)
     assert (out.shape, lse.shape, found.shape) == ((0, 4, 16), (0, 2, 4), (0, 4, 48))
+    assert [v.shape for v in run("timestep_attention_jvp", qkv, HEADS, qkv)] == [out.shape, lse.shape] * 2
 
 
 @pytest.mark.parametrize("op", ["timestep_attention", "timestep_attention_bwd"])

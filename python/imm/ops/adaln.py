@@ -3,6 +3,9 @@
     adaln_modulate        h = (x - mean) / sqrt(var + eps) (1 + scale) + shift
     gated_residual_adaln  z = x + gate y, h = adaln_modulate(z)
 
+    their tangents        dz = dx + dgate y + gate dy, dh = dn (1 + scale) + n dscale + dshift, with n the normalised z,
+                          dn = (c - n mean(n c)) / sqrt(var + eps), c = dz - mean(dz)
+
 mean and var are over the C features of a token (LayerNorm without weights; Peebles and Xie 2022, "adaLN-Zero"). Tokens are
 [B, T, C]; gate, shift and scale are [B, C], or [1, C] for all images alike. Arithmetic is float32, float64 for float64 tokens;
 z has x's dtype, and h the dtype in which the network computes: y's, x's where there is no y. One pass over the tokens each.
@@ -19,7 +22,7 @@ from torch.nn import functional as F
 from imm.ops import triton_kernels
 from imm.ops.dispatch import Request
 from imm.ops.dtypes import DTYPES, accumulate_dtype
-from imm.ops.registry import no_second_derivative, register, register_autograd
+from imm.ops.registry import no_second_derivative, register, register_autograd, register_tangents
 
 
 def _check(x: Tensor, y: Tensor | None, modulations: dict[str, Tensor], eps: float) -> None:
@@ -123,6 +126,37 @@ def gated_residual_adaln_bwd(
     )
 
 
+def _modulated_jvp(
+    z: Tensor, shift: Tensor, scale: Tensor, dz: Tensor, dshift: Tensor, dscale: Tensor, eps: float
+) -> tuple[Tensor, Tensor]:
+    """The modulated norm of z and its tangent."""
+    normalised, rstd = _normalised(z, eps)
+    centred = dz - dz.mean(2, keepdim=True)
+    slope = rstd * (centred - normalised * (normalised * centred).mean(2, keepdim=True))
+    factor = 1.0 + scale[:, None]
+    return normalised * factor + shift[:, None], slope * factor + normalised * dscale[:, None] + dshift[:, None]
+
+
+def adaln_modulate_jvp(
+    x: Tensor, shift: Tensor, scale: Tensor, eps: float, dx: Tensor, dshift: Tensor, dscale: Tensor
+) -> tuple[Tensor, ...]:
+    """Reference of imm::adaln_modulate_jvp: h and its tangent, [B, T, C]."""
+    x_, shift_, scale_, dx_, dshift_, dscale_ = (v.to(accumulate_dtype(x.dtype)) for v in (x, shift, scale, dx, dshift, dscale))
+    return tuple(v.to(x.dtype).contiguous() for v in _modulated_jvp(x_, shift_, scale_, dx_, dshift_, dscale_, eps))
+
+
+def gated_residual_adaln_jvp(
+    x: Tensor, y: Tensor, gate: Tensor, shift: Tensor, scale: Tensor, eps: float, *tangents: Tensor
+) -> tuple[Tensor, ...]:
+    """Reference of imm::gated_residual_adaln_jvp: z, h and their tangents along dx, dy, dgate, dshift and dscale, [B, T, C]."""
+    dtype = accumulate_dtype(x.dtype)
+    wide_y, wide_gate = y.to(dtype), gate.to(dtype)[:, None]
+    dx, dy, dgate, dshift, dscale = (v.to(dtype) for v in tangents)
+    z, dz = x.to(dtype) + wide_gate * wide_y, dx + dgate[:, None] * wide_y + wide_gate * dy
+    h, dh = _modulated_jvp(z, shift.to(dtype), scale.to(dtype), dz, dshift, dscale, eps)
+    return tuple(v.to(like.dtype).contiguous() for v, like in ((z, x), (h, y), (dz, x), (dh, y)))
+
+
 def _check_bwd(grad_z: Tensor, grad_h: Tensor, z: Tensor, y: Tensor, gate: Tensor, scale: Tensor, eps: float) -> None:
     _check(z, y, {"gate": gate, "scale": scale}, eps)
     for name, value, like in (("grad_z", grad_z, z), ("grad_h", grad_h, y)):
@@ -210,7 +244,19 @@ for _op, _check_of, _reference, _fake_of, _launch in (
         native=("cpu",),
         triton=triton_kernels.implementation(_launch, *DTYPES, also=_too_wide),
     )
-register_autograd("adaln_modulate", _backward, _setup)
-register_autograd("gated_residual_adaln", _backward_gated, _setup_gated)
+for _op, _jvp, _check_of, _fake_of, _backward_of, _setup_of in (
+    ("adaln_modulate", adaln_modulate_jvp, _check_plain, _fake, _backward, _setup),
+    ("gated_residual_adaln", gated_residual_adaln_jvp, _check_gated, _fake_gated, _backward_gated, _setup_gated),
+):
+    register_autograd(_op, _backward_of, _setup_of, tangents=True)
+    register_tangents(
+        _op,
+        _jvp,
+        check=_check_of,
+        fake=_fake_of,
+        backward=_backward_of,
+        setup_context=_setup_of,
+        triton=triton_kernels.implementation(f"adaln.{_op}_jvp", *DTYPES, also=_too_wide),
+    )
 no_second_derivative("adaln_modulate_bwd")
 no_second_derivative("gated_residual_adaln_bwd")

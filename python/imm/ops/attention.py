@@ -2,6 +2,8 @@
 
     out = softmax(q k^T / sqrt(d)) v,  lse = log sum_j exp(q k_j^T / sqrt(d))
 
+    tangents: dS = (dq k^T + q dk^T) / sqrt(d), dlse = rowsum(P dS), dout = P (dS - dlse) v + P dv, with P = exp(S - lse)
+
 qkv is [B, T, 3 H d]; out is [B, T, H d], what the projection after it reads, so nothing is copied on either side. lse has no
 gradient: it saves the backward the sums. Arithmetic is float32, float64 for float64.
 """
@@ -16,7 +18,7 @@ from torch import Tensor
 
 from imm.ops import dispatch, triton_kernels
 from imm.ops.dtypes import DTYPES, accumulate_dtype
-from imm.ops.registry import no_second_derivative, register, register_autograd
+from imm.ops.registry import no_second_derivative, register, register_autograd, register_tangents
 
 #: Largest number of tokens and of features of a head.
 TOKENS, FEATURES = 1024, 128
@@ -83,6 +85,21 @@ def timestep_attention(qkv: Tensor, heads: int) -> tuple[Tensor, Tensor]:
         lse = scores.logsumexp(3)
         out = (scores - lse[..., None]).exp() @ v
     return _pack(out).to(qkv.dtype), lse
+
+
+def timestep_attention_jvp(qkv: Tensor, heads: int, dqkv: Tensor) -> tuple[Tensor, ...]:
+    """Reference of imm::timestep_attention_jvp: out, lse, and their tangents along dqkv [B, T, 3 H d]."""
+    dtype = accumulate_dtype(qkv.dtype)
+    (q, k, v), (dq, dk, dv) = (_unpack(x.to(dtype), heads) for x in (qkv, dqkv))
+    scale = q.shape[3] ** -0.5
+    with _no_autocast(qkv):
+        scores = q @ k.mT * scale
+        lse = scores.logsumexp(3)
+        weights = (scores - lse[..., None]).exp()
+        slopes = (dq @ k.mT + q @ dk.mT) * scale
+        dlse = (weights * slopes).sum(3)
+        out, dout = weights @ v, (weights * (slopes - dlse[..., None])) @ v + weights @ dv
+    return _pack(out).to(qkv.dtype), lse, _pack(dout).to(qkv.dtype), dlse
 
 
 def timestep_attention_bwd(grad: Tensor, qkv: Tensor, out: Tensor, lse: Tensor, heads: int) -> Tensor:
@@ -178,5 +195,14 @@ register(
     triton=triton_kernels.implementation("attention.attention_bwd", *_KERNEL_DTYPES),
     library=dispatch.Implementation("library", _library_bwd, _library_refuses),
 )
-register_autograd("timestep_attention", _backward, _setup)
+register_autograd("timestep_attention", _backward, _setup, tangents=True)
+register_tangents(
+    "timestep_attention",
+    timestep_attention_jvp,
+    check=_check,
+    fake=_fake,
+    backward=_backward,
+    setup_context=_setup,
+    triton=triton_kernels.implementation("attention_jvp.attention_jvp", *_KERNEL_DTYPES),
+)
 no_second_derivative("timestep_attention_bwd")

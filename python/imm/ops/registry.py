@@ -98,19 +98,83 @@ def apply_forced() -> None:
                 _LIBRARY.impl(op, functools.partial(dispatch.call, op), key, allow_override=True)
 
 
-def register_autograd(op: str, backward: Callable[..., Any], setup_context: Callable[..., None] | None = None) -> None:
-    """``torch.library.register_autograd`` for ``imm::op``, but a forward-mode tangent raises: torch would drop it.
+def register_autograd(
+    op: str, backward: Callable[..., Any], setup_context: Callable[..., None] | None = None, *, tangents: bool = False
+) -> None:
+    """``torch.library.register_autograd`` for ``imm::op``, and its forward-mode derivative.
 
-    The kernel is at the op's Autograd key, which ``torch.func.jvp``, dual numbers and ``vmap`` of them all reach with the
-    tangent still attached.
+    With ``tangents``, by :func:`register_tangents`; without, a tangent raises, which torch would drop. The kernel is at the
+    op's Autograd key, which ``torch.func.jvp``, dual numbers and ``vmap`` of them all reach with the tangent still attached.
     """
     generated = make_autograd_impl(_overload(op), Info(backward, setup_context))
 
     def kernel(keyset: Any, *args: Any) -> Any:
-        refuse_tangents(op, args)
-        return generated(keyset, *args)
+        if not tangents:
+            refuse_tangents(op, args)
+        if forward_ad._current_level < 0:
+            return generated(keyset, *args)
+        duals = [forward_ad.unpack_dual(a) if isinstance(a, torch.Tensor) else None for a in args]
+        if all(dual is None or dual.tangent is None for dual in duals):
+            return generated(keyset, *args)
+        primals = [a if dual is None else dual.primal for a, dual in zip(args, duals, strict=True)]
+        given = [torch.zeros_like(d.primal) if d.tangent is None else d.tangent for d in duals if d is not None]
+        found = _overload(f"{op}_jvp")(*primals, *given)
+        count = len(found) // 2
+        made = tuple(forward_ad.make_dual(*pair) for pair in zip(found[:count], found[count:], strict=True))
+        return made if count > 1 else made[0]
 
     _LIBRARY.impl(op, kernel, "Autograd", with_keyset=True)
+
+
+def register_tangents(
+    op: str,
+    reference: Callable[..., tuple[torch.Tensor, ...]],
+    *,
+    check: Callable[..., None],
+    fake: Callable[..., Any],
+    backward: Callable[..., Any],
+    setup_context: Callable[..., None],
+    triton: dispatch.Implementation | None = None,
+) -> None:
+    """Register ``imm::op_jvp``, the forward-mode derivative of an op that :func:`register_autograd` sends there.
+
+    It takes the op's arguments and then a tangent for each tensor, of its shape and dtype; it returns the op's results and then
+    their tangents. The results have the gradients of the op's. The tangents have none: a second derivative is an error.
+    ``check``, ``fake``, ``backward`` and ``setup_context`` are the op's.
+    """
+    names = [a.name for a in _overload(f"{op}_jvp")._schema.arguments]
+    own, results = (len(getattr(_overload(op)._schema, what)) for what in ("arguments", "returns"))
+
+    def check_all(*args: Any) -> None:
+        check(*args[:own])
+        primals = [a for a in args[:own] if isinstance(a, torch.Tensor)]
+        for name, tangent, like in zip(names[own:], args[own:], primals, strict=True):
+            if (tangent.shape, tangent.dtype, tangent.device) != (like.shape, like.dtype, like.device):
+                raise ValueError(
+                    f"{name}: expected {list(like.shape)} of {like.dtype} on {like.device} as {name[1:]} is, "
+                    f"got {list(tangent.shape)} of {tangent.dtype} on {tangent.device}"
+                )
+
+    def fake_all(*args: Any) -> tuple[torch.Tensor, ...]:
+        both = [fake(*args[:own]) for _ in range(2)]
+        return tuple(v for found in both for v in (found if isinstance(found, tuple) else (found,)))
+
+    def setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:
+        ctx.set_materialize_grads(False)  # None tells that nobody asked for a tangent's
+        setup_context(ctx, inputs[:own], output[:results] if results > 1 else output[0])
+        ctx.like = [(v.shape, v.dtype, v.device) for v in output[:results]]
+
+    def backward_of_results(ctx: Any, *grads: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
+        if any(grad is not None for grad in grads[results:]):
+            raise RuntimeError(f"imm::{op}_jvp: a tangent has no derivative: second derivatives are not supported")
+        given = [
+            torch.zeros(shape, dtype=dtype, device=device) if grad is None else grad
+            for grad, (shape, dtype, device) in zip(grads, ctx.like, strict=False)
+        ]
+        return *backward(ctx, *given), *(None for _ in names[own:])
+
+    register(f"{op}_jvp", check=check_all, reference=reference, fake=fake_all, triton=triton)
+    register_autograd(f"{op}_jvp", backward_of_results, setup)
 
 
 def only(ctx: Any, arguments: NamedTuple, learning: set[str], refusal: str) -> None:
@@ -131,8 +195,8 @@ def refuse_tangents(op: str, values: Iterable[Any]) -> None:
         return
     if any(isinstance(v, torch.Tensor) and forward_ad.unpack_dual(v).tangent is not None for v in values):
         raise NotImplementedError(
-            f"imm::{op} has no forward-mode derivative (torch.func.jvp, dual numbers): use torch's own operations, a network "
-            "with fused=False, or a finite difference"
+            f"imm::{op} has no forward-mode derivative (torch.func.jvp, dual numbers): use torch's own operations or a finite "
+            "difference"
         )
 
 

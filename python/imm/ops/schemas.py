@@ -1,8 +1,8 @@
 """Every op's schema, in one list: whoever comes first, this package or the native library, defines the ops from it.
 
 Shapes: G groups of M particles of D features; B images of T tokens of C features. A ``_bwd`` op is the explicit backward of the
-op of that name; an overload ``.out`` writes into tensors that the caller keeps, and returns nothing (torch.compile takes no
-aliases).
+op of that name, a ``_jvp`` op its results and their tangents; an overload ``.out`` writes into tensors that the caller keeps,
+and returns nothing (torch.compile takes no aliases).
 """
 
 _KERNEL = "str kernel, float[] bandwidths, float eps"
@@ -29,10 +29,17 @@ SCHEMAS: tuple[str, ...] = (
     "gated_residual_adaln(Tensor x, Tensor y, Tensor gate, Tensor shift, Tensor scale, float eps) -> (Tensor, Tensor)",
     "gated_residual_adaln_bwd(Tensor grad_z, Tensor grad_h, Tensor z, Tensor y, Tensor gate, Tensor scale, float eps) "
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    "adaln_modulate_jvp(Tensor x, Tensor shift, Tensor scale, float eps, Tensor dx, Tensor dshift, Tensor dscale) "
+    "-> (Tensor, Tensor)",
+    "gated_residual_adaln_jvp(Tensor x, Tensor y, Tensor gate, Tensor shift, Tensor scale, float eps, "
+    "Tensor dx, Tensor dy, Tensor dgate, Tensor dshift, Tensor dscale) -> (Tensor, Tensor, Tensor, Tensor)",
     "timestep_attention(Tensor qkv, int heads) -> (Tensor, Tensor)",
     "timestep_attention_bwd(Tensor grad, Tensor qkv, Tensor out, Tensor lse, int heads) -> Tensor",
+    "timestep_attention_jvp(Tensor qkv, int heads, Tensor dqkv) -> (Tensor, Tensor, Tensor, Tensor)",
     "timestep_embedding(Tensor t, Tensor s, int dim, float max_period, ScalarType dtype) -> Tensor",
     "timestep_embedding_bwd(Tensor grad, Tensor t, Tensor s, float max_period) -> (Tensor, Tensor)",
+    "timestep_embedding_jvp(Tensor t, Tensor s, int dim, float max_period, ScalarType dtype, Tensor dt, Tensor ds) "
+    "-> (Tensor, Tensor)",
     "noise(Tensor seeds, SymInt numel, int step, float scale=1.0) -> Tensor",
     "noise.out(Tensor seeds, SymInt numel, int step, float scale=1.0, *, Tensor(a!) out) -> ()",
 )

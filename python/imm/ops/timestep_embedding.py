@@ -14,7 +14,7 @@ from torch import Tensor
 
 from imm.ops import triton_kernels
 from imm.ops.dtypes import DTYPES
-from imm.ops.registry import no_second_derivative, register, register_autograd
+from imm.ops.registry import no_second_derivative, register, register_autograd, register_tangents
 
 
 def _check(t: Tensor, s: Tensor, dim: int, max_period: float, dtype: torch.dtype) -> None:
@@ -51,6 +51,16 @@ def sinusoids(times: Tensor, dim: int, max_period: float = MAX_PERIOD) -> Tensor
 def timestep_embedding(t: Tensor, s: Tensor, dim: int, max_period: float, dtype: torch.dtype) -> Tensor:
     """Reference of imm::timestep_embedding: times [B] -> [2, B, dim] of ``dtype``, t's embedding first."""
     return sinusoids(torch.stack([t.double(), s.double()]), dim, max_period).to(dtype)
+
+
+def timestep_embedding_jvp(
+    t: Tensor, s: Tensor, dim: int, max_period: float, dtype: torch.dtype, dt: Tensor, ds: Tensor
+) -> tuple[Tensor, ...]:
+    """The embeddings and their tangents along dt and ds [B]: -sin(u f) f du and cos(u f) f du."""
+    frequencies = _frequencies(dim // 2, max_period, t.device)
+    phase, rate = (torch.stack([a.double(), b.double()])[..., None] * frequencies for a, b in ((t, s), (dt, ds)))
+    cos, sin = phase.cos(), phase.sin()
+    return tuple(torch.cat(halves, dim=-1).to(dtype) for halves in ((cos, sin), (-sin * rate, cos * rate)))
 
 
 def timestep_embedding_bwd(grad: Tensor, t: Tensor, s: Tensor, max_period: float) -> tuple[Tensor, Tensor]:
@@ -99,5 +109,8 @@ register(
 )
 # Times have no gradient in training: no kernel on CUDA.
 register("timestep_embedding_bwd", check=_check_bwd, reference=timestep_embedding_bwd, fake=_fake_bwd, native=("cpu",))
-register_autograd("timestep_embedding", _backward, _setup)
+register_autograd("timestep_embedding", _backward, _setup, tangents=True)
+register_tangents(
+    "timestep_embedding", timestep_embedding_jvp, check=_check, fake=_fake, backward=_backward, setup_context=_setup
+)
 no_second_derivative("timestep_embedding_bwd")
