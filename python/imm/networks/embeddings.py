@@ -7,6 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from imm.networks.layers import autocasts
 from imm.ops.timestep_embedding import sinusoids
 
 
@@ -19,7 +20,7 @@ def full_precision(weight: Tensor, function: Callable[..., Tensor], *inputs: Ten
     outputs at nearby times, in which the same rounding cancels and unlike rounding stays (docs/training.md).
     """
     device = weight.device.type
-    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):  # "meta" has none
+    if not autocasts(device):
         return function(*inputs)
     half = (torch.bfloat16, torch.float16)
     with torch.autocast(device, enabled=False):

@@ -37,6 +37,11 @@ def linear(layer: nn.Module, x: Tensor, *, gelu: bool = False) -> Tensor:
     return torch.ops.aten.gelu_(hidden, approximate="tanh")  # the widest tensor of the network is not allocated twice
 
 
+def autocasts(device: str) -> bool:
+    """Whether autocast is on for a type of device; "meta" has none."""
+    return device != "meta" and torch.is_autocast_enabled(device)
+
+
 def is_linear(layer: object) -> TypeGuard[nn.Linear]:
     """Whether a call of ``layer`` is its matmul and no more: nobody has replaced, parametrized or hooked it."""
     return type(layer) is nn.Linear and not layer._forward_hooks and not layer._forward_pre_hooks
@@ -75,7 +80,7 @@ def _alone(layer: nn.Module, x: Tensor) -> TypeGuard[nn.Linear]:
         and is_linear(layer)
         and layer.weight.dtype == x.dtype
         and not (torch.is_grad_enabled() and (x.requires_grad or layer.weight.requires_grad))
-        and not (torch.amp.is_autocast_available(x.device.type) and torch.is_autocast_enabled(x.device.type))
+        and not autocasts(x.device.type)
     )
 
 
