@@ -70,6 +70,8 @@ def least_wide(kernel: str, given: Mapping[str, Any], kinds: Mapping[str, str]) 
     narrow = M > 4 and kinds.get("t.y") in ("*bf16", "*fp16")
     loads, stores = (2 * M if mixed else 0, 0) if narrow else (2 * M * (2 if mixed else 1), M)
     residual = given.get("y_ptr", True) is not None
+    if kinds.get("qkv_ptr") == "*fp32":  # 8 warps have 8 bytes a thread of the 16 features that a head's rest, or d = 8, fills
+        return (2, 1) if given.get("D", 0) > 16 else (0, 0)
     return {
         "noise._noise_kernel": (0, 1),
         "mmd_direct._resident_kernel": (loads, 0) if given.get("grad_ptr", True) is None else (2 * loads, stores),

@@ -57,6 +57,12 @@ def test_what_a_kernel_should_move() -> None:
     assert least("mmd_direct._partial_kernel", {"M": 4}, {"t.y": "*bf16", "t.x": "*fp32"}) == (16, 0)
     assert least("adaln._adaln_fwd_kernel", {"y_ptr": None}, {}) == (2, 1)
     assert least("adaln._adaln_fwd_kernel", {}, {}) == (4, 2)
+    forward = "attention._attention_fwd_kernel"
+    assert [least(forward, {"D": d}, {"qkv_ptr": kind}) for d, kind in ((40, "*bf16"), (40, "*fp32"), (8, "*fp32"))] == [
+        (3, 1),
+        (2, 1),
+        (0, 0),
+    ]
 
 
 #: As nvdisasm writes it: a product whose A is in R24 to R27, and the wait for it.
