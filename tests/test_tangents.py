@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -218,6 +219,19 @@ def test_a_fused_dit_has_the_tangent_and_gradients_of_its_plain_form(mode: str, 
     assert (len(found[True]) > 2) == (mode == "with gradients")
     for a, b in zip(found[True], found[False], strict=True):
         assert distance(a, b) < 1e-5
+
+
+def test_a_tangent_in_bfloat16_is_no_worse_than_through_torchs_own_operations(size_t: None) -> None:
+    network = spread(DiT("T", patch=4, channels=1, resolution=8, num_classes=3).eval())
+    x, v, t = torch.randn(2, 1, 8, 8), torch.randn(2, 1, 8, 8), torch.tensor([300.0, 700.0]).double()
+    dudt = {}
+    for dtype, fused in ((torch.float64, False), (torch.bfloat16, False), (torch.bfloat16, True)):
+        made = copy.deepcopy(network).to(dtype)
+        made.fused = fused
+        call = lambda x, t, made=made: made(x, t, t / 2, torch.tensor([0, 3]))
+        dudt[dtype, fused] = torch.func.jvp(call, (x.to(dtype), t), (v.to(dtype), torch.ones_like(t)))[1].detach()
+    plain, fused = (distance(dudt[torch.bfloat16, form], dudt[torch.float64, False]) for form in (False, True))
+    assert fused < 1.5 * plain < 0.1
 
 
 def test_a_tangent_is_traced_by_make_fx(size_t: None) -> None:
