@@ -61,6 +61,21 @@ def flow_map_mmd_bwd(variant: str, dtype: torch.dtype, device: str) -> tuple[Any
     return coefficients(3, variant, device), finished, finished.clone(), coefficients(3, variant, device)
 
 
+def energy_score(variant: str, dtype: torch.dtype, device: str) -> tuple[Any, ...]:
+    """Targets are drawn where x is permuted, given elsewhere."""
+    x = tensor((3, 4, 16), variant, dtype, device)
+    numbers = coefficients(3, variant, device), coefficients(3, variant, device), 1.5, 0.5, None, "energy", [1.0]
+    if variant != "permuted":
+        return x, tensor((3, 5, 16), variant, dtype, device, grad=False), None, None, 0, *numbers
+    mean, log_std = (tensor((3, 16), variant, dtype, device, grad=False) for _ in range(2))
+    return x, mean, log_std, torch.tensor([2**40], device=device), 5, *numbers
+
+
+def energy_score_bwd(variant: str, dtype: torch.dtype, device: str) -> tuple[Any, ...]:
+    finished = tensor((3, 4, 16), variant, dtype, device, grad=False)
+    return coefficients(3, variant, device), finished, finished.clone()
+
+
 def mmd_gram(variant: str, dtype: torch.dtype, device: str, kernel: tuple[Any, ...] = KERNEL) -> tuple[Any, ...]:
     x, y = tensor((3, 4, 17), variant, dtype, device), tensor((3, 5, 17), variant, dtype, device)
     return x, y, coefficients(3, variant, device), *kernel
@@ -163,6 +178,8 @@ SAMPLES: dict[str, Callable[..., tuple[Any, ...]]] = {
     "mmd_loss_bwd": mmd_loss_bwd,
     "flow_map_mmd": flow_map_mmd,
     "flow_map_mmd_bwd": flow_map_mmd_bwd,
+    "energy_score": energy_score,
+    "energy_score_bwd": energy_score_bwd,
     "mmd_gram": mmd_gram,
     "mmd_gram_bwd": mmd_gram_bwd,
     "flow_step": flow_step,

@@ -22,6 +22,7 @@ OPS = [schema.partition("(")[0] for schema in SCHEMAS]
 DIFFERENTIABLE = [
     "mmd_loss",
     "flow_map_mmd",
+    "energy_score",
     "mmd_gram",
     "flow_step",
     "adaln_modulate",

@@ -118,6 +118,109 @@ def flow_map_mmd_loss(
     return torch.ops.imm.flow_map_mmd(*(v.flatten(2) for v in branches), *coefficients, *arguments)[0]
 
 
+def energy_score(
+    x: Tensor,
+    y: Tensor | None = None,
+    *,
+    mean: Tensor | None = None,
+    log_std: Tensor | None = None,
+    draws: int | None = None,
+    seed: Tensor | int | None = None,
+    alpha: float = 1.0,
+    pair_weight: float | None = None,
+    weight: Tensor | float | None = None,
+    scale: Tensor | float | None = None,
+    kernel: str = "energy",
+    bandwidths: Sequence[float] = (1.0,),
+) -> Tensor:
+    """Energy score of an ensemble x against targets y, group by group: a proper scoring rule, to be minimised.
+
+    ``loss_g = weight_g (2 mean_jm d(x_j, y_m) - a sum_{j != k} d(x_j, x_k))`` with ``a = (N - 1 + alpha) / (N^2 (N - 1))`` and
+    d the Euclidean distance times scale; for the other kernels k of :func:`mmd_loss`, d is 1 - k. The term of the targets among
+    themselves, which x does not move, is left out. ``docs/energy_score.md`` compares the conventions of others.
+
+    Targets are given, as ``y``, or drawn: ``mean + exp(log_std) n`` with n the :func:`noise` of seed + g, element m D + d, step
+    0, to 4e-6. The kernels draw them where they use them, and never write them.
+
+    Args:
+        x: members that learn, ``[G, N, D]``, floating, of any strides.
+        y: targets, ``[G, M, D]`` of x's dtype.
+        mean, log_std: ``[G, D]`` of x's dtype, in place of y; D divisible by 4.
+        draws: M, the number of targets that are drawn, >= 1.
+        seed: of the draws, an integer in [0, 2^63) or a ``[1]`` int64 tensor on x's device; another one for each step.
+        alpha: in [0, 1]: 0 weighs pairs as the V-statistic, 1 as the fair score (unbiased; Ferro 2014), between them almost
+            fair (Lang et al. 2024: eps = (1 - alpha) / N). 0 where N = 1.
+        pair_weight: a itself, where another convention sets it; it takes alpha's place.
+        weight: per group, ``[G]``, or one number. Weight 0 is a mask: the group's loss and gradient are exactly 0, whatever its
+            numbers, NaN too.
+        scale: of the kernel, ``[G]`` or one number >= 0; None for 1.
+        kernel, bandwidths: as in :func:`mmd_loss`.
+
+    Returns:
+        ``[G]``, float32 (float64 for float64 x), differentiable in x once. A pair at distance 0 has no gradient.
+
+    Raises:
+        ValueError, TypeError: arguments other than these.
+        RuntimeError: a gradient asked for anything but x.
+
+    Example:
+        >>> x = torch.randn(5, 8, 16, requires_grad=True)
+        >>> energy_score(x, torch.randn(5, 1, 16)).mean().backward()
+    """
+    drawn = {"mean": mean, "log_std": log_std, "draws": draws, "seed": seed}
+    missing = [name for name, value in drawn.items() if value is None]
+    if (y is None) == (len(missing) == len(drawn)) or (y is None and missing):
+        given = [name for name, value in (("y", y), *drawn.items()) if value is not None]
+        raise ValueError(f"y: expected y, or all of mean, log_std, draws and seed, got {given}")
+    factor = 1.0
+    if weight is not None and not isinstance(weight, Tensor):
+        factor, weight = float(weight), None
+    if scale is not None and not isinstance(scale, Tensor):
+        if not scale >= 0:
+            raise ValueError(f"scale: expected a number >= 0, got {scale}")
+        if kernel == "energy":
+            factor, scale = factor * scale, None
+        else:
+            scale = torch.full((1,), float(scale), device=x.device)
+    if isinstance(seed, int):
+        if not 0 <= seed < 2**63:
+            raise ValueError(f"seed: expected an integer in [0, 2^63), got {seed}")
+        seed = torch.full((1,), seed, dtype=torch.int64, device=x.device)
+    targets = (y, None, None, 0) if y is not None else (mean, log_std, seed, draws)
+    numbers = scale, weight, factor, float(alpha), pair_weight, kernel, list(bandwidths)
+    return torch.ops.imm.energy_score(x, *targets, *numbers)[0]
+
+
+def crps(ensemble: Tensor, observation: Tensor, *, alpha: float = 1.0) -> Tensor:
+    """Continuous ranked probability score of an ensemble: ``mean_j |x_j - y| - (a / 2) sum_{j != k} |x_j - x_k|``.
+
+    It is half the :func:`energy_score` of D = 1, with the same ``a = (N - 1 + alpha) / (N^2 (N - 1))``, number by number.
+
+    Args:
+        ensemble: N members, ``[N, ...]``, floating; copied where its numbers are not one after the other in memory.
+        observation: ``[...]`` of the same dtype.
+        alpha: as in :func:`energy_score`: 0 for the CRPS of the members' distribution, 1 fair, 0.95 as Lang et al. train.
+
+    Returns:
+        ``[...]``, float32 (float64 for float64 members), differentiable in the ensemble once. Of one member (alpha 0) it is the
+        absolute error.
+
+    Raises:
+        ValueError, TypeError: arguments other than these.
+        RuntimeError: a gradient asked for the observation.
+
+    Example:
+        >>> members = torch.randn(8, 2, 32, 64, requires_grad=True)
+        >>> crps(members, torch.randn(2, 32, 64)).mean().backward()
+    """
+    if ensemble.dim() == 0 or len(ensemble) == 0 or ensemble.shape[1:] != observation.shape:
+        expected = ["N", *observation.shape]
+        raise ValueError(f"ensemble: expected {expected} with N > 0 for this observation, got {list(ensemble.shape)}")
+    members, targets = ensemble.reshape(len(ensemble), -1).t().unsqueeze(2), observation.reshape(-1, 1, 1)
+    numbers = None, None, 0.5, float(alpha), None, "energy", [1.0]
+    return torch.ops.imm.energy_score(members, targets, None, None, 0, *numbers)[0].reshape(observation.shape)
+
+
 def mmd_gram(
     x: Tensor,
     y: Tensor,

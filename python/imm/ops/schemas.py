@@ -1,8 +1,8 @@
 """Every op's schema, in one list: whoever comes first, this package or the native library, defines the ops from it.
 
-Shapes: G groups of M particles of D features; B images of T tokens of C features. A ``_bwd`` op is the explicit backward of the
-op of that name, a ``_jvp`` op its results and their tangents; an overload ``.out`` writes into tensors that the caller keeps,
-and returns nothing (torch.compile takes no aliases).
+Shapes: G groups of M particles of D features, of a score N members that learn and M targets; B images of T tokens of C
+features. A ``_bwd`` op is the explicit backward of the op of that name, a ``_jvp`` op its results and their tangents; an overload
+``.out`` writes into tensors that the caller keeps, and returns nothing (torch.compile takes no aliases).
 """
 
 _KERNEL = "str kernel, float[] bandwidths, float eps"
@@ -16,6 +16,9 @@ SCHEMAS: tuple[str, ...] = (
     "mmd_loss_bwd(Tensor grad, Tensor slopes, Tensor y_t, Tensor y_r, Tensor? weight, bool unbiased) -> Tensor",
     f"flow_map_mmd({_BRANCHES}, Tensor scale, Tensor? weight, Tensor? upstream, {_KERNEL}, bool unbiased) -> (Tensor, Tensor)",
     "flow_map_mmd_bwd(Tensor grad, Tensor finished, Tensor g_t, Tensor? upstream) -> Tensor",
+    "energy_score(Tensor x, Tensor y, Tensor? log_std, Tensor? seed, int draws, Tensor? scale, Tensor? weight, float factor, "
+    "float alpha, float? pair_weight, str kernel, float[] bandwidths) -> (Tensor, Tensor)",
+    "energy_score_bwd(Tensor grad, Tensor finished, Tensor x) -> Tensor",
     f"mmd_gram(Tensor x, Tensor y, Tensor scale, {_KERNEL}) -> Tensor",
     f"mmd_gram_bwd(Tensor grad, Tensor x, Tensor y, Tensor scale, {_KERNEL}) -> (Tensor, Tensor)",
     f"flow_step({_STEP}) -> Tensor",
