@@ -12,9 +12,7 @@
 
 namespace imm {
 
-inline at::Tensor fresh(at::IntArrayRef sizes, at::ScalarType dtype, at::Device device = at::kCPU) {
-  at::Tensor result = at::empty(sizes, at::TensorOptions(device).dtype(dtype));
-  if (!device.is_cpu()) return result;
+inline void ask_for_large_pages([[maybe_unused]] const at::Tensor& result) {
 #if defined(__linux__) && defined(MADV_HUGEPAGE)
   constexpr uintptr_t kLargePage = 2 << 20;
   const uintptr_t address = reinterpret_cast<uintptr_t>(result.mutable_data_ptr());
@@ -23,6 +21,11 @@ inline at::Tensor fresh(at::IntArrayRef sizes, at::ScalarType dtype, at::Device 
   // Where it is refused the pages are small: as without.
   if (end > begin) static_cast<void>(madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE));
 #endif
+}
+
+inline at::Tensor fresh(at::IntArrayRef sizes, at::ScalarType dtype, at::Device device = at::kCPU) {
+  at::Tensor result = at::empty(sizes, at::TensorOptions(device).dtype(dtype));
+  if (device.is_cpu()) ask_for_large_pages(result);
   return result;
 }
 

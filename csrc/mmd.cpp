@@ -21,22 +21,6 @@ using at::Tensor;
 
 constexpr const char* kKernels[] = {"laplace", "rbf", "imq", "energy"};  // in the order of MmdKernel
 
-void check_kernel(const std::string& kernel, at::ArrayRef<double> bandwidths, double eps) {
-  TORCH_CHECK_VALUE(std::find(std::begin(kKernels), std::end(kKernels), kernel) != std::end(kKernels),
-                    "kernel: expected one of ['laplace', 'rbf', 'imq', 'energy'], got '", kernel, "'");
-  TORCH_CHECK_VALUE(eps > 0, "eps: expected a positive floor on the norm, got ", eps);
-  const auto fits = [](double factor) { return factor > 0 && std::isfinite(factor); };
-  TORCH_CHECK_VALUE(!bandwidths.empty() && std::all_of(bandwidths.begin(), bandwidths.end(), fits),
-                    "bandwidths: expected one or more positive factors, got ", bandwidths);
-  TORCH_CHECK_VALUE(kernel != "energy" || bandwidths.size() == 1,
-                    "bandwidths: expected one for the energy kernel, which is linear in it, got ", bandwidths);
-}
-
-MmdKernelArgs kernel_args(const std::string& kernel, at::ArrayRef<double> bandwidths, double eps) {
-  const auto index = std::find(std::begin(kKernels), std::end(kKernels), kernel) - std::begin(kKernels);
-  return {static_cast<MmdKernel>(index), bandwidths.data(), static_cast<int64_t>(bandwidths.size()), eps};
-}
-
 void check_particles(const char* x_name, const char* y_name, const Tensor& x, const Tensor& y, const Tensor& scale,
                      const char* scale_name = "scale") {
   for (const auto& [name, value] : {std::pair(x_name, x), std::pair(y_name, y)}) {
@@ -304,6 +288,22 @@ std::tuple<Tensor, Tensor> mmd_gram_bwd(const Tensor& grad, const Tensor& x, con
 }
 
 }  // namespace
+
+void check_kernel(const std::string& kernel, at::ArrayRef<double> bandwidths, double eps) {
+  TORCH_CHECK_VALUE(std::find(std::begin(kKernels), std::end(kKernels), kernel) != std::end(kKernels),
+                    "kernel: expected one of ['laplace', 'rbf', 'imq', 'energy'], got '", kernel, "'");
+  TORCH_CHECK_VALUE(eps > 0, "eps: expected a positive floor on the norm, got ", eps);
+  const auto fits = [](double factor) { return factor > 0 && std::isfinite(factor); };
+  TORCH_CHECK_VALUE(!bandwidths.empty() && std::all_of(bandwidths.begin(), bandwidths.end(), fits),
+                    "bandwidths: expected one or more positive factors, got ", bandwidths);
+  TORCH_CHECK_VALUE(kernel != "energy" || bandwidths.size() == 1,
+                    "bandwidths: expected one for the energy kernel, which is linear in it, got ", bandwidths);
+}
+
+MmdKernelArgs kernel_args(const std::string& kernel, at::ArrayRef<double> bandwidths, double eps) {
+  const auto index = std::find(std::begin(kKernels), std::end(kKernels), kernel) - std::begin(kKernels);
+  return {static_cast<MmdKernel>(index), bandwidths.data(), static_cast<int64_t>(bandwidths.size()), eps};
+}
 
 void check_groups(const char* name, const Tensor& value, const Tensor& x) {
   TORCH_CHECK_VALUE(value.dim() == 1 && value.size(0) == x.size(0), name, ": expected one number per group, [",

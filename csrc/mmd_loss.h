@@ -1,4 +1,4 @@
-// What mmd.cpp has for flow_map_mmd.cpp: the checks of a loss and its run over groups.
+// What mmd.cpp has for flow_map_mmd.cpp and energy_score.cpp: the checks of a loss and its run over groups.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -7,6 +7,7 @@
 #include <tuple>
 
 #include "checks.h"
+#include "mmd.h"
 
 namespace imm {
 
@@ -23,6 +24,10 @@ struct LossArguments {
   double eps;
   bool unbiased;
 };
+
+void check_kernel(const std::string& kernel, at::ArrayRef<double> bandwidths, double eps);
+
+MmdKernelArgs kernel_args(const std::string& kernel, at::ArrayRef<double> bandwidths, double eps);
 
 void check_groups(const char* name, const at::Tensor& value, const at::Tensor& x);
 

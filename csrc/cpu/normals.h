@@ -42,5 +42,44 @@ inline void normals(uint64_t seed, uint64_t step, int64_t first, int64_t n, floa
   }
 }
 
+// The same to 4e-6, in float32: several times as fast.
+inline void quick_normals(uint64_t seed, uint64_t step, int64_t first, int64_t n, float* out) {
+  using V = at::vec::Vectorized<float>;
+  constexpr int64_t kBlocks = 32;  // per batch
+  constexpr float kUnit = 1.0f / 4294967296.0f, kAngle = 6.283185307179586f / 4294967296.0f;
+  for (int64_t start = 0; start < n; start += 4 * kBlocks) {
+    uint32_t word[4][kBlocks];
+    const uint64_t q = static_cast<uint64_t>((first + start) / 4);
+    for (int64_t b = 0; b < kBlocks; ++b) {
+      const PhiloxBlock block = philox_block(seed, step, q + static_cast<uint64_t>(b));
+      for (int lane = 0; lane < 4; ++lane) word[lane][b] = block.word[lane];
+    }
+    float lane[4][kBlocks];
+    for (int pair = 0; pair < 4; pair += 2) {
+      float* const a = lane[pair];
+      float* const b = lane[pair + 1];
+      float rest[kBlocks];  // 1 - a, whose digits a rounded to float32 would lose near 1
+      for (int64_t i = 0; i < kBlocks; ++i) {
+        a[i] = (static_cast<float>(word[pair][i]) + 0.5f) * kUnit;
+        rest[i] = (static_cast<float>(~word[pair][i]) + 0.5f) * kUnit;
+        b[i] = static_cast<float>(static_cast<int32_t>(word[pair + 1][i])) * kAngle;
+      }
+      for (int64_t i = 0; i < kBlocks; i += V::size()) {
+        const V u = V::loadu(a + i), v = V::loadu(rest + i), angle = V::loadu(b + i);
+        const V power = V::blendv(V(-2.0f) * u.log(), v * (v + V(2.0f)), v < V(1.0f / 1024));
+        const V radius = power.sqrt();
+        (radius * angle.cos()).store(a + i);
+        (radius * angle.sin()).store(b + i);
+      }
+    }
+    float value[4 * kBlocks];
+    for (int64_t i = 0; i < kBlocks; ++i) {
+      for (int k = 0; k < 4; ++k) value[4 * i + k] = lane[k][i];
+    }
+    const int64_t count = n - start < 4 * kBlocks ? n - start : 4 * kBlocks;
+    for (int64_t i = 0; i < count; ++i) out[start + i] = value[i];
+  }
+}
+
 }  // namespace
 }  // namespace imm

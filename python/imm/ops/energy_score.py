@@ -173,7 +173,7 @@ def _backward(ctx: Any, grad: Tensor, _: Any) -> tuple[Tensor | None, ...]:
     return gradients(Arguments, x=torch.ops.imm.energy_score_bwd(grad, *ctx.saved_tensors))
 
 
-register("energy_score", check=_check, reference=energy_score, fake=_fake)
+register("energy_score", check=_check, reference=energy_score, fake=_fake, native=("cpu",))
 register("energy_score_bwd", check=_check_bwd, reference=energy_score_bwd, fake=_fake_bwd)
 register_autograd("energy_score", _backward, _setup)
 no_second_derivative("energy_score_bwd")
