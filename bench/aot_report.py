@@ -72,8 +72,14 @@ def least_wide(kernel: str, given: Mapping[str, Any], kinds: Mapping[str, str]) 
     residual = given.get("y_ptr", True) is not None
     if kinds.get("qkv_ptr") == "*fp32":  # 8 warps have 8 bytes a thread of the 16 features that a head's rest, or d = 8, fills
         return (2, 1) if given.get("D", 0) > 16 else (0, 0)
+    # From N = 9 a thread has four groups of a line; rows that are not whole blocks have no alignment.
+    members, half = given.get("N", 0), kinds.get("x.ptr") in ("*bf16", "*fp16")
+    line = (members + 1, members) if members <= 8 or not half else (0, 0)
+    chunks = given.get("CHUNKS", 0) if given.get("D", 0) == given.get("BLOCK_D") and given.get("D", 0) >= 16 else 0
     return {
         "noise._noise_kernel": (0, 1),
+        "energy_score._line_kernel": line,
+        "energy_score._small_kernel": (chunks, chunks),
         "mmd_direct._resident_kernel": (loads, 0) if given.get("grad_ptr", True) is None else (2 * loads, stores),
         "mmd_direct._partial_kernel": (loads, 0),
         "mmd_direct._gradient_kernel": (loads, stores),
@@ -219,7 +225,7 @@ def _rows(index: int, arch: int, quick: bool) -> dict[str, tuple[str, list[str]]
         only_wide = name == "noise._noise_kernel"
         wrong = problems(u, least_wide(name, constants, kinds), only_wide=only_wide, products=products)
         types = " ".join(dict.fromkeys(kind[1:] for kind in kinds.values() if kind.startswith("*")))
-        named = ("M", "D", "C", "BLOCK", "COLUMNS", "FULL", "BLOCKS")
+        named = ("N", "M", "D", "C", "BLOCK", "COLUMNS", "FULL", "BLOCKS")
         sizes = " ".join(f"{k}={v}" for k, v in constants.items() if k in named and v)
         numbers = f"{u.registers:5d} {u.spills:7d} {u.shared:7d} {u.stack:6d} {u.overwrites:10d} {u.occupancy(arch):9d}"
         numbers += f" {u.products:8d} {u.instructions:12d}"

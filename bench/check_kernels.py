@@ -37,6 +37,8 @@ FLOATS = (torch.float32, torch.bfloat16)
 SHAPES = ((2, 1024), (3, 37), (1, 1))
 #: (M, D) of the MMD: resident and split, every pair and products; aligned and odd.
 MMD_SIZES = ((1, 5), (4, 37), (4, 4096), (4, 40000), (8, 64), (12, 70), (40, 128))
+#: (N, M, D) of the energy score: a line, drawn and given, odd.
+SCORES = ((4, 1, 1), (8, 3, 128), (2, 1, 16), (5, 3, 37), (50, 1, 1), (16, 1, 1))
 #: (rows, tokens, features), (rows, tokens, heads, head size), with one block of keys and with several.
 TOKENS = ((2, 5, 37), (2, 64, 1152))
 ATTENTION = ((2, 37, 2, 8), (2, 256, 16, 72), (16, 256, 16, 72), (1, 300, 2, 64))
@@ -88,6 +90,18 @@ def mmds(M: int, D: int, dtype: torch.dtype, G: int = 3, gram: bool = True) -> I
         yield f"imm::mmd_gram_bwd {what}", "mmd_gram_bwd", (torch.randn(G, M, M), y_t, y_r, scale, *kernel), 4 * eps
 
 
+def energy_scores(N: int, M: int, D: int, dtype: torch.dtype, G: int = 3, kernel: str = "energy") -> Iterator[Call]:
+    """The energy score with targets that are given and drawn; members apart as CRPS has them where D = 1."""
+    eps, what = torch.finfo(dtype).eps, f"N={N} M={M} D={D} {dtype}"
+    x, y = torch.randn(N, G, D).to(dtype).transpose(0, 1), torch.randn(M, G, D).to(dtype).transpose(0, 1)
+    numbers = None, torch.rand(G), 1.0, float(N > 1), None, kernel, [1.0] if kernel == "energy" else [0.5, 1.0]
+    unit = 4 * eps * D**0.5
+    yield f"imm::energy_score {what}", "energy_score", (x, y, None, None, 0, *numbers), unit
+    if D % 4 == 0:
+        drawn = y[:, 0], -torch.rand(G, D).to(dtype), torch.tensor([2**40]), 5
+        yield f"imm::energy_score drawn {what}", "energy_score", (x, *drawn, *numbers), max(unit, 1e-6)
+
+
 def norms(B: int, T: int, C: int, dtype: torch.dtype, output: torch.dtype | None = None) -> Iterator[Call]:
     """The norms of a block with their backwards, whose sums over the tokens are as large as these are many."""
     eps, what = torch.finfo(dtype).eps, f"{(B, T, C)} {dtype}"
@@ -125,11 +139,12 @@ def embeddings(dtype: torch.dtype) -> Iterator[Call]:
 def checked(seed: int | None) -> list[Group]:
     """Small, odd sizes, and some of the attention at random; without a seed the smallest that take every kernel, where 8208 is
     as 40000: more features than one program's."""
-    sizes = (SHAPES, MMD_SIZES, TOKENS, (*ATTENTION, *random_attention(seed or 0)))
+    sizes = (SHAPES, MMD_SIZES, TOKENS, (*ATTENTION, *random_attention(seed or 0)), SCORES)
     if seed is None:
-        sizes = (SHAPES[1:2], ((4, 37), (4, 8208), (12, 70)), TOKENS[:1], ATTENTION[:1])
+        sizes = (SHAPES[1:2], ((4, 37), (4, 8208), (12, 70)), TOKENS[:1], ATTENTION[:1], SCORES[:2])
     groups = [(steps, (shape,)) for shape in sizes[0]] + [(mmds, size) for size in sizes[1]]
     groups += [(norms, size) for size in sizes[2]] + [(attentions, size) for size in sizes[3]] + [(embeddings, ())]
+    groups += [(energy_scores, size) for size in sizes[4]]
     of_dtype: list[Group] = [partial(make, *size, dtype) for make, size in reversed(groups) for dtype in FLOATS]
     return [*of_dtype, *(partial(noises, shape) for shape in sizes[0])]
 
@@ -148,11 +163,24 @@ def shipped(quick: bool) -> list[Group]:
     if quick:
         sizes, heads = [(2, 4, 4096), (1, 4, 65536), (1, 64, 1024)], [(72, 256)]
         walks = [(B, 72, 256, torch.bfloat16) for B in (40, 128)]
+    # Rows rounded up to powers of two, and all that N * D of the registers allows.
+    ensembles = [(1 << n, 1 << d) for d in range(10) for n in range(13 - d)]
+    ensembles += [(2, 90), (4, 90), (50, 1)]
+    lines = [(N, 1) for N in range(1, 17)]
+    if quick:
+        ensembles, lines = [(8, 128), (2, 16)], [(8, 1)]
     pairs = ((single, None), (torch.bfloat16, None), (single, torch.bfloat16))
     return [
         *(partial(attentions, 1, T, 2, d, dtype) for d, T in heads for dtype in (every[1:2] if quick else every)),
         *(partial(attentions, B, T, 2, d, dtype, backward=False) for B, d, T, dtype in walks),
         *(partial(mmds, M, D, dtype, G=G, gram=M == 64) for G, M, D in sizes for dtype in every[: 2 if quick else 3]),
+        *(partial(energy_scores, N, 2, D, dtype, G=64) for N, D in ensembles for dtype in every[: 2 if quick else 3]),
+        *(partial(energy_scores, N, 1, D, dtype, G=4096) for N, D in lines for dtype in every[: 2 if quick else 3]),
+        *(
+            partial(energy_scores, N, 2, D, single, 64, kernel)
+            for N, D in ensembles[3::5]
+            for kernel in ("laplace", "rbf", "imq")
+        ),
         *(partial(norms, 2, 64, C, *dtypes) for C in ((384, 1152)[quick:]) for dtypes in pairs[quick:]),
         *(partial(steps, SHAPES[0], dtype) for dtype in (FLOATS if quick else (*every, torch.float64))),
         partial(noises, SHAPES[0]),

@@ -6,6 +6,7 @@
 #include <ATen/ops/empty_like.h>
 #include <torch/library.h>
 
+#include <algorithm>
 #include <array>
 #include <cmath>
 #include <tuple>
@@ -76,9 +77,10 @@ std::tuple<Tensor, Tensor> energy_score(const Tensor& x, const Tensor& y, const 
   TORCH_CHECK_VALUE(alpha >= 0 && alpha <= 1, "alpha: expected a number in [0, 1], got ", alpha);
   TORCH_CHECK_VALUE(pair_weight || alpha == 0 || N > 1, "alpha: expected 0 for a single member, N = 1, got ", alpha);
   const auto dtype = accumulate_dtype(x.scalar_type());
-  const Tensor loss = at::empty({G}, dtype), grad = at::empty_like(x);
+  const Tensor loss = fresh({G}, dtype), grad = at::empty_like(x);
   ask_for_large_pages(grad);
   if (G == 0) return {loss, grad};
+  constexpr size_t kCacheBytes = 8 << 20;  // as of the MMD
   Tensor kept_scale, kept_weight;
   const auto n = static_cast<double>(N);
   const EnergyScoreArgs args{.wide = dtype == at::kDouble,
@@ -97,7 +99,8 @@ std::tuple<Tensor, Tensor> energy_score(const Tensor& x, const Tensor& y, const 
                                      : N > 1     ? (n - 1 + alpha) / (n * n * (n - 1))
                                                  : 0.0,
                              .loss = loss.mutable_data_ptr(),
-                             .grad = rows_of(grad)};
+                             .grad = rows_of(grad),
+                             .stream = grad.nbytes() > kCacheBytes};
   for (int64_t g = 0; args.scale.ptr && g < kept_scale.numel(); ++g) {
     TORCH_CHECK_VALUE(args.scale.ptr[g * args.scale.stride] >= 0, "scale: expected numbers >= 0, got ",
                       args.scale.ptr[g * args.scale.stride], " for group ", g);
@@ -106,13 +109,14 @@ std::tuple<Tensor, Tensor> energy_score(const Tensor& x, const Tensor& y, const 
   const auto& functions = IMM_CHOOSE(energy_score_functions);
   const auto loop = lines ? functions.lines : functions.groups;
   const int64_t space = lines ? line_space(args) : score_space(args);
-  constexpr double kWorkWorthAThread = 1 << 18;  // as of the MMD
-  const double work = n * static_cast<double>((lines ? 1 : 2) * M + N) * static_cast<double>(args.D);
+  constexpr double kWorkWorthAThread = 1 << 18;       // as of the MMD
+  const int64_t unit = lines ? kScoreLineGroups : 1;  // of groups
+  const double work = n * static_cast<double>((lines ? 1 : 2) * M + N) * static_cast<double>(args.D * unit);
   const int64_t grain = std::max<int64_t>(1, static_cast<int64_t>(kWorkWorthAThread / work));
   // Groups do not depend on each other, so any split over threads gives the same bits.
-  at::parallel_for(0, G, grain, [&](int64_t begin, int64_t end) {
+  at::parallel_for(0, at::divup(G, unit), grain, [&](int64_t begin, int64_t end) {
     const Tensor own = at::empty({space}, dtype);
-    loop(args, own.mutable_data_ptr(), begin, end);
+    loop(args, own.mutable_data_ptr(), begin * unit, std::min(end * unit, G));
   });
   return {loss, grad};
 }

@@ -9,6 +9,7 @@
 
 #include <c10/core/ScalarType.h>
 
+#include <algorithm>
 #include <cstdint>
 
 #include "capability.h"
@@ -37,6 +38,7 @@ struct EnergyScoreArgs {
   double factor, pair;             // a
   void* loss;                      // [G] in the arithmetic dtype
   ScoreRows grad;
+  bool stream;  // the gradient goes around the caches, which it exceeds
 };
 
 constexpr int64_t kScoreLane = 64 / 4;      // rows are padded to a multiple of it, which every vector divides
@@ -47,7 +49,7 @@ constexpr int64_t kScoreLineGroups = 1024;  // of a line that are worked on at a
 // Elements of the arithmetic dtype that a thread needs.
 inline int64_t score_space(const EnergyScoreArgs& a) {
   const int64_t stride = (a.D + kScoreLane - 1) / kScoreLane * kScoreLane;
-  return (2 * a.N + 4) * stride + kScoreDraws + 4 * a.D;
+  return (2 * a.N + 3) * stride + std::max(kScoreDraws, a.D);
 }
 
 inline int64_t line_space(const EnergyScoreArgs& a) { return (2 * a.N + a.M + 2) * kScoreLineGroups; }

@@ -20,7 +20,8 @@ if os.environ.get("TRITON_INTERPRET") == "1":
 import aot_report
 
 #: Of imm_kernels, those with kernels.
-FILES = ("adaln", "attention", "attention_jvp", "mmd_direct", "mmd_dot", "mmd_gram", "noise", "timestep_embedding")
+FILES = ("adaln", "attention", "attention_jvp", "energy_score", "mmd_direct", "mmd_dot", "mmd_gram", "noise")
+FILES += ("timestep_embedding",)
 
 
 @pytest.mark.parametrize("quick", [True, pytest.param(False, marks=pytest.mark.full)], ids=["quick", "all"])
@@ -63,6 +64,10 @@ def test_what_a_kernel_should_move() -> None:
         (2, 1),
         (0, 0),
     ]
+    assert least("energy_score._line_kernel", {"N": 8}, {"x.ptr": "*bf16"}) == (9, 8)
+    assert least("energy_score._line_kernel", {"N": 9}, {"x.ptr": "*bf16"}) == (0, 0)
+    assert least("energy_score._small_kernel", {"D": 128, "BLOCK_D": 128, "CHUNKS": 8}, {}) == (8, 8)
+    assert least("energy_score._small_kernel", {"D": 90, "BLOCK_D": 128, "CHUNKS": 8}, {}) == (0, 0)
 
 
 #: As nvdisasm writes it: a product whose A is in R24 to R27, and the wait for it.

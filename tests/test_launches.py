@@ -238,6 +238,40 @@ def test_flow_map_mmd_without_optional_numbers(M: int, launches: list[Launch]) -
 
 @launch_test
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    ("G", "N", "M", "D", "kernel"),
+    [
+        (5000, 8, 1, 1, "line"),
+        (40, 17, 1, 1, "small"),
+        (40, 8, 2, 1, "small"),
+        (40, 8, 7, 128, "small"),
+        (3, 2, 1, 90, "small"),
+    ],
+)
+def test_energy_score(G: int, N: int, M: int, D: int, kernel: str, dtype: torch.dtype, launches: list[Launch]) -> None:
+    """One launch, of as many programs as the groups need; another seed compiles nothing new."""
+    from imm_kernels import energy_score as kernels
+
+    x, y = (torch.randn(n, G, D).to(dtype).transpose(0, 1) for n in (N, M))
+    numbers = None, torch.rand(G), 0.5, 0.5, None, "energy", [1.0]
+    run("energy_score", x, y, None, None, 0, *numbers)
+    bits = 8 * x.element_size()
+    _, groups, *_, warps = kernels.small_sizes(N, D, bits)
+    if kernel == "line":
+        groups, warps = kernels.line_sizes(N, bits)
+    assert summary(launches) == [(f"energy_score._{kernel}_kernel", -(-G // groups), warps)]
+    assert (launches[0].types["x.ptr"], launches[0].types["grad.ptr"]) == (TYPES[dtype], TYPES[dtype])
+    assert {"x.ptr", "grad.ptr"} <= launches[0].aligned
+    assert ("x.row" in launches[0].aligned) == (G * D % 16 == 0)
+    if D % 4 == 0:
+        for seed in (1, 16):
+            run("energy_score", x, y[:, 0], y[:, 1], torch.tensor([seed]), 5, *numbers)
+        assert launches[1].signature == launches[2].signature
+        assert launches[1].types["seed_ptr"] == "*i64"
+
+
+@launch_test
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_gram(dtype: torch.dtype, launches: list[Launch]) -> None:
     x, y, scale = torch.randn(2, 17, 64).to(dtype), torch.randn(2, 33, 64).to(dtype), torch.rand(2)
     run("mmd_gram", x, y, scale, "imq", [1.0], 1e-8)

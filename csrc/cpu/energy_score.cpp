@@ -7,6 +7,7 @@
 
 #include "convert.h"
 #include "normals.h"
+#include "streaming.h"
 
 namespace imm {
 namespace {
@@ -76,38 +77,55 @@ struct Members {
 };
 
 // Members [first, N) against a row: adds c d to the loss and c s (x - row) to their gradients, and takes the latter
-// from the row's own where it is a member too.
-template <typename T>
+// from the row's own where it is a member too. kVectors: of a row, known so that differences stay in registers, or 0.
+template <int kVectors, typename T>
 double against(const EnergyScoreArgs& args, const Members<T>& members, int64_t first, const T* row, double c,
                double scale, T* own) {
   using V = Vectorized<T>;
+  constexpr int64_t kStep = V::size();
   double sum = 0;
   for (int64_t j = first; j < args.N; ++j) {
     const T* x = members.x + j * members.stride;
-    V square(T(0)), other(T(0));
-    int64_t d = 0;
-    for (; d + 2 * V::size() <= members.stride; d += 2 * V::size()) {
-      const V near = V::loadu(x + d) - V::loadu(row + d),
-              far = V::loadu(x + d + V::size()) - V::loadu(row + d + V::size());
-      square = at::vec::fmadd(near, near, square);
-      other = at::vec::fmadd(far, far, other);
-    }
-    for (; d < members.stride; d += V::size()) {
-      const V near = V::loadu(x + d) - V::loadu(row + d);
-      square = at::vec::fmadd(near, near, square);
+    T* grad = members.grad + j * members.stride;
+    V square(T(0)), other(T(0)), difference[kVectors > 0 ? kVectors : 1];
+    const auto add = [&](V& to, const V& value) { to = at::vec::fmadd(value, value, to); };
+    if constexpr (kVectors > 0) {
+#pragma GCC unroll 8
+      for (int i = 0; i < kVectors; ++i) {
+        difference[i] = V::loadu(x + i * kStep) - V::loadu(row + i * kStep);
+        add(i % 2 ? other : square, difference[i]);
+      }
+    } else {
+      for (int64_t d = 0; d < members.stride; d += kStep) {
+        add(d / kStep % 2 ? other : square, V::loadu(x + d) - V::loadu(row + d));
+      }
     }
     const T total = at::vec::vec_reduce_all<T>([](V& a, V& b) { return a + b; }, square + other);
     const Distance found = distance(args, static_cast<double>(total), scale);
     sum += c * found.value;
     const V slope(static_cast<T>(c * found.slope));
-    T* grad = members.grad + j * members.stride;
-    for (d = 0; d < members.stride; d += V::size()) {
-      const V moved = slope * (V::loadu(x + d) - V::loadu(row + d));
-      (V::loadu(grad + d) + moved).store(grad + d);
-      if (own) (V::loadu(own + d) - moved).store(own + d);
+    const auto move = [&](int64_t d, const V& apart) {
+      at::vec::fmadd(slope, apart, V::loadu(grad + d)).store(grad + d);
+      if (own) at::vec::fmadd(slope.neg(), apart, V::loadu(own + d)).store(own + d);
+    };
+    if constexpr (kVectors > 0) {
+#pragma GCC unroll 8
+      for (int i = 0; i < kVectors; ++i) move(i * kStep, difference[i]);
+    } else {
+      for (int64_t d = 0; d < members.stride; d += kStep) move(d, V::loadu(x + d) - V::loadu(row + d));
     }
   }
   return sum;
+}
+
+// The function of rows of so many vectors.
+template <typename T, int kVectors = 8>
+auto against_function(int64_t vectors) {
+  if constexpr (kVectors == 0) {
+    return against<0, T>;
+  } else {
+    return vectors == kVectors ? against<kVectors, T> : against_function<T, kVectors - 1>(vectors);
+  }
 }
 
 // n normals of a group, from element `first` of its draws on.
@@ -152,6 +170,7 @@ void for_targets(const EnergyScoreArgs& args, int64_t group, int64_t stride, T* 
 template <typename T>
 void groups_as(const EnergyScoreArgs& args, T* space, int64_t begin, int64_t end) {
   const int64_t stride = (args.D + kScoreLane - 1) / kScoreLane * kScoreLane;
+  const auto against = against_function<T>(stride / Vectorized<T>::size());
   const Members<T> members{space, space + args.N * stride, stride};
   T* const rest = space + 2 * args.N * stride;
   const double across = 2.0 / (static_cast<double>(args.N) * static_cast<double>(args.M));
@@ -162,7 +181,7 @@ void groups_as(const EnergyScoreArgs& args, T* space, int64_t begin, int64_t end
     if (factor != 0) {
       for (int64_t j = 0; j < args.N; ++j) load_row(args.x, g, j, args.D, members.x + j * stride);
       for_targets(args, g, stride, rest,
-                  [&](const T* row) { loss += against<T>(args, members, 0, row, across, scale, nullptr); });
+                  [&](const T* row) { loss += against(args, members, 0, row, across, scale, nullptr); });
       for (int64_t j = 0; j + 1 < args.N; ++j) {
         loss += against(args, members, j + 1, members.x + j * stride, -2 * args.pair, scale, members.grad + j * stride);
       }
@@ -173,13 +192,10 @@ void groups_as(const EnergyScoreArgs& args, T* space, int64_t begin, int64_t end
   }
 }
 
-// -1, 0 or 1; NaN of NaN.
+// c sign(x), c >= 0; NaN of NaN.
 template <typename T>
-Vectorized<T> sign(const Vectorized<T>& x) {
-  using V = Vectorized<T>;
-  // Takes every number but denormal ones beyond 1.
-  constexpr T kHuge = std::numeric_limits<T>::max() / 2;
-  return at::vec::clamp(x * V(kHuge), V(T(-1)), V(T(1)));
+Vectorized<T> signed_by(const Vectorized<T>& x, const Vectorized<T>& c, const Vectorized<T>& huge) {
+  return at::vec::clamp(x * huge, c.neg(), c);
 }
 
 // Rows whose groups are neighbours: where they lie or, if they are apart or of another dtype, in a buffer.
@@ -188,6 +204,7 @@ struct Line {
   T* data;
   int64_t stride;  // between rows
   bool direct;
+  bool stream = false;  // written around the caches
 };
 
 // Groups as features, from group `first` on.
@@ -210,54 +227,81 @@ Line<T> loaded_line(const ScoreRows& of, int64_t rows, int64_t first, int64_t n,
   return line;
 }
 
-// The vector at groups [i, i + count) of a line.
-template <typename T>
-void line(const EnergyScoreArgs& args, const Line<T>& x, const Line<T>& y, const T* factor, T* loss,
-          const Line<T>& grad, int64_t i, int64_t count) {
+// Calls f(0), ..., f(n - 1); without a loop where n is known.
+template <int kN, typename F>
+[[gnu::always_inline]] inline void for_members(int64_t begin, int64_t n, const F& f) {
+  if constexpr (kN > 0) {
+#pragma GCC unroll 8
+    for (int j = 0; j < kN; ++j) {
+      if (j >= begin) f(j);
+    }
+  } else {
+    for (int64_t j = begin; j < n; ++j) f(j);
+  }
+}
+
+// The vector at groups [i, i + count) of a line. kN: the number of members, known so that they stay in registers, or 0.
+template <int kN, typename T>
+void line_of_members(const EnergyScoreArgs& args, const Line<T>& x, const Line<T>& y, const T* factor, T* loss,
+                     const Line<T>& grad, int64_t i, int64_t count) {
   using V = Vectorized<T>;
   const int64_t N = args.N;
+  const double pair = 2 * args.pair;
   const V across(static_cast<T>(2.0 / (static_cast<double>(N) * static_cast<double>(args.M))));
-  const V within(static_cast<T>(-2 * args.pair));
-  V member[kScoreLineMembers], slope[kScoreLineMembers];
+  const V within(static_cast<T>(std::abs(pair)));
+  // Takes every number but denormal ones beyond 1, the largest c that there is.
+  constexpr T kHuge = std::numeric_limits<T>::max() / 4;
+  const V huge(kHuge), down(pair < 0 ? kHuge : -kHuge);
+  V member[kN > 0 ? kN : kScoreLineMembers], slope[kN > 0 ? kN : kScoreLineMembers];
   V far(T(0)), apart(T(0));
-  for (int64_t j = 0; j < N; ++j) {
+  for_members<kN>(0, N, [&](auto j) {
     member[j] = V::loadu(x.data + j * x.stride + i, count);
     slope[j] = V(T(0));
-  }
+  });
   for (int64_t m = 0; m < args.M; ++m) {
     const V target = V::loadu(y.data + m * y.stride + i, count);
-    for (int64_t j = 0; j < N; ++j) {
+    for_members<kN>(0, N, [&](auto j) {
       const V difference = member[j] - target;
       far = far + difference.abs();
-      slope[j] = slope[j] + sign(difference);
-    }
+      slope[j] = slope[j] + signed_by(difference, across, huge);
+    });
   }
-  for (int64_t j = 0; j < N; ++j) slope[j] = slope[j] * across;
-  for (int64_t j = 0; j < N; ++j) {
-    V own(T(0));
-    for (int64_t k = j + 1; k < N; ++k) {
-      const V difference = member[j] - member[k], up = sign(difference);
+  for_members<kN>(0, N, [&](auto j) {
+    for_members<kN>(j + 1, N, [&](auto k) {
+      const V difference = member[j] - member[k], up = signed_by(difference, within, down);
       apart = apart + difference.abs();
-      own = own + up;
-      slope[k] = slope[k] - up * within;
-    }
-    slope[j] = slope[j] + own * within;
-  }
+      slope[j] = slope[j] + up;
+      slope[k] = slope[k] - up;
+    });
+  });
   const V f = V::loadu(factor + i, count), zero(T(0)), masked = f == zero;
-  V::blendv(f * (across * far + within * apart), zero, masked).store(loss + i, count);
-  for (int64_t j = 0; j < N; ++j) V::blendv(f * slope[j], zero, masked).store(grad.data + j * grad.stride + i, count);
+  V::blendv(f * (across * far - V(static_cast<T>(pair)) * apart), zero, masked).store(loss + i, count);
+  for_members<kN>(0, N,
+                  [&](auto j) { V::blendv(f * slope[j], zero, masked).store(grad.data + j * grad.stride + i, count); });
+}
+
+// The function of so many members.
+template <typename T, int kN = 8>
+auto line_function(int64_t N) {
+  if constexpr (kN == 0) {
+    return line_of_members<0, T>;
+  } else {
+    return N == kN ? line_of_members<kN, T> : line_function<T, kN - 1>(N);
+  }
 }
 
 template <typename T>
 void lines_as(const EnergyScoreArgs& args, T* space, int64_t begin, int64_t end) {
   constexpr int64_t kStep = Vectorized<T>::size();
+  const auto line = line_function<T>(args.N);
   T *const x_buffer = space, *const grad_buffer = x_buffer + args.N * kScoreLineGroups;
   T *const y_buffer = grad_buffer + args.N * kScoreLineGroups, *const factor = y_buffer + args.M * kScoreLineGroups;
   for (int64_t first = begin; first < end; first += kScoreLineGroups) {
     const int64_t n = std::min(end - first, kScoreLineGroups);
     const Line<T> x = loaded_line(args.x, args.N, first, n, x_buffer),
                   y = loaded_line(args.y, args.M, first, n, y_buffer);
-    const Line<T> grad = line_of(args.grad, first, grad_buffer);
+    Line<T> grad = line_of(args.grad, first, grad_buffer);
+    grad.stream = grad.direct && args.stream && aligned<T>(grad.data) && grad.stride % kStep == 0;
     for (int64_t i = 0; i < n; ++i) {
       factor[i] = static_cast<T>(args.factor * number(args.weight, first + i) * number(args.scale, first + i));
     }
@@ -267,6 +311,7 @@ void lines_as(const EnergyScoreArgs& args, T* space, int64_t begin, int64_t end)
       store_row(grad.data + j * grad.stride, turned(args.grad, first), 0, j, n);
     }
   }
+  if (args.stream) fence_stores();
 }
 
 void groups(const EnergyScoreArgs& args, void* space, int64_t begin, int64_t end) {

@@ -20,8 +20,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from imm.ops import dispatch, triton_kernels
 from imm.ops.dtypes import DTYPES, accumulate_dtype
-from imm.ops.mmd import _accumulate, _distance, _value_and_slope, check_groups, check_kernel, check_scale
+from imm.ops.mmd import TRITON_DTYPES, _accumulate, _distance, _value_and_slope, check_groups, check_kernel, check_scale
 from imm.ops.registry import gradients, no_second_derivative, only, register, register_autograd
 
 #: Floor on a distance: there to keep 1 / 0 out, and far below what float32 tells from 0.
@@ -173,7 +174,20 @@ def _backward(ctx: Any, grad: Tensor, _: Any) -> tuple[Tensor | None, ...]:
     return gradients(Arguments, x=torch.ops.imm.energy_score_bwd(grad, *ctx.saved_tensors))
 
 
-register("energy_score", check=_check, reference=energy_score, fake=_fake, native=("cpu",))
+def _too_large(request: dispatch.Request) -> str | None:
+    from imm_kernels.energy_score import too_large
+
+    return too_large(request.shape)
+
+
+register(
+    "energy_score",
+    check=_check,
+    reference=energy_score,
+    fake=_fake,
+    native=("cpu",),
+    triton=triton_kernels.implementation("energy_score.energy_score", *TRITON_DTYPES, also=_too_large),
+)
 register("energy_score_bwd", check=_check_bwd, reference=energy_score_bwd, fake=_fake_bwd)
 register_autograd("energy_score", _backward, _setup)
 no_second_derivative("energy_score_bwd")
