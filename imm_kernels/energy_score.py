@@ -277,12 +277,13 @@ def line_sizes(N: int, bits: int) -> tuple[int, int]:
     return 128 * (128 // bits if N <= 8 else 4), 4
 
 
-def small_sizes(N: int, D: int, bits: int) -> tuple[int, int, int, int, int]:
+def small_sizes(N: int, D: int, bits: int, *, drawn: bool = False) -> tuple[int, int, int, int, int]:
     """(ROWS, BLOCK_G, BLOCK_D, CHUNKS, warps): 32 numbers of x and as many of the gradient a thread, of a chunk 16 bytes of x.
     Nothing crosses warps but of more rows than one holds; of few features, there are four for long loads."""
     rows, block_d = triton.next_power_of_2(N), triton.next_power_of_2(D)
     warps = 4 if block_d <= 4 else max(1, rows * block_d // 1024)
-    groups = max(1, min(8 * warps * max(1, 16 // block_d), 1024 * warps // (rows * block_d)))
+    most = 1024 * warps // (max(rows, 4) if drawn else rows)  # of a target's numbers, which are drawn at once
+    groups = max(1, min(8 * warps * max(1, 16 // block_d), most // block_d))
     chunks = min(block_d // 16, rows * groups * block_d * bits // (32 * 128 * warps))
     return rows, groups, block_d, max(1, chunks), warps
 
@@ -332,7 +333,7 @@ def energy_score(
             launch = _line_kernel[(triton.cdiv(G, block),)]
             launch(*sets, *numbers, loss, points_of(grad), G, *shares, N=N, BLOCK=block, num_warps=warps)
             return loss, grad
-        rows, groups, block_d, chunks, warps = small_sizes(N, D, bits)
+        rows, groups, block_d, chunks, warps = small_sizes(N, D, bits, drawn=log_std is not None)
         _small_kernel[(triton.cdiv(G, groups),)](
             *sets,
             None if log_std is None else points_of(log_std),

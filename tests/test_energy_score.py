@@ -178,6 +178,19 @@ def test_weight_0_is_a_mask(D: int, run: str, device: str) -> None:
     assert not energy_score(x, y, weight=0.0).any()
 
 
+@pytest.mark.parametrize(("G", "N", "D"), [(5000, 8, 1), (300, 4, 40)])
+def test_threads_change_no_bits(G: int, N: int, D: int) -> None:
+    x, y = sets(G, N, 30 if D > 1 else 1, D)
+    before, found = torch.get_num_threads(), []
+    try:
+        for threads in (1, 2):
+            torch.set_num_threads(threads)
+            found.append(RUNS["chosen"](x, y, None, None, 0, None, None, 1.0, 1.0, None, "energy", [1.0]))
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
 def test_the_gradient_goes_to_x_only() -> None:
     x, y = sets(3, 4, 2, 4)
     x.requires_grad_()
