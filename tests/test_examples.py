@@ -19,7 +19,7 @@ def run(name: str, *arguments: str) -> str:
 
 @pytest.mark.parametrize("name", sorted(p.name for p in EXAMPLES.glob("*.py")))
 def test_every_example_is_tested(name) -> None:
-    assert name in {"your_network.py", "loss_alone.py", "your_images.py"}
+    assert name in {"your_network.py", "loss_alone.py", "your_images.py", "ensemble.py"}
 
 
 def test_your_network() -> None:
@@ -31,6 +31,11 @@ def test_your_network() -> None:
 def test_loss_alone() -> None:
     line = run("loss_alone.py").splitlines()[-1]
     assert float(line.split()[-1]) < 0.3, line
+
+
+def test_ensemble() -> None:
+    line = run("ensemble.py", "--steps", "300").splitlines()[-1]
+    assert float(line.split()[-1]) < 0.25, line
 
 
 def test_your_images(tmp_path) -> None:
