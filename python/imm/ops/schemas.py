@@ -1,8 +1,8 @@
 """Every op's schema, in one list: whoever comes first, this package or the native library, defines the ops from it.
 
 Shapes: G groups of M particles of D features, of a score N members that learn and M targets; B images of T tokens of C
-features. A ``_bwd`` op is the explicit backward of the op of that name, a ``_jvp`` op its results and their tangents; an overload
-``.out`` writes into tensors that the caller keeps, and returns nothing (torch.compile takes no aliases).
+features. A ``_bwd`` op is the explicit backward of the op of that name, a ``_jvp`` op its results and their tangents; an
+overload ``.out`` writes into tensors that the caller keeps, and returns nothing (torch.compile takes no aliases).
 """
 
 _KERNEL = "str kernel, float[] bandwidths, float eps"
