@@ -39,9 +39,16 @@ TEXT_BYTES = 1_000_000  # of each text file
 WORKERS = max(1, (os.cpu_count() or 1) - 1)  # processes that share the GPU; one core is for the suite itself
 TOOLS = ("nvcc", "cmake", "ninja", "c++", "compute-sanitizer", "nvidia-smi")
 #: Where kernels are; the rest of the tests says nothing new on a GPU.
-TRITON_TESTS = ("test_triton_noise", "test_triton_mmd", "test_triton_adaln", "test_triton_attention")
+TRITON_TESTS = (
+    "test_triton_noise",
+    "test_triton_mmd",
+    "test_triton_energy_score",
+    "test_triton_adaln",
+    "test_triton_attention",
+)
 OP_TESTS = ("test_sampler_graphs", "test_sampler", "test_package", "test_bench_graphs", "test_dit", "test_adaln")
-OP_TESTS += ("test_attention", "test_mmd", "test_flow_step", "test_noise", "test_ops", "test_objective", "test_sampling")
+OP_TESTS += ("test_attention", "test_mmd", "test_energy_score", "test_flow_step", "test_noise", "test_ops")
+OP_TESTS += ("test_objective", "test_sampling")
 _DIT = ("test_dit", "adaln", "attention", "timestep")
 #: Expected seconds of a benchmark's cases without the baselines that compile, and with them; the first run replaces them. Then
 #: what it rests on: words in the names of tests, checks, kernels and files. The order is that of the questions in PENDING.md.
@@ -50,6 +57,7 @@ BENCHES: dict[str, tuple[float, float, tuple[str, ...]]] = {
     "dit": (45, 100, _DIT),
     "sampler": (60, 120, ("test_sampl", "test_package", "sampling_step", "flow_step", "noise", *_DIT)),
     "mmd": (45, 60, ("mmd",)),
+    "energy_score": (15, 30, ("energy_score",)),
     "adaln": (20, 30, ("adaln",)),
     "flow_map_mmd": (10, 10, ("mmd", "flow_step")),
     "flow_step": (6, 8, ("flow_step",)),

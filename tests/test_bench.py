@@ -38,7 +38,7 @@ COLUMNS = (
     "do_bench_us,flops,gflop_per_s,error,peak_bytes,machine,commit,samples_us"
 )
 SMALL: dict[str, tuple[Any, ...]] = {"mmd": (2, 4, 24), "flow_map_mmd": (2, 4, 24), "flow_step": (2, 3, 4, 4)}
-SMALL |= {"noise": (3, 10), "adaln": (2, 3, 17), "attention": (2, 16, 2, 8)}
+SMALL |= {"energy_score": (3, 2, -3, 8), "noise": (3, 10), "adaln": (2, 3, 17), "attention": (2, 16, 2, 8)}
 SMALL |= {"dit": ("S", 1), "sampler": ("unet", 2, 2), "objective": ("UNet", 8, 4)}
 
 
