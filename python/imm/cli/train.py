@@ -116,7 +116,7 @@ def _run(
     objective = IMMObjective(flow_map.to(target), **chosen.objective)
     digest = None if init is None else sha256_of(init)
     trainer = Trainer(objective, images, out, config, init=digest, where=where)
-    count = sum(p.numel() for p in net.parameters())
+    count, how = sum(p.numel() for p in net.parameters()), config.precision + ", compiled" * config.compile
     many = f", {where.world} processes" if where.world > 1 else ""
     say(f"device: {device_line(target)}{many}; {_data_line(images, flow_map.sigma_data)}")
     if where.first:
@@ -124,7 +124,6 @@ def _run(
         say_left_out(images.left_out, Path(out) / "data")
     if preset is not None:
         say(f"preset: {preset}; flow map: {flow_map.settings}; objective: {chosen.objective}; training: {training}")
-    how = f"{config.precision}, compiled" if config.compile else config.precision
     say(f"network: {type(net).__name__}, {count:,} parameters; {how}; steps: {steps}, batch {config.batch}")
     if init is not None:
         say(f"init: {init}, sha256 {digest}")
