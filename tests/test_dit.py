@@ -187,6 +187,8 @@ def test_gelu_in_the_epilogue_of_a_matmul(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(layers, "_one_dnn", lambda x: False)
     torch.manual_seed(0)
     layer, x = nn.Linear(24, 40), torch.randn(7, 2, 24).transpose(0, 1)
+    with torch.no_grad():
+        assert [linear(layer, torch.randn(*n, 24), gelu=True).shape for n in ((), (0, 7))] == [(40,), (0, 7, 40)]
     erf = nn.functional.gelu(nn.functional.linear(x.double(), layer.weight.double(), layer.bias.double()))
     with torch.no_grad():
         found = linear(layer, x, gelu=True)

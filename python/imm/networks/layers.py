@@ -27,8 +27,10 @@ def linear(layer: nn.Module, x: Tensor, *, gelu: bool = False) -> Tensor:
             function, form = ("gelu", "tanh") if gelu else ("none", "")
             return torch.ops.mkldnn._linear_pointwise(x, layer.weight, layer.bias, function, [], form)
         if device in TANH_GELU and gelu and layer.bias is not None:
-            hidden = torch._addmm_activation(layer.bias, x.flatten(0, -2), layer.weight.t(), use_gelu=True)
-            return hidden.unflatten(0, x.shape[:-1])
+            rows = x.reshape(-1, layer.in_features)
+            return torch._addmm_activation(layer.bias, rows, layer.weight.t(), use_gelu=True).reshape(
+                *x.shape[:-1], layer.out_features
+            )
     hidden = layer(x)
     if not gelu:
         return hidden
@@ -56,8 +58,11 @@ def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 def run_block(checkpointing: bool, block: nn.Module, *args: Tensor) -> Any:
-    """``block(*args)``; with ``checkpointing``, in training, only ``args`` are kept and the backward runs it again."""
-    return checkpoint(block, *args, use_reentrant=False) if checkpointing and torch.is_grad_enabled() else block(*args)
+    """``block(*args)``; with ``checkpointing``, in training, only ``args`` are kept and the backward runs it again. In forward
+    mode everything is kept: the backward would run it again without the tangents."""
+    if checkpointing and torch.is_grad_enabled() and not _forward_mode():
+        return checkpoint(block, *args, use_reentrant=False)
+    return block(*args)
 
 
 class GroupNorm(nn.GroupNorm):
