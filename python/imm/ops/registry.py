@@ -108,14 +108,25 @@ def register_autograd(
     """
     generated = make_autograd_impl(_overload(op), Info(backward, setup_context))
 
+    def differentiable(keyset: Any, *args: Any) -> Any:
+        try:
+            return generated(keyset, *args)
+        except RuntimeError as error:
+            if "setup_context" not in str(error):
+                raise
+            raise RuntimeError(
+                f"imm::{op}: expected a gradient by torch.autograd, got torch.func.grad, vjp or jacrev, which torch does not "
+                "support for ops"
+            ) from error
+
     def kernel(keyset: Any, *args: Any) -> Any:
         if not tangents:
             refuse_tangents(op, args)
         if forward_ad._current_level < 0:
-            return generated(keyset, *args)
+            return differentiable(keyset, *args)
         duals = [forward_ad.unpack_dual(a) if isinstance(a, torch.Tensor) else None for a in args]
         if all(dual is None or dual.tangent is None for dual in duals):
-            return generated(keyset, *args)
+            return differentiable(keyset, *args)
         primals = [a if dual is None else dual.primal for a, dual in zip(args, duals, strict=True)]
         given = [torch.zeros_like(d.primal) if d.tangent is None else d.tangent for d in duals if d is not None]
         found = _overload(f"{op}_jvp")(*primals, *given)
