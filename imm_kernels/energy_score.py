@@ -244,7 +244,7 @@ def _small_kernel(
         seed = tl.load(seed_ptr) + g
     for m in range(M):
         if log_std is not None:
-            row = _split(mean + std * quick_normals(seed, m * D, BLOCK_G, BLOCK_D, FAST), CHUNKS)
+            row = _split(mean + std * quick_normals(seed, m * (D // 4), BLOCK_G, BLOCK_D, FAST), CHUNKS)
         else:
             row = _load_row(y, g * y.group + tl.cast(m, tl.int64) * y.row, here, d, D, CHUNKS)
         value, slopes = _against(members, row, slopes, across, kappa, D, KERNEL, BANDWIDTHS, FAST)

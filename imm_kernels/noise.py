@@ -65,9 +65,9 @@ def _quick_box_muller(word_a, word_b, FAST: tl.constexpr):
 
 
 @triton.jit
-def quick_normals(seeds, first, ROWS: tl.constexpr, BLOCK: tl.constexpr, FAST: tl.constexpr):
-    """n of elements first ... first + BLOCK - 1 at step 0 of the rows of these seeds, [ROWS, BLOCK], in float32."""
-    q = (first // 4 + tl.arange(0, BLOCK // 4)).to(tl.uint32)[None, :] + tl.zeros((ROWS, 1), tl.uint32)
+def quick_normals(seeds, q, ROWS: tl.constexpr, BLOCK: tl.constexpr, FAST: tl.constexpr):
+    """n of elements 4 q ... 4 q + BLOCK - 1 at step 0 of the rows of these seeds, [ROWS, BLOCK], in float32."""
+    q = (q + tl.arange(0, BLOCK // 4)).to(tl.uint32)[None, :] + tl.zeros((ROWS, 1), tl.uint32)
     zero = tl.zeros_like(q)
     r0, r1, r2, r3 = tl.philox(seeds[:, None], q, zero, zero, zero)
     n0, n1 = _quick_box_muller(r0, r1, FAST)

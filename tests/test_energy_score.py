@@ -268,7 +268,8 @@ DRAWN: dict[str, Any] = {"mean": Y[:, 0], "log_std": Y[:, 1], "draws": 5, "seed"
         (X, {**DRAWN, "mean": Y}, r"mean: expected \[3, 8\], got \[3, 2, 8\]"),
         (X, {**DRAWN, "log_std": Y[:, 1].bfloat16()}, "log_std: expected x's dtype torch.float32, got torch.bfloat16"),
         (X, {**DRAWN, "seed": torch.zeros(3).long()}, r"seed: expected one int64, \[1\], got \[3\] of torch.int64"),
-        (X, {**DRAWN, "seed": -1}, r"seed: expected an integer in \[0, 2\^63\), got -1"),
+        (X, {**DRAWN, "seed": 3.0}, r"seed: expected an integer in \[0, 2\^63\) or a \[1\] int64 tensor, got 3\.0"),
+        (X, {**DRAWN, "seed": -1}, r"seed: expected an integer in \[0, 2\^63\) or .*, got -1"),
         (X[..., :6], {**DRAWN, "mean": Y[:, 0, :6], "log_std": Y[:, 0, :6]}, "x: expected D divisible by 4 with drawn targets"),
     ],
 )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import operator
 from collections.abc import Sequence
+from numbers import Integral
 
 import torch
 from torch import Tensor
@@ -182,10 +183,10 @@ def energy_score(
             factor, scale = factor * scale, None
         else:
             scale = torch.full((1,), float(scale), device=x.device)
-    if isinstance(seed, int):
-        if not 0 <= seed < 2**63:
-            raise ValueError(f"seed: expected an integer in [0, 2^63), got {seed}")
-        seed = torch.full((1,), seed, dtype=torch.int64, device=x.device)
+    if seed is not None and not isinstance(seed, Tensor):
+        if not isinstance(seed, Integral) or not 0 <= seed < 2**63:
+            raise ValueError(f"seed: expected an integer in [0, 2^63) or a [1] int64 tensor, got {seed!r}")
+        seed = torch.full((1,), int(seed), dtype=torch.int64, device=x.device)
     targets = (y, None, None, 0) if y is not None else (mean, log_std, seed, draws)
     numbers = scale, weight, factor, float(alpha), pair_weight, kernel, list(bandwidths)
     return torch.ops.imm.energy_score(x, *targets, *numbers)[0]
