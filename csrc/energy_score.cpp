@@ -113,7 +113,7 @@ std::tuple<Tensor, Tensor> energy_score(const Tensor& x, const Tensor& y, const 
   const int64_t unit = lines ? kScoreLineGroups : 1;  // of groups
   const double work = n * static_cast<double>((lines ? 1 : 2) * M + N) * static_cast<double>(args.D * unit);
   const int64_t grain = std::max<int64_t>(1, static_cast<int64_t>(kWorkWorthAThread / work));
-  // Groups do not depend on each other, so any split over threads gives the same bits.
+  // Groups do not depend on each other, so results are bitwise identical for any number of threads.
   at::parallel_for(0, at::divup(G, unit), grain, [&](int64_t begin, int64_t end) {
     const Tensor own = at::empty({space}, dtype);
     loop(args, own.mutable_data_ptr(), begin * unit, std::min(end * unit, G));

@@ -1,4 +1,4 @@
-"""A probabilistic forecaster trained by the energy score: an ensemble whose spread is right, told by its rank histogram.
+"""A probabilistic forecaster trained by the energy score: an ensemble whose spread is right, as its rank histogram shows.
 
 The forecast is of two correlated numbers, whose spread depends on the input. A network turns the input and noise into a member;
 the score compares eight members with the one outcome that was observed. If the ensemble is right, the outcome is as likely to

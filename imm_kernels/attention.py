@@ -4,9 +4,9 @@
 
 The d features of a head are two parts of powers of two, MAIN and, for what is left, REST (72 = 64 + 8 in 16), because padding
 72 to 128 would cost 1.8 times the products. Forward: up to 256 keys of a head and their values stay on chip while a program
-walks its blocks of queries; more go by in blocks, with running maxima, for one block of queries. Backward, without atomics:
-rowsums of grad out; then keys by blocks, which pass over the queries; then queries by blocks, which pass over the keys. Both
-compute the scores again. Sums are float32.
+walks its blocks of queries; more keys are processed in blocks, with running maxima, for one block of queries. Backward, with no
+atomics: rowsums of grad out; then keys by blocks, which pass over the queries; then queries by blocks, over the keys.
+Both compute the scores again. Sums are float32.
 """
 
 # mypy: allow-untyped-defs
@@ -29,7 +29,7 @@ DELTA_TOKENS, DELTA_WARPS = 64, 4
 
 class Sizes(NamedTuple):
     """Of a launch: queries and keys of a block, warps and stages of the loop's loads. blocks: how many of queries a program of
-    the forward walks with all keys on chip; 0 where keys go by."""
+    the forward walks with all keys on chip; 0 where it loops over blocks of keys."""
 
     queries: int
     keys: int

@@ -3,7 +3,7 @@
     S = q k^T / sqrt(d),  P = softmax(S),  out = P v,  lse = log sum_j exp(S_j)
     dS = (dq k^T + q dk^T) / sqrt(d),  dlse = rowsum(P dS),  dout = P (dS - dlse) v + P dv
 
-Keys go by in blocks with running maxima m; nothing is kept of size T x T. With p = exp(S - m) and sums over the keys l = sum p,
+Keys are processed in blocks with running maxima m; nothing is of size T x T. With p = exp(S - m) and sums over keys l = sum p,
 r = sum p ds and A = sum p (ds v + dv): out = sum p v / l, dout = (A - r out) / l, dlse = r / l. m needs no tangent, since out
 does not depend on it. ds is dS less a number of its row, which dout does not depend on either: the mean of the first block, so
 that p ds is small where it is rounded to 16 bits, and little cancels in A - r out. Six matmuls a block of keys, where the

@@ -3,7 +3,7 @@
     loss_g     = f_g [c sum_jm d(x_j, y_m) - a sum_{j != k} d(x_j, x_k)],  c = 2 / (N M)
     dloss/dx_j = f_g [c sum_m s_jm (x_j - y_m) - 2 a sum_k s_jk (x_j - x_k)],  s = d'(r) / r, 0 at distance 0
 
-small: a program holds the N rows of BLOCK_G groups and their gradient and lets the other rows go by, first the M targets, read
+small: a program holds the N rows of BLOCK_G groups and their gradient and loops over the other rows, first the M targets, read
 or drawn, then the N rows themselves. All features of a row are in the program, so a pair's distance, slope and gradient are
 finished at once: one pass, nothing in memory but inputs and results, no limit on M. A warp lays WIDTH features over its lanes
 and the rest of a row in chunks, so that a distance is a sum over few lanes.

@@ -204,7 +204,7 @@ struct Line {
   T* data;
   int64_t stride;  // between rows
   bool direct;
-  bool stream = false;  // written around the caches
+  bool stream = false;  // non-temporal stores
 };
 
 // Groups as features, from group `first` on.
