@@ -350,13 +350,13 @@ def test_demo_in_small(tmp_path, monkeypatch) -> None:
     assert "FAILED: one-step label match" in result.output
     assert "resume: 12 steps and 4 + stop + 8 steps are equal bit for bit" in result.output
     assert result.output.strip().splitlines()[-1].startswith(f"results: {out}/")
-    for name in ("samples.png", "training.png", "metrics.json", "checkpoint.safetensors", "stats.jsonl", "report.html"):
+    for name in ("samples.png", "metrics.json", "checkpoint.safetensors", "stats.jsonl", "report.html"):
         assert (out / name).stat().st_size > 0
     assert set(json.loads((out / "metrics.json").read_text())["scores"]) == {
         "1 step", "2 steps", "4 steps", "8 steps", "class means", "real",
     }  # fmt: skip
     report = (out / "report.html").read_text()
-    assert report.count("data:image/png;base64,") == 2
+    assert report.count("data:image/png;base64,") == 3  # samples, curves, the grid of the one save
     assert "http" not in report
     with Image.open(out / "samples.png") as picture:
         assert picture.width > 500

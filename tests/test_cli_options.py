@@ -23,7 +23,8 @@ from imm.networks.dit import SIZES
 from imm.ops import mmd
 from imm.parametrizations import PARAMETRIZATIONS
 from imm.schedules import SCHEDULES
-from imm.training.config import OPTIMIZERS
+from imm.training.config import DECAYS, OPTIMIZERS
+from imm.training.log import LOGS
 
 
 def options() -> Iterator[tuple[str, click.Parameter]]:
@@ -63,6 +64,8 @@ def test_the_words_of_choices_are_those_of_the_library() -> None:
         "method": sampling.METHODS,
         "precision": PRECISIONS,
         "optimizer": OPTIMIZERS,
+        "decay": DECAYS,
+        "log": LOGS,
         "transform": pictures.TRANSFORMS,
         "split": sources.SPLITS,
         "size": SIZES,
@@ -91,7 +94,22 @@ def test_one_vocabulary() -> None:
 
 
 @pytest.mark.parametrize(
-    "command", ["", "train", "sample", "data", "data convert", "eval", "eval stats", "import", "export", "demo", "doctor"]
+    "command",
+    [
+        "",
+        "train",
+        "sample",
+        "data",
+        "data convert",
+        "eval",
+        "eval stats",
+        "ema",
+        "report",
+        "import",
+        "export",
+        "demo",
+        "doctor",
+    ],
 )
 def test_help_needs_no_torch(command, tmp_path) -> None:
     (tmp_path / "torch.py").write_text("raise ImportError('torch')")
@@ -105,7 +123,7 @@ def test_help_needs_no_torch(command, tmp_path) -> None:
 def test_the_help_of_train_has_groups() -> None:
     output = said("train", "--help")
     titles = [line for line in output.splitlines() if line.endswith(":") and not line.startswith(" ")]
-    assert titles == ["Data:", "Run:", "Optimization:", "Network:", "Flow map:", "Objective:", "Other:"]
+    assert titles == ["Data:", "Run:", "Watching:", "Optimization:", "Network:", "Flow map:", "Objective:", "Other:"]
     objective_part = output[output.index("Objective:") :]
     assert all(flag in objective_part for flag in ("--particles", "-k ", "--label-dropout"))
     assert "--t-max" not in objective_part

@@ -121,7 +121,7 @@ def seen_by(trainer: Trainer, steps: int) -> list[torch.Tensor]:
     """The images of the steps from the trainer's on."""
     images: list[torch.Tensor] = []
     update = trainer.update
-    trainer.update = lambda x, *rest: images.append(x) or update(x, *rest)  # type: ignore[method-assign]
+    trainer.update = lambda x, *rest, **_: images.append(x) or update(x, *rest)  # type: ignore[method-assign]
     trainer.run(trainer.step + steps)
     return images
 

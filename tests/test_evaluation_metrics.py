@@ -21,7 +21,7 @@ from imm.evaluation import (
     kernel_distance,
     neighbourhoods,
 )
-from imm.evaluation.evaluate import _gathered, split_of
+from imm.evaluation.evaluate import gathered, split_of
 from imm.evaluation.statistics import is_statistics, load_statistics, save_statistics
 
 RECORDED = json.loads((Path(__file__).parent / "data" / "evaluation_numbers.json").read_text())
@@ -142,7 +142,7 @@ def share(rank: int, path: str) -> None:
     for part in x[mine.start : mine.stop].split(13):
         statistics.update(part)
     statistics.all_reduce()
-    everything = _gathered(x[mine.start : mine.stop], len(x))
+    everything = gathered(x[mine.start : mine.stop], len(x))
     torch.save((statistics.n, statistics.mean, statistics.m2, everything), f"{path}.{rank}")
     dist.destroy_process_group()
 

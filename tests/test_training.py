@@ -191,7 +191,7 @@ def test_xflip_shows_every_image_twice_an_epoch_once_mirrored(tmp_path) -> None:
     found = ImageData(pixels, torch.arange(12) % 3, 3, "made up")
     run = trainer(tmp_path, dataclasses.replace(CONFIG, batch=12, xflip=True), found)
     seen, update = [], run.update
-    run.update = lambda x, labels, told: seen.extend(zip(x, labels, strict=True)) or update(x, labels, told)
+    run.update = lambda x, labels, told, **_: seen.extend(zip(x, labels, strict=True)) or update(x, labels, told)
     run.run(2)
 
     def key(image, label) -> tuple:
@@ -340,7 +340,7 @@ def test_augmented_images_and_what_is_told_of_them(tmp_path) -> None:
     run, told, seen = told_trainer(tmp_path / "whole"), [], []
     run.objective.flow_map.network.register_forward_pre_hook(lambda _, arguments: told.append(arguments[4]))
     update = run.update
-    run.update = lambda x, labels, numbers: seen.append(numbers) or update(x, labels, numbers)
+    run.update = lambda x, labels, numbers, **_: seen.append(numbers) or update(x, labels, numbers)
     run.run(3)
     assert len(told) == 6
     assert all(torch.equal(told[2 * i], numbers) and torch.equal(told[2 * i + 1], numbers) for i, numbers in enumerate(seen))

@@ -22,6 +22,7 @@ from command_line import call
 from torch import nn
 
 from imm import FlowMap, IMMObjective, checkpoints
+from imm.cli.report import ENVIRONMENT_FILE
 from imm.cli.train import _check_device
 from imm.data import ImageData
 from imm.distributed import Exchange, Processes
@@ -29,7 +30,8 @@ from imm.networks import DDPMpp, UNet
 from imm.objective import Draws
 from imm.training import TrainConfig, Trainer
 from imm.training.state import STATE_FILE
-from imm.training.stats import STATS_FILE
+from imm.training.stats import STATS_FILE, read_rows
+from imm.training.watch import BEST_FILE, SCORES_FILE
 
 IMM = ["-m", "imm", "train"]
 OPTIONS = ["--batch", "16", "--particles", "2", "--width", "8", "--tick", "1", "--snap", "100", "--device", "cpu"]
@@ -109,15 +111,20 @@ def assert_alike(one, many, rel: float = 1e-4) -> None:
 
 
 def test_two_processes_are_one_to_rounding(data, tmp_path) -> None:
-    """Also in parts, mirrored, with labels dropped; every row speaks of the whole batch."""
-    output = in_this(data, tmp_path / "one", "--steps", "6", "--xflip")
+    """Also in parts, mirrored, with labels dropped, and in scores; every row speaks of the whole batch."""
+    options = ("--steps", "6", "--xflip", "--eval", "mmd-pixels,label-match", "--eval-images", "13", "--clip", "0.5")
+    output = in_this(data, tmp_path / "one", *options)
     assert ", 2 processes;" not in output
-    output = run(data, tmp_path / "two", "--steps", "6", "--xflip", "--batch-gpu", "6", processes=2)
+    output = run(data, tmp_path / "two", *options, "--batch-gpu", "6", processes=2)
     assert output.count(", 2 processes; data: ") == 1  # the first process speaks
     assert output.count("wrote ") == 1
     assert_alike(tmp_path / "one", tmp_path / "two")
+    scores = [read_rows(tmp_path / name / SCORES_FILE) for name in ("one", "two")]
+    for a, b in zip(*scores, strict=True):
+        assert b["metrics"] == pytest.approx(a["metrics"], rel=1e-3)
     files = {p.name for p in (tmp_path / "two").iterdir()}
-    assert files == {".lock", STATE_FILE, STATS_FILE, "snapshot-0000006.safetensors"}
+    watched = {SCORES_FILE, BEST_FILE, ENVIRONMENT_FILE, "samples-0000006.png"}
+    assert files == {".lock", STATE_FILE, STATS_FILE, "snapshot-0000006.safetensors", *watched}
 
 
 def test_in_half_precision_with_a_layer_that_is_not_used(data, tmp_path) -> None:
@@ -280,7 +287,7 @@ def one_step(folder, where: Processes, kind: str) -> list:
     trainer = Trainer(IMMObjective(FlowMap(network), label_dropout=0.5), data, folder, config, where=where)
     got: list = []
 
-    def update(images, labels, told=None, draws=None):
+    def update(images, labels, told=None, draws=None, *, pairs):
         if draws is None:
             draws = trainer.objective.draw(images, labels)
         got.extend((images, labels, told, draws, torch.rand(4)))

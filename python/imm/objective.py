@@ -196,6 +196,7 @@ class IMMObjective(nn.Module):
         generator: torch.Generator | None = None,
         grad_scale: Tensor | float | None = None,
         draws: Draws | None = None,
+        pairs: bool = False,
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """The loss of a batch of data.
 
@@ -208,12 +209,15 @@ class IMMObjective(nn.Module):
             grad_scale: a number that multiplies the loss, such as a gradient scaler's factor. Given here, not after the
                 call, it reaches small gradients before they are rounded to 16 bits. None for 1.
             draws: from :meth:`draw`, whose ``part`` makes the loss of a large batch one of its parts at a time; None to draw.
+            pairs: also the statistic ``pairs``, which costs two more calls of the loss.
 
         Returns:
             The loss (``grad_scale`` times the mean over groups, a scalar) and statistics, all tensors on the device without
             gradient: ``loss`` (without ``grad_scale``), ``gap`` (mean t - r), ``at_s`` (share of groups with r = s),
             ``t_bin_loss`` (mean loss over ``T_BINS`` equal bins of t, NaN for an empty one), ``t_bin_count``, ``nonfinite``
-            (groups whose loss is not finite).
+            (groups whose loss is not finite). ``pairs`` ``[2]``: the inner product of the gradient to the network's outputs
+            with its part from matched pairs, y_t and y_r of one image and noise, and the gradient's squared norm. Their ratio
+            is the matched pairs' share of the gradient: at 1 the loss is a consistency loss.
 
         Raises:
             ValueError: a batch that ``particles`` does not divide, labels out of range, augment for a network that is not told
@@ -248,25 +252,48 @@ class IMMObjective(nn.Module):
             raise ValueError(f"grad_scale: expected one number, got {list(factor.shape)}")
         factor = factor.reshape(())
         c_skip, c_out = flow_map.parametrization.c_skip, flow_map.parametrization.c_out
-        per_group = flow_map_mmd_loss(
-            x_t,
-            x_r,
-            g_t,
-            g_r,
-            c_skip(s, t),
-            c_out(s, t),
-            c_skip(s, r),
-            c_out(s, r),
-            self.kernel_scale(t, s),
-            weight=self.weight(t),
-            upstream=(factor.detach() / groups).reshape(1),
+        particles_of = x_t, x_r, g_t, g_r
+        of_group = c_skip(s, t), c_out(s, t), c_skip(s, r), c_out(s, r), self.kernel_scale(t, s), self.weight(t)
+        per_group = self._loss(particles_of, of_group, self.estimator, upstream=(factor.detach() / groups).reshape(1))
+        loss = per_group.mean() * factor
+        stats = self._statistics(per_group.detach(), t, s, r)
+        if pairs:
+            stats["pairs"] = self._pairs(particles_of, of_group)
+        return loss, stats
+
+    def _loss(
+        self,
+        particles: tuple[Tensor, Tensor, Tensor, Tensor],
+        of_group: tuple[Tensor, ...],
+        estimator: str,
+        upstream: Tensor | None = None,
+    ) -> Tensor:
+        """``[G]``, of x_t, x_r, g_t, g_r and each group's coefficients, kernel scale and weight."""
+        *coefficients, weight = of_group
+        return flow_map_mmd_loss(
+            *particles,
+            *coefficients,
+            weight=weight,
+            upstream=upstream,
             kernel=self.kernel,
             bandwidths=self.bandwidths,
             eps=self.eps,
-            estimator=self.estimator,
+            estimator=estimator,
         )
-        loss = per_group.mean() * factor
-        return loss, self._statistics(per_group.detach(), t, s, r)
+
+    def _pairs(self, particles: tuple[Tensor, ...], of_group: tuple[Tensor, ...]) -> Tensor:
+        """The statistic ``pairs``: matched pairs alone are groups of one particle, each 1 / M^2 of its group's sum."""
+        count = self.particles
+        x_t, x_r, g_t, g_r = (one.detach() for one in particles)
+        with torch.enable_grad():
+            whole, single = g_t.clone().requires_grad_(), g_t.flatten(0, 1)[:, None].clone().requires_grad_()
+            alone = (x_t.flatten(0, 1)[:, None], x_r.flatten(0, 1)[:, None], single, g_r.flatten(0, 1)[:, None])
+            *coefficients, weight = (value.repeat_interleave(count) for value in of_group)
+            (total,) = torch.autograd.grad(self._loss((x_t, x_r, whole, g_r), of_group, self.estimator).sum(), whole)
+            matched = self._loss(alone, (*coefficients, weight / count**2), "v")
+            (part,) = torch.autograd.grad(matched.sum(), single)
+        total, part = total.double(), part.reshape(total.shape).double()
+        return torch.stack([(part * total).sum(), total.square().sum()])
 
     def _checked_batch(self, x: Tensor) -> int:
         if x.dim() < 2 or not x.is_floating_point():

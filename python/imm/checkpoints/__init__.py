@@ -1,6 +1,6 @@
 """Checkpoints: one safetensors file with JSON settings. Nothing in a file is ever executed."""
 
-from imm.checkpoints.format import FORMAT_VERSION, CheckpointError, load, read_file, save, write_file
+from imm.checkpoints.format import FORMAT_VERSION, CheckpointError, load, read_file, read_settings, save, write_file
 from imm.checkpoints.published import from_published, import_published, read_published
 
 __all__ = [
@@ -11,6 +11,7 @@ __all__ = [
     "load",
     "read_file",
     "read_published",
+    "read_settings",
     "save",
     "write_file",
 ]

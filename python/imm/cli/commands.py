@@ -12,7 +12,7 @@ from typing import Any
 
 import click
 
-from imm.cli.options import PATH, Number, grid_of, parse_floats
+from imm.cli.options import PATH, Number, grid_of, parse_counts, parse_floats
 
 PRECISIONS = ("fp32", "tf32", "bf16", "fp16")
 DEFAULT_METRICS = "fd-efficientnet-lite0,kid-efficientnet-lite0,mmd-pixels"
@@ -157,7 +157,42 @@ _TRAIN: dict[str, list[Decorator]] = {
         _option("--keep", type=COUNT, metavar="N", help="Keep the snapshots of every N steps. [default: only the newest]"),
         _option("--tick", default=50, type=COUNT, help="Steps between rows of stats.jsonl."),
         _option("--seed", default=0, type=click.IntRange(0, 2**63 - 1)),
+        _option(
+            "--allow-change",
+            default="",
+            show_default=False,
+            metavar="LIST",
+            callback=lambda context, parameter, value: [name.replace("-", "_") for name in value.split(",") if name],
+            help="Resume although these differ: of lr, warmup, decay, decay-steps, clip, max-skipped, ema, compile.",
+        ),
         OWN_DEVICE,
+    ],
+    "Watching": [
+        _option("--log", type=_choice("tensorboard", "wandb"), help="Also log rows, pictures and scores there."),
+        _option(
+            "--grid",
+            default="10x4",
+            metavar="WxH|none",
+            callback=lambda context, parameter, value: None if value == "none" else grid_of(value),
+            help="Pictures of samples at every save, of the average (not of latents).",
+        ),
+        _option(
+            "--eval",
+            "metrics",
+            metavar="LIST",
+            help="Score the average by these metrics of imm eval. The first decides which snapshot is kept as the best.",
+        ),
+        _option("--eval-every", type=COUNT, metavar="N", help="Steps between scores, a multiple of --snap. [default: --snap]"),
+        _option("--eval-images", default=1000, type=click.IntRange(min=2), help="Samples a score, of seeds 0, 1, ..."),
+        _option(
+            "--eval-steps",
+            default="1,2",
+            metavar="LIST",
+            callback=lambda context, parameter, value: parse_counts(value, "eval-steps"),
+            help="Sampling steps of pictures and scores; the first decides which snapshot is the best.",
+        ),
+        _option("--ref", type=PATH, metavar="PATH", help="What samples are compared with, as in imm eval. [default: --data]"),
+        _option("--weights", type=PATH, metavar="FILE", help='Weights of Inception for fid and its kind; or "download".'),
     ],
     "Optimization": [
         _batch(64, "Images a training step, of all processes together."),
@@ -168,8 +203,30 @@ _TRAIN: dict[str, list[Decorator]] = {
         ),
         _option("--lr", default=1e-4, type=Number(), help="Learning rate."),
         _option("--warmup", default=0, type=click.IntRange(min=0), help="Steps of linear growth of the learning rate."),
+        _option(
+            "--decay",
+            default="none",
+            type=_choice("none", "cosine", "rsqrt"),
+            help="Fall of the learning rate: along half a cosine to 0 at --decay-steps, or as 1 / sqrt(step) from there on.",
+        ),
+        _option("--decay-steps", type=COUNT, help="[default: --steps for cosine]"),
+        _option("--clip", type=Number(), metavar="NORM", help="Scale larger gradients to this norm. [default: none]"),
+        _option(
+            "--max-skipped",
+            default=0,
+            type=click.IntRange(min=0),
+            help="Skip up to so many steps whose gradient is not finite; the next one stops the run.",
+        ),
         _option("--optimizer", default="adamw", type=_choice("adamw", "radam")),
         _option("--ema", default=0.9999, type=Number(), help="Beta of the moving average."),
+        _option(
+            "--ema-lengths",
+            default="",
+            show_default=False,
+            metavar="LIST",
+            callback=lambda context, parameter, value: tuple(parse_floats(value, "ema-lengths")),
+            help="Also keep power-function averages of these relative lengths, such as 0.05,0.1, for imm ema.",
+        ),
         _precision("Of both branches of the loss; bf16 and fp16 by autocast. docs/training.md has the error of the gradient."),
         _option("--checkpointing", is_flag=True, help="DiT, DDPM++: compute blocks again in the backward, for less memory."),
         _option(
@@ -381,6 +438,27 @@ def compare(first: str, second: str) -> None:
     importlib.import_module("imm.cli.eval").compare(first, second)
 
 
+@click.command()
+@_option("--runs", required=True, type=PATH, metavar="DIR", help="A run of imm train --ema-lengths.")
+@_option("--length", required=True, type=Number(), help="Relative standard deviation of the wanted average, up to 0.28.")
+@_option("--step", type=COUNT, metavar="N", help="The average after N steps. [default: the newest that the run saved]")
+@_out("Checkpoint to write (.safetensors).")
+def ema(**options: Any) -> None:
+    """Make the power-function average of another length, after training.
+
+    Prints the relative error of the profile that the stored averages can make; 0 for one that was tracked.
+    """
+    _run("ema", **options)
+
+
+@click.command()
+@click.argument("folder", type=PATH, metavar="RUN")
+@_out("The page to write (.html). [default: report.html in RUN]", required=False)
+def report(**options: Any) -> None:
+    """Write one self-contained page of a training run: curves, samples over time, scores, settings, environment."""
+    _run("report", **options)
+
+
 @click.command("import")
 @_net("Published snapshot (.pkl).")
 @_out("Checkpoint to write (.safetensors).")
@@ -417,6 +495,8 @@ COMMANDS: dict[str, click.Command] = {
     "data": data,
     "sample": sample,
     "eval": evaluate,
+    "ema": ema,
+    "report": report,
     "import": import_,
     "export": export,
     "doctor": doctor,

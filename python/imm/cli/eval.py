@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import click
 from tqdm import tqdm
 
-from imm.cli.options import device_line, process_device, say_left_out, say_notes
+from imm.cli.options import device_line, process_device, say_left_out, say_notes, writable_file
 from imm.cli.progress import bar
 from imm.distributed import Processes, processes
 from imm.evaluation import compare as comparison
@@ -34,14 +32,6 @@ from imm.files import write_text
 
 #: Images of a published FID; what fewer do to a Frechet distance is seen.
 FULL = 50_000
-
-
-def _writable_file(path: str) -> Path:
-    """Refuse, before work starts, a file whose folder is not there or cannot be written to."""
-    target = Path(path)
-    if target.is_dir() or not target.parent.is_dir() or not os.access(target.parent, os.W_OK):
-        raise ValueError(f"out: expected a file in a folder that can be written to, got {path}")
-    return target
 
 
 @contextmanager
@@ -89,7 +79,7 @@ def run(
     """Run ``imm eval``; the arguments are its options."""
     names = parse_metrics(metrics)
     _check_weights(weights, [METRICS[name].features for name in names])
-    target = _writable_file(out)
+    target = writable_file(out)
     with processes() as where:
         own = process_device(device, where)
         used = load_networks(names, weights, own)
@@ -158,7 +148,7 @@ def stats(
 ) -> None:
     """Run ``imm eval stats``; the arguments are its options."""
     names = list(dict.fromkeys(features.split(",")))
-    target = _writable_file(out)
+    target = writable_file(out)
     if target.suffix != ".npz":
         raise ValueError(f"out: expected a file ending in .npz, got {out}")
     with processes() as where:

@@ -89,6 +89,14 @@ def parse_floats(text: str, name: str) -> list[float]:
         raise ValueError(f"{name}: expected numbers such as 1.4,0.5, got {text!r}") from error
 
 
+def parse_counts(text: str, name: str) -> list[int]:
+    """ "1,2" -> [1, 2]. Raises ValueError for anything but numbers of at least 1, each once."""
+    numbers = [int(item) if item.strip().isdecimal() else 0 for item in text.split(",")]
+    if min(numbers) < 1 or len(set(numbers)) < len(numbers):
+        raise ValueError(f"{name}: expected numbers of at least 1 such as 1,2, each once, got {text!r}")
+    return numbers
+
+
 def grid_of(text: str) -> tuple[int, int]:
     """ "8x6" -> (8, 6): columns and rows."""
     match = re.fullmatch(r"(\d+)x(\d+)", text)
@@ -142,3 +150,11 @@ def writable_folder(path: str) -> Path:
     except OSError as error:
         raise ValueError(f"out: expected a folder that can be written to, got {path}: {error.strerror}") from error
     return folder
+
+
+def writable_file(path: str) -> Path:
+    """Refuse, before work starts, a file whose folder is not there or cannot be written to."""
+    target = Path(path)
+    if target.is_dir() or not target.parent.is_dir() or not os.access(target.parent, os.W_OK):
+        raise ValueError(f"out: expected a file in a folder that can be written to, got {path}")
+    return target

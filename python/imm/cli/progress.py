@@ -14,10 +14,23 @@ from imm.training import Trainer
 STOPS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1", "SIGHUP") if hasattr(signal, name))
 
 
+class _Lines:
+    """stderr of a file or a pipe, where a bar that is drawn again is a line of its own."""
+
+    def write(self, text: str) -> None:
+        shown = text.strip()
+        if shown:
+            sys.stderr.write(shown + "\n")
+
+    def flush(self) -> None:
+        sys.stderr.flush()
+
+
 def bar(total: int, unit: str, initial: int = 0, **more: Any) -> tqdm[Any]:
-    """A bar on stderr: live in a terminal, a line now and then in a file or a pipe."""
-    interval = 0.2 if sys.stderr.isatty() else 15.0
-    return tqdm(total=total, initial=initial, unit=unit, mininterval=interval, dynamic_ncols=True, smoothing=0.05, **more)
+    """A bar on stderr: live in a terminal, a line every 15 seconds in a file or a pipe."""
+    live = sys.stderr.isatty()
+    where: dict[str, Any] = {"mininterval": 0.2, "dynamic_ncols": True} if live else {"mininterval": 15.0, "file": _Lines()}
+    return tqdm(total=total, initial=initial, unit=unit, smoothing=0.05, **where, **more)
 
 
 def run(trainer: Trainer, steps: int, max_seconds: float | None = None, *, quiet: bool = False) -> int | None:

@@ -11,20 +11,26 @@ from typing import Any
 
 import click
 import torch
+from tqdm import tqdm
 
 from imm import checkpoints
 from imm.checkpoints.format import describe
 from imm.cli import progress
 from imm.cli.options import device_line, name_list, process_device, say_left_out, say_notes
+from imm.cli.report import write_environment
 from imm.data import ImageData, load, to_float
 from imm.data.augmentation import LABELS
 from imm.distributed import Processes, processes
+from imm.evaluation.evaluate import ReferenceStatistics, parse_metrics
+from imm.evaluation.sets import load_set, picture_set
+from imm.evaluation.statistics import is_statistics
 from imm.files import sha256_of
 from imm.flow_map import FlowMap
 from imm.networks import NETWORKS
 from imm.objective import IMMObjective
 from imm.presets import PRESETS, Preset
-from imm.training import TrainConfig, Trainer
+from imm.training import Scoring, TrainConfig, Trainer, Watch
+from imm.training.watch import SCORES_FILE
 
 #: Options of each network, under its constructor's names.
 NETWORK_OPTIONS = {"UNet": ("width", "dropout"), "DDPMpp": ("width", "dropout"), "DiT": ("size", "patch")}
@@ -35,8 +41,13 @@ TRAINING_OPTIONS = (
     "batch_gpu",
     "lr",
     "warmup",
+    "decay",
+    "decay_steps",
+    "clip",
+    "max_skipped",
     "optimizer",
     "ema",
+    "ema_lengths",
     "precision",
     "xflip",
     "augment",
@@ -76,6 +87,15 @@ def _run(
     preset: str | None,
     init: str | None,
     checkpointing: bool,
+    allow_change: list[str],
+    log: str | None,
+    grid: tuple[int, int] | None,
+    metrics: str | None,
+    eval_every: int | None,
+    eval_images: int,
+    eval_steps: list[int],
+    ref: str | None,
+    weights: str | None,
     **options: Any,
 ) -> None:
     say = click.echo if where.first else lambda line: None
@@ -105,7 +125,9 @@ def _run(
         chosen = replace(chosen, arguments={**chosen.arguments, "augment_dim": LABELS})
     if loaded is not None and "augment" not in given and not chosen.arguments.get("augment_dim"):
         training["augment"] = 0.0  # a preset's; the file's network cannot be told
-    config = TrainConfig(**training, log_every=tick, snapshot_every=snap, keep_every=keep)
+    if training["decay"] == "cosine" and training["decay_steps"] is None:
+        training["decay_steps"] = steps
+    config = TrainConfig(**training, log_every=tick, snapshot_every=snap, keep_every=keep, mfu=True)
     if checkpointing and "checkpointing" not in parameters:
         raise ValueError(f"checkpointing: expected a network that has it, got {chosen.network}")
     torch.manual_seed(config.seed)
@@ -115,7 +137,19 @@ def _run(
         net.checkpointing = True  # type: ignore[assignment]
     objective = IMMObjective(flow_map.to(target), **chosen.objective)
     digest = None if init is None else sha256_of(init)
-    trainer = Trainer(objective, images, out, config, init=digest, where=where)
+    if images.shape[0] not in (1, 3) and "grid" not in given:
+        grid = None
+    scoring = None
+    if metrics is not None:
+        names = parse_metrics(metrics)
+        reference = _reference(images, ref, resolution, transform=transform, channels=channels, skip_broken=skip_broken)
+        scoring = Scoring(names, reference, eval_every or snap, eval_images, weights=weights)
+    elif scorings := sorted(given & {"eval_every", "eval_images", "ref", "weights"}):
+        raise ValueError(f"{scorings[0]}: expected no such option without --eval")
+    watch = Watch(log=log, grid=grid, scoring=scoring, steps=eval_steps, say=lambda line: tqdm.write(line))
+    trainer = Trainer(objective, images, out, config, init=digest, where=where, watch=watch, allow_change=allow_change)
+    if where.first:
+        write_environment(trainer.out, device_line(target), where.world)
     count, how = sum(p.numel() for p in net.parameters()), config.precision + ", compiled" * config.compile
     many = f", {where.world} processes" if where.world > 1 else ""
     say(f"device: {device_line(target)}{many}; {_data_line(images, flow_map.sigma_data)}")
@@ -129,7 +163,12 @@ def _run(
         say(f"init: {init}, sha256 {digest}")
     if trainer.resumed_from is not None:
         say(f"resuming at step {trainer.resumed_from}")
+    for line in trainer.changes:
+        say(f"changed {line}")
+    if metrics is not None and scoring is not None:
+        say(f"scores: {metrics} of {eval_images} samples in {eval_steps} steps every {scoring.every} steps, {SCORES_FILE}")
     signal_number = progress.run(trainer, steps, None if minutes is None else 60.0 * minutes, quiet=not where.first)
+    watch.close()
     signal_number = where.largest(signal_number or 0) or None
     if signal_number is not None:
         say(f"stopped by signal {signal_number} at step {trainer.step}; the same command goes on from there")
@@ -137,6 +176,15 @@ def _run(
     if minutes is not None and trainer.step < steps:
         say(f"stopped after {minutes:g} minutes at step {trainer.step} of {steps}; the same command goes on from there")
     say(f"wrote {trainer.snapshot_path}")
+
+
+def _reference(images: ImageData, ref: str | None, resolution: int | None, **pictures_as: Any) -> Any:
+    """What scores compare with: the file or data set of --ref, or the training images."""
+    if images.shape[0] not in (1, 3):
+        raise ValueError(f"eval: expected pictures, got latents {list(images.shape)} ({images.source})")
+    if ref is None:
+        return replace(picture_set(images.pixels, images.labels, images.source), num_classes=images.num_classes)
+    return ReferenceStatistics.load(ref) if is_statistics(ref) else load_set(ref, resolution, **pictures_as)
 
 
 def _data_line(images: ImageData, sigma_data: float) -> str:

@@ -133,16 +133,16 @@ def extract(
     if together:
         statistics.all_reduce()
         if keep:
-            features, logits = (_gathered(part, len(pictures)) for part in (features, logits))
+            features, logits = (gathered(part, len(pictures)) for part in (features, logits))
     return Features(statistics, features if keep else None, logits if keep and network.logits else None)
 
 
-def _gathered(part: Tensor, count: int) -> Tensor:
-    """The parts of all ranks one after the other, on the CPU."""
+def gathered(part: Tensor, count: int) -> Tensor:
+    """The parts ``[split_of(count), ...]`` of all ranks one after the other, on the CPU. Collective over gloo."""
     parts = []
     for rank in range(dist.get_world_size()):
         share = split_of(count, rank, dist.get_world_size())
-        block = part if rank == dist.get_rank() else part.new_empty(len(share), part.shape[1])
+        block = part if rank == dist.get_rank() else part.new_empty(len(share), *part.shape[1:])
         dist.broadcast(block, src=rank)
         parts.append(block)
     return torch.cat(parts)
@@ -235,6 +235,7 @@ def evaluate(
     batch: int = 64,
     split: str | None = None,
     progress: Callable[[str, int], None] | None = None,
+    of_reference: dict[str, Features] | None = None,
 ) -> dict[str, Any] | None:
     """Measure metrics of pictures against a reference. Collective where there is a process group.
 
@@ -244,6 +245,8 @@ def evaluate(
         device: of this process. batch: pictures at a time through a network.
         split: which split the reference is, for the record.
         progress: is told a network's name and how many pictures it has done.
+        of_reference: takes the reference's features by network, and gives them to a later call for the same reference and
+            metrics, which does not compute them again.
 
     Returns:
         On rank 0 ``{"format_version", "metrics", "protocol"}``, what JSON can hold (docs/evaluation.md has the fields); None on
@@ -276,8 +279,12 @@ def evaluate(
         kinds = {metric.kind for metric in chosen.values() if metric.features == name}
         tell = None if progress is None else partial(progress, name)
         ours[name] = extract(network, pictures, device, batch, kinds != {"fd"}, tell)
-        found = _of_reference(network, reference, moments if name == INCEPTION else None, kinds, device, batch, tell)
+        found = None if of_reference is None else of_reference.get(name)
+        if found is None:
+            found = _of_reference(network, reference, moments if name == INCEPTION else None, kinds, device, batch, tell)
         theirs |= {} if found is None else {name: found}
+    if of_reference is not None:
+        of_reference |= theirs
     if dist.is_initialized() and dist.get_rank() != 0:
         return None
     values: dict[str, float] = {}

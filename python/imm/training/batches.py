@@ -20,6 +20,7 @@ class Batches:
         self._pixels = data.pixels.to(device)
         self._deviations = None if data.deviations is None else data.deviations.to(device)
         self._labels = data.labels.to(device) if labelled and data.labels is not None else None
+        self.shape = data.shape
         self._permutation: tuple[int, Tensor] | None = None
 
     def take(self, step: int) -> tuple[Tensor, Tensor | None, Tensor | None]:

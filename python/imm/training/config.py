@@ -8,7 +8,7 @@ import math
 import os
 import shutil
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
 import torch
@@ -25,8 +25,12 @@ OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
     "radam": functools.partial(torch.optim.RAdam, decoupled_weight_decay=True),
 }
 _SHAPE = ("channels", "resolution")
+#: How the learning rate falls: not at all, to 0 along half a cosine, or as 1 / sqrt(step).
+DECAYS = ("none", "cosine", "rsqrt")
 #: Settings of a TrainConfig that do not change the result, or as rounding does.
-_FREE = ("log_every", "snapshot_every", "keep_every", "batch_gpu")
+_FREE = ("log_every", "snapshot_every", "keep_every", "batch_gpu", "mfu")
+#: Settings that a resumed run may change if asked to: what the tensors of the state mean does not depend on them.
+CHANGEABLE = ("lr", "warmup", "decay", "decay_steps", "betas", "weight_decay", "clip", "max_skipped", "ema", "compile")
 #: What a run's settings keep of its objective.
 _OBJECTIVE = (
     *("particles", "kernel", "estimator", "mapping_kind", "k", "a", "b", "min_gap", "label_dropout", "target_labels"),
@@ -41,7 +45,14 @@ class TrainConfig:
     Attributes:
         batch: images per step, of all processes, a multiple of the objective's particles times the processes.
         optimizer: "adamw" or "radam", with lr (after ``warmup`` steps of linear growth), betas and weight_decay.
+        decay: of the learning rate: "none"; "cosine", lr/2 (1 + cos(pi step / decay_steps)), 0 from decay_steps on; or "rsqrt",
+            lr sqrt(decay_steps / step) from decay_steps on (Karras et al. 2024). decay_steps: needed by both.
+        clip: a gradient whose norm is larger is scaled to this norm; None for no clipping.
+        max_skipped: a step whose gradient is not finite is skipped, in a run as often as this; the next one stops the run. Not
+            for fp16, whose loss scale skips such steps itself.
         ema: beta of the exponential moving average.
+        ema_lengths: of further, power-function averages (:class:`imm.training.PowerEMA`), from which :func:`imm.training.
+            reconstruct` makes others after training; each save leaves them in a file of its own that stays.
         precision: of both branches of the loss: "fp32"; "tf32", in which CUDA devices multiply with 10 bits of mantissa; or
             "bf16" or "fp16" (autocast; fp16 with a loss scale), where our networks keep ends, times and sums in float32.
         seed: of data order, times, noise and dropout.
@@ -53,6 +64,8 @@ class TrainConfig:
         xflip: an epoch has every image twice, as it is and mirrored left to right. Not for latents.
         augment: probability of the transformations of :func:`imm.data.augment`, 0 for none; for networks with ``augment_dim``
             = 9, which are told of them. Not for latents.
+        mfu: rows have ``mfu``, the share of the device's matmul rate that the network's flops come to; :meth:`Trainer.run`
+            measures the rate first.
         compile: the network is compiled (torch.compile), in both branches and in the backward, and stays so after the run: a
             start of minutes, another rounding. Needs a C++ compiler, and a network that compiles to one graph: any other is an
             error at the first step, not a plain network.
@@ -64,7 +77,12 @@ class TrainConfig:
     warmup: int = 0
     betas: tuple[float, float] = (0.9, 0.999)
     weight_decay: float = 0.0
+    decay: str = "none"
+    decay_steps: int | None = None
+    clip: float | None = None
+    max_skipped: int = 0
     ema: float = 0.9999
+    ema_lengths: tuple[float, ...] = ()
     precision: str = "fp32"
     seed: int = 0
     log_every: int = 50
@@ -73,21 +91,47 @@ class TrainConfig:
     xflip: bool = False
     keep_every: int | None = None
     augment: float = 0.0
+    mfu: bool = False
     compile: bool = False
 
     def __post_init__(self) -> None:
-        for name, known in (("optimizer", OPTIMIZERS), ("precision", PRECISIONS)):
+        for name, known in (("optimizer", OPTIMIZERS), ("precision", PRECISIONS), ("decay", DECAYS)):
             if getattr(self, name) not in known:
                 raise ValueError(f"unknown {name} {getattr(self, name)!r}; expected one of {list(known)}")
         if min(self.batch, self.log_every, self.snapshot_every) < 1 or self.warmup < 0:
             raise ValueError("batch, log_every and snapshot_every: expected at least 1; warmup: expected at least 0")
-        for name, number in (("batch_gpu", self.batch_gpu), ("keep_every", self.keep_every)):
+        for name in ("batch_gpu", "keep_every", "decay_steps"):
+            number = getattr(self, name)
             if number is not None and number < 1:
                 raise ValueError(f"{name}: expected at least 1, got {number}")
         if not 0 <= self.augment <= 1:
             raise ValueError(f"augment: expected a probability from 0 to 1, got {self.augment}")
         if not 0 < self.lr < math.inf:
             raise ValueError(f"lr: expected a positive rate, got {self.lr}")
+        self._check_schedule()
+
+    def _check_schedule(self) -> None:
+        if (self.decay == "none") != (self.decay_steps is None):
+            wanted = "none without a decay" if self.decay == "none" else f"steps of the decay {self.decay!r}"
+            raise ValueError(f"decay_steps: expected {wanted}, got {self.decay_steps}")
+        if self.clip is not None and not 0 < self.clip < math.inf:
+            raise ValueError(f"clip: expected a positive norm, got {self.clip}")
+        if self.max_skipped < 0:
+            raise ValueError(f"max_skipped: expected at least 0, got {self.max_skipped}")
+        if self.max_skipped and self.precision == "fp16":
+            raise ValueError(f"max_skipped: expected 0 in fp16, whose loss scale skips steps itself, got {self.max_skipped}")
+        if len(set(self.ema_lengths)) < len(self.ema_lengths):
+            raise ValueError(f"ema_lengths: expected each once, got {list(self.ema_lengths)}")
+
+    def rate(self, step: int) -> float:
+        """The learning rate of a step, counted from 0."""
+        made = step + 1
+        rate = self.lr * min(1.0, made / self.warmup) if self.warmup else self.lr
+        if self.decay == "cosine" and self.decay_steps is not None:
+            rate *= 0.5 * (1.0 + math.cos(math.pi * min(1.0, step / self.decay_steps)))
+        if self.decay == "rsqrt" and self.decay_steps is not None:
+            rate *= math.sqrt(min(1.0, self.decay_steps / made))
+        return rate
 
 
 def check_fit(config: TrainConfig, objective: IMMObjective, data: ImageData, world: int) -> None:
@@ -148,17 +192,30 @@ def settings_of(config: TrainConfig, objective: IMMObjective, data: ImageData, i
         "config": {name: value for name, value in dataclasses.asdict(config).items() if name not in _FREE},
         "data": {"source": data.source, "count": len(data), "sha256": digest(data), **named},
     }
-    settings["config"]["betas"] = list(config.betas)
+    for name in ("betas", "ema_lengths"):
+        settings["config"][name] = list(settings["config"][name])
     return settings if init is None else {**settings, "init": {"sha256": init}}
 
 
-def differences(kept: Any, settings: dict[str, Any]) -> list[str]:
-    """Where the settings of a state, ``kept``, differ from those of the run that resumes it, in words."""
+def differences(kept: Any, settings: dict[str, Any], allowed: Collection[str] = ()) -> tuple[list[str], list[str]]:
+    """Where the settings of a state, ``kept``, differ from those of the run that resumes it, in words: first those that must be
+    alike, then those whose names are ``allowed`` to change, of :data:`CHANGEABLE`."""
     if isinstance(kept, dict) and isinstance(kept.get("config"), dict):
-        # Runs of earlier versions did not have these settings.
-        kept = {**kept, "config": {"xflip": False, "augment": 0.0, "compile": False, **kept["config"]}}
+        # Runs of earlier versions did not have all settings.
+        defaults = {field.name: field.default for field in dataclasses.fields(TrainConfig) if field.name not in _FREE}
+        kept = {**kept, "config": {**defaults, "betas": [0.9, 0.999], "ema_lengths": [], **kept["config"]}}
     named = ("data.source ", "data.class_names ")  # what the data are called does not change the result
-    return [text for text in _unlike(kept, settings) if not text.startswith(named)]
+    unlike = [text for text in _unlike(kept, settings) if not text.startswith(named)]
+    free = tuple(f"config.{name} " for name in allowed)
+    changed = [text for text in unlike if free and text.startswith(free)]
+    return [text for text in unlike if text not in changed], changed
+
+
+def check_changeable(names: Collection[str]) -> None:
+    """Raise ValueError for a name that no resumed run may change."""
+    for name in names:
+        if name not in CHANGEABLE:
+            raise ValueError(f"allow_change: expected some of {', '.join(CHANGEABLE)}, got {name!r}")
 
 
 def _unlike(old: Any, new: Any, path: str = "") -> list[str]:

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import math
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +20,12 @@ from imm.files import lock_folder
 from imm.flow_map import FlowMap
 from imm.objective import Draws, IMMObjective
 from imm.training.batches import Batches, mix
-from imm.training.config import OPTIMIZERS, TrainConfig, check_fit, settings_of
-from imm.training.ema import EMA
+from imm.training.config import OPTIMIZERS, TrainConfig, check_changeable, check_fit, settings_of
+from imm.training.ema import EMA, PowerEMA
+from imm.training.speed import FORWARDS, Clock, flops_of, matmul_rate
 from imm.training.state import State
-from imm.training.stats import STATS_FILE, Window, combined, trim
+from imm.training.stats import STATS_FILE, Window, append, combined, trim
+from imm.training.watch import Watch
 
 #: Of the compiler. Kernels are not chosen by timing them, which a resumed run would do anew. On the CPU a thread takes 8192
 #: numbers of a loop or more: to wake it for 512, the default, takes longer than they do.
@@ -46,6 +47,9 @@ class Trainer:
         where: which of several processes this is (:func:`imm.distributed.processes`), each with the whole data and a trainer
             of the same settings. They share a batch, times and noise of which are those of one process; so is the result, to
             rounding, but for a network's dropout. The first process writes. All make a trainer, run and save together.
+        watch: what else is made of the run as it goes (:class:`imm.training.Watch`), or None.
+        allow_change: names of settings that may differ from those of the state found: lr, warmup, decay, decay_steps, betas,
+            weight_decay, clip, max_skipped, ema, compile. What changed, and when, is kept in states and snapshots.
 
     A state file in ``out`` is resumed, with the same settings only. The folder is locked against other processes until
     :meth:`close`, the end of the trainer, or of its process. Each step seeds torch's default generators from
@@ -65,8 +69,11 @@ class Trainer:
         *,
         init: str | None = None,
         where: Processes | None = None,
+        watch: Watch | None = None,
+        allow_change: Collection[str] = (),
     ) -> None:
         self._where = where = Processes() if where is None else where
+        check_changeable(allow_change)
         check_fit(config, objective, data, where.world)
         self.objective, self.config, self.out = objective, config, Path(out)
         network = objective.flow_map.network
@@ -78,6 +85,8 @@ class Trainer:
             self._exchange = where.exchange(self.device)
             self._exchange.take_first(network.state_dict().values())
         self.ema = EMA(network, config.ema)
+        self.averages = [PowerEMA(network, length) for length in config.ema_lengths]
+        self._clock, self._matmul_rate, self._flops = Clock(self.device), 0.0, 0
         self._optimizer = OPTIMIZERS[config.optimizer](
             self._parameters, lr=config.lr, betas=config.betas, weight_decay=config.weight_decay
         )
@@ -89,9 +98,9 @@ class Trainer:
         self._lock = where.in_first(lambda: lock_folder(self.out, shared=True), refusal)
         self._batches = Batches(data, config, self.device, where, labelled=objective.flow_map.num_classes > 0)
         settings = settings_of(config, objective, data, init)
-        kept = self.out, objective.flow_map, self.ema, self._optimizer, self._scaler
+        kept = self.out, objective.flow_map, self.ema, self.averages, self._optimizer, self._scaler
         self._state = State(*kept, settings, config.keep_every, writes=where.first)
-        self.resumed_from = self._state.resume()
+        self.resumed_from = self._state.resume(allow_change)
         self.step = self.resumed_from or 0
         if not where.alike(str(self.step)):
             raise ValueError(f"out: expected a folder that all processes share, got {out}, whose state some do not find")
@@ -100,13 +109,37 @@ class Trainer:
         if not where.alike(f"{found} {intervals}"):
             raise ValueError("settings: expected the same settings and data in all processes, got others in some")
         if where.first:
-            trim(self.out, self.resumed_from)
+            trim(self.out / STATS_FILE, self.resumed_from)
+        self._watch = watch
+        if watch is not None:
+            watch.check(self)
+            where.in_first(lambda: watch.begin(self), "watch: expected what the first process can log, got an error there")
 
     def close(self) -> None:
         """Let other processes write to the folder; this trainer no longer may."""
         if self._lock is not None:
             self._lock.release(force=True)
             self._lock = None  # else it would be another trainer's, made later, as long as this one
+
+    @property
+    def writes(self) -> bool:
+        """Whether this process writes the run's files: the first of several."""
+        return self._where.first
+
+    @property
+    def place(self) -> tuple[int, int]:
+        """This process's rank, and the number of processes."""
+        return self._where.rank, self._where.world
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """The settings of the run, as its files keep them."""
+        return self._state.settings
+
+    @property
+    def changes(self) -> list[str]:
+        """Settings that changed since the run began (``allow_change``), each with its step, in words."""
+        return self._state.changes
 
     @property
     def ema_flow_map(self) -> FlowMap:
@@ -139,61 +172,102 @@ class Trainer:
         if self.step > steps:
             raise ValueError(f"steps: expected at least the {self.step} steps already made, got {steps}")
         end = math.inf if max_seconds is None else time.perf_counter() + max_seconds
-        window = Window()
         with deterministic(tf32=self.config.precision == "tf32"):
+            if self.config.mfu and not self._matmul_rate:
+                self._flops = flops_of(self.objective.flow_map, self._batches.shape)
+                self._matmul_rate = matmul_rate(self.device, self.config.precision)
+            window = Window()
+            self._clock.start()
             while self.step < steps and not self._where.any(self.stop or time.perf_counter() > end):
-                window.add(*self._step())
+                saves = self._saves(self.step + 1, steps)
+                row = saves or (self.step + 1) % self.config.log_every == 0
+                stats, norm = self._step(pairs=row)
+                window.skip() if self._skips(norm) else window.add(stats, norm)
                 self.step += 1
                 if on_step is not None:
                     on_step(self.step)
-                snapshot = self.step % self.config.snapshot_every == 0 or self._state.stays(self.step)
-                if snapshot or self.step % self.config.log_every == 0 or self.step == steps:
+                if row:
                     self._log(window, on_log)
                     window = Window()
-                if snapshot:
+                if saves:
+                    if self._watch is not None:
+                        self._watch.saving(self, last=self.step == steps)
+                    self._clock.mark("watch")
                     self.save()
+                    self._clock.mark("save")
             if window.count:
                 self._log(window, on_log)
+            self._clock.stop()
             self.save()
+
+    def _saves(self, step: int, steps: int) -> bool:
+        """Whether the state is saved after so many steps, of those to make."""
+        return step % self.config.snapshot_every == 0 or self._state.stays(step) or step == steps
 
     def save(self) -> None:
         """Write the state to resume from and the averaged flow map as a snapshot, each atomically; those before go."""
         if self.step != self._state.saved_step:
             self._state.write(self.step)
             self._where.wait()
+            if self._watch is not None:
+                self._watch.saved(self)
 
-    def _step(self) -> tuple[dict[str, Tensor], Tensor]:
-        """A step on this process's images. What is random is drawn for the whole batch, whatever the processes."""
+    def _skips(self, norm: Tensor) -> bool:
+        """Whether a step whose gradient has this norm is skipped; waits for the device only where one may be."""
+        return self.config.max_skipped > 0 and not bool(norm.isfinite())
+
+    def _step(self, pairs: bool = False) -> tuple[dict[str, Tensor], Tensor]:
+        """A step on this process's images. What is random is drawn for the whole batch, whatever the processes.
+
+        Args:
+            pairs: whether the objective's statistics have those of matched pairs.
+
+        Returns:
+            What :meth:`update` returns.
+        """
         config, where = self.config, self._where
         for group in self._optimizer.param_groups:
-            group["lr"] = config.lr * min(1.0, (self.step + 1) / config.warmup) if config.warmup else config.lr
+            group["lr"] = config.rate(self.step)
+        self._clock.mark("other")
         images, labels, told = self._batches.take(self.step)
+        self._clock.mark("data")
         if where.world == 1:
-            return self.update(images, labels, told)
+            return self.update(images, labels, told, pairs=pairs)
         whole = images.new_zeros(()).expand(config.batch, *images.shape[1:])  # the shape of the whole batch
         groups = where.share(config.batch // self.objective.particles)
         draws = self.objective.draw(whole, labels).part(groups.start, groups.stop)
         if not where.first:
             torch.manual_seed(mix(mix(config.seed, self.step), where.rank))  # else dropout would be alike in all processes
-        return self.update(images, None if labels is None else labels[where.share(config.batch)], told, draws)
+        return self.update(images, None if labels is None else labels[where.share(config.batch)], told, draws, pairs=pairs)
 
     def update(
-        self, images: Tensor, labels: Tensor | None, told: Tensor | None = None, draws: Draws | None = None
+        self,
+        images: Tensor,
+        labels: Tensor | None,
+        told: Tensor | None = None,
+        draws: Draws | None = None,
+        *,
+        pairs: bool = False,
     ) -> tuple[dict[str, Tensor], Tensor]:
         """One optimizer step on a batch: loss, gradient, weights, average; random numbers are torch's default generators'.
 
         Args:
             images: ``[B, C, H, W]``, as the network takes them; of several processes, this one's. labels: ``[B]`` int64, or
                 None. told: ``[B, 9]``, how the images were augmented, or None. draws: the objective's for them, or None.
+            pairs: see :meth:`imm.IMMObjective.forward`.
 
         Returns:
-            The objective's statistics of the images, and the norm of the gradient, which stays in the parameters until the
-            next call.
+            The objective's statistics of the images, and the norm of the gradient before clipping. The gradient stays in the
+            parameters until the next call.
+
+        Raises:
+            TrainingError: a gradient that is not finite, when ``max_skipped`` steps were skipped before. With ``max_skipped`` =
+                0 there is no look at the gradient; :meth:`run` finds out at its next row.
         """
         self._optimizer.zero_grad(set_to_none=True)  # before the forward, whose memory grows towards its end
         size = self.config.batch_gpu
         if size is None or size >= len(images):
-            stats = self._accumulate(images, labels, told, draws, 1.0)
+            stats = self._accumulate(images, labels, told, draws, 1.0, pairs)
         else:
             particles = self.objective.particles
             draws = self.objective.draw(images, labels) if draws is None else draws
@@ -203,19 +277,31 @@ class Trainer:
                 share = len(images[part]) / len(images)
                 some = draws.part(start // particles, (start + size) // particles)
                 of_labels, of_told = (None if given is None else given[part] for given in (labels, told))
-                parts.append((share, self._accumulate(images[part], of_labels, of_told, some, share)))
+                parts.append((share, self._accumulate(images[part], of_labels, of_told, some, share, pairs)))
             stats = combined(parts)
         if self._exchange is not None:
             self._exchange.average(p.grad for p in self._parameters if p.grad is not None)
+            self._clock.mark("exchange")
         self._scaler.unscale_(self._optimizer)
-        norm = torch.nn.utils.get_total_norm([p.grad for p in self._parameters if p.grad is not None])
-        self._scaler.step(self._optimizer)
-        self._scaler.update()
+        learning = [p for p in self._parameters if p.grad is not None]
+        norm = torch.nn.utils.get_total_norm([p.grad for p in learning if p.grad is not None])
+        if self._skips(norm):
+            self._state.skipped += 1
+            if self._state.skipped > self.config.max_skipped:
+                raise self._error(f"gradient not finite in step {self.step + 1}, and {self.config.max_skipped} skipped before")
+        else:
+            if self.config.clip is not None:
+                torch.nn.utils.clip_grads_with_norm_(learning, self.config.clip, norm)
+            self._scaler.step(self._optimizer)
+            self._scaler.update()
         self.ema.update(self.objective.flow_map.network)
+        for average in self.averages:
+            average.update(self.objective.flow_map.network, self.step + 1)
+        self._clock.mark("optimizer")
         return stats, norm
 
     def _accumulate(
-        self, images: Tensor, labels: Tensor | None, told: Tensor | None, draws: Draws | None, share: float
+        self, images: Tensor, labels: Tensor | None, told: Tensor | None, draws: Draws | None, share: float, pairs: bool
     ) -> dict[str, Tensor]:
         """Add ``share`` times the gradient of the images' loss; return the objective's statistics."""
         dtype = PRECISIONS[self.config.precision]
@@ -224,8 +310,10 @@ class Trainer:
             grad_scale = None
             if self._scaler.is_enabled() or share != 1.0:
                 grad_scale = self._scaler.scale(torch.full((), share, device=self.device))
-            loss, stats = self.objective(images, labels, augment=told, grad_scale=grad_scale, draws=draws)
+            loss, stats = self.objective(images, labels, augment=told, grad_scale=grad_scale, draws=draws, pairs=pairs)
+        self._clock.mark("forward")
         loss.backward()
+        self._clock.mark("backward")
         return stats
 
     def _log(self, window: Window, on_log: Callable[[dict[str, Any]], None] | None) -> None:
@@ -233,22 +321,36 @@ class Trainer:
             "step": self.step,
             "images": self.step * self.config.batch,
             "lr": self._optimizer.param_groups[0]["lr"],
-            **window.row(self.config.batch, self._where),
+            **window.row(self.config.batch, self.objective.particles, self._where),
         }
+        self._clock.mark("other")
+        phases = row["phases"] = self._clock.take()
+        if self._matmul_rate:
+            busy = sum(seconds for name, seconds in phases.items() if name not in ("watch", "save", "other"))
+            flops = FORWARDS * self._flops * self.config.batch * window.count
+            row["mfu"] = flops / (busy * self._matmul_rate * self._where.world)
+        if self.config.max_skipped:
+            row["skipped"] = self._state.skipped
+        if window.count > window.skipped:
+            self._check(row, window)
+        if self._where.first:
+            append(self.out / STATS_FILE, row)
+            if self._watch is not None:
+                self._watch.row(row)
+        if on_log is not None:
+            on_log(row)
+
+    def _check(self, row: dict[str, Any], window: Window) -> None:
+        """Raise TrainingError for a row of a broken network."""
         broken = row["nonfinite"] > 0 or row["grad_norm"] is None
         if self._scaler.is_enabled():
             row["loss_scale"] = self._scaler.get_scale()
             # A loss scale skips single steps; a network that is broken for good never recovers.
             broken = row["nonfinite"] == window.count * (self.config.batch // self.objective.particles)
         if broken:
-            saved = self._state.saved_step
-            state = "no state was saved" if saved is None else f"the saved state of step {saved} is good"
-            raise TrainingError(
-                f"loss or gradient not finite before step {self.step} ({row['nonfinite']} groups); {state}; "
-                "a new run in another folder may want a smaller lr"
-            )
-        if self._where.first:
-            with open(self.out / STATS_FILE, "a") as file:
-                file.write(json.dumps(row) + "\n")
-        if on_log is not None:
-            on_log(row)
+            raise self._error(f"loss or gradient not finite before step {self.step} ({row['nonfinite']} groups)")
+
+    def _error(self, what: str) -> TrainingError:
+        saved = self._state.saved_step
+        state = "no state was saved" if saved is None else f"the saved state of step {saved} is good"
+        return TrainingError(f"{what}; {state}; a new run in another folder may want a smaller lr")
