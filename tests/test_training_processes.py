@@ -167,7 +167,7 @@ def test_a_signal_to_one_ends_all(data, tmp_path) -> None:
         os.kill(workers(stopped)[1], signal.SIGTERM)
         output, _ = stopped.communicate(timeout=60)
     step = checkpoints.read_file(tmp_path / "run" / STATE_FILE, "training")[1]["step"]
-    assert f"stopped by signal 15 at step {step}; the same command goes on" in output
+    assert f"stopped by signal 15 at step {step}; the same command resumes there" in output
 
 
 @pytest.mark.parametrize("option", ["--lr", "--steps"])

@@ -284,7 +284,7 @@ class IMMObjective(nn.Module):
     def _pairs(self, particles: tuple[Tensor, ...], of_group: tuple[Tensor, ...]) -> Tensor:
         """The statistic ``pairs``: matched pairs alone are groups of one particle, each 1 / M^2 of its group's sum."""
         count = self.particles
-        x_t, x_r, g_t, g_r = (one.detach() for one in particles)
+        x_t, x_r, g_t, g_r = (one.detach().to(particles[0].dtype) for one in particles)  # 16 bits would round small ones to 0
         with torch.enable_grad():
             whole, single = g_t.clone().requires_grad_(), g_t.flatten(0, 1)[:, None].clone().requires_grad_()
             alone = (x_t.flatten(0, 1)[:, None], x_r.flatten(0, 1)[:, None], single, g_r.flatten(0, 1)[:, None])

@@ -160,7 +160,7 @@ def run(out: str, steps: int, minutes: float | None, seed: int, precision: str, 
         click.echo(f"resuming at step {trainer.resumed_from}")
     signal_number = progress.run(trainer, steps, None if minutes is None else 60.0 * minutes)
     if signal_number is not None:
-        click.echo(f"stopped by signal {signal_number} at step {trainer.step}; --resume goes on from there")
+        click.echo(f"stopped by signal {signal_number} at step {trainer.step}; imm demo --resume resumes there")
         raise SystemExit(128 + signal_number)
     train_seconds = time.perf_counter() - start
     checkpoint = folder / "checkpoint.safetensors"

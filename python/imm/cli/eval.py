@@ -78,7 +78,7 @@ def run(
 ) -> None:
     """Run ``imm eval``; the arguments are its options."""
     names = parse_metrics(metrics)
-    _check_weights(weights, [METRICS[name].features for name in names])
+    check_weights(weights, [METRICS[name].features for name in names])
     target = writable_file(out)
     with processes() as where:
         own = process_device(device, where)
@@ -104,7 +104,7 @@ def run(
     click.echo(f"wrote {target}")
 
 
-def _check_weights(weights: str | None, features: Sequence[str | None]) -> None:
+def check_weights(weights: str | None, features: Sequence[str | None]) -> None:
     """Refuse weights that nothing asked for would use."""
     if weights is not None and INCEPTION not in features:
         raise ValueError(f"weights: expected none, nothing asked for is of {INCEPTION} features, got {weights}")
@@ -154,7 +154,7 @@ def stats(
     with processes() as where:
         own = process_device(device, where)
         used = [networks.load(name, weights, own) for name in names]
-        _check_weights(weights, names)
+        check_weights(weights, names)
         pictures = load_set(data, resolution, split, **pictures_as)
         if pictures.moments is not None and INCEPTION in names:
             raise ValueError(f"features: expected none of {INCEPTION}, {data} has its own, mu and sigma; give it to --ref")

@@ -16,13 +16,14 @@ from tqdm import tqdm
 from imm import checkpoints
 from imm.checkpoints.format import describe
 from imm.cli import progress
+from imm.cli.eval import check_weights
 from imm.cli.options import device_line, name_list, process_device, say_left_out, say_notes
 from imm.cli.report import write_environment
 from imm.data import ImageData, load, to_float
 from imm.data.augmentation import LABELS
 from imm.distributed import Processes, processes
-from imm.evaluation.evaluate import ReferenceStatistics, parse_metrics
-from imm.evaluation.sets import load_set, picture_set
+from imm.evaluation.evaluate import METRICS, ReferenceStatistics, parse_metrics
+from imm.evaluation.sets import PictureSet, load_set, set_of
 from imm.evaluation.statistics import is_statistics
 from imm.files import sha256_of
 from imm.flow_map import FlowMap
@@ -54,6 +55,8 @@ TRAINING_OPTIONS = (
     "seed",
     "compile",
 )
+#: Options of :class:`imm.training.Watch`.
+WATCH_OPTIONS = ("log", "grid", "metrics", "eval_every", "eval_images", "eval_steps", "ref", "weights")
 #: Option -> argument of :class:`imm.IMMObjective`.
 OBJECTIVE_OPTIONS = {
     **{name: name for name in ("particles", "kernel", "k", "a", "b", "min_gap", "label_dropout")},
@@ -75,47 +78,21 @@ def _run(
     where: Processes,
     given: set[str],
     *,
-    resolution: int | None,
-    transform: str,
-    channels: int | None,
-    skip_broken: bool,
     steps: int,
     minutes: float | None,
-    snap: int,
-    keep: int | None,
-    tick: int,
     preset: str | None,
     init: str | None,
     checkpointing: bool,
     allow_change: list[str],
-    log: str | None,
-    grid: tuple[int, int] | None,
-    metrics: str | None,
-    eval_every: int | None,
-    eval_images: int,
-    eval_steps: list[int],
-    ref: str | None,
-    weights: str | None,
     **options: Any,
 ) -> None:
     say = click.echo if where.first else lambda line: None
-    images = load(data, resolution, latents=True, transform=transform, channels=channels, skip_broken=skip_broken)
+    read_as = {name: options.pop(name) for name in ("resolution", "transform", "channels", "skip_broken")}
+    images = load(data, latents=True, **read_as)
+    watching = {name: options.pop(name) for name in WATCH_OPTIONS}
     training = {name: options.pop(name) for name in TRAINING_OPTIONS}
-    of_model = {name: options[name] for name in given & options.keys()}
-    if init is not None:
-        _check_beside_init(init, of_model)
-    chosen = _from_options(options, of_model, images) if preset is None else _changed(preset, of_model)
-    loaded = None
-    if init is not None:
-        loaded = checkpoints.load(init).train()
-        chosen = _of_file(init, loaded, chosen, preset)
-    if init is not None or preset is not None:
-        _check_fit(f"the preset {preset}" if init is None else init, chosen, images)
-    if "label_dropout" in of_model and not chosen.arguments["num_classes"]:
-        raise ValueError(
-            f"label_dropout: expected no such option for a network without classes, got {of_model['label_dropout']} "
-            f"({images.source})"
-        )
+    every = {"log_every": options.pop("tick"), "snapshot_every": options.pop("snap"), "keep_every": options.pop("keep")}
+    chosen, loaded = _chosen(images, preset, init, given, options)
     if preset is not None:
         training |= {name: value for name, value in chosen.training.items() if name not in given}
         if chosen.steps is not None and "steps" not in given:
@@ -127,9 +104,10 @@ def _run(
         training["augment"] = 0.0  # a preset's; the file's network cannot be told
     if training["decay"] == "cosine" and training["decay_steps"] is None:
         training["decay_steps"] = steps
-    config = TrainConfig(**training, log_every=tick, snapshot_every=snap, keep_every=keep, mfu=True)
+    config = TrainConfig(**training, **every, mfu=True)
     if checkpointing and "checkpointing" not in parameters:
         raise ValueError(f"checkpointing: expected a network that has it, got {chosen.network}")
+    watch, about = _watch(images, config.snapshot_every, given, read_as, **watching)
     torch.manual_seed(config.seed)
     flow_map = chosen.build() if loaded is None else loaded.float()
     net = flow_map.network
@@ -137,16 +115,6 @@ def _run(
         net.checkpointing = True  # type: ignore[assignment]
     objective = IMMObjective(flow_map.to(target), **chosen.objective)
     digest = None if init is None else sha256_of(init)
-    if images.shape[0] not in (1, 3) and "grid" not in given:
-        grid = None
-    scoring = None
-    if metrics is not None:
-        names = parse_metrics(metrics)
-        reference = _reference(images, ref, resolution, transform=transform, channels=channels, skip_broken=skip_broken)
-        scoring = Scoring(names, reference, eval_every or snap, eval_images, weights=weights)
-    elif scorings := sorted(given & {"eval_every", "eval_images", "ref", "weights"}):
-        raise ValueError(f"{scorings[0]}: expected no such option without --eval")
-    watch = Watch(log=log, grid=grid, scoring=scoring, steps=eval_steps, say=lambda line: tqdm.write(line))
     trainer = Trainer(objective, images, out, config, init=digest, where=where, watch=watch, allow_change=allow_change)
     if where.first:
         write_environment(trainer.out, device_line(target), where.world)
@@ -163,28 +131,76 @@ def _run(
         say(f"init: {init}, sha256 {digest}")
     if trainer.resumed_from is not None:
         say(f"resuming at step {trainer.resumed_from}")
-    for line in trainer.changes:
-        say(f"changed {line}")
-    if metrics is not None and scoring is not None:
-        say(f"scores: {metrics} of {eval_images} samples in {eval_steps} steps every {scoring.every} steps, {SCORES_FILE}")
+    for line in [*(f"changed {change}" for change in trainer.changes), *about]:
+        say(line)
     signal_number = progress.run(trainer, steps, None if minutes is None else 60.0 * minutes, quiet=not where.first)
     watch.close()
     signal_number = where.largest(signal_number or 0) or None
     if signal_number is not None:
-        say(f"stopped by signal {signal_number} at step {trainer.step}; the same command goes on from there")
+        say(f"stopped by signal {signal_number} at step {trainer.step}; the same command resumes there")
         raise SystemExit(128 + signal_number)
     if minutes is not None and trainer.step < steps:
-        say(f"stopped after {minutes:g} minutes at step {trainer.step} of {steps}; the same command goes on from there")
+        say(f"stopped after {minutes:g} minutes at step {trainer.step} of {steps}; the same command resumes there")
     say(f"wrote {trainer.snapshot_path}")
 
 
-def _reference(images: ImageData, ref: str | None, resolution: int | None, **pictures_as: Any) -> Any:
-    """What scores compare with: the file or data set of --ref, or the training images."""
-    if images.shape[0] not in (1, 3):
-        raise ValueError(f"eval: expected pictures, got latents {list(images.shape)} ({images.source})")
-    if ref is None:
-        return replace(picture_set(images.pixels, images.labels, images.source), num_classes=images.num_classes)
-    return ReferenceStatistics.load(ref) if is_statistics(ref) else load_set(ref, resolution, **pictures_as)
+def _chosen(
+    images: ImageData, preset: str | None, init: str | None, given: set[str], options: Mapping[str, Any]
+) -> tuple[Preset, FlowMap | None]:
+    """Network, flow map and objective as options, preset and checkpoint have them; and the checkpoint's flow map."""
+    of_model = {name: options[name] for name in given & options.keys()}
+    if init is not None:
+        _check_beside_init(init, of_model)
+    chosen = _from_options(options, of_model, images) if preset is None else _changed(preset, of_model)
+    loaded = None
+    if init is not None:
+        loaded = checkpoints.load(init).train()
+        chosen = _of_file(init, loaded, chosen, preset)
+    if init is not None or preset is not None:
+        _check_fit(f"the preset {preset}" if init is None else init, chosen, images)
+    if "label_dropout" in of_model and not chosen.arguments["num_classes"]:
+        raise ValueError(
+            f"label_dropout: expected no such option for a network without classes, got {of_model['label_dropout']} "
+            f"({images.source})"
+        )
+    return chosen, loaded
+
+
+def _watch(
+    images: ImageData,
+    snap: int,
+    given: set[str],
+    read_as: Mapping[str, Any],
+    *,
+    log: str | None,
+    grid: tuple[int, int] | None,
+    metrics: str | None,
+    eval_every: int | None,
+    eval_images: int,
+    eval_steps: list[int],
+    ref: str | None,
+    weights: str | None,
+) -> tuple[Watch, list[str]]:
+    """What is watched of the run, and what there is to say of it."""
+    pictures = images.shape[0] in (1, 3)
+    if not pictures and "grid" not in given:
+        grid = None
+    scoring, about = None, []
+    if metrics is not None:
+        if not pictures:
+            raise ValueError(f"eval: expected pictures, got latents {list(images.shape)} ({images.source})")
+        names = parse_metrics(metrics)
+        check_weights(weights, [METRICS[name].features for name in names])
+        reference: PictureSet | ReferenceStatistics
+        if ref is None:
+            reference = set_of(images, read_as["resolution"], read_as["transform"], read_as["channels"])
+        else:
+            reference = ReferenceStatistics.load(ref) if is_statistics(ref) else load_set(ref, **read_as)
+        scoring = Scoring(names, reference, eval_every or snap, eval_images, weights=weights)
+        about = [f"scores: {metrics} of {eval_images} samples in {eval_steps} steps every {scoring.every} steps, {SCORES_FILE}"]
+    elif foreign := sorted(given & {"eval_every", "eval_images", "ref", "weights"}):
+        raise ValueError(f"{foreign[0]}: expected no such option without --eval")
+    return Watch(log=log, grid=grid, scoring=scoring, steps=eval_steps, say=tqdm.write), about
 
 
 def _data_line(images: ImageData, sigma_data: float) -> str:

@@ -262,29 +262,22 @@ def evaluate(
     """
     check(names, pictures, reference)
     used = load_networks(names, None, device) if used is None else used
-    moments = reference.moments if any(METRICS[name].features == INCEPTION for name in names) else None
-    if moments is not None and INCEPTION in used and len(moments.mean) != used[INCEPTION].dimensions:
-        size = used[INCEPTION].dimensions
-        raise ValueError(f"reference: expected mu of the {size} features of {INCEPTION}, got {len(moments.mean)}")
+    moments = _moments(names, reference, used)
     if isinstance(reference, ReferenceStatistics):
         _check_networks(reference, used)
         about = {"reference": reference.protocol["reference"]}
     else:
         about = reference_protocol(reference, split, ())
     about["features"] = reference_protocol(pictures, None, used.values())["features"]
-    chosen = {name: METRICS[name] for name in names}
-    ours: dict[str, Features] = {}
-    theirs: dict[str, Features] = {}
+    chosen, ours = {name: METRICS[name] for name in names}, dict[str, Features]()
+    theirs: dict[str, Features] = {} if of_reference is None else of_reference
     for name, network in used.items():
         kinds = {metric.kind for metric in chosen.values() if metric.features == name}
         tell = None if progress is None else partial(progress, name)
         ours[name] = extract(network, pictures, device, batch, kinds != {"fd"}, tell)
-        found = None if of_reference is None else of_reference.get(name)
-        if found is None:
+        if name not in theirs:
             found = _of_reference(network, reference, moments if name == INCEPTION else None, kinds, device, batch, tell)
-        theirs |= {} if found is None else {name: found}
-    if of_reference is not None:
-        of_reference |= theirs
+            theirs |= {} if found is None else {name: found}
     if dist.is_initialized() and dist.get_rank() != 0:
         return None
     values: dict[str, float] = {}
@@ -312,6 +305,17 @@ def evaluate(
         "processes": dist.get_world_size() if dist.is_initialized() else 1,
     }
     return {"format_version": FORMAT_VERSION, "metrics": values, "protocol": protocol}
+
+
+def _moments(
+    names: Sequence[str], reference: PictureSet | ReferenceStatistics, used: Mapping[str, FeatureNetwork]
+) -> FeatureStatistics | None:
+    """The reference's own ``mu`` and ``sigma``, where a metric is of Inception features."""
+    moments = reference.moments if any(METRICS[name].features == INCEPTION for name in names) else None
+    if moments is not None and INCEPTION in used and len(moments.mean) != used[INCEPTION].dimensions:
+        size = used[INCEPTION].dimensions
+        raise ValueError(f"reference: expected mu of the {size} features of {INCEPTION}, got {len(moments.mean)}")
+    return moments
 
 
 def _of_reference(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from imm.data import digest, load
+from imm.data import ImageData, digest, load
 from imm.data.arrays import MOMENTS
 from imm.data.listing import open_files
 from imm.data.sources import NoSplitsError, array_notes
@@ -120,19 +120,16 @@ def load_set(
         data = load_as(split=split)
     except NoSplitsError:
         data = load_as()
-    out = picture_set(data.pixels, data.labels, data.source)
+    out = set_of(data, resolution, transform, channels)
     moments = read_moments(folder) if folder.is_file() and folder.suffix == ".npz" else None
-    return PictureSet(
-        out.pixels,
-        out.labels,
-        data.num_classes,
-        out.source,
-        out.digest,
-        _resize(resolution, transform, channels),
-        notes=data.notes if moments is None else _notes_with_moments(data.notes),
-        left_out=data.left_out,
-        moments=moments,
-    )
+    return out if moments is None else replace(out, notes=_notes_with_moments(data.notes), moments=moments)
+
+
+def set_of(data: ImageData, resolution: int | None, transform: str, channels: int | None) -> PictureSet:
+    """The set of images that were loaded with these arguments of :func:`imm.data.load`. Raises ValueError for latents."""
+    out = picture_set(data.pixels, data.labels, data.source)
+    resize = _resize(resolution, transform, channels)
+    return replace(out, num_classes=data.num_classes, resize=resize, notes=data.notes, left_out=data.left_out)
 
 
 def _notes_with_moments(notes: tuple[str, ...]) -> tuple[str, ...]:

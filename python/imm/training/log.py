@@ -90,7 +90,7 @@ class _WandB:
         path = folder / WANDB_ID
         if step is None or not path.exists():
             write_text(path, secrets.token_hex(4) + "\n")
-        self._image = wandb.Image
+        self._image, self._open = wandb.Image, False
         self._run = wandb.init(
             project="imm",
             name=folder.name,
@@ -103,12 +103,16 @@ class _WandB:
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
         self._run.log(dict(values), step=step)
+        self._open = True
 
     def picture(self, step: int, name: str, picture: Picture) -> None:
         self._run.log({name: self._image(picture)}, step=step)
+        self._open = True
 
     def flush(self) -> None:
-        self._run.log({}, commit=True)
+        if self._open:  # W&B keeps a step until the next one, or this
+            self._run.log({}, commit=True)
+            self._open = False
 
     def close(self) -> None:
         self._run.finish()

@@ -93,6 +93,9 @@ class Trainer:
         self._scaler = torch.amp.GradScaler(self.device.type, enabled=config.precision == "fp16")
         if config.compile:
             network.compile(fullgraph=True, dynamic=False, options=_COMPILER)  # in place: the weights keep their names
+        self._watch = watch
+        if watch is not None:
+            watch.check(self)
         # After all checks of settings, so that a refusal leaves no folder.
         refusal = f"out: expected a folder that the first process can write to, got {out}"
         self._lock = where.in_first(lambda: lock_folder(self.out, shared=True), refusal)
@@ -110,9 +113,7 @@ class Trainer:
             raise ValueError("settings: expected the same settings and data in all processes, got others in some")
         if where.first:
             trim(self.out / STATS_FILE, self.resumed_from)
-        self._watch = watch
         if watch is not None:
-            watch.check(self)
             where.in_first(lambda: watch.begin(self), "watch: expected what the first process can log, got an error there")
 
     def close(self) -> None:
@@ -207,6 +208,8 @@ class Trainer:
     def save(self) -> None:
         """Write the state to resume from and the averaged flow map as a snapshot, each atomically; those before go."""
         if self.step != self._state.saved_step:
+            if self._watch is not None:
+                self._watch.flush()
             self._state.write(self.step)
             self._where.wait()
             if self._watch is not None:

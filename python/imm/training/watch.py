@@ -96,7 +96,7 @@ class Watch:
                 )
             classes = flow_map.num_classes
             labels = torch.arange(scoring.images) % classes if classes else None
-            some = torch.zeros(scoring.images, *flow_map.image_shape, dtype=torch.uint8)
+            some = torch.zeros((), dtype=torch.uint8).expand(scoring.images, *flow_map.image_shape)
             check(scoring.metrics, PictureSet(some, labels, classes, "samples", ""), scoring.reference)
             self._networks = load_networks(scoring.metrics, scoring.weights, trainer.device)
 
@@ -129,6 +129,9 @@ class Watch:
             self._draw(trainer, *self._grid)
         if self._scoring is not None and (trainer.step % self._scoring.every == 0 or last):
             self._score(trainer, self._scoring)
+
+    def flush(self) -> None:
+        """Hand everything to the log: a run that is killed from here on resumes after it."""
         if self._log is not None:
             self._log.flush()
 
