@@ -168,7 +168,7 @@ def test_bad_networks_and_settings_are_refused() -> None:
     with pytest.raises(ValueError, match=r"its input's shape \[2, 6\], got \[2, 2\]"):
         FlowMap(wrong)(torch.randn(2, 6), 0.5, 0.1)
     for change, text in (
-        ({"second_time": "s"}, r"unknown second_time 's'; expected one of \['stride', 'identity'\]"),
+        ({"second_time": "s"}, r"unknown second_time 's'; expected one of \['stride', 'identity', 'none'\]"),
         ({"t_min": 0.5, "t_max": 0.4}, "0 <= t_min < t_max <= 1"),
         ({"t_max": 1.1}, "0 <= t_min < t_max <= 1"),
         ({"time_scale": 0}, "time_scale"),
@@ -176,3 +176,58 @@ def test_bad_networks_and_settings_are_refused() -> None:
     ):
         with pytest.raises(ValueError, match=text):
             FlowMap(Recorder(), **change)
+
+
+KINDS = [("fm", "euler_fm"), ("fm", "identity"), ("fm", "simple_edm"), ("vp_cosine", "identity"), ("vp_cosine", "simple_edm")]
+
+
+class Smooth(nn.Module):
+    """A network in float64 that depends on all it is given."""
+
+    num_classes = 3
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.linspace(0.5, 1.5, 3, dtype=torch.float64))
+
+    def forward(self, x, t, s, labels):
+        shift = 3e-4 * t + 2e-4 * s + 0.1 * labels
+        return torch.tanh(x * self.weight) + shift[:, None]
+
+
+@pytest.mark.parametrize(("schedule", "parametrization"), KINDS)
+@pytest.mark.parametrize("second_time", ["stride", "identity", "none"])
+def test_the_velocity_is_the_derivative_of_the_map(schedule, parametrization, second_time) -> None:
+    """Of a difference of second order in s, from below: |error| falls as h^2."""
+    flow_map = FlowMap(Smooth(), schedule=schedule, parametrization=parametrization, second_time=second_time)
+    t = torch.tensor([0.05, 0.3, 0.6, 0.9, 0.994], dtype=torch.float64)
+    x = torch.randn(5, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    labels, h = torch.tensor([0, 1, 2, 3, 0]), 1e-5
+    for guidance in (None, 1.5):
+        at = lambda s, w=guidance: flow_map(x, t, s, labels, w)
+        numerical = (3 * x - 4 * at(t - h) + at(t - 2 * h)) / (2 * h)
+        torch.testing.assert_close(flow_map.velocity(x, t, labels, guidance), numerical, rtol=1e-5, atol=1e-5)
+
+
+def test_the_exact_velocity_of_known_data_is_that_of_the_schedule() -> None:
+    """Data that are one point: v = alpha' x + sigma' eps along the path, whatever the parametrization."""
+    for schedule, parametrization in KINDS:
+        point = torch.tensor([[0.3, -0.2, 0.7]], dtype=torch.float64)
+        flow_map = FlowMap(Smooth(), schedule=schedule, parametrization=parametrization)
+        eps, t = torch.tensor([[1.0, -1.0, 0.5]], dtype=torch.float64), torch.tensor([0.4], dtype=torch.float64)
+        x_t = flow_map.add_noise(point, eps, t)
+        alpha, sigma = flow_map.schedule.alpha(t)[:, None], flow_map.schedule.sigma(t)[:, None]
+        norm = flow_map.sigma_data * (alpha**2 + sigma**2).sqrt()
+        g = {
+            "identity": point,
+            "euler_fm": (eps - point) / flow_map.sigma_data,
+            "simple_edm": (alpha * eps - sigma * point) / norm,
+        }
+        flow_map.network.forward = lambda x, t, s, labels, value=g[parametrization]: value
+        expected = flow_map.schedule.d_alpha(t)[:, None] * point + flow_map.schedule.d_sigma(t)[:, None] * eps
+        torch.testing.assert_close(flow_map.velocity(x_t, t), expected, rtol=1e-12, atol=1e-12)
+
+
+def test_identity_has_no_velocity_at_the_data() -> None:
+    with pytest.raises(ValueError, match='t: expected times above 0 for the velocity of "identity", got'):
+        FlowMap(Smooth(), parametrization="identity").velocity(torch.randn(2, 3), 0.0)

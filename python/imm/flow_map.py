@@ -12,7 +12,7 @@ from imm.ops.dtypes import DTYPES
 from imm.parametrizations import get_parametrization
 from imm.schedules import Time, as_time, get_schedule
 
-SECOND_TIMES = ("stride", "identity")
+SECOND_TIMES = ("stride", "identity", "none")
 
 
 class FlowMap(nn.Module):
@@ -25,8 +25,8 @@ class FlowMap(nn.Module):
             (``augment_dim`` numbers of each), it is given these as a fifth argument, and otherwise only four.
         schedule: "fm" or "vp_cosine".
         parametrization: "identity", "simple_edm" or "euler_fm" (with "fm" only).
-        second_time: what the network is given beside ``time_scale * t``: "stride" ``time_scale * (t - s)`` or "identity"
-            ``time_scale * s``.
+        second_time: what the network is given beside ``time_scale * t``: "stride" ``time_scale * (t - s)``, "identity"
+            ``time_scale * s``, or "none", 0 whatever s is: the network is a velocity, which DDIM samples.
         sigma_data: standard deviation of the data, and of the prior.
         time_scale: factor on both times.
         t_min, t_max: the range of times, ``0 <= t_min < t_max <= 1``.
@@ -143,9 +143,29 @@ class FlowMap(nn.Module):
             out=out,
         )
 
+    def velocity(self, x: Tensor, t: Time, labels: Tensor | None = None, guidance: Time | None = None) -> Tensor:
+        """d/ds f_{s,t}(x) at s = t: the instantaneous velocity ``c'_skip(t) x + c'_out(t) G(c_in(t) x, t, t)``.
+
+        Args:
+            x, t, labels, guidance: as in :meth:`forward`.
+
+        Returns:
+            dx/dt at t, the shape and dtype of ``x``.
+
+        Raises:
+            ValueError, TypeError: as :meth:`forward`; t = 0 with the parametrization "identity", which has none there.
+        """
+        x, t, _, labels = self._checked(x, t, t, labels, guidance)
+        if self.parametrization.name == "identity" and _readable(t) and not bool((t > 0).all()):
+            raise ValueError(f't: expected times above 0 for the velocity of "identity", got {t.tolist()}')
+        g, g_uncond = self.network_output(x, t, t, labels, with_uncond=guidance is not None)
+        c_skip, c_out = self.parametrization.d_c_skip(t), self.parametrization.d_c_out(t)
+        return functional.flow_step(x, g, c_skip, c_out, g_uncond=g_uncond, guidance=guidance)
+
     def network_times(self, t: Tensor, s: Tensor) -> tuple[Tensor, Tensor]:
-        """The two times as the network takes them: scaled, the second one t - s or s."""
-        return self.time_scale * t, self.time_scale * (t - s if self.second_time == "stride" else s)
+        """The two times as the network takes them: scaled, the second one t - s, s or 0."""
+        second = {"stride": t - s, "identity": s, "none": torch.zeros_like(s)}[self.second_time]
+        return self.time_scale * t, self.time_scale * second
 
     def network_output(
         self,

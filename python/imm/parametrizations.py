@@ -40,6 +40,19 @@ class Parametrization(ABC):
     def c_out(self, s: Time, t: Time) -> Tensor:
         """Weight of the network's output in x_s."""
 
+    @abstractmethod
+    def d_c_skip(self, t: Time) -> Tensor:
+        """d/ds c_skip(s, t) at s = t: the weight of x_t in the velocity at t."""
+
+    @abstractmethod
+    def d_c_out(self, t: Time) -> Tensor:
+        """d/ds c_out(s, t) at s = t: the weight of the network's output in the velocity at t."""
+
+    def _turn(self, t: Time) -> Tensor:
+        """alpha'_t sigma_t - sigma'_t alpha_t, the derivative of :meth:`Schedule.cross` in s at s = t."""
+        schedule = self.schedule
+        return schedule.d_alpha(t) * schedule.sigma(t) - schedule.d_sigma(t) * schedule.alpha(t)
+
 
 class Identity(Parametrization):
     """G predicts x (any schedule). A jump to s = 0 keeps nothing of x_t, so the boundary holds for s > 0 only."""
@@ -54,6 +67,12 @@ class Identity(Parametrization):
         s, t = as_time(s), as_time(t)
         return torch.where(s == t, 0.0, self.schedule.cross(s, t) / self.schedule.sigma(t))
 
+    def d_c_skip(self, t: Time) -> Tensor:
+        return self.schedule.d_sigma(t) / self.schedule.sigma(t)
+
+    def d_c_out(self, t: Time) -> Tensor:
+        return self._turn(t) / self.schedule.sigma(t)
+
 
 class SimpleEDM(Parametrization):
     """G predicts (alpha_t eps - sigma_t x) / (sigma_data sqrt(alpha_t^2 + sigma_t^2)) (any schedule)."""
@@ -66,6 +85,13 @@ class SimpleEDM(Parametrization):
 
     def c_out(self, s: Time, t: Time) -> Tensor:
         return -self.sigma_data * self.schedule.cross(s, t) / self._variance(t).sqrt()
+
+    def d_c_skip(self, t: Time) -> Tensor:
+        schedule = self.schedule
+        return (schedule.alpha(t) * schedule.d_alpha(t) + schedule.sigma(t) * schedule.d_sigma(t)) / self._variance(t)
+
+    def d_c_out(self, t: Time) -> Tensor:
+        return -self.sigma_data * self._turn(t) / self._variance(t).sqrt()
 
 
 class EulerFM(Parametrization):
@@ -83,6 +109,12 @@ class EulerFM(Parametrization):
 
     def c_out(self, s: Time, t: Time) -> Tensor:
         return -self.sigma_data * self.schedule.cross(s, t)
+
+    def d_c_skip(self, t: Time) -> Tensor:
+        return torch.zeros_like(as_time(t))
+
+    def d_c_out(self, t: Time) -> Tensor:
+        return torch.full_like(as_time(t), self.sigma_data)
 
 
 PARAMETRIZATIONS: dict[str, type[Parametrization]] = {cls.name: cls for cls in (Identity, SimpleEDM, EulerFM)}

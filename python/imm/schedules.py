@@ -35,6 +35,14 @@ class Schedule(ABC):
         """Noise level sigma_t."""
 
     @abstractmethod
+    def d_alpha(self, t: Time) -> Tensor:
+        """d alpha_t / dt."""
+
+    @abstractmethod
+    def d_sigma(self, t: Time) -> Tensor:
+        """d sigma_t / dt."""
+
+    @abstractmethod
     def cross(self, s: Time, t: Time) -> Tensor:
         """alpha_s sigma_t - sigma_s alpha_t without cancellation; 0 at s = t, positive for s < t."""
 
@@ -71,6 +79,12 @@ class FlowMatching(Schedule):
     def sigma(self, t: Time) -> Tensor:
         return as_time(t)
 
+    def d_alpha(self, t: Time) -> Tensor:
+        return torch.full_like(as_time(t), -1.0)
+
+    def d_sigma(self, t: Time) -> Tensor:
+        return torch.ones_like(as_time(t))
+
     def cross(self, s: Time, t: Time) -> Tensor:
         return as_time(t) - as_time(s)
 
@@ -94,6 +108,12 @@ class VPCosine(Schedule):
 
     def sigma(self, t: Time) -> Tensor:
         return torch.sin(0.5 * math.pi * as_time(t))
+
+    def d_alpha(self, t: Time) -> Tensor:
+        return -0.5 * math.pi * self.sigma(t)
+
+    def d_sigma(self, t: Time) -> Tensor:
+        return 0.5 * math.pi * self.alpha(t)
 
     def cross(self, s: Time, t: Time) -> Tensor:
         return torch.sin(0.5 * math.pi * (as_time(t) - as_time(s)))

@@ -258,7 +258,7 @@ _TRAIN: dict[str, list[Decorator]] = {
     "Flow map": [
         _option("--schedule", default="fm", type=_choice("fm", "vp_cosine")),
         _option("--parametrization", default="euler_fm", type=_choice("identity", "simple_edm", "euler_fm")),
-        _option("--second-time", default="stride", type=_choice("stride", "identity")),
+        _option("--second-time", default="stride", type=_choice("stride", "identity", "none")),
         _option("--t-min", default=0.0, type=Number()),
         _option("--t-max", default=0.994, type=Number()),
     ],
@@ -462,7 +462,7 @@ def report(**options: Any) -> None:
 @click.command("import")
 @_net("Published snapshot (.pkl).")
 @_out("Checkpoint to write (.safetensors).")
-@_option("--second-time", type=_choice("stride", "identity"), help="Of the network. [default: what the snapshot says]")
+@_option("--second-time", type=_choice("stride", "identity", "none"), help="Of the network. [default: what the snapshot says]")
 def import_(**options: Any) -> None:
     """Turn a published checkpoint into one of ours. Nothing in the file is run, and none of its names is imported."""
     _run("import_", **options)
