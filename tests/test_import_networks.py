@@ -78,7 +78,7 @@ def test_the_second_time_can_be_overridden(small_dit, tmp_path) -> None:
     assert import_published(source, tmp_path / "a.safetensors").second_time == "stride"
     assert import_published(source, tmp_path / "a.safetensors", second_time="identity").second_time == "identity"
     assert checkpoints.load(tmp_path / "a.safetensors").second_time == "identity"
-    with pytest.raises(ValueError, match=r"second_time: expected one of \['stride', 'identity'\], got 's'"):
+    with pytest.raises(ValueError, match=r"second_time: expected one of \['stride', 'identity', 'none'\], got 's'"):
         import_published(source, tmp_path / "b.safetensors", second_time="s")
     for wrong in (source, tmp_path, tmp_path / "no" / "a.safetensors"):
         with pytest.raises(CheckpointError, match="out: expected another file"):

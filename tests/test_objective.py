@@ -12,7 +12,8 @@ from torch import nn
 
 from imm import FlowMap, IMMObjective
 from imm.networks import DiT, UNet
-from imm.objective import MAPPINGS, T_BINS
+from imm.objectives import T_BINS
+from imm.objectives.imm import MAPPINGS
 
 ROWS = json.loads((DATA / "training_weights.json").read_text())
 

@@ -22,7 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from imm import FlowMap, IMMObjective, checkpoints
 from imm.data import mnist_5k, to_float
 from imm.networks import DDPMpp, DiT, UNet
-from imm.objective import Draws
+from imm.objectives import Draws
 
 NET = Path(__file__).parent / "data" / "half_trained.safetensors"
 BATCH = 256

@@ -27,7 +27,7 @@ from imm.cli.train import _check_device
 from imm.data import ImageData
 from imm.distributed import Exchange, Processes
 from imm.networks import DDPMpp, UNet
-from imm.objective import Draws
+from imm.objectives import Draws
 from imm.training import TrainConfig, Trainer
 from imm.training.state import STATE_FILE
 from imm.training.stats import STATS_FILE, read_rows

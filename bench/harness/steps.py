@@ -20,7 +20,7 @@ from imm.backends import deterministic
 from imm.data import ImageData
 from imm.flow_map import FlowMap
 from imm.networks import DiT
-from imm.objective import Draws, IMMObjective
+from imm.objectives import IMM, Draws
 from imm.presets import Preset
 from imm.training import TrainConfig, Trainer
 
@@ -48,29 +48,27 @@ class Training:
     dtype: torch.dtype
     watched: tuple[str, str]
 
-    def objective(self, *, fused: bool = True) -> IMMObjective:
+    def objective(self, *, fused: bool = True) -> IMM:
         """Around a copy of the network to train; a DiT in one of its two forms."""
         made = copy.deepcopy(self.network()).requires_grad_()
         if isinstance(made, DiT):
             made.fused = fused
         settings = {**self.preset.objective, "particles": self.particles}
-        return IMMObjective(FlowMap(made, **self.preset.flow_map), **settings).train()
+        return IMM(FlowMap(made, **self.preset.flow_map), **settings).train()
 
-    def outputs(self, objective: IMMObjective, loss: Tensor) -> tuple[Tensor, ...]:
+    def outputs(self, objective: IMM, loss: Tensor) -> tuple[Tensor, ...]:
         """What is compared: the loss and two gradients."""
         grads = (objective.flow_map.network.get_parameter(name).grad for name in self.watched)
         return (loss.detach(), *(grad for grad in grads if grad is not None))
 
 
-def drawn(objective: IMMObjective, x: Tensor, labels: Tensor | None) -> Draws:
+def drawn(objective: IMM, x: Tensor, labels: Tensor | None) -> Draws:
     """The random numbers of a step, the same at each call."""
     torch.manual_seed(SEED)
     return objective.draw(x, labels)
 
 
-def plain_losses(
-    objective: IMMObjective, network: Function, mmd: Function, x: Tensor, labels: Tensor | None, draws: Draws
-) -> Tensor:
+def plain_losses(objective: IMM, network: Function, mmd: Function, x: Tensor, labels: Tensor | None, draws: Draws) -> Tensor:
     """The loss of each group in torch's operations and x's dtype: x_t and x_r, particles, broadcast MMD, weight."""
     flow_map, particles = objective.flow_map, objective.particles
     schedule, form = flow_map.schedule, flow_map.parametrization

@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING, Any
 from imm import startup  # isort: skip  (before torch, which starts OpenMP)
 
 if TYPE_CHECKING or not startup.command_line():  # the command line imports what a command needs, so that --help is quick
-    from imm import checkpoints, functional, latents, networks, parametrizations, presets, sampling, schedules
+    from imm import checkpoints, functional, latents, networks, objectives, parametrizations, presets, sampling, schedules
     from imm.checkpoints import load
     from imm.flow_map import FlowMap
     from imm.functional import noise
-    from imm.objective import IMMObjective
+    from imm.objectives import IMM as IMMObjective
     from imm.sampling import Sampler, package
 from imm.version import __version__
 
@@ -28,6 +28,7 @@ __all__ = [
     "load",
     "networks",
     "noise",
+    "objectives",
     "package",
     "parametrizations",
     "presets",
@@ -37,7 +38,6 @@ __all__ = [
 
 _ROOM_OF = {
     "FlowMap": "flow_map",
-    "IMMObjective": "objective",
     "Sampler": "sampling",
     "load": "checkpoints",
     "noise": "functional",
@@ -49,6 +49,8 @@ del startup
 
 def __getattr__(name: str) -> Any:
     """What was not imported above, when it is first asked for."""
+    if name == "IMMObjective":  # its name before there were others
+        return importlib.import_module("imm.objectives").IMM
     if name in _ROOM_OF:
         return getattr(importlib.import_module(f"imm.{_ROOM_OF[name]}"), name)
     if name in (*__all__, "data", "evaluation", "training"):

@@ -26,7 +26,7 @@ from imm.evaluation import PixelReference, PixelScores
 from imm.files import write_text
 from imm.flow_map import FlowMap
 from imm.networks import UNet
-from imm.objective import IMMObjective
+from imm.objectives import IMM
 from imm.pictures import grid, save_picture
 from imm.sampling import Sampler
 from imm.training import TrainConfig, Trainer, Watch
@@ -44,11 +44,11 @@ SAMPLES = 1000
 LEAST_MATCH, LEAST_SPREAD, LARGEST_MMD_SHARE = 0.80, 0.60, 0.5
 
 
-def make_objective(seed: int, device: torch.device) -> IMMObjective:
+def make_objective(seed: int, device: torch.device) -> IMM:
     """The demo's network and objective: OT-FM, Euler-FM, Laplace kernel, M = 4, k = 12, a = 1."""
     torch.manual_seed(seed)
     flow_map = FlowMap(UNet(channels=1, resolution=RESOLUTION, num_classes=10))
-    return IMMObjective(flow_map.to(device), particles=4, kernel="laplace", k=12, a=1)
+    return IMM(flow_map.to(device), particles=4, kernel="laplace", k=12, a=1)
 
 
 def make_config(seed: int, snapshot_every: int = 500, precision: str = "fp32") -> TrainConfig:

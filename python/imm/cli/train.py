@@ -28,7 +28,7 @@ from imm.evaluation.statistics import is_statistics
 from imm.files import sha256_of
 from imm.flow_map import FlowMap
 from imm.networks import NETWORKS
-from imm.objective import IMMObjective
+from imm.objectives import IMM
 from imm.presets import PRESETS, Preset
 from imm.training import Scoring, TrainConfig, Trainer, Watch
 from imm.training.watch import SCORES_FILE
@@ -57,7 +57,7 @@ TRAINING_OPTIONS = (
 )
 #: Options of :class:`imm.training.Watch`.
 WATCH_OPTIONS = ("log", "grid", "metrics", "eval_every", "eval_images", "eval_steps", "ref", "weights")
-#: Option -> argument of :class:`imm.IMMObjective`.
+#: Option -> argument of :class:`imm.IMM`.
 OBJECTIVE_OPTIONS = {
     **{name: name for name in ("particles", "kernel", "k", "a", "b", "min_gap", "label_dropout")},
     "mapping": "mapping_kind",
@@ -113,7 +113,7 @@ def _run(
     net = flow_map.network
     if checkpointing:
         net.checkpointing = True  # type: ignore[assignment]
-    objective = IMMObjective(flow_map.to(target), **chosen.objective)
+    objective = IMM(flow_map.to(target), **chosen.objective)
     digest = None if init is None else sha256_of(init)
     trainer = Trainer(objective, images, out, config, init=digest, where=where, watch=watch, allow_change=allow_change)
     if where.first:

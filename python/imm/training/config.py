@@ -17,7 +17,7 @@ from torch import nn
 from imm.backends import PRECISIONS
 from imm.checkpoints.format import describe
 from imm.data import ImageData, augmentation, digest
-from imm.objective import IMMObjective
+from imm.objectives import Objective
 
 #: In torch's fused form where there is one: weights, gradient and moments pass through memory once.
 OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
@@ -31,11 +31,6 @@ DECAYS = ("none", "cosine", "rsqrt")
 _FREE = ("log_every", "snapshot_every", "keep_every", "batch_gpu", "mfu")
 #: Settings that a resumed run may change if asked to: what the tensors of the state mean does not depend on them.
 CHANGEABLE = ("lr", "warmup", "decay", "decay_steps", "betas", "weight_decay", "clip", "max_skipped", "ema", "compile")
-#: What a run's settings keep of its objective.
-_OBJECTIVE = (
-    *("particles", "kernel", "estimator", "mapping_kind", "k", "a", "b", "min_gap", "label_dropout", "target_labels"),
-    *("share_dropout", "eps"),
-)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -134,7 +129,7 @@ class TrainConfig:
         return rate
 
 
-def check_fit(config: TrainConfig, objective: IMMObjective, data: ImageData, world: int) -> None:
+def check_fit(config: TrainConfig, objective: Objective, data: ImageData, world: int) -> None:
     """Raise ValueError where settings, network, data and the number of processes do not fit each other."""
     network, particles, classes = objective.flow_map.network, objective.particles, objective.flow_map.num_classes
     if len(data) == 0:
@@ -183,12 +178,12 @@ def _check_augmentation(network: nn.Module, data: ImageData) -> None:
         )
 
 
-def settings_of(config: TrainConfig, objective: IMMObjective, data: ImageData, init: str | None) -> dict[str, Any]:
+def settings_of(config: TrainConfig, objective: Objective, data: ImageData, init: str | None) -> dict[str, Any]:
     """What a run's files keep of its settings, as JSON has it: all that changes the result, and what the data are called."""
     named = {} if data.class_names is None else {"class_names": list(data.class_names)}
     settings = {
         **describe(objective.flow_map),
-        "objective": {**{n: getattr(objective, n) for n in _OBJECTIVE}, "bandwidths": list(objective.bandwidths)},
+        "objective": objective.settings,
         "config": {name: value for name, value in dataclasses.asdict(config).items() if name not in _FREE},
         "data": {"source": data.source, "count": len(data), "sha256": digest(data), **named},
     }
@@ -204,6 +199,7 @@ def differences(kept: Any, settings: dict[str, Any], allowed: Collection[str] = 
         # Runs of earlier versions did not have all settings.
         defaults = {field.name: field.default for field in dataclasses.fields(TrainConfig) if field.name not in _FREE}
         kept = {**kept, "config": {**defaults, "betas": [0.9, 0.999], "ema_lengths": [], **kept["config"]}}
+        kept["objective"] = {"loss": "imm", **kept.get("objective", {})}
     named = ("data.source ", "data.class_names ")  # what the data are called does not change the result
     unlike = [text for text in _unlike(kept, settings) if not text.startswith(named)]
     free = tuple(f"config.{name} " for name in allowed)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from imm.distributed import Processes
 from imm.files import write_text
-from imm.objective import T_BINS
+from imm.objectives import T_BINS
 
 STATS_FILE = "stats.jsonl"
 

@@ -18,7 +18,7 @@ from imm.data import ImageData
 from imm.distributed import Exchange, Processes
 from imm.files import lock_folder
 from imm.flow_map import FlowMap
-from imm.objective import Draws, IMMObjective
+from imm.objectives import Draws, Objective
 from imm.training.batches import Batches, mix
 from imm.training.config import OPTIMIZERS, TrainConfig, check_changeable, check_fit, settings_of
 from imm.training.ema import EMA, PowerEMA
@@ -62,7 +62,7 @@ class Trainer:
 
     def __init__(
         self,
-        objective: IMMObjective,
+        objective: Objective,
         data: ImageData,
         out: str | os.PathLike[str],
         config: TrainConfig,
@@ -231,6 +231,7 @@ class Trainer:
         config, where = self.config, self._where
         for group in self._optimizer.param_groups:
             group["lr"] = config.rate(self.step)
+        self.objective.step = self.step
         self._clock.mark("other")
         images, labels, told = self._batches.take(self.step)
         self._clock.mark("data")
@@ -257,7 +258,7 @@ class Trainer:
         Args:
             images: ``[B, C, H, W]``, as the network takes them; of several processes, this one's. labels: ``[B]`` int64, or
                 None. told: ``[B, 9]``, how the images were augmented, or None. draws: the objective's for them, or None.
-            pairs: see :meth:`imm.IMMObjective.forward`.
+            pairs: see :meth:`imm.objectives.Objective.forward`.
 
         Returns:
             The objective's statistics of the images, and the norm of the gradient before clipping. The gradient stays in the
