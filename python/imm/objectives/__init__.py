@@ -1,9 +1,40 @@
 """Losses of flow maps, all with one call: see :class:`Objective`."""
 
+from collections.abc import Callable
+from functools import partial
+
 from imm.objectives.base import T_BINS, Batch, Draws, Objective
+from imm.objectives.consistency import Consistency
+from imm.objectives.energy_score import EnergyScore
+from imm.objectives.flow_matching import FlowMatching
 from imm.objectives.imm import IMM
+from imm.objectives.meanflow import MeanFlow
+from imm.objectives.self_distillation import SelfDistillation
+from imm.objectives.shortcut import Shortcut
 
-#: ``imm train --loss`` -> class.
-OBJECTIVES: dict[str, type[Objective]] = {cls.name: cls for cls in (IMM,)}
+#: ``imm train --loss`` -> what makes the objective of a flow map.
+OBJECTIVES: dict[str, Callable[..., Objective]] = {
+    "imm": IMM,
+    "fm": FlowMatching,
+    "consistency": Consistency,
+    "shortcut": Shortcut,
+    "progressive": partial(SelfDistillation, kind="progressive"),
+    "lagrangian": partial(SelfDistillation, kind="lagrangian"),
+    "meanflow": MeanFlow,
+    "energy": EnergyScore,
+}
 
-__all__ = ["IMM", "OBJECTIVES", "T_BINS", "Batch", "Draws", "Objective"]
+__all__ = [
+    "IMM",
+    "OBJECTIVES",
+    "T_BINS",
+    "Batch",
+    "Consistency",
+    "Draws",
+    "EnergyScore",
+    "FlowMatching",
+    "MeanFlow",
+    "Objective",
+    "SelfDistillation",
+    "Shortcut",
+]

@@ -180,6 +180,12 @@ class Objective(nn.Module, ABC):
         """The network's output for states of the batch's images, in whatever precision it has."""
         return self.flow_map.network_output(x, t, s, labels, augment=batch.augment)[0]
 
+    def _jump(self, batch: Batch, x: Tensor, t: Tensor, s: Tensor, labels: Tensor | None) -> Tensor:
+        """f_{s,t}(x) for states of the batch's images, in torch's own operations, which have tangents of any order."""
+        parametrization = self.flow_map.parametrization
+        g = self._network(batch, x, t, s, labels)
+        return column(parametrization.c_skip(s, t), x) * x + column(parametrization.c_out(s, t), x) * g
+
     def _replayed(self, x: Tensor) -> AbstractContextManager[Any]:
         """Yields a context in which dropout masks are again those drawn from here on."""
         return _replayed_rng(x.device, self.share_dropout and self.training)
@@ -225,6 +231,12 @@ class Objective(nn.Module, ABC):
             "t_bin_count": count,
             "nonfinite": (~torch.isfinite(per_group)).sum(),
         }
+
+
+def spread_over(groups: int, share: float, device: torch.device) -> Tensor:
+    """Which groups are of a share of the batch, ``[groups]`` bool: spread evenly, so that parts of a batch have it too."""
+    place = torch.arange(groups, device=device, dtype=torch.float64)
+    return ((place + 1) * share).floor() > (place * share).floor()
 
 
 def check_share(name: str, value: float) -> float:

@@ -1,0 +1,98 @@
+"""MeanFlow (Geng et al. 2025): the average velocity u over [s, t] obeys u = v - (t - s) D u, D the derivative along the path.
+
+    meanflow:  |u(x_t, t, s) - sg (v - (t - s) D u)|^2,            D u = du/dt by tangents (v, 1, 0) of (x, t, s)
+    improved:  |u + (t - s) sg D u - v|^2, the tangent of x being u(x_t, t, t) (Geng et al. 2025, improved mean flows)
+
+with the adaptive weight 1 / sg(error + c)^p. The conditional velocity v is the data's; there is no guidance within training.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from imm.flow_map import FlowMap
+from imm.objectives.base import Batch, Objective, check_share, check_times, column, spread_over
+from imm.objectives.flow_matching import velocity_of
+
+DERIVATIVES = ("jvp", "difference")
+
+
+class MeanFlow(Objective):
+    """MeanFlow for the parametrization "euler_fm", whose u is sigma_d G.
+
+    Args:
+        derivative: "jvp" (forward mode) or "difference", two more forwards: (u(+h) - u(-h)) / 2 h along the path.
+        step_size: h, in units of t.
+        improved: the improved form: the network's own velocity is the tangent, and the loss regresses the data's.
+        fm_share: share of the batch with s = t. times: distribution of t and s.
+        power, floor: p and c of the adaptive weight; p = 0 for none.
+    """
+
+    name = "meanflow"
+    own = ("derivative", "step_size", "improved", "fm_share", "times", "power", "floor")
+
+    def __init__(
+        self,
+        flow_map: FlowMap,
+        *,
+        derivative: str = "jvp",
+        step_size: float = 0.005,
+        improved: bool = False,
+        fm_share: float = 0.75,
+        times: str = "logit_normal",
+        power: float = 1.0,
+        floor: float = 1e-2,
+        label_dropout: float = 0.1,
+        share_dropout: bool = True,
+    ) -> None:
+        super().__init__(flow_map, label_dropout=label_dropout, share_dropout=share_dropout)
+        if flow_map.parametrization.name != "euler_fm":
+            raise ValueError(f'parametrization: expected "euler_fm" for meanflow, got {flow_map.parametrization.name!r}')
+        if derivative not in DERIVATIVES:
+            raise ValueError(f"unknown derivative {derivative!r}; expected one of {list(DERIVATIVES)}")
+        if not 0.0 < step_size < 0.5:
+            raise ValueError(f"step_size: expected a number in (0, 0.5), got {step_size}")
+        if not 0.0 <= power <= 2.0 or not floor > 0.0:
+            raise ValueError(f"power and floor: expected 0 <= power <= 2 and floor > 0, got {power} and {floor}")
+        self.derivative, self.step_size, self.improved = derivative, float(step_size), improved
+        self.fm_share, self.times = check_share("fm_share", fm_share), check_times(times)
+        self.power, self.floor = float(power), float(floor)
+
+    def sample_times(
+        self, groups: int, device: torch.device, generator: torch.Generator | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """t and s, which is t on ``fm_share`` of the batch; r = s."""
+        t, s = self._pair(groups, device, generator, self.times)
+        alone = spread_over(groups, self.fm_share, device)
+        s = torch.where(alone, t, s)
+        return t, s, s
+
+    def losses(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        t, s, labels = batch.draws.t, batch.draws.s, batch.draws.labels
+        sigma_data = self.flow_map.sigma_data
+        x_t = self.flow_map.add_noise(batch.x, batch.draws.noise, t)
+        v = velocity_of(self, batch, t)
+        with self._replayed(batch.x) as replay:
+            average = lambda x, time: sigma_data * self._network(batch, x, time, s, labels)
+            along = v
+            if self.improved:
+                with torch.no_grad(), replay():
+                    along = sigma_data * self._network(batch, x_t, t, t, labels)
+            if self.derivative == "jvp":
+                with replay():
+                    u, change = torch.func.jvp(average, (x_t, t), (along.to(x_t.dtype), torch.ones_like(t)))  # type: ignore[misc]
+            else:
+                with replay():
+                    u = average(x_t, t)
+                h = self.step_size
+                with torch.no_grad():
+                    ends = []
+                    for sign in (1.0, -1.0):
+                        with replay():
+                            ends.append(average(x_t + sign * h * along, t + sign * h))
+                    change = (ends[0] - ends[1]) / (2.0 * h)
+        error = u + column(t - s, u) * change.detach() - v
+        # The gradient of both forms is that of |error|^2 through u alone.
+        squared = (error / sigma_data).flatten(1).square().mean(1)
+        return squared / (squared.detach() + self.floor) ** self.power, {}
