@@ -63,9 +63,13 @@ std::unique_ptr<SamplingLoop> load_package(const std::string& path, bool graph) 
   const auto network =
       std::make_shared<torch::inductor::AOTIModelPackageLoader>(path, "model", /*run_single_threaded=*/true);
   const Metadata metadata = network->get_metadata();
-  SamplingTable table{numbers<double>(metadata, "t"),     numbers<double>(metadata, "s"),
-                      numbers<double>(metadata, "c_in"),  numbers<double>(metadata, "c_skip"),
-                      numbers<double>(metadata, "c_out"), numbers<double>(metadata, "c_noise")};
+  SamplingTable table{numbers<double>(metadata, "t"),
+                      numbers<double>(metadata, "s"),
+                      numbers<double>(metadata, "c_in"),
+                      numbers<double>(metadata, "c_skip"),
+                      numbers<double>(metadata, "c_out"),
+                      numbers<double>(metadata, "c_noise"),
+                      metadata.count("imm_c_kept") ? numbers<double>(metadata, "c_kept") : std::vector<double>{}};
   SamplingSettings settings{.rows = number<int64_t>(metadata, "rows"),
                             .shape = numbers<int64_t>(metadata, "shape"),
                             .guided = number<int64_t>(metadata, "guided") != 0,

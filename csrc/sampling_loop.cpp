@@ -70,6 +70,10 @@ SamplingLoop::SamplingLoop(SamplingTable table, SamplingSettings settings, Netwo
   };
   state_ = memory(B, settings_.state_dtype);
   input_ = memory(R, settings_.input_dtype);
+  table_.c_kept.resize(table_.t.size());  // packages of earlier versions have none
+  if (std::any_of(table_.c_kept.begin(), table_.c_kept.end(), [](double c) { return c != 0.0; })) {
+    kept_ = memory(B, settings_.state_dtype);
+  }
   // Each 16-byte aligned, as the times are; what a call gives begins with the labels after those that are none.
   const auto even = [](int64_t n) { return n + n % 2; };
   const int64_t seeds_first = settings_.num_classes > 0 ? even(R) : 0, guidance_first = seeds_first + even(B);
@@ -105,6 +109,7 @@ int64_t SamplingLoop::bytes() const {
   for (const Tensor& kept : {state_, input_, times_, coefficients_, given_}) {
     total += static_cast<int64_t>(kept.storage().nbytes());
   }
+  if (kept_) total += static_cast<int64_t>(kept_->storage().nbytes());
   return total;
 }
 
@@ -167,6 +172,7 @@ void SamplingLoop::body() {
   if (prepare_) prepare_(labels_);
   scale_input(0);
   for (int64_t i = 0; i < steps; ++i) {
+    const bool last = i + 1 == steps;
     const Tensor times = times_.select(0, i), coefficients = coefficients_.select(0, i);
     const Tensor g = network_(i, input_, times.select(0, 0), times.select(0, 1), labels_);
     TORCH_CHECK_VALUE(g.sizes() == input_.sizes() && g.device() == input_.device(),
@@ -175,17 +181,19 @@ void SamplingLoop::body() {
     const Tensor output = settings_.guided ? g.narrow(0, B, B) : g;
     const Optional uncond = settings_.guided ? Optional(g.narrow(0, 0, B)) : std::nullopt;
     const Optional guidance = settings_.guided ? Optional(guidance_) : std::nullopt;
+    const double c_kept = table_.c_kept[static_cast<size_t>(i)];
+    if (!last && table_.c_kept[static_cast<size_t>(i + 1)] != 0.0) kept_->copy_(state_);
     const bool noisy = table_.c_noise[static_cast<size_t>(i)] != 0.0;
     const Optional c_noise = noisy ? Optional(coefficients.select(0, 3)) : std::nullopt;
     const Optional seeds = noisy ? Optional(seeds_) : std::nullopt;
     const Tensor c_skip = coefficients.select(0, 1), c_out = coefficients.select(0, 2);
-    const bool last = i + 1 == steps;
-    if (!last && g.scalar_type() == settings_.input_dtype) {
+    if (!last && c_kept == 0.0 && g.scalar_type() == settings_.input_dtype) {
       sampling_step_op().call(state_, output, c_skip, c_out, uncond, guidance, c_noise, seeds, i + 1,
                               coefficients_.select(0, i + 1).select(0, 0), copies_, state_, input_);
     } else {
       flow_step_op().call(state_, output, c_skip, c_out, uncond, guidance, c_noise, seeds, i + 1, state_);
-      if (!last) scale_input(i + 1);  // of a network whose output has another dtype than its input
+      if (c_kept != 0.0) state_.add_(*kept_, c_kept);
+      if (!last) scale_input(i + 1);
     }
   }
 }

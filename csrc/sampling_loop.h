@@ -21,9 +21,10 @@
 namespace imm {
 
 // One row a step, float64: what the network is told of the times (t, s), the coefficient of its input (c_in), those of
-// flow_step (c_skip, c_out) and that of the fresh noise after the step (c_noise, 0 for none).
+// flow_step (c_skip, c_out), that of the fresh noise after the step (c_noise, 0 for none) and that of the state that
+// the step before began with, which is added after the step (c_kept, 0 for none).
 struct SamplingTable {
-  std::vector<double> t, s, c_in, c_skip, c_out, c_noise;
+  std::vector<double> t, s, c_in, c_skip, c_out, c_noise, c_kept;
 };
 
 struct SamplingSettings {
@@ -81,6 +82,7 @@ class IMM_EXPORT SamplingLoop {
   std::shared_ptr<GraphPool> pool_;
   int64_t copies_;
   at::Tensor state_, input_, times_, coefficients_;
+  std::optional<at::Tensor> kept_;       // the state that a step began with, where the next one adds of it
   at::Tensor given_, seeds_, guidance_;  // what a call gives, int64 side by side, and its parts
   std::optional<at::Tensor> labels_;
   std::unique_ptr<Graph> graph_;

@@ -51,8 +51,9 @@ def eager(flow_map: FlowMap, made: Sampler, method: str, labels: Tensor | None, 
     device = next(flow_map.parameters()).device
     x = sampling.initial_state(flow_map, range(len(LABELS)), SHAPE, device)
     labels = None if labels is None else labels.to(device)
-    extra = {"seeds": range(len(LABELS))} if method == "restart" else {}
-    return getattr(sampling, method)(flow_map, x, made.times, labels, w, **extra, **options)
+    if method == "restart":
+        return sampling.restart(flow_map, x, made.times, labels, w, seeds=range(len(LABELS)), **options)
+    return sampling.pushforward(flow_map, x, made.times, labels, w, method=method, **options)
 
 
 @pytest.mark.parametrize("labelled", [False, True])
@@ -351,7 +352,7 @@ class Recorder(sampler.PythonLoop):
     refuses: Exception | None = None
 
     def __init__(self, *, network: Any, prepare: Any, pool: object, **settings: Any) -> None:
-        columns = {name: tuple(settings.pop(name)) for name in ("t", "s", "c_in", "c_skip", "c_out", "c_noise")}
+        columns = {name: tuple(settings.pop(name)) for name in ("t", "s", "c_in", "c_skip", "c_out", "c_noise", "c_kept")}
         super().__init__(sampling.StepTable(**columns), network, prepare, **settings)
         Recorder.made.append(self)
 
@@ -424,7 +425,11 @@ def test_integers_of_numpy_are_integers(small_flow_map) -> None:
     [
         ({"steps": 0}, ValueError, "steps: expected at least 1, got 0"),
         ({"steps": 1.0}, TypeError, "steps: expected an integer, got 1.0"),
-        ({"method": "dance"}, ValueError, r"unknown method 'dance'; expected one of \['pushforward', 'restart'\]"),
+        (
+            {"method": "dance"},
+            ValueError,
+            r"unknown method 'dance'; expected one of \['pushforward', 'restart', 'ddim', 'heun'\]",
+        ),
         ({"kind": "edmm"}, ValueError, "unknown kind 'edmm'"),
         ({"graph": "never"}, ValueError, "graph: expected \"auto\", True or False, got 'never'"),
         ({"graph": True}, ValueError, "graph=True: expected a CUDA device"),

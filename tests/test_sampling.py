@@ -5,7 +5,7 @@ from __future__ import annotations
 import parity
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from imm import FlowMap, noise, sampling
 from imm.checkpoints import from_published
@@ -171,3 +171,62 @@ def test_restart_times_need_not_decrease(exact) -> None:
     times = torch.tensor([0.9, 0.3, 0.6, 0.0], dtype=torch.float64)
     out = sampling.restart(exact, torch.randn(2, 4), times)
     assert torch.isfinite(out).all()
+
+
+def velocity_map(**settings) -> FlowMap:
+    """Data that are one point, in the form of a network: its ODE is linear, and known."""
+
+    class Point(nn.Module):
+        num_classes = 0
+        weight = None
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.point = nn.Parameter(torch.tensor([0.4, -0.3], dtype=torch.float64))
+
+        def forward(self, x, t, s, labels):
+            t = (t / 1000.0)[:, None]
+            x_t = x * 0.5 * ((1 - t) ** 2 + t**2).sqrt()
+            eps = (x_t - (1 - t) * self.point) / t.clamp_min(1e-12)
+            return (eps * torch.cos(t) - self.point) / 0.5  # not exactly: the velocity bends, so that steps matter
+
+    return FlowMap(Point(), second_time="none", **settings)
+
+
+def test_ddim_calls_the_network_at_s_equal_to_t_and_heun_is_of_second_order() -> None:
+    flow_map = velocity_map(t_min=0.05, t_max=0.95)
+    x = torch.randn(6, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+
+    def run(steps: int, method: str) -> Tensor:
+        return sampling.pushforward(flow_map, x, sampling.time_grid(flow_map, steps), dtype=torch.float64, method=method)
+
+    fine = run(2000, "heun")
+    error = {m: [float((run(n, m) - fine).abs().max()) for n in (32, 64, 128)] for m in ("ddim", "heun")}
+    for a, b in zip(error["ddim"], error["ddim"][1:], strict=False):
+        assert 1.7 < a / b < 2.6  # first order
+    for a, b in zip(error["heun"], error["heun"][1:], strict=False):
+        assert 3.4 < a / b < 5.0
+    # By hand: a step of Heun's method on FlowMap.velocity.
+    t, s = 0.95, 0.5
+    h, v = s - t, flow_map.velocity(x, t)
+    expected = x + h / 2 * (v + flow_map.velocity(x + h * v, s))
+    got = sampling.pushforward(flow_map, x, torch.tensor([t, s]), dtype=torch.float64, method="heun")
+    torch.testing.assert_close(got, expected, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize(("schedule", "parametrization"), [("fm", "identity"), ("fm", "simple_edm"), ("vp_cosine", "identity")])
+def test_heun_holds_for_every_parametrization_and_skips_the_second_call_where_no_noise_is_left(
+    schedule, parametrization
+) -> None:
+    network = velocity_map().network
+    flow_map = FlowMap(network, schedule=schedule, parametrization=parametrization, second_time="none")
+    table = sampling.step_table(flow_map, sampling.time_grid(flow_map, 3), "heun")
+    assert len(table) == 5
+    assert all(c == 0.5 for c in table.c_kept[1::2])
+    x, t, s = torch.randn(4, 2, dtype=torch.float64), 0.994, 0.497  # a half, where c_skip of "identity" is 0
+    h, v = s - t, flow_map.velocity(x, t)
+    expected = x + h / 2 * (v + flow_map.velocity(x + h * v, s))
+    got = sampling.pushforward(flow_map, x, torch.tensor([t, s], dtype=torch.float64), dtype=torch.float64, method="heun")
+    torch.testing.assert_close(got, expected, rtol=1e-9, atol=1e-9)
+    with pytest.raises(ValueError, match="method: expected pushforward, ddim or heun, got 'restart'"):
+        sampling.pushforward(flow_map, x, torch.tensor([t, s]), method="restart")

@@ -129,7 +129,7 @@ class IMMScheduler(SchedulerMixin, ConfigMixin):
     Args:
         schedule, parametrization, second_time, sigma_data, time_scale, t_min, t_max: as in :class:`imm.FlowMap`.
         kind, mid_eta: the time grid (:func:`imm.sampling.time_grid`).
-        method: "pushforward" (paper algorithm 2) or "restart" (algorithm 5).
+        method: "pushforward" (paper algorithm 2), "restart" (algorithm 5) or "ddim".
 
     Attributes:
         timesteps: ``[steps]`` float64, the first time of each step as the network takes it, ``time_scale * t``.
@@ -164,6 +164,8 @@ class IMMScheduler(SchedulerMixin, ConfigMixin):
 
     def _made_table(self, steps: int, kind: str, mid_eta: Sequence[float]) -> StepTable:
         flow_map = FlowMap(_Formulas(), **self.flow_map_settings)
+        if self.config.method == "heun":
+            raise ValueError("method: expected pushforward, restart or ddim in a scheduler, got 'heun'")
         return step_table(flow_map, time_grid(flow_map, steps, kind, mid_eta), self.config.method)
 
     def set_timesteps(

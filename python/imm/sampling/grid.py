@@ -1,7 +1,8 @@
-"""The times that a sampler visits, and the numbers of each of its steps (paper algorithms 2, 4 and 5, eq. 118)."""
+"""The times that a sampler visits, and the numbers of each of its steps (paper algorithms 2, 4 and 5, eq. 118; DDIM, Heun)."""
 
 from __future__ import annotations
 
+import itertools
 import operator
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
@@ -13,7 +14,7 @@ from imm.flow_map import FlowMap
 from imm.schedules import Time, as_time
 
 KINDS = ("uniform", "edm", "eta")
-METHODS = ("pushforward", "restart")
+METHODS = ("pushforward", "restart", "ddim", "heun")
 #: Exponent of the "edm" grid (eq. 118).
 RHO = 7.0
 
@@ -77,11 +78,11 @@ def _checked_times(flow_map: FlowMap, times: Time, decreasing: bool) -> Tensor:
 
 @dataclass(frozen=True)
 class StepTable:
-    """What a sampling run needs to know of its schedule, one float64 a step.
+    """What a sampling run needs to know of its schedule, one float64 a call of the network.
 
     t, s: the two times as the network takes them. c_in: the coefficient of its input. c_skip, c_out: those of
     :func:`imm.functional.flow_step`, with the re-noising of the restart method folded in; c_noise: of the fresh noise after the
-    step, 0 for none.
+    step, 0 for none. c_kept: of the state that the step before began with, which is added after the step, 0 for none.
     """
 
     t: tuple[float, ...]
@@ -90,6 +91,7 @@ class StepTable:
     c_skip: tuple[float, ...]
     c_out: tuple[float, ...]
     c_noise: tuple[float, ...]
+    c_kept: tuple[float, ...]
 
     def __len__(self) -> int:
         return len(self.t)
@@ -99,19 +101,24 @@ class StepTable:
 
 
 def step_table(flow_map: FlowMap, times: Tensor, method: str = "pushforward") -> StepTable:
-    """The table of a run through ``times`` ``[steps + 1]`` by "pushforward" or "restart"; see those for what the times must be.
+    """The table of a run through ``times`` ``[steps + 1]``; these decrease strictly, but for "restart".
 
-    A restart jumps to the last time and adds noise: x' = alpha (c_skip x + c_out G) + sigma sigma_data n.
+    - "pushforward": x <- f_{s,t}(x) from each time to the next.
+    - "restart" jumps to the last time and adds noise: x' = alpha (c_skip x + c_out G) + sigma sigma_data n.
+    - "ddim": pushforward with the network at s = t, the velocity (Song et al. 2021): networks that ignore s need no other.
+    - "heun": Heun's second-order method on the velocity, 2 steps - 1 calls: a step that ends without noise has no second one
+      (Karras et al. 2022).
     """
     if method not in METHODS:
         raise ValueError(f"unknown method {method!r}; expected one of {list(METHODS)}")
-    pushing = method == "pushforward"
-    times = _checked_times(flow_map, times, decreasing=pushing)
+    times = _checked_times(flow_map, times, decreasing=method != "restart")
+    if method == "heun":
+        return _heun(flow_map, times)
     schedule, parametrization = flow_map.schedule, flow_map.parametrization
-    t, s = times[:-1], times[1:] if pushing else times[-1:].expand(len(times) - 1)
-    first, second = flow_map.network_times(t, s)
+    t, s = times[:-1], times[-1:].expand(len(times) - 1) if method == "restart" else times[1:]
+    first, second = flow_map.network_times(t, t if method == "ddim" else s)
     alpha, sigma = torch.ones_like(t), torch.zeros_like(t)
-    if not pushing:
+    if method == "restart":
         alpha[:-1], sigma[:-1] = schedule.alpha(t[1:]), schedule.sigma(t[1:])
     columns = (
         first,
@@ -120,5 +127,27 @@ def step_table(flow_map: FlowMap, times: Tensor, method: str = "pushforward") ->
         alpha * parametrization.c_skip(s, t),
         alpha * parametrization.c_out(s, t),
         sigma * flow_map.sigma_data,
+        torch.zeros_like(t),
     )
     return StepTable(*(tuple(column.tolist()) for column in columns))
+
+
+def _heun(flow_map: FlowMap, times: Tensor) -> StepTable:
+    """x' = x + h v(x, t), then x + h/2 (v(x, t) + v(x', s)) = (1/2 + h/2 a_s) x' + h/2 b_s G(x', s) + x / 2, with v = a x + b G
+    and h = s - t: the second step needs the state that the first began with, and no velocity of it."""
+    parametrization = flow_map.parametrization
+    rows: list[tuple[float, ...]] = []
+    for t, s in itertools.pairwise(times):
+        h = s - t
+        skip, out = 1.0 + h * parametrization.d_c_skip(t), h * parametrization.d_c_out(t)
+        rows.append(_at(flow_map, t, skip, out, 0.0))
+        if float(flow_map.schedule.sigma(s)) > 0.0:
+            skip, out = 0.5 + 0.5 * h * parametrization.d_c_skip(s), 0.5 * h * parametrization.d_c_out(s)
+            rows.append(_at(flow_map, s, skip, out, 0.5))
+    return StepTable(*zip(*rows, strict=True))
+
+
+def _at(flow_map: FlowMap, t: Tensor, c_skip: Tensor, c_out: Tensor, c_kept: float) -> tuple[float, ...]:
+    """A row with the network at s = t."""
+    first, second = flow_map.network_times(t, t)
+    return float(first), float(second), float(flow_map.parametrization.c_in(t)), float(c_skip), float(c_out), 0.0, c_kept

@@ -78,13 +78,14 @@ def step(
     seeds: Tensor | None,
     dtype: torch.dtype,
     out: Tensor | None = None,
+    kept: Tensor | None = None,
 ) -> Tensor:
     """Step i: one call of the network and one :func:`jump`.
 
     Args:
         x: the state, ``[B, ...]``. labels: ``[R]``, of R = B rows of the network, or 2 B with guidance (:func:`with_none`).
         guidance: float64 ``[1]`` or ``[B]``. seeds: ``[B]`` int64 on x's device. dtype: of the network's input.
-        out: where to write, which may be x.
+        out: where to write, which may be x. kept: the state that the step before began with, where the table adds of it.
 
     Raises:
         ValueError: an output of another shape than the network's input.
@@ -98,7 +99,8 @@ def step(
     if g.shape != scaled.shape:
         raise ValueError(f"network: expected an output of its input's shape {list(scaled.shape)}, got {list(g.shape)}")
     uncond, g = (None, g) if guidance is None else (g[:batch], g[batch:])
-    return jump(table, i, x, g, uncond, guidance, seeds, out)
+    x = jump(table, i, x, g, uncond, guidance, seeds, out)
+    return x if kept is None else x.add_(kept, alpha=table.c_kept[i])
 
 
 def run(
@@ -113,9 +115,11 @@ def run(
 ) -> Tensor:
     """Every :func:`step` of a table; in place from the second one on, so that x stays as it is. Without seeds ``fresh`` gives
     the noise."""
-    out = None
+    out = kept = None
     for i in range(len(table)):
-        x = out = step(table, i, network, x, labels, guidance, seeds, dtype, out)
+        begun = x.clone() if i + 1 < len(table) and table.c_kept[i + 1] != 0.0 else None
+        x = out = step(table, i, network, x, labels, guidance, seeds, dtype, out, kept)
+        kept = begun
         if fresh is not None and table.c_noise[i] != 0.0:
             functional.flow_step(x, fresh(i, x), 1.0, table.c_noise[i], out=x)
     return x
@@ -148,6 +152,8 @@ def pushforward(
     labels: Tensor | None = None,
     guidance: Time | None = None,
     dtype: torch.dtype = torch.float32,
+    *,
+    method: str = "pushforward",
 ) -> Tensor:
     """Jump through the times one after the other: x <- f_{times[i+1], times[i]}(x) (algorithms 2 and 4).
 
@@ -157,6 +163,7 @@ def pushforward(
         times: ``[steps + 1]``, strictly decreasing (:func:`time_grid`).
         labels, guidance: as in :class:`FlowMap`.
         dtype: of the state between steps; the network keeps its own.
+        method: "pushforward", or "ddim" and "heun", which integrate the velocity (:func:`imm.sampling.step_table`).
 
     Returns:
         ``[B, ...]`` in ``dtype``.
@@ -164,7 +171,9 @@ def pushforward(
     Raises:
         ValueError, TypeError: times that do not decrease or leave the flow map's range; what :class:`FlowMap` refuses.
     """
-    return _sample(flow_map, step_table(flow_map, times), x, labels, guidance, dtype)
+    if method == "restart":
+        raise ValueError("method: expected pushforward, ddim or heun, got 'restart', which imm.sampling.restart does")
+    return _sample(flow_map, step_table(flow_map, times, method), x, labels, guidance, dtype)
 
 
 @torch.no_grad()

@@ -122,7 +122,8 @@ class Sampler:
     Args:
         flow_map: in evaluation mode, on the device to sample on.
         steps, kind, mid_eta: the time grid (:func:`imm.sampling.time_grid`).
-        method: "pushforward" (algorithm 2) or "restart" (algorithm 5, with noise from the images' seeds).
+        method: "pushforward" (algorithm 2), "restart" (algorithm 5, with noise from the images' seeds), or, for velocities,
+            "ddim" and "heun" (:func:`imm.sampling.step_table`).
         guidance: classifier-free guidance w for calls that give none; None: without, one row of the network an image
             instead of two.
         dtype: run a copy of the network with weights of this dtype, channels-last for convolutions; None, or the network's own:
