@@ -210,7 +210,7 @@ def test_ddim_calls_the_network_at_s_equal_to_t_and_heun_is_of_second_order() ->
     t, s = 0.95, 0.5
     h, v = s - t, flow_map.velocity(x, t)
     expected = x + h / 2 * (v + flow_map.velocity(x + h * v, s))
-    got = sampling.pushforward(flow_map, x, torch.tensor([t, s]), dtype=torch.float64, method="heun")
+    got = sampling.pushforward(flow_map, x, torch.tensor([t, s], dtype=torch.float64), dtype=torch.float64, method="heun")
     torch.testing.assert_close(got, expected, rtol=1e-12, atol=1e-12)
 
 
