@@ -7,6 +7,7 @@
 #include <torch/library.h>
 
 #include <algorithm>
+#include <optional>
 #include <tuple>
 
 #include "checks.h"
@@ -42,25 +43,54 @@ void run(void (*loop)(const Args&, void*, int64_t, int64_t), const Args& args, i
 
 constexpr int64_t kGrain = 16384;  // numbers worth a thread
 
-void run_forward(const Tensor& x, const Tensor* y, const Tensor* gate, const Tensor& shift, const Tensor& scale,
-                 double eps, const Tensor* z, const Tensor& h) {
-  if (h.numel() == 0) return;
-  const Tensor xs = x.contiguous(), ys = y ? y->contiguous() : Tensor();
-  const ModulationRows gates(gate ? *gate : shift), shifts(shift), scales(scale);
-  const AdalnArgs args{.x_dtype = x.scalar_type(),
-                       .y_dtype = h.scalar_type(),
-                       .modulation_dtype = shift.scalar_type(),
-                       .tokens = x.size(1),
-                       .features = x.size(2),
-                       .row = scratch_row(x.size(2)),
-                       .eps = eps,
-                       .x = xs.const_data_ptr(),
-                       .y = y ? ys.const_data_ptr() : nullptr,
-                       .gate = gates.argument(),
-                       .shift = shifts.argument(),
-                       .scale = scales.argument(),
-                       .z = z ? z->mutable_data_ptr() : nullptr,
-                       .h = h.mutable_data_ptr()};
+// The arguments of a forward, or their tangents, and where its results go; y, gate and z null without a residual.
+struct Forward {
+  const Tensor &x, *y, *gate, &shift, &scale, *z, &h;
+};
+
+// Keeps what a kernel reads.
+struct Readable {
+  explicit Readable(const Forward& of)
+      : x(of.x.contiguous()),
+        y(of.y ? of.y->contiguous() : Tensor()),
+        gate(of.gate ? *of.gate : of.shift),
+        shift(of.shift),
+        scale(of.scale) {}
+  const void* y_data() const { return y.defined() ? y.const_data_ptr() : nullptr; }
+
+  Tensor x, y;
+  ModulationRows gate, shift, scale;
+};
+
+void run_forward(const Forward& of, double eps, const Forward* tangents = nullptr) {
+  const Tensor& x = of.x;
+  if (x.numel() == 0) return;
+  const Readable read(of);
+  std::optional<Readable> along;
+  AdalnArgs args{.x_dtype = x.scalar_type(),
+                 .y_dtype = of.h.scalar_type(),
+                 .modulation_dtype = of.shift.scalar_type(),
+                 .tokens = x.size(1),
+                 .features = x.size(2),
+                 .row = scratch_row(x.size(2)),
+                 .eps = eps,
+                 .x = read.x.const_data_ptr(),
+                 .y = read.y_data(),
+                 .gate = read.gate.argument(),
+                 .shift = read.shift.argument(),
+                 .scale = read.scale.argument(),
+                 .z = of.z ? of.z->mutable_data_ptr() : nullptr,
+                 .h = of.h.mutable_data_ptr()};
+  if (tangents) {
+    along.emplace(*tangents);
+    args.dx = along->x.const_data_ptr();
+    args.dy = along->y_data();
+    args.dgate = along->gate.argument();
+    args.dshift = along->shift.argument();
+    args.dscale = along->scale.argument();
+    args.dz = tangents->z ? tangents->z->mutable_data_ptr() : nullptr;
+    args.dh = tangents->h.mutable_data_ptr();
+  }
   run(IMM_CHOOSE(adaln_functions).forward, args, x.size(0) * x.size(1), kGrain / x.size(2));
 }
 
@@ -114,7 +144,7 @@ Tensor empty_like(const Tensor& value) { return fresh(value.sizes(), value.scala
 Tensor adaln_modulate(const Tensor& x, const Tensor& shift, const Tensor& scale, double eps) {
   check_adaln(x, nullptr, {{"shift", shift}, {"scale", scale}}, eps);
   const Tensor h = empty_like(x);
-  run_forward(x, nullptr, nullptr, shift, scale, eps, nullptr, h);
+  run_forward({x, nullptr, nullptr, shift, scale, nullptr, h}, eps);
   return h;
 }
 
@@ -130,7 +160,7 @@ std::tuple<Tensor, Tensor> gated_residual_adaln(const Tensor& x, const Tensor& y
                                                 const Tensor& shift, const Tensor& scale, double eps) {
   check_adaln(x, &y, {{"gate", gate}, {"shift", shift}, {"scale", scale}}, eps);
   const Tensor z = empty_like(x), h = empty_like(y);
-  run_forward(x, &y, &gate, shift, scale, eps, &z, h);
+  run_forward({x, &y, &gate, shift, scale, &z, h}, eps);
   return {z, h};
 }
 
@@ -145,13 +175,39 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> gated_residual_adaln_bwd(cons
   return {grad_x, grad_y, grad_gate, grad_shift, grad_scale};
 }
 
+std::tuple<Tensor, Tensor> adaln_modulate_jvp(const Tensor& x, const Tensor& shift, const Tensor& scale, double eps,
+                                              const Tensor& dx, const Tensor& dshift, const Tensor& dscale) {
+  check_adaln(x, nullptr, {{"shift", shift}, {"scale", scale}}, eps);
+  check_tangents({{"dx", dx, x}, {"dshift", dshift, shift}, {"dscale", dscale, scale}});
+  const Tensor h = empty_like(x), dh = empty_like(x);
+  const Forward tangents{dx, nullptr, nullptr, dshift, dscale, nullptr, dh};
+  run_forward({x, nullptr, nullptr, shift, scale, nullptr, h}, eps, &tangents);
+  return {h, dh};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> gated_residual_adaln_jvp(const Tensor& x, const Tensor& y,
+                                                                    const Tensor& gate, const Tensor& shift,
+                                                                    const Tensor& scale, double eps, const Tensor& dx,
+                                                                    const Tensor& dy, const Tensor& dgate,
+                                                                    const Tensor& dshift, const Tensor& dscale) {
+  check_adaln(x, &y, {{"gate", gate}, {"shift", shift}, {"scale", scale}}, eps);
+  check_tangents(
+      {{"dx", dx, x}, {"dy", dy, y}, {"dgate", dgate, gate}, {"dshift", dshift, shift}, {"dscale", dscale, scale}});
+  const Tensor z = empty_like(x), h = empty_like(y), dz = empty_like(x), dh = empty_like(y);
+  const Forward tangents{dx, &dy, &dgate, dshift, dscale, &dz, dh};
+  run_forward({x, &y, &gate, shift, scale, &z, h}, eps, &tangents);
+  return {z, h, dz, dh};
+}
+
 }  // namespace
 
 TORCH_LIBRARY_IMPL(imm, CPU, m) {
   m.impl("adaln_modulate", adaln_modulate);
   m.impl("adaln_modulate_bwd", adaln_modulate_bwd);
+  m.impl("adaln_modulate_jvp", adaln_modulate_jvp);
   m.impl("gated_residual_adaln", gated_residual_adaln);
   m.impl("gated_residual_adaln_bwd", gated_residual_adaln_bwd);
+  m.impl("gated_residual_adaln_jvp", gated_residual_adaln_jvp);
 }
 
 }  // namespace imm

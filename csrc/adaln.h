@@ -2,7 +2,10 @@
 // (cpu/adaln.cpp).
 //
 //   z = x + gate y             where there is a y
-//   h = (z - mean) rstd (1 + scale) + shift
+//   h = n (1 + scale) + shift  with n = (z - mean) rstd
+//
+//   their tangents             dz = dx + dgate y + gate dy, c = dz - mean(dz)
+//                              dh = rstd (c - n mean(n c)) (1 + scale) + n dscale + dshift
 //
 // in float32 (float64 for float64 tokens), the norm that of z before its rounding to x's dtype. A task of the backward
 // owns a piece of kAdalnTokens tokens of an image and sums the modulations' gradients over it in their order; the
@@ -18,7 +21,7 @@
 namespace imm {
 
 constexpr int64_t kAdalnTokens = 64;  // of an image, summed before the sums of pieces are
-constexpr int64_t kAdalnRows = 8;     // rows of numbers that a task may keep
+constexpr int64_t kAdalnRows = 14;    // rows of numbers that a task may keep
 
 // A row of C contiguous numbers per image; stride 0: the same for all images. Null where absent.
 struct AdalnModulation {
@@ -34,6 +37,10 @@ struct AdalnArgs {
   const void *x, *y;  // y null: h is the norm of x
   AdalnModulation gate, shift, scale;
   void *z, *h;  // x_dtype, y_dtype
+  // Tangents, of the dtypes of what they are tangents of; dh null: none is asked for.
+  const void *dx = nullptr, *dy = nullptr;
+  AdalnModulation dgate{}, dshift{}, dscale{};
+  void *dz = nullptr, *dh = nullptr;
 };
 
 struct AdalnBwdArgs {

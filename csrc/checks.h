@@ -159,6 +159,36 @@ inline void check_adaln_bwd(const at::Tensor& grad_z, const at::Tensor& grad_h, 
   check("grad_h", grad_h, y);
 }
 
+// A tangent and what it is the tangent of.
+struct NamedTangent {
+  const char* name;
+  const at::Tensor &value, &of;
+};
+
+// What a _jvp op takes beside its op's arguments.
+inline void check_tangents(std::initializer_list<NamedTangent> tangents) {
+  for (const auto& [name, value, of] : tangents) {
+    TORCH_CHECK_VALUE(
+        value.sizes() == of.sizes() && value.scalar_type() == of.scalar_type() && value.device() == of.device(), name,
+        ": expected ", of.sizes(), " of ", dtype_name(of), " on ", of.device(), " as ", name + 1, " is, got ",
+        value.sizes(), " of ", dtype_name(value), " on ", value.device());
+  }
+}
+
+// The arguments of imm::timestep_attention, on any device.
+inline void check_timestep_attention(const at::Tensor& qkv, int64_t heads) {
+  constexpr int64_t kTokens = 1024, kFeatures = 128;
+  TORCH_CHECK_VALUE(heads >= 1, "heads: expected a positive number, got ", heads);
+  TORCH_CHECK_VALUE(qkv.dim() == 3 && qkv.size(2) % (3 * heads) == 0, "qkv: expected [B, T, 3 H d] for H = ", heads,
+                    " heads, got ", qkv.sizes());
+  TORCH_CHECK_VALUE(qkv.size(1) > 0 && qkv.size(1) <= kTokens, "qkv: expected 1 to ", kTokens, " tokens, got ",
+                    qkv.size(1));
+  const int64_t features = qkv.size(2) / (3 * heads);
+  TORCH_CHECK_VALUE(features > 0 && features % 8 == 0 && features <= kFeatures,
+                    "qkv: expected heads of a multiple of 8 features up to ", kFeatures, ", got ", features);
+  check_kernel_dtype("qkv", qkv);
+}
+
 // The arguments of imm::timestep_embedding, on any device.
 inline void check_timestep_embedding(const at::Tensor& t, const at::Tensor& s, int64_t dim, double max_period,
                                      at::ScalarType dtype) {

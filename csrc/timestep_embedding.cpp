@@ -3,6 +3,7 @@
 
 #include <ATen/Parallel.h>
 #include <ATen/ops/empty.h>
+#include <ATen/ops/empty_like.h>
 #include <torch/library.h>
 
 #include <algorithm>
@@ -35,19 +36,44 @@ void run(void (*loop)(const Args&, double*, int64_t, int64_t), const Args& args)
   });
 }
 
+// The embedding; with its tangent where one is given.
+struct Embedding {
+  const Tensor &t, &s, &out;
+};
+
+void run_forward(const Embedding& of, double max_period, const Embedding* tangents = nullptr) {
+  if (of.out.numel() == 0) return;
+  const int64_t half = of.out.size(2) / 2;
+  const Tensor frequencies = frequencies_of(half, max_period);
+  TimestepArgs args{.dtype = of.out.scalar_type(),
+                    .images = of.t.size(0),
+                    .half = half,
+                    .times = {times_of(of.t), times_of(of.s)},
+                    .frequencies = frequencies.const_data_ptr<double>(),
+                    .out = of.out.mutable_data_ptr()};
+  if (tangents) {
+    args.tangents[0] = times_of(tangents->t);
+    args.tangents[1] = times_of(tangents->s);
+    args.tangent = tangents->out.mutable_data_ptr();
+  }
+  run(IMM_CHOOSE(timestep_functions).forward, args);
+}
+
 Tensor timestep_embedding(const Tensor& t, const Tensor& s, int64_t dim, double max_period, at::ScalarType dtype) {
   check_timestep_embedding(t, s, dim, max_period, dtype);
   const Tensor out = at::empty({2, t.size(0), dim}, dtype);
-  if (out.numel() == 0) return out;
-  const Tensor frequencies = frequencies_of(dim / 2, max_period);
-  const TimestepArgs args{.dtype = dtype,
-                          .images = t.size(0),
-                          .half = dim / 2,
-                          .times = {times_of(t), times_of(s)},
-                          .frequencies = frequencies.const_data_ptr<double>(),
-                          .out = out.mutable_data_ptr()};
-  run(IMM_CHOOSE(timestep_functions).forward, args);
+  run_forward({t, s, out}, max_period);
   return out;
+}
+
+std::tuple<Tensor, Tensor> timestep_embedding_jvp(const Tensor& t, const Tensor& s, int64_t dim, double max_period,
+                                                  at::ScalarType dtype, const Tensor& dt, const Tensor& ds) {
+  check_timestep_embedding(t, s, dim, max_period, dtype);
+  check_tangents({{"dt", dt, t}, {"ds", ds, s}});
+  const Tensor out = at::empty({2, t.size(0), dim}, dtype), tangent = at::empty_like(out);
+  const Embedding tangents{dt, ds, tangent};
+  run_forward({t, s, out}, max_period, &tangents);
+  return {out, tangent};
 }
 
 std::tuple<Tensor, Tensor> timestep_embedding_bwd(const Tensor& grad, const Tensor& t, const Tensor& s,
@@ -71,6 +97,7 @@ std::tuple<Tensor, Tensor> timestep_embedding_bwd(const Tensor& grad, const Tens
 
 TORCH_LIBRARY_IMPL(imm, CPU, m) {
   m.impl("timestep_embedding", timestep_embedding);
+  m.impl("timestep_embedding_jvp", timestep_embedding_jvp);
   m.impl("timestep_embedding_bwd", timestep_embedding_bwd);
 }
 

@@ -16,7 +16,7 @@ struct TimestepTimes {
   int64_t stride;  // in elements
 };
 
-constexpr int64_t kTimestepRows = 2;  // rows of `half` numbers that a task may keep
+constexpr int64_t kTimestepRows = 4;  // rows of `half` numbers that a task may keep
 
 struct TimestepArgs {
   c10::ScalarType dtype;  // of the embedding
@@ -24,6 +24,9 @@ struct TimestepArgs {
   TimestepTimes times[2];     // t, s
   const double* frequencies;  // [half]
   void* out;                  // [2, images, 2 half]
+  // Of the times and of the embedding; null: none is asked for.
+  TimestepTimes tangents[2]{};
+  void* tangent = nullptr;
 };
 
 struct TimestepBwdArgs {

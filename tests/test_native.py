@@ -229,17 +229,20 @@ def test_flow_step_has_the_bits_of_the_reference(dtype: torch.dtype, g_dtype: to
 def adaln_calls(
     B: int, T: int, C: int, dtypes: tuple[torch.dtype, ...], shared: bool = False
 ) -> list[tuple[str, tuple[Any, ...]]]:
-    """The four ops of adaLN and their arguments; dtypes of x, y and the modulations, which are chunks of one tensor."""
+    """The six ops of adaLN and their arguments; dtypes of x, y and the modulations, which are chunks of one tensor."""
     eps = 1e-6 if C > 3 else 0.1  # few numbers may lie close together, and 1 / std multiplies the rounding of their mean
     gen = torch.Generator().manual_seed(B + T + C)
     x, grad_z, y, grad_h = (torch.randn(B, T, C, generator=gen).to(d) for d in (dtypes[0], dtypes[0], dtypes[1], dtypes[1]))
     modulations = torch.randn(1 if shared else B, 3 * C, generator=gen).to(dtypes[2])
     gate, shift, scale = (modulations[:, i * C : (i + 1) * C] for i in range(3))
+    along = torch.randn(len(modulations), 3 * C, generator=gen).to(dtypes[2]).chunk(3, dim=1)  # of gate, shift, scale
     return [
         ("adaln_modulate", (x, shift, scale, eps)),
         ("adaln_modulate_bwd", (grad_h, x, scale, eps)),
         ("gated_residual_adaln", (x, y, gate, shift, scale, eps)),
         ("gated_residual_adaln_bwd", (grad_z, grad_h, x, y, gate, scale, eps)),
+        ("adaln_modulate_jvp", (x, shift, scale, eps, grad_z, *along[1:])),
+        ("gated_residual_adaln_jvp", (x, y, gate, shift, scale, eps, grad_z, grad_h, *along)),
     ]
 
 
@@ -288,7 +291,9 @@ def test_adaln_strides_and_empty(dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_adaln_special_values_stay_in_their_token(value: float) -> None:
     for name, args in adaln_calls(3, 70, 17, (torch.float32,) * 3):
-        for i, argument in enumerate(args[:-1]):
+        for i, argument in enumerate(args):
+            if not isinstance(argument, Tensor):
+                continue
             bad = [a.clone() if isinstance(a, Tensor) else a for a in args]
             # A lane after the last whole vector, or an image's modulation.
             bad[i][(1, 66, 16) if argument.dim() == 3 else (1, 16)] = value
@@ -307,6 +312,9 @@ def test_timestep_embedding_against_the_reference(dtype: torch.dtype) -> None:
             got, want = (run.timestep_embedding(t, s, dim, 1e4, out_dtype) for run in (OPS, timestep_ops))
             assert got.dtype == out_dtype
             torch.testing.assert_close(got, want, rtol=torch.finfo(out_dtype).eps, atol=1e-12)
+            along = t, s, dim, 1e4, out_dtype, torch.randn_like(t), torch.randn(B, generator=gen).to(s_dtype)
+            for a, b in zip(*(run.timestep_embedding_jvp(*along) for run in (OPS, timestep_ops)), strict=True):
+                torch.testing.assert_close(a, b, rtol=torch.finfo(out_dtype).eps, atol=1e-12)
             up = torch.randn(2, dim, B, generator=gen).to(out_dtype).transpose(1, 2)
             for a, b in zip(*(run.timestep_embedding_bwd(up, t, s, 1e4) for run in (OPS, timestep_ops)), strict=True):
                 torch.testing.assert_close(a, b, rtol=torch.finfo(a.dtype).eps, atol=1e-10)
@@ -328,6 +336,8 @@ def test_adaln_and_timestep_embedding_refuse_in_the_words_of_the_references() ->
         (modulate, (x, m, m, -1.5)),
         (modulate, (x, m, m, float("nan"))),
         ("adaln_modulate_bwd", (x[:1], x, m, 1e-6)),
+        ("adaln_modulate_jvp", (x, m, m, 1e-6, x, m[:1], m)),
+        ("gated_residual_adaln_jvp", (x, y, m, m, m, 1e-6, x, x, m, m, m)),
         (gated, (x, y[:, :2], m, m, m, 1e-6)),
         (gated, (x, y.bool(), m, m, m, 1e-6)),
         (gated, (x, y, m, m, m.half(), 1e-6)),
@@ -342,6 +352,7 @@ def test_adaln_and_timestep_embedding_refuse_in_the_words_of_the_references() ->
         (embed, (t, t, 4, 0.5, torch.float32)),
         (embed, (t, t, 4, float("inf"), torch.float32)),
         (embed, (t, t, 4, 100.0, torch.int32)),
+        ("timestep_embedding_jvp", (t, t, 4, 100.0, torch.float32, t, t.double())),
         (embed_bwd, (x[:1], t, t, 100.0)),
         (embed_bwd, (x, t[0], t[0], 100.0)),
         (embed_bwd, (torch.ones(2, 3, 5), t, t, 100.0)),
@@ -561,10 +572,10 @@ def test_imm_impl_switches_the_kernel() -> None:
 def test_other_instruction_sets(capability: str, marks: str) -> None:
     """The choice at run time follows torch's, and every instruction set passes the same checks."""
     env = {**os.environ, "ATEN_CPU_CAPABILITY": capability}
-    selection = (
-        "special or empty or flow_step or noise or threads or adaln or timestep or against_float64[4- or against_float64[9-"
-    )
-    command = [sys.executable, "-m", "pytest", __file__, "-p", "no:cacheprovider", "-k", f"({selection}) and not other"]
+    selection = "special or empty or flow_step or noise or threads or adaln or timestep or tangent"
+    selection += " or against_float64[4- or against_float64[9-"
+    files = __file__, str(Path(__file__).with_name("test_attention.py"))
+    command = [sys.executable, "-m", "pytest", *files, "-p", "no:cacheprovider", "-k", f"({selection}) and not other"]
     command += ["-o", "addopts=-q", "-m", marks]
     result = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stdout

@@ -4,57 +4,12 @@
 #include "../adaln.h"
 
 #include <cmath>
-#include <type_traits>
 
 #include "convert.h"
+#include "sums.h"
 
 namespace imm {
 namespace {
-
-// f(first, count) for vectors that cover n numbers; count is a constant for all but the last.
-template <typename T, typename F>
-[[gnu::always_inline]] inline void for_vectors(int64_t n, const F& f) {
-  constexpr int64_t kLanes = Vectorized<T>::size();
-  int64_t i = 0;
-  for (; i + kLanes <= n; i += kLanes) f(i, std::integral_constant<int64_t, kLanes>{});
-  if (i < n) f(i, n - i);
-}
-
-template <typename T>
-T sum_lanes(const Vectorized<T>& v) {
-  constexpr int kLanes = Vectorized<T>::size();
-  T lane[kLanes];
-  v.store(lane);
-  for (int n = kLanes / 2; n > 0; n /= 2) {
-    for (int i = 0; i < n; ++i) lane[i] += lane[i + n];
-  }
-  return lane[0];
-}
-
-// v where count lanes are asked for, 0 elsewhere.
-template <typename T>
-Vectorized<T> first_lanes(const Vectorized<T>& v, int64_t count) {
-  return Vectorized<T>::set(Vectorized<T>(T(0)), v, count);
-}
-
-// The sum of the vectors f(first, count); four at a time, since an addition waits for the one before.
-template <typename T, typename F>
-[[gnu::always_inline]] inline T sum_of(int64_t n, const F& f) {
-  using Vec = Vectorized<T>;
-  constexpr int64_t kLanes = Vec::size();
-  constexpr std::integral_constant<int64_t, kLanes> kAll{};
-  Vec a(T(0)), b(T(0)), c(T(0)), d(T(0));
-  int64_t i = 0;
-  for (; i + 4 * kLanes <= n; i += 4 * kLanes) {
-    a = a + f(i, kAll);
-    b = b + f(i + kLanes, kAll);
-    c = c + f(i + 2 * kLanes, kAll);
-    d = d + f(i + 3 * kLanes, kAll);
-  }
-  for (; i + kLanes <= n; i += kLanes) a = a + f(i, kAll);
-  if (i < n) b = b + first_lanes<T>(f(i, n - i), n - i);
-  return sum_lanes<T>((a + b) + (c + d));
-}
 
 template <typename V>
 struct Three {
@@ -116,6 +71,70 @@ T inverse_deviation(T squares, int64_t n, double eps) {
   return T(1) / std::sqrt(squares / static_cast<T>(n) + static_cast<T>(eps));
 }
 
+// What the tangents of a token are made of.
+template <typename T>
+struct TangentRows {
+  T *dx, *dy, *dz, *dh, *dgate, *dshift, *dscale;                                       // buffers
+  const T *gate_tangent = nullptr, *shift_tangent = nullptr, *scale_tangent = nullptr;  // of the image
+
+  explicit TangentRows(Scratch<T>& rows)
+      : dx(rows.row()),
+        dy(rows.row()),
+        dz(rows.row()),
+        dh(rows.row()),
+        dgate(rows.row()),
+        dshift(rows.row()),
+        dscale(rows.row()) {}
+
+  void read(const AdalnArgs& args, int64_t image) {
+    const int64_t n = args.features;
+    if (args.y) gate_tangent = modulation(args.dgate, args.modulation_dtype, image, n, dgate);
+    shift_tangent = modulation(args.dshift, args.modulation_dtype, image, n, dshift);
+    scale_tangent = modulation(args.dscale, args.modulation_dtype, image, n, dscale);
+  }
+};
+
+// Writes the tangents of a token, of which the norm is (z - mean) rstd.
+template <typename T>
+void tangents_of(const AdalnArgs& args, const TangentRows<T>& rows, int64_t token, const T* z, const T* y,
+                 const T* gate, const T* factor, const Vectorized<T>& mean, T inverse) {
+  using Vec = Vectorized<T>;
+  const int64_t n = args.features;
+  const T* dz = as_compute(at_element(args.dx, args.x_dtype, token * n), args.x_dtype, n, rows.dx);
+  T total;
+  if (args.y) {
+    const T *dx = dz, *dy = as_compute(at_element(args.dy, args.y_dtype, token * n), args.y_dtype, n, rows.dy);
+    void* dz_end = at_element(args.dz, args.x_dtype, token * n);
+    T* dz_out = compute_target(dz_end, args.x_dtype, rows.dz);
+    total = sum_of<T>(n, [&](int64_t i, auto count) __attribute__((always_inline)) {
+      const Vec value = Vec::loadu(dx + i, count) +
+                        Vec::loadu(rows.gate_tangent + i, count) * Vec::loadu(y + i, count) +
+                        Vec::loadu(gate + i, count) * Vec::loadu(dy + i, count);
+      value.store(dz_out + i, count);
+      return value;
+    });
+    finish(dz_out, dz_end, args.x_dtype, n);
+    dz = dz_out;
+  } else {
+    total =
+        sum_of<T>(n, [&](int64_t i, auto count) __attribute__((always_inline)) { return Vec::loadu(dz + i, count); });
+  }
+  const Vec dmean(total / static_cast<T>(n)), rstd(inverse);
+  const T product = sum_of<T>(n, [&](int64_t i, auto count) __attribute__((always_inline)) {
+    return (Vec::loadu(z + i, count) - mean) * (Vec::loadu(dz + i, count) - dmean);
+  });
+  const Vec slope(product * inverse / static_cast<T>(n));  // mean(n c)
+  void* dh_end = at_element(args.dh, args.y_dtype, token * n);
+  T* dh = compute_target(dh_end, args.y_dtype, rows.dh);
+  for_vectors<T>(n, [&](int64_t i, auto count) __attribute__((always_inline)) {
+    const Vec normalised = (Vec::loadu(z + i, count) - mean) * rstd, centred = Vec::loadu(dz + i, count) - dmean;
+    (rstd * (centred - normalised * slope) * Vec::loadu(factor + i, count) +
+     normalised * Vec::loadu(rows.scale_tangent + i, count) + Vec::loadu(rows.shift_tangent + i, count))
+        .store(dh + i, count);
+  });
+  finish(dh, dh_end, args.y_dtype, n);
+}
+
 template <typename T>
 void forward_as(const AdalnArgs& args, void* scratch, int64_t begin, int64_t end) {
   using Vec = Vectorized<T>;
@@ -123,19 +142,21 @@ void forward_as(const AdalnArgs& args, void* scratch, int64_t begin, int64_t end
   Scratch<T> rows{static_cast<T*>(scratch), args.row};
   T *x_row = rows.row(), *y_row = rows.row(), *z_row = rows.row(), *h_row = rows.row();
   T *gate_row = rows.row(), *shift_row = rows.row(), *factor = rows.row();
-  const T *gate = nullptr, *shift = nullptr;
+  TangentRows<T> tangents(rows);
+  const T *gate = nullptr, *shift = nullptr, *y = nullptr;
   for (int64_t token = begin; token < end; ++token) {
     if (token == begin || token % args.tokens == 0) {
       const int64_t image = token / args.tokens;
       if (args.y) gate = modulation(args.gate, args.modulation_dtype, image, n, gate_row);
       shift = modulation(args.shift, args.modulation_dtype, image, n, shift_row);
       scale_factor(args.scale, args.modulation_dtype, image, n, factor);
+      if (args.dh) tangents.read(args, image);
     }
     const T* x = as_compute(at_element(args.x, args.x_dtype, token * n), args.x_dtype, n, x_row);
     const T* z = x;
     T total;
     if (args.y) {
-      const T* y = as_compute(at_element(args.y, args.y_dtype, token * n), args.y_dtype, n, y_row);
+      y = as_compute(at_element(args.y, args.y_dtype, token * n), args.y_dtype, n, y_row);
       void* z_end = at_element(args.z, args.x_dtype, token * n);
       T* z_out = compute_target(z_end, args.x_dtype, z_row);
       total = sum_of<T>(n, [&](int64_t i, auto count) __attribute__((always_inline)) {
@@ -154,7 +175,8 @@ void forward_as(const AdalnArgs& args, void* scratch, int64_t begin, int64_t end
       const Vec centred = Vec::loadu(z + i, count) - mean;
       return centred * centred;
     });
-    const Vec rstd(inverse_deviation(squares, n, args.eps));
+    const T inverse = inverse_deviation(squares, n, args.eps);
+    const Vec rstd(inverse);
     void* h_end = at_element(args.h, args.y_dtype, token * n);
     T* h = compute_target(h_end, args.y_dtype, h_row);
     for_vectors<T>(n, [&](int64_t i, auto count) __attribute__((always_inline)) {
@@ -162,6 +184,7 @@ void forward_as(const AdalnArgs& args, void* scratch, int64_t begin, int64_t end
       (normalised * Vec::loadu(factor + i, count) + Vec::loadu(shift + i, count)).store(h + i, count);
     });
     finish(h, h_end, args.y_dtype, n);
+    if (args.dh) tangents_of(args, tangents, token, z, y, gate, factor, mean, inverse);
   }
 }
 

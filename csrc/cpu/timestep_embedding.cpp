@@ -20,13 +20,21 @@ void forward(const TimestepArgs& args, double* scratch, int64_t begin, int64_t e
     const Vec time(time_of(args.times[row / args.images], row % args.images));
     void* target = at_element(args.out, args.dtype, row * 2 * half);
     double* out = compute_target(target, args.dtype, scratch);
+    void* tangent_target = args.tangent ? at_element(args.tangent, args.dtype, row * 2 * half) : nullptr;
+    double* tangent = args.tangent ? compute_target(tangent_target, args.dtype, scratch + 2 * half) : nullptr;
+    const Vec rate(args.tangent ? time_of(args.tangents[row / args.images], row % args.images) : 0.0);
     for (int64_t i = 0; i < half; i += kLanes) {
       const int64_t count = half - i < kLanes ? half - i : kLanes;
-      const Vec phase = time * Vec::loadu(args.frequencies + i, count);
-      phase.cos().store(out + i, count);
-      phase.sin().store(out + half + i, count);
+      const Vec frequency = Vec::loadu(args.frequencies + i, count), phase = time * frequency;
+      const Vec cos = phase.cos(), sin = phase.sin();
+      cos.store(out + i, count);
+      sin.store(out + half + i, count);
+      if (!args.tangent) continue;
+      (sin.neg() * rate * frequency).store(tangent + i, count);
+      (cos * rate * frequency).store(tangent + half + i, count);
     }
     finish(out, target, args.dtype, 2 * half);
+    if (args.tangent) finish(tangent, tangent_target, args.dtype, 2 * half);
   }
 }
 

@@ -256,6 +256,7 @@ for _op, _jvp, _check_of, _fake_of, _backward_of, _setup_of in (
         fake=_fake_of,
         backward=_backward_of,
         setup_context=_setup_of,
+        native=("cpu",),
         triton=triton_kernels.implementation(f"adaln.{_op}_jvp", *DTYPES, also=_too_wide),
     )
 no_second_derivative("adaln_modulate_bwd")

@@ -145,13 +145,14 @@ def register_tangents(
     fake: Callable[..., Any],
     backward: Callable[..., Any],
     setup_context: Callable[..., None],
+    native: Sequence[str] = (),
     triton: dispatch.Implementation | None = None,
 ) -> None:
     """Register ``imm::op_jvp``, the forward-mode derivative of an op that :func:`register_autograd` sends there.
 
     It takes the op's arguments and then a tangent for each tensor, of its shape and dtype; it returns the op's results and then
     their tangents. The results have the gradients of the op's. The tangents have none: a second derivative is an error.
-    ``check``, ``fake``, ``backward`` and ``setup_context`` are the op's.
+    ``check``, ``fake``, ``backward`` and ``setup_context`` are the op's; ``native`` is as in :func:`register`.
     """
     names = [a.name for a in _overload(f"{op}_jvp")._schema.arguments]
     own, results = (len(getattr(_overload(op)._schema, what)) for what in ("arguments", "returns"))
@@ -184,7 +185,7 @@ def register_tangents(
         ]
         return *backward(ctx, *given), *(None for _ in names[own:])
 
-    register(f"{op}_jvp", check=check_all, reference=reference, fake=fake_all, triton=triton)
+    register(f"{op}_jvp", check=check_all, reference=reference, fake=fake_all, native=native, triton=triton)
     register_autograd(f"{op}_jvp", backward_of_results, setup)
 
 

@@ -111,6 +111,12 @@ register(
 register("timestep_embedding_bwd", check=_check_bwd, reference=timestep_embedding_bwd, fake=_fake_bwd, native=("cpu",))
 register_autograd("timestep_embedding", _backward, _setup, tangents=True)
 register_tangents(
-    "timestep_embedding", timestep_embedding_jvp, check=_check, fake=_fake, backward=_backward, setup_context=_setup
+    "timestep_embedding",
+    timestep_embedding_jvp,
+    check=_check,
+    fake=_fake,
+    backward=_backward,
+    setup_context=_setup,
+    native=("cpu",),
 )
 no_second_derivative("timestep_embedding_bwd")
