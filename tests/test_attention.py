@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from op_samples import tensor
-from tolerance import assert_close
+from tolerance import assert_close, distance
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -110,6 +110,24 @@ def test_any_strides(name: str, variant: str, device: str) -> None:
     torch.testing.assert_close(value, right)
 
 
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_the_tangent_of_the_cpu_matches_float64(dtype: torch.dtype, shape: tuple[int, int]) -> None:
+    """On both sides of a block of queries, of any strides, and under autocast."""
+    (d, T), exact = shape, torch.float32 if dtype.itemsize == 2 else dtype
+    qkv, dqkv = (projection(d, T, dtype).detach() for _ in range(2))
+    truth = attention.timestep_attention_jvp(qkv.double(), HEADS, dqkv.double())
+    found = run("timestep_attention_jvp", "cpu", qkv, HEADS, dqkv)
+    for value, right, of in zip(found, truth, (dtype, exact, dtype, exact), strict=True):
+        assert (value.shape, value.dtype, value.is_contiguous()) == (right.shape, of, True)
+        assert_close(value, right, T + d)
+        assert of.itemsize == 2 or distance(value, right) < (1e-6 if of == torch.float32 else 1e-13)
+    turned = (v.mT.contiguous().mT for v in (qkv, dqkv))
+    with torch.autocast("cpu", torch.bfloat16):
+        again = run("timestep_attention_jvp", "cpu", next(turned), HEADS, next(turned))
+    assert all(torch.equal(a, b) for a, b in zip(again, found, strict=True))
+
+
 def test_images_do_not_know_of_each_other(device: str) -> None:
     qkv = projection(72, 20, torch.float32, B=5, device=device)
     with torch.no_grad():
@@ -160,6 +178,8 @@ def test_refusals(args: tuple[Any, ...], error: type[Exception], message: str) -
             run("timestep_attention", name, *args)
     with pytest.raises(error, match=message):
         torch.ops.imm.timestep_attention(args[0].to("meta"), args[1])
+    with pytest.raises(error, match=message):
+        torch.ops.imm.timestep_attention_jvp(*args, args[0])
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -203,6 +203,7 @@ register_tangents(
     fake=_fake,
     backward=_backward,
     setup_context=_setup,
+    native=("cpu",),
     triton=triton_kernels.implementation("attention_jvp.attention_jvp", *_KERNEL_DTYPES),
 )
 no_second_derivative("timestep_attention_bwd")
