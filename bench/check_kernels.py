@@ -134,6 +134,8 @@ def attentions(B: int, T: int, H: int, d: int, dtype: torch.dtype, backward: boo
 def embeddings(dtype: torch.dtype) -> Iterator[Call]:
     given = (*(1000 * torch.rand(2, 3, dtype=torch.float64)), 256, 10000.0, dtype)
     yield f"imm::timestep_embedding {dtype}", "timestep_embedding", given, torch.finfo(dtype).eps
+    along = torch.rand(2, 3, dtype=torch.float64)
+    yield f"imm::timestep_embedding_jvp {dtype}", "timestep_embedding_jvp", (*given, *along), torch.finfo(dtype).eps
 
 
 def checked(seed: int | None) -> list[Group]:

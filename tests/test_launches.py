@@ -297,6 +297,9 @@ def test_a_step_of_any_size(launches: list[Launch]) -> None:
 def test_timestep_embedding(dtype: torch.dtype, launches: list[Launch]) -> None:
     run("timestep_embedding", torch.rand(3, dtype=torch.float64), torch.rand(1).expand(3), 256, 1e4, dtype)
     assert (launches[0].grid[0], launches[0].given["s_stride"], launches[0].types["out_ptr"]) == (6, 0, TYPES[dtype])
+    t, s = torch.rand(2, 3)
+    run("timestep_embedding_jvp", t, s, 256, 1e4, dtype, t, s[:1].expand(3))
+    assert (launches[1].grid[0], launches[1].given["ds_stride"], launches[1].types["tangent_ptr"]) == (6, 0, TYPES[dtype])
 
 
 @launch_test

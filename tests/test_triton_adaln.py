@@ -110,12 +110,12 @@ def test_no_tokens_have_no_gradient() -> None:
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("dim", [2, 6, 256])
 def test_timestep_embedding(dim: int, dtype: torch.dtype) -> None:
-    from imm_kernels.timestep_embedding import timestep_embedding as launch
-
     t = torch.tensor([0.0, 994.0, 993.999, 1000.0], dtype=torch.float64, device=DEVICE)[::2]
     s = torch.tensor([1e-3, 12.5], dtype=torch.float32, device=DEVICE)
-    args = t, s, dim, 10000.0
-    truth = timestep_embedding.timestep_embedding(t, s.double(), dim, 10000.0, torch.float64)
-    got = launch(*args, dtype)
-    assert got.dtype == dtype
-    assert (got.double() - truth).abs().max() <= torch.finfo(dtype).eps + 1e-12
+    args, along = (t, s, dim, 10000.0, dtype), (t.flip(0) / 1000, s[1:].expand(2) / 12)
+    found = dispatch.run("timestep_embedding_jvp", "triton", *args, *along)
+    truth = timestep_embedding.timestep_embedding_jvp(t, s.double(), dim, 10000.0, torch.float64, *along)
+    for got, exact in zip(found, truth, strict=True):
+        assert got.dtype == dtype
+        assert (got.double() - exact).abs().max() <= torch.finfo(dtype).eps + 1e-12
+    assert torch.equal(dispatch.run("timestep_embedding", "triton", *args), found[0])

@@ -118,5 +118,6 @@ register_tangents(
     backward=_backward,
     setup_context=_setup,
     native=("cpu",),
+    triton=triton_kernels.implementation("timestep_embedding.timestep_embedding_jvp", *DTYPES),
 )
 no_second_derivative("timestep_embedding_bwd")
