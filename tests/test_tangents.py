@@ -167,18 +167,21 @@ def test_a_tangent_of_another_shape_or_dtype_is_refused() -> None:
 @pytest.mark.parametrize("gelu", [False, True])
 @pytest.mark.parametrize("mode", MODES)
 def test_the_fused_linear_has_its_tangent(mode: str, gelu: bool) -> None:
+    """By torch.func.jvp, vmap of it, dual numbers and make_fx; without gradients GELU would be in the matmul's epilogue."""
     layer, x, v = nn.Linear(8, 16), torch.randn(4, 8), torch.randn(4, 8)
     plain = lambda x: nn.functional.gelu(layer(x), approximate="tanh") if gelu else layer(x)
     expected = torch.func.jvp(plain, (x,), (v,))
+    run = lambda x: linear(layer, x, gelu=gelu)
+    both = lambda x, v: torch.func.jvp(run, (x,), (v,))
     with MODES[mode]():
-        found = torch.func.jvp(lambda x: linear(layer, x, gelu=gelu), (x,), (v,))
-        several = torch.vmap(lambda v: torch.func.jvp(lambda x: linear(layer, x, gelu=gelu), (x,), (v,))[1])(
-            torch.stack([v, 2 * v])
-        )
-    for a, b in zip(found, expected, strict=True):
-        torch.testing.assert_close(a, b)
+        several = torch.vmap(both, in_dims=(None, 0))(x, torch.stack([v, 2 * v]))[1]
+        with forward_ad.dual_level():
+            dual = tuple(forward_ad.unpack_dual(run(forward_ad.make_dual(x, v))))
+        for found in (both(x, v), dual, make_fx(both)(x, v)(x, v)):
+            for a, b in zip(found, expected, strict=True):
+                torch.testing.assert_close(a, b)
     torch.testing.assert_close(several, torch.stack([expected[1], 2 * expected[1]]))
-    assert float(found[1].detach().norm()) > 0
+    assert float(expected[1].detach().norm()) > 0
 
 
 NETWORKS: dict[str, Callable[[], nn.Module]] = {
