@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
@@ -16,6 +17,22 @@ from imm.flow_map import FlowMap
 from imm.networks import DDPMpp, DiT, UNet, dit
 
 DEVICES = ["cpu", *([pytest.param("cuda", marks=pytest.mark.cuda)] if torch.cuda.is_available() else [])]
+
+
+@pytest.hookimpl(tryfirst=True)  # before those that are marked are left out
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Of a test marked ``every(n)`` the parametrizations but the first of every n are "full". Choose n without a factor in
+    common with the numbers of values, so that each value of each parameter stays. On a GPU, which is fast, all of them run."""
+    if torch.cuda.is_available():
+        return
+    seen: Counter[str] = Counter()
+    for item in items:
+        mark = item.get_closest_marker("every")
+        if mark is not None and item.get_closest_marker("full") is None:
+            name = item.nodeid.partition("[")[0]
+            if seen[name] % mark.args[0]:
+                item.add_marker(pytest.mark.full)
+            seen[name] += 1
 
 
 @pytest.fixture(autouse=True)

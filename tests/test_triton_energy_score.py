@@ -57,7 +57,7 @@ def check(kernels: Any, x: Tensor, y: Tensor, alpha: float = 1.0, what: tuple[An
 
 
 @kernel_test
-@pytest.mark.every(4)
+@pytest.mark.every(2)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(("N", "alpha"), [(1, 0.0), (2, 1.0), (8, 0.95), (16, 0.5)])
 def test_lines_match_float64(N: int, alpha: float, dtype: torch.dtype, kernels: Any) -> None:
@@ -72,7 +72,7 @@ def test_lines_match_float64(N: int, alpha: float, dtype: torch.dtype, kernels: 
 
 
 @kernel_test
-@pytest.mark.every(8)
+@pytest.mark.every(2)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(
     ("N", "M", "D"),
