@@ -1,4 +1,5 @@
-"""timestep_attention: attention from the packed projection, [B, T, 3 H d] -> [B, T, H d], beside torch's with each backend."""
+"""timestep_attention: attention from the packed projection, [B, T, 3 H d] -> [B, T, H d], beside torch's with each backend; and
+its forward-mode tangent beside that of torch's math path, the only one that has one."""
 
 from __future__ import annotations
 
@@ -10,23 +11,26 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from harness.case import L2, Case, Claim, Peer, Step, compiled
+from harness.case import L2, Case, Claim, Peer, Step, call, compiled
 
-TESTS = {"test_attention.py": ""}
+TESTS = {"test_attention.py": "", "test_tangents.py": "definition"}
 CUDA_TESTS = {"test_triton_attention.py": ""}
 
 #: Rows, tokens, heads, head size: DiT-S and DiT-XL; guidance takes two rows an image.
 CPU_SHAPES = ((8, 256, 6, 64), (2, 256, 16, 72))
 CUDA_SHAPES = ((128, 256, 16, 72), (16, 256, 16, 72), (2, 256, 16, 72), (128, 256, 6, 64), (512, 256, 16, 72))
+#: Of those, what a tangent is taken of.
+TANGENTS = {"cpu": ((16, 256, 6, 64), *CPU_SHAPES[1:]), "cuda": CUDA_SHAPES[:3]}
 
 IMM, FLEX, COMPILED = "imm", "FlexAttention", "torch.compile of SDPA"
+MATH, COMPILED_MATH = "SDPA math", "torch.compile of SDPA math"
 BACKENDS = {
     "SDPA flash": SDPBackend.FLASH_ATTENTION,
     "SDPA cuDNN": SDPBackend.CUDNN_ATTENTION,
     "SDPA efficient": SDPBackend.EFFICIENT_ATTENTION,
-    "SDPA math": SDPBackend.MATH,
+    MATH: SDPBackend.MATH,
 }
-CLAIMS = (Claim("SDPA", IMM, at_least=0.95),)
+CLAIMS = (Claim("SDPA", IMM, at_least=0.95), Claim(MATH, IMM, at_least=2.0, mode="tangent"))
 Attention = Callable[[Tensor, Tensor, Tensor], Tensor]  # q, k, v [B, H, T, d] -> [B, H, T, d]
 
 
@@ -109,11 +113,51 @@ def case(
     )
 
 
+def tangent_case(B: int, T: int, H: int, d: int, device: torch.device, dtype: torch.dtype = torch.float32) -> Case:
+    """torch.func.jvp: the result and its tangent."""
+
+    def inputs() -> tuple[Any, ...]:
+        return tuple(torch.randn(B, T, 3 * H * d, device=device).to(dtype) for _ in range(2))
+
+    def along(run: Callable[[Tensor], Tensor]) -> Callable[[Tensor, Tensor], tuple[Tensor, ...]]:
+        return lambda qkv, dqkv: torch.func.jvp(run, (qkv,), (dqkv,))
+
+    math = along(unpacked(forced(SDPBackend.MATH), H))
+
+    def truth(qkv: Tensor, dqkv: Tensor) -> tuple[Tensor, ...]:
+        parts = [math(q.double(), dq.double()) for q, dq in zip(qkv.split(8), dqkv.split(8), strict=True)]
+        return tuple(torch.cat(part) for part in zip(*parts, strict=True))
+
+    elements = B * T * H * d
+    return Case(
+        op="attention",
+        mode="tangent",
+        shape={"B": B, "T": T, "H": H, "d": d},
+        dtype=dtype,
+        # Reads q, k, v and their tangents, writes the result and its.
+        bytes=8 * elements * dtype.itemsize,
+        # Six products of 2 T flops an element.
+        flops=12 * T * elements,
+        inputs=inputs,
+        truth=truth,
+        tolerances=(2e-5 if dtype == torch.float32 else 4e-2,) * 2,
+        peers={
+            IMM: call(along(lambda qkv: torch.ops.imm.timestep_attention(qkv, H)[0])),
+            MATH: call(math),
+            COMPILED_MATH: compiled(math),
+        },
+        late=(COMPILED_MATH,),
+        products=True,
+    )
+
+
 def cases(device: torch.device, quick: bool) -> Iterator[Case]:
     shapes = CUDA_SHAPES if device.type == "cuda" else CPU_SHAPES
     for dtype in (torch.bfloat16,) if device.type == "cuda" else (torch.float32, torch.bfloat16):
         for backward in (False, True):
             for shape in shapes[:1] if quick else shapes:
                 yield case(*shape, device, dtype, backward=backward)
+        for shape in TANGENTS[device.type][: 1 if quick else None]:
+            yield tangent_case(*shape, device, dtype)
         if quick:
             return
