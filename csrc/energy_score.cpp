@@ -80,7 +80,6 @@ std::tuple<Tensor, Tensor> energy_score(const Tensor& x, const Tensor& y, const 
   const Tensor loss = fresh({G}, dtype), grad = at::empty_like(x);
   ask_for_large_pages(grad);
   if (G == 0) return {loss, grad};
-  constexpr size_t kCacheBytes = 8 << 20;  // as of the MMD
   Tensor kept_scale, kept_weight;
   const auto n = static_cast<double>(N);
   const EnergyScoreArgs args{.wide = dtype == at::kDouble,
@@ -99,8 +98,7 @@ std::tuple<Tensor, Tensor> energy_score(const Tensor& x, const Tensor& y, const 
                                      : N > 1     ? (n - 1 + alpha) / (n * n * (n - 1))
                                                  : 0.0,
                              .loss = loss.mutable_data_ptr(),
-                             .grad = rows_of(grad),
-                             .stream = grad.nbytes() > kCacheBytes};
+                             .grad = rows_of(grad)};
   for (int64_t g = 0; args.scale.ptr && g < kept_scale.numel(); ++g) {
     TORCH_CHECK_VALUE(args.scale.ptr[g * args.scale.stride] >= 0, "scale: expected numbers >= 0, got ",
                       args.scale.ptr[g * args.scale.stride], " for group ", g);

@@ -38,7 +38,6 @@ struct EnergyScoreArgs {
   double factor, pair;             // a
   void* loss;                      // [G] in the arithmetic dtype
   ScoreRows grad;
-  bool stream;  // non-temporal stores of the gradient, which is larger than the cache
 };
 
 constexpr int64_t kScoreLane = 64 / 4;      // rows are padded to a multiple of it, which every vector divides

@@ -4,10 +4,12 @@
 #include <algorithm>
 #include <cmath>
 #include <limits>
+#include <type_traits>
+#include <utility>
 
 #include "convert.h"
 #include "normals.h"
-#include "streaming.h"
+#include "sums.h"
 
 namespace imm {
 namespace {
@@ -204,7 +206,6 @@ struct Line {
   T* data;
   int64_t stride;  // between rows
   bool direct;
-  bool stream = false;  // non-temporal stores
 };
 
 // Groups as features, from group `first` on.
@@ -227,57 +228,62 @@ Line<T> loaded_line(const ScoreRows& of, int64_t rows, int64_t first, int64_t n,
   return line;
 }
 
-// Calls f(0), ..., f(n - 1); without a loop where n is known.
+// Calls f(begin), ..., f(n - 1); with constants where n is known, so that what they index stays in registers.
 template <int kN, typename F>
 [[gnu::always_inline]] inline void for_members(int64_t begin, int64_t n, const F& f) {
   if constexpr (kN > 0) {
-#pragma GCC unroll 8
-    for (int j = 0; j < kN; ++j) {
-      if (j >= begin) f(j);
-    }
+    [&]<int... kJ>(std::integer_sequence<int, kJ...>) __attribute__((always_inline)) {
+      ((kJ >= begin ? f(std::integral_constant<int, kJ>{}) : void()), ...);
+    }(std::make_integer_sequence<int, kN>{});
   } else {
     for (int64_t j = begin; j < n; ++j) f(j);
   }
 }
 
-// The vector at groups [i, i + count) of a line. kN: the number of members, known so that they stay in registers, or 0.
+// Groups [0, n) of a line. kN: the number of members, known so that they stay in registers, or 0.
 template <int kN, typename T>
 void line_of_members(const EnergyScoreArgs& args, const Line<T>& x, const Line<T>& y, const T* factor, T* loss,
-                     const Line<T>& grad, int64_t i, int64_t count) {
+                     const Line<T>& grad, int64_t n) {
   using V = Vectorized<T>;
-  const int64_t N = args.N;
+  const int64_t N = args.N, M = args.M;
   const double pair = 2 * args.pair;
-  const V across(static_cast<T>(2.0 / (static_cast<double>(N) * static_cast<double>(args.M))));
-  const V within(static_cast<T>(std::abs(pair)));
+  const V across(static_cast<T>(2.0 / (static_cast<double>(N) * static_cast<double>(M))));
+  const V within(static_cast<T>(std::abs(pair))), zero(T(0));
   // Takes every number but denormal ones beyond 1, the largest c that there is.
   constexpr T kHuge = std::numeric_limits<T>::max() / 4;
   const V huge(kHuge), down(pair < 0 ? kHuge : -kHuge);
-  V member[kN > 0 ? kN : kScoreLineMembers], slope[kN > 0 ? kN : kScoreLineMembers];
-  V far(T(0)), apart(T(0));
-  for_members<kN>(0, N, [&](auto j) {
-    member[j] = V::loadu(x.data + j * x.stride + i, count);
-    slope[j] = V(T(0));
-  });
-  for (int64_t m = 0; m < args.M; ++m) {
-    const V target = V::loadu(y.data + m * y.stride + i, count);
-    for_members<kN>(0, N, [&](auto j) {
-      const V difference = member[j] - target;
-      far = far + difference.abs();
-      slope[j] = slope[j] + signed_by(difference, across, huge);
+  for_vectors<T>(n, [&](int64_t i, auto count) __attribute__((always_inline)) {
+    V member[kN > 0 ? kN : kScoreLineMembers], slope[kN > 0 ? kN : kScoreLineMembers];
+    V far(T(0)), apart(T(0));
+    for_members<kN>(0, N, [&](auto j) __attribute__((always_inline)) {
+      member[j] = V::loadu(x.data + j * x.stride + i, count);
+      slope[j] = zero;
     });
-  }
-  for_members<kN>(0, N, [&](auto j) {
-    for_members<kN>(j + 1, N, [&](auto k) {
-      const V difference = member[j] - member[k], up = signed_by(difference, within, down);
-      apart = apart + difference.abs();
-      slope[j] = slope[j] + up;
-      slope[k] = slope[k] - up;
+    for_members<kN>(0, N, [&](auto j) __attribute__((always_inline)) {
+      for_members<kN>(j + 1, N, [&](auto k) __attribute__((always_inline)) {
+        const V up = signed_by(member[j] - member[k], within, down);
+        slope[j] = slope[j] + up;
+        slope[k] = slope[k] - up;
+      });
+    });
+    // The sum of all |x_j - x_k| is that of x_j sum_k sign(x_j - x_k), whose signs add up to 0: x_0 may be taken away.
+    for_members<kN>(1, N, [&](auto j) __attribute__((always_inline)) {
+      apart = at::vec::fmadd(member[j] - member[0], slope[j], apart);
+    });
+    for (int64_t m = 0; m < M; ++m) {
+      const V target = V::loadu(y.data + m * y.stride + i, count);
+      for_members<kN>(0, N, [&](auto j) __attribute__((always_inline)) {
+        const V difference = member[j] - target;
+        far = far + difference.abs();
+        slope[j] = slope[j] + signed_by(difference, across, huge);
+      });
+    }
+    const V f = V::loadu(factor + i, count), masked = f == zero;
+    V::blendv(f * at::vec::fmadd(across, far, apart), zero, masked).store(loss + i, count);
+    for_members<kN>(0, N, [&](auto j) __attribute__((always_inline)) {
+      V::blendv(f * slope[j], zero, masked).store(grad.data + j * grad.stride + i, count);
     });
   });
-  const V f = V::loadu(factor + i, count), zero(T(0)), masked = f == zero;
-  V::blendv(f * (across * far - V(static_cast<T>(pair)) * apart), zero, masked).store(loss + i, count);
-  for_members<kN>(0, N,
-                  [&](auto j) { V::blendv(f * slope[j], zero, masked).store(grad.data + j * grad.stride + i, count); });
 }
 
 // The function of so many members.
@@ -292,26 +298,25 @@ auto line_function(int64_t N) {
 
 template <typename T>
 void lines_as(const EnergyScoreArgs& args, T* space, int64_t begin, int64_t end) {
-  constexpr int64_t kStep = Vectorized<T>::size();
   const auto line = line_function<T>(args.N);
+  const bool numbered = args.weight.ptr || args.scale.ptr;
   T *const x_buffer = space, *const grad_buffer = x_buffer + args.N * kScoreLineGroups;
   T *const y_buffer = grad_buffer + args.N * kScoreLineGroups, *const factor = y_buffer + args.M * kScoreLineGroups;
   for (int64_t first = begin; first < end; first += kScoreLineGroups) {
     const int64_t n = std::min(end - first, kScoreLineGroups);
     const Line<T> x = loaded_line(args.x, args.N, first, n, x_buffer),
                   y = loaded_line(args.y, args.M, first, n, y_buffer);
-    Line<T> grad = line_of(args.grad, first, grad_buffer);
-    grad.stream = grad.direct && args.stream && aligned<T>(grad.data) && grad.stride % kStep == 0;
-    for (int64_t i = 0; i < n; ++i) {
+    const Line<T> grad = line_of(args.grad, first, grad_buffer);
+    std::fill(factor, factor + n, static_cast<T>(args.factor));
+    for (int64_t i = 0; numbered && i < n; ++i) {
       factor[i] = static_cast<T>(args.factor * number(args.weight, first + i) * number(args.scale, first + i));
     }
     T* const loss = static_cast<T*>(args.loss) + first;
-    for (int64_t i = 0; i < n; i += kStep) line(args, x, y, factor, loss, grad, i, std::min(kStep, n - i));
+    line(args, x, y, factor, loss, grad, n);
     for (int64_t j = 0; !grad.direct && j < args.N; ++j) {
       store_row(grad.data + j * grad.stride, turned(args.grad, first), 0, j, n);
     }
   }
-  if (args.stream) fence_stores();
 }
 
 void groups(const EnergyScoreArgs& args, void* space, int64_t begin, int64_t end) {
