@@ -21,6 +21,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from imm_kernels.device import next_power_of_2
+
 #: Features that a program holds in its registers.
 LARGEST = 8192
 #: Tokens of a program of the backward.
@@ -184,7 +186,7 @@ def _adaln_bwd_kernel(
 
 def block_and_warps(features: int, rows: int) -> tuple[int, int]:
     """BLOCK_C and warps: 64 features a thread for one token at a time, 16 where sums are kept beside them (``rows`` > 1)."""
-    block = max(triton.next_power_of_2(features), 32)
+    block = max(next_power_of_2(features), 32)
     return block, min(max(block // (2048 if rows == 1 else 512), 1), 16)
 
 
@@ -195,12 +197,16 @@ def _rows(modulation: Tensor) -> tuple[Tensor, int]:
     return modulation, 0 if modulation.shape[0] == 1 else modulation.stride(0)
 
 
+def _result_like(tokens: Tensor) -> Tensor:
+    return torch.empty_like(tokens, memory_format=torch.contiguous_format)
+
+
 def _forward(
     x: Tensor, y: Tensor | None, gate: Tensor | None, shift: Tensor, scale: Tensor, eps: float
 ) -> tuple[Tensor | None, Tensor]:
     B, T, C = x.shape
-    h = torch.empty(x.shape, dtype=x.dtype if y is None else y.dtype, device=x.device)
-    z = None if y is None else torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    h = _result_like(x if y is None else y)
+    z = None if y is None else _result_like(x)
     if x.numel() == 0:
         return z, h
     gate, gate_stride = (None, 0) if gate is None else _rows(gate)
@@ -244,8 +250,8 @@ def _forward_jvp(
 ) -> tuple[Tensor | None, Tensor, Tensor | None, Tensor]:
     """modulations: gate, shift, scale and then their tangents."""
     B, T, C = x.shape
-    h, dh = (torch.empty(x.shape, dtype=x.dtype if y is None else y.dtype, device=x.device) for _ in range(2))
-    z, dz = (None if y is None else torch.empty(x.shape, dtype=x.dtype, device=x.device) for _ in range(2))
+    h, dh = (_result_like(x if y is None else y) for _ in range(2))
+    z, dz = (None if y is None else _result_like(x) for _ in range(2))
     if x.numel() == 0:
         return z, h, dz, dh
     gate, shift, scale, dgate, dshift, dscale = (None if m is None else Modulation(*_rows(m)) for m in modulations)
@@ -298,10 +304,10 @@ def backward(
     """Gradients to x, to y and, in a list, to shift, scale and, with a residual, gate."""
     B, T, C = z.shape
     dtype = torch.float64 if z.dtype == torch.float64 else torch.float32
-    grad_x = torch.empty(z.shape, dtype=z.dtype, device=z.device)
-    grad_y = None if y is None else torch.empty(y.shape, dtype=y.dtype, device=z.device)
+    grad_x = _result_like(z)
+    grad_y = None if y is None else _result_like(y)
     parts = 2 if y is None else 3
-    partial = torch.empty((B, triton.cdiv(T, ROWS), parts, C), dtype=dtype, device=z.device)
+    partial = torch.empty((B, -(-T // ROWS), parts, C), dtype=dtype, device=z.device)
     if z.numel():
         gate, gate_stride = (None, 0) if gate is None else _rows(gate)
         rows, scale_stride = _rows(scale)

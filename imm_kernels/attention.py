@@ -20,7 +20,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from imm_kernels.device import multiprocessors
+from imm_kernels.device import multiprocessors, next_power_of_2
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 LN_2 = tl.constexpr(0.6931471805599453)
@@ -41,7 +41,7 @@ class Sizes(NamedTuple):
 def parts(d: int) -> tuple[int, int]:
     """(MAIN, REST): the powers of two from 16 that hold the d features of a head; REST is 0 where MAIN holds all."""
     main = max(16, 1 << (d.bit_length() - 1))
-    return main, 0 if main >= d else max(16, triton.next_power_of_2(d - main))
+    return main, 0 if main >= d else max(16, next_power_of_2(d - main))
 
 
 def forward_sizes(d: int, T: int, element_bits: int, heads: int, multiprocessors: int) -> Sizes:
@@ -51,13 +51,14 @@ def forward_sizes(d: int, T: int, element_bits: int, heads: int, multiprocessors
         return Sizes(32, 32, 8, 1)
     if T > 256 or d > 80:
         return Sizes(64, 64, 4, 2)
-    blocks = triton.cdiv(T, 64)
+    blocks = -(-T // 64)
 
     def cost(walked: int) -> int:
         """Of all rounds of programs, in blocks of queries; loading keys and values takes about as long as one."""
-        return triton.cdiv(heads * triton.cdiv(blocks, walked), 2 * multiprocessors) * (1 + walked)
+        programs = heads * -(-blocks // walked)
+        return -(-programs // (2 * multiprocessors)) * (1 + walked)
 
-    return Sizes(64, max(16, triton.next_power_of_2(T)), 4, 1, min(range(blocks, 0, -1), key=cost))
+    return Sizes(64, max(16, next_power_of_2(T)), 4, 1, min(range(blocks, 0, -1), key=cost))
 
 
 def key_sizes(d: int, element_bits: int) -> Sizes:
@@ -375,7 +376,7 @@ def attention(qkv: Tensor, heads: int) -> tuple[Tensor, Tensor]:
     sizes = forward_sizes(d, T, _bits(qkv), B * heads, multiprocessors(qkv.device))
     queries = sizes.queries * max(sizes.blocks, 1)
     with torch.cuda.device_of(qkv):
-        _attention_fwd_kernel[(B * heads * triton.cdiv(T, queries),)](
+        _attention_fwd_kernel[(B * heads * -(-T // queries),)](
             qkv,
             out,
             lse,
@@ -410,7 +411,7 @@ def attention_bwd(grad: Tensor, qkv: Tensor, out: Tensor, lse: Tensor, heads: in
     arguments = (grad, qkv, lse, delta, grad_qkv, qkv.stride(0) // 8, qkv.stride(1) // 8, T, d**-0.5)
     shape = {"HEADS": heads, "D": d, "MAIN": main, "REST": rest}
     with torch.cuda.device_of(qkv):
-        _attention_delta_kernel[(B * heads * triton.cdiv(T, DELTA_TOKENS),)](
+        _attention_delta_kernel[(B * heads * -(-T // DELTA_TOKENS),)](
             grad, out.contiguous(), delta, T, **shape, BLOCK=DELTA_TOKENS, num_warps=DELTA_WARPS
         )
         keys, queries = key_sizes(d, _bits(qkv)), query_sizes(d, _bits(qkv))
@@ -418,7 +419,7 @@ def attention_bwd(grad: Tensor, qkv: Tensor, out: Tensor, lse: Tensor, heads: in
             (_attention_bwd_keys_kernel, keys, keys.keys),
             (_attention_bwd_queries_kernel, queries, queries.queries),
         ):
-            kernel[(B * heads * triton.cdiv(T, block),)](
+            kernel[(B * heads * -(-T // block),)](
                 *arguments,
                 **shape,
                 BLOCK_M=sizes.queries,

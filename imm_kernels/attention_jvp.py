@@ -134,7 +134,7 @@ def attention_jvp(qkv: Tensor, heads: int, dqkv: Tensor) -> tuple[Tensor, Tensor
     main, rest = parts(d)
     sizes = jvp_sizes(d, _bits(qkv))
     with torch.cuda.device_of(qkv):
-        _attention_jvp_kernel[(B * heads * triton.cdiv(T, sizes.queries),)](
+        _attention_jvp_kernel[(B * heads * -(-T // sizes.queries),)](
             *(qkv, dqkv, out, dout, lse, dlse),
             *(stride // 8 for x in (qkv, dqkv) for stride in x.stride()[:2]),
             T,

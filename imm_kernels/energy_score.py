@@ -23,6 +23,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from imm_kernels.device import next_power_of_2
 from imm_kernels.mmd_math import Number, expm1, number_of
 from imm_kernels.noise import quick_normals
 
@@ -280,7 +281,7 @@ def line_sizes(N: int, bits: int) -> tuple[int, int]:
 def small_sizes(N: int, D: int, bits: int, *, drawn: bool = False) -> tuple[int, int, int, int, int]:
     """(ROWS, BLOCK_G, BLOCK_D, CHUNKS, warps): 32 numbers of x and as many of the gradient a thread, of a chunk 16 bytes of x.
     Nothing crosses warps but of more rows than one holds; of few features, there are four for long loads."""
-    rows, block_d = triton.next_power_of_2(N), triton.next_power_of_2(D)
+    rows, block_d = next_power_of_2(N), next_power_of_2(D)
     warps = 4 if block_d <= 4 else max(1, rows * block_d // 1024)
     most = 1024 * warps // (max(rows, 4) if drawn else rows)  # of a target's numbers, which are drawn at once
     groups = max(1, min(8 * warps * max(1, 16 // block_d), most // block_d))
@@ -293,7 +294,7 @@ def too_large(shape: tuple[int, ...]) -> str | None:
     if len(shape) != 3:
         return None
     _, N, D = shape
-    if D > FEATURES or triton.next_power_of_2(N) * triton.next_power_of_2(D) > NUMBERS:
+    if D > FEATURES or next_power_of_2(N) * next_power_of_2(D) > NUMBERS:
         return f"supports D <= {FEATURES} and N D <= {NUMBERS} (powers of two), got N = {N}, D = {D}"
     return None
 
@@ -330,11 +331,11 @@ def energy_score(
     with torch.cuda.device_of(x):
         if D == 1 and M == 1 and kernel == "energy" and N <= LINE_MEMBERS:
             block, warps = line_sizes(N, bits)
-            launch = _line_kernel[(triton.cdiv(G, block),)]
+            launch = _line_kernel[(-(-G // block),)]
             launch(*sets, *numbers, loss, points_of(grad), G, *shares, N=N, BLOCK=block, num_warps=warps)
             return loss, grad
         rows, groups, block_d, chunks, warps = small_sizes(N, D, bits, drawn=log_std is not None)
-        _small_kernel[(triton.cdiv(G, groups),)](
+        _small_kernel[(-(-G // groups),)](
             *sets,
             None if log_std is None else points_of(log_std),
             seed,

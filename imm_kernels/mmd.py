@@ -18,7 +18,7 @@ import triton
 from torch import Tensor
 
 from imm_kernels import mmd_direct, mmd_dot
-from imm_kernels.device import multiprocessors
+from imm_kernels.device import multiprocessors, next_power_of_2
 from imm_kernels.mmd_math import number_of, set_of
 
 #: Bytes that the resident programs of a multiprocessor work on at most, so that the second pass finds the group in L2 cache.
@@ -172,7 +172,7 @@ def _compute(
             num_stages=dot.stages,
         )
         by_rows = loss if row_blocks == 1 else groups.empty(row_blocks)
-        columns = triton.next_power_of_2(M)
+        columns = next_power_of_2(M)
         mmd_dot._pairs_kernel[(G * row_blocks,)](
             groups.t,
             groups.r,

@@ -115,7 +115,7 @@ def _pairs(x: Set, y: Set, scale: Tensor, grad: Tensor | None, kernel: str, band
         return out
     bf16 = x.y.dtype == torch.bfloat16
     interpreted = not isinstance(_gram_kernel, triton.runtime.JITFunction)  # its bfloat16 products are wrong
-    _gram_kernel[(G * triton.cdiv(M_x, ROWS) * triton.cdiv(M_y, ROWS),)](
+    _gram_kernel[(G * -(-M_x // ROWS) * -(-M_y // ROWS),)](
         x,
         y,
         number_of(scale),
@@ -154,7 +154,7 @@ def gram_gradients(
         coefficient = _pairs(xs, ys, scale, grad.contiguous(), kernel, bandwidths, eps)
         for first, second, out, steps in ((xs, ys, grad_x, (M_y, 1)), (ys, xs, grad_y, (1, M_y))):
             rows = first.y.shape[1]
-            _gram_gradient_kernel[(G * triton.cdiv(rows, GRADIENT_ROWS) * triton.cdiv(D, GRADIENT_FEATURES),)](
+            _gram_gradient_kernel[(G * -(-rows // GRADIENT_ROWS) * -(-D // GRADIENT_FEATURES),)](
                 first,
                 second,
                 coefficient,

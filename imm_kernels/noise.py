@@ -95,6 +95,6 @@ def noise(seeds: Tensor, numel: int, step: int, scale: float = 1.0) -> Tensor:
     normal = torch.empty((seeds.shape[0], numel), dtype=torch.float32, device=seeds.device)
     if normal.numel():
         with torch.cuda.device_of(seeds):
-            grid = (seeds.shape[0] * triton.cdiv(numel, BLOCK),)
+            grid = (seeds.shape[0] * -(-numel // BLOCK),)
             _noise_kernel[grid](seeds, normal, stride(seeds), step, scale, numel, BLOCK=BLOCK, num_warps=NUM_WARPS)
     return normal

@@ -14,6 +14,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from imm_kernels.device import next_power_of_2
+
 NUM_WARPS = 4
 
 
@@ -81,14 +83,14 @@ def _launch(times: tuple[Tensor, Tensor], tangents: tuple[Tensor, Tensor] | None
                 batch,
                 LOG_PERIOD=math.log(max_period),
                 HALF=dim // 2,
-                BLOCK=triton.next_power_of_2(dim // 2),
+                BLOCK=next_power_of_2(dim // 2),
                 num_warps=NUM_WARPS,
             )
 
 
 def timestep_embedding(t: Tensor, s: Tensor, dim: int, max_period: float, dtype: torch.dtype) -> Tensor:
     """Times [B] -> [2, B, dim] of a dtype, t's embedding first."""
-    embedding = torch.empty((2, t.shape[0], dim), dtype=dtype, device=t.device)
+    embedding = t.new_empty((2, t.shape[0], dim), dtype=dtype)
     _launch((t, s), None, dim, max_period, embedding)
     return embedding
 
@@ -97,6 +99,6 @@ def timestep_embedding_jvp(
     t: Tensor, s: Tensor, dim: int, max_period: float, dtype: torch.dtype, dt: Tensor, ds: Tensor
 ) -> tuple[Tensor, Tensor]:
     """timestep_embedding and its tangent."""
-    embedding, tangent = (torch.empty((2, t.shape[0], dim), dtype=dtype, device=t.device) for _ in range(2))
+    embedding, tangent = (t.new_empty((2, t.shape[0], dim), dtype=dtype) for _ in range(2))
     _launch((t, s), (dt, ds), dim, max_period, embedding, tangent)
     return embedding, tangent
