@@ -53,6 +53,8 @@ _CHECKS: dict[str, Callable[..., None]] = {}
 #: What runs, by op and signature; bounded, since shapes and steps may be many.
 _CHOSEN: dict[tuple[Any, ...], Callable[..., Any]] = {}
 _MOST = 10_000
+#: Types of arguments that a signature holds as they are; the others are tensors and lists.
+_PLAIN = frozenset({bool, int, float, str, type(None), torch.dtype})
 
 
 def add(op: str, implementation: Implementation) -> None:
@@ -132,22 +134,17 @@ def run(op: str, name: str, *args: Any, **kwargs: Any) -> Any:
 
 def call(op: str, *args: Any, **kwargs: Any) -> Any:
     """Run an op through the table."""
-    # Numbers of devices, -1 for the CPU: devices take four times as long to look up.
-    signature = tuple(
-        [
-            (value.shape, value.dtype, value.get_device())
-            if isinstance(value, Tensor)
-            else tuple(value)
-            if isinstance(value, list)
-            else value
-            for value in (*args, *kwargs.values())
-        ]
+    values = (*args, *kwargs.values()) if kwargs else args
+    # Exact types, since isinstance of Tensor is slow, and numbers of devices (-1: the CPU), since devices are slow to look up.
+    signature = (
+        op,
+        *[v if type(v) in _PLAIN else tuple(v) if type(v) is list else (v.shape, v.dtype, v.get_device()) for v in values],
     )
-    run = _CHOSEN.get((op, signature))
+    run = _CHOSEN.get(signature)
     if run is None:
         _CHECKS[op](*args, **kwargs)
         run = select(op, Request.of(args[0])).run
         if len(_CHOSEN) >= _MOST:
             _CHOSEN.clear()
-        _CHOSEN[op, signature] = run
+        _CHOSEN[signature] = run
     return run(*args, **kwargs)
