@@ -5,14 +5,32 @@ from __future__ import annotations
 import dataclasses
 import os
 import shutil
+import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
 from test_training import CONFIG, assert_same_state, images, trainer, unet
+from test_training_processes import output_of
 
 from imm import FlowMap, IMMObjective, checkpoints
 from imm.training import TrainConfig, Trainer
+
+TWO = """
+import dataclasses, sys
+sys.path.append(sys.argv[1])
+import torch
+from test_training_compile import CONFIG, FlowMap, IMMObjective, Small, Trainer, images
+from imm import distributed
+with distributed.processes() as where:
+    for folder, until in (("whole", 4), ("parts", 2), ("parts", 4)):
+        torch.manual_seed(0)
+        config = dataclasses.replace(CONFIG, compile=True)
+        run = Trainer(IMMObjective(FlowMap(Small())), images(), folder, config, where=where)
+        run.run(until)
+        run.close()
+"""
 
 
 class Small(torch.nn.Module):
@@ -71,6 +89,15 @@ def test_a_compiled_run_is_repeated_and_resumed_bit_for_bit_and_plain_to_roundin
             outputs.append(network(x, t, 0.5 * t, labels).detach())
     torch.testing.assert_close(outputs[1], outputs[0])
     assert not torch.allclose(outputs[2], outputs[0], rtol=1e-2)
+
+
+@pytest.mark.usefixtures("compiling")
+def test_two_processes_that_compile_resume_bit_for_bit(tmp_path) -> None:
+    script = tmp_path / "two.py"
+    script.write_text(TWO)
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    output_of([sys.executable, *launch, str(script), str(Path(__file__).parent)], cwd=tmp_path)
+    assert_same_state(tmp_path / "whole", tmp_path / "parts")
 
 
 @pytest.mark.usefixtures("compiling")

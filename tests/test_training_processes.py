@@ -71,8 +71,8 @@ def started(line: list[str], **options) -> Iterator[subprocess.Popen]:
                     os.kill(number, signal.SIGKILL)
 
 
-def output_of(line: list[str], ok: bool = True) -> str:
-    with started(line) as launcher:
+def output_of(line: list[str], ok: bool = True, **options) -> str:
+    with started(line, **options) as launcher:
         output, _ = launcher.communicate(timeout=240)
     assert (launcher.returncode == 0) is ok, output
     return output
