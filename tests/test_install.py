@@ -107,8 +107,9 @@ def build(tree: Path, **environment: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, cwd=tree, env=env, capture_output=True, text=True, check=False)
 
 
-def test_a_broken_compiler(tree) -> None:
+def test_a_broken_compiler(tree, monkeypatch) -> None:
     """auto gives the pure install and its reason, which stays for doctor; 1 is an error; 0 builds nothing."""
+    monkeypatch.delenv("IMM_NATIVE", raising=False)
     native = tree / "python" / "imm" / "_native"
     reason = "configuring the native library without CUDA failed"
     auto = build(tree, IMM_BUILD_NATIVE="auto", IMM_BUILD_CUDA="0")
