@@ -11,7 +11,7 @@ import click
 import pytest
 from command_line import call, refused, said
 
-from imm import objective, pictures, presets, sampling
+from imm import pictures, presets, sampling
 from imm.backends import PRECISIONS
 from imm.cli import commands, main
 from imm.cli.options import PATH, Number
@@ -20,9 +20,12 @@ from imm.evaluation.evaluate import METRICS
 from imm.evaluation.networks import NAMES
 from imm.flow_map import SECOND_TIMES
 from imm.networks.dit import SIZES
+from imm.objectives import OBJECTIVES, base, consistency, meanflow
+from imm.objectives.imm import MAPPINGS
 from imm.ops import mmd
 from imm.parametrizations import PARAMETRIZATIONS
 from imm.schedules import SCHEDULES
+from imm.studies import STUDIES
 from imm.training.config import DECAYS, OPTIMIZERS
 from imm.training.log import LOGS
 
@@ -56,7 +59,7 @@ def test_every_path_option_expands_and_every_number_refuses_nan() -> None:
 def test_the_words_of_choices_are_those_of_the_library() -> None:
     known = {
         "kernel": mmd.KERNELS,
-        "mapping": objective.MAPPINGS,
+        "mapping": MAPPINGS,
         "schedule": SCHEDULES,
         "parametrization": PARAMETRIZATIONS,
         "second_time": SECOND_TIMES,
@@ -65,6 +68,11 @@ def test_the_words_of_choices_are_those_of_the_library() -> None:
         "precision": PRECISIONS,
         "optimizer": OPTIMIZERS,
         "decay": DECAYS,
+        "loss": OBJECTIVES,
+        "times": base.TIMES,
+        "distance": consistency.DISTANCES,
+        "derivative": meanflow.DERIVATIVES,
+        "name": STUDIES,
         "log": LOGS,
         "transform": pictures.TRANSFORMS,
         "split": sources.SPLITS,

@@ -459,3 +459,20 @@ def test_settings_name_the_loss_and_its_arguments() -> None:
         assert settings["loss"] == kind
         assert {"label_dropout", "share_dropout"} <= settings.keys()
     assert made("shortcut", depth=3).settings["depth"] == 3
+
+
+def test_meanflow_through_the_fused_dit_is_that_of_the_plain_one() -> None:
+    torch.manual_seed(0)
+    network = DiT("S", resolution=8, num_classes=3)
+    for parameter in network.parameters():
+        nn.init.normal_(parameter, std=0.02 if parameter.dim() < 2 else parameter[0].numel() ** -0.5)
+    objective = MeanFlow(FlowMap(network), fm_share=0.0, power=0.0)
+    x, labels = torch.randn(2, 4, 8, 8) * SIGMA, torch.tensor([0, 2])
+    draws = objective.draw(x, labels, torch.Generator().manual_seed(0))
+    found = []
+    for fused in (True, False):
+        network.fused = fused
+        loss, _ = objective(x, labels, draws=draws)
+        found.append((loss.detach(), torch.autograd.grad(loss, network.final_layer.linear.weight)[0]))
+    torch.testing.assert_close(found[0][0], found[1][0], rtol=1e-5, atol=0)
+    torch.testing.assert_close(found[0][1], found[1][1], rtol=1e-4, atol=1e-4 * float(found[1][1].abs().max()))

@@ -14,9 +14,9 @@ from imm.networks.dit import SIZES
 class Preset:
     """Keyword arguments, by what takes them; what is not named keeps its default.
 
-    network: a name in :data:`imm.networks.NETWORKS`, made with ``arguments``. flow_map: of :class:`imm.FlowMap`. objective: of
-    :class:`imm.IMMObjective`. sampling: of :class:`imm.Sampler`. training: of :class:`imm.training.TrainConfig`. steps: in
-    all, or None.
+    network: a name in :data:`imm.networks.NETWORKS`, made with ``arguments``. flow_map: of :class:`imm.FlowMap`. loss: a name
+    in :data:`imm.objectives.OBJECTIVES`, made with ``objective``. sampling: of :class:`imm.Sampler`. training: of
+    :class:`imm.training.TrainConfig`. steps: in all, or None.
     """
 
     network: str
@@ -26,6 +26,7 @@ class Preset:
     sampling: dict[str, Any] = field(default_factory=dict)
     training: dict[str, Any] = field(default_factory=dict)
     steps: int | None = None
+    loss: str = "imm"
 
     def build(self) -> FlowMap:
         """The flow map with fresh weights, on the CPU in training mode."""

@@ -20,6 +20,7 @@ METRICS = (
     "fid, kid, prdc, is, fd-efficientnet-lite0, kid-efficientnet-lite0, prdc-efficientnet-lite0, "
     "mmd-efficientnet-lite0, mmd-pixels, label-match"
 )
+LOSSES = ("imm", "fm", "consistency", "shortcut", "progressive", "lagrangian", "meanflow", "energy")
 PRESETS = (
     *("cifar10", "imagenet256-ts-a2", "imagenet256-s-a1"),
     *(f"dit-{size}-{patch}" for size in ("s", "b", "l", "xl") for patch in (2, 4, 8)),
@@ -28,7 +29,7 @@ Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
 COUNT = click.IntRange(min=1)
 
 
-def _run(name: str, **options: Any) -> None:
+def _run(name: str, /, **options: Any) -> None:
     """``imm.cli.NAME.run``."""
     importlib.import_module(f"imm.cli.{name}").run(**options)
 
@@ -113,7 +114,11 @@ SAMPLER = (
         callback=lambda context, parameter, value: parse_floats(value, "mid-eta"),
         help="Noise levels in between, for --kind=eta, such as 1.4.",
     ),
-    _option("--method", default="pushforward", type=_choice("pushforward", "restart"), help="The paper's algorithm 2 or 5."),
+    _option(
+        "--method",
+        type=_choice("pushforward", "restart", "ddim", "heun"),
+        help="The paper's algorithm 2 or 5; ddim and heun for velocities. [default: what belongs to the checkpoint's loss]",
+    ),
 )
 
 
@@ -263,6 +268,7 @@ _TRAIN: dict[str, list[Decorator]] = {
         _option("--t-max", default=0.994, type=Number()),
     ],
     "Objective": [
+        _option("--loss", default="imm", type=_choice(*LOSSES), help="docs/losses.md. Options below belong to some of them."),
         _option("--particles", default=4, type=COUNT, help="M, particles a group."),
         _option("--kernel", default="laplace", type=_choice("laplace", "rbf", "imq", "energy")),
         _option("--mapping", default="eta", type=_choice("eta", "t", "log_snr", "inverse_eta"), help="How r(s, t) is found."),
@@ -271,6 +277,17 @@ _TRAIN: dict[str, list[Decorator]] = {
         _option("-b", "b", default=4.0, type=Number(), help="Shift of the weighting."),
         _option("--min-gap", type=Number(), help="Smallest t - r, such as 1e-4 in half precision. [default: none]"),
         _option("--label-dropout", default=0.1, type=Number(0, 1)),
+        _option("--times", type=_choice("uniform", "logit_normal"), help="fm, progressive, lagrangian, meanflow: of t."),
+        _option(
+            "--fm-share", type=Number(0, 1), help="progressive, lagrangian, meanflow: share of the batch with s = t. [0.75]"
+        ),
+        _option("--distance", type=_choice("pseudo_huber", "kernel"), help="consistency. [pseudo_huber]"),
+        _option("--stage-steps", type=click.IntRange(min=0), help="consistency: steps until the gap halves; 0: -k's. [1000]"),
+        _option("--bootstrap", type=Number(0, 1), help="shortcut: share of the batch that learns from halves. [0.25]"),
+        _option("--depth", type=COUNT, help="shortcut: the smallest step is 2^-depth. [7]"),
+        _option("--derivative", type=_choice("jvp", "difference"), help="meanflow. [jvp]"),
+        _option("--improved", is_flag=True, help="meanflow: the improved form."),
+        _option("--draws", type=click.IntRange(min=2), help="energy: samples an image. [4]"),
     ],
 }
 _Grouped.groups = {title: len(options) for title, options in _TRAIN.items()}
@@ -459,6 +476,19 @@ def report(**options: Any) -> None:
     _run("report", **options)
 
 
+@click.command()
+@click.argument("name", type=_choice("losses"), metavar="NAME")
+@_out("Where to write; a stopped study is resumed there. [default: runs/study-NAME]", "DIR", required=False)
+@_option("--quick", is_flag=True, help="A few steps, to see that it runs; its figures say nothing.")
+@DEVICE
+def study(**options: Any) -> None:
+    """Run a study: losses. Writes rows, figures and one page; exits with 1 where a criterion fails.
+
+    losses: every loss with the same network, data, batch, seeds and protocol. About an hour on two cores.
+    """
+    _run("study", **options)
+
+
 @click.command("import")
 @_net("Published snapshot (.pkl).")
 @_out("Checkpoint to write (.safetensors).")
@@ -497,6 +527,7 @@ COMMANDS: dict[str, click.Command] = {
     "eval": evaluate,
     "ema": ema,
     "report": report,
+    "study": study,
     "import": import_,
     "export": export,
     "doctor": doctor,

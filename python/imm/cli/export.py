@@ -9,16 +9,29 @@ import torch
 
 from imm import checkpoints, package
 from imm.backends import PRECISIONS
+from imm.checkpoints import read_settings
 from imm.cli.options import device_line, pick_device
+from imm.cli.sample import method_of
 from imm.ops import native
 
 
-def run(net: str, out: str, steps: int, batch: int, guided: bool, precision: str | None, device: str, **grid: Any) -> None:
+def run(
+    net: str,
+    out: str,
+    steps: int,
+    batch: int,
+    guided: bool,
+    precision: str | None,
+    device: str,
+    method: str | None,
+    **grid: Any,
+) -> None:
     """Run ``imm export``; the arguments are its options."""
     target = pick_device(device)
     flow_map = checkpoints.load(net).to(target)
+    method = method_of(read_settings(net, "flow_map").get("extra"), method)
     dtype = None if precision is None else PRECISIONS[precision] or torch.float32
-    package.export(flow_map, out, rows=batch, steps=steps, guided=guided, dtype=dtype, **grid)
+    package.export(flow_map, out, rows=batch, steps=steps, guided=guided, dtype=dtype, method=method, **grid)
     click.echo(f"{out}: {steps} steps of {batch} images at a time, on {device_line(target)}")
     program = native.program("imm_generate")
     if program is not None:

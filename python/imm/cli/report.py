@@ -97,7 +97,11 @@ def page(title: str, folder: Path, lead: str = "") -> str:
         "".join(f"<p>Changed {html.escape(line)}.</p>" for line in changes),
         _table("Environment", environment),
     ]
-    body = "\n".join(part for part in parts if part)
+    return document(title, "\n".join(part for part in parts if part))
+
+
+def document(title: str, body: str) -> str:
+    """A whole page around its body."""
     return (
         f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{html.escape(title)}</title>\n'
         f'<meta name="viewport" content="width=device-width, initial-scale=1"><style>{_CSS}</style></head><body>\n'

@@ -22,6 +22,7 @@ from imm.distributed import Processes, processes
 from imm.files import sha256_of
 from imm.flow_map import FlowMap
 from imm.integrations.autoencoder import INSTALL, load_vae
+from imm.objectives import SAMPLED_BY
 from imm.sampling import Sampler, time_grid
 from imm.sampling.folder import ImageFolder, absent, generate, note
 from imm.seeds import format_integers, parse_integers
@@ -54,7 +55,7 @@ def _run(
     guidance: float | None,
     kind: str,
     mid_eta: list[float],
-    method: str,
+    method: str | None,
     precision: str,
     subdirs: bool,
     grid: tuple[int, int] | None,
@@ -67,6 +68,7 @@ def _run(
         raise ValueError("class: expected either --class or --labels, got both")
     extra = read_settings(net, "flow_map").get("extra", {})
     class_names = _class_names(extra)
+    method = method_of(extra, method)
     all_labels = pick_labels(flow_map, labels, len(seed_list))
     if one_class is not None:
         one_class = find_class(one_class, flow_map.num_classes, class_names, net)
@@ -90,7 +92,7 @@ def _run(
         "labels": labels if labels is not None or all_labels is None else "all in turn",
         "classes": flow_map.num_classes,
         **sampling,
-        "nfe": steps * (1 if guidance is None else 2),
+        "nfe": (2 * steps - 1 if method == "heun" else steps) * (1 if guidance is None else 2),
         "precision": precision,
         "rows": rows,
         "subdirs": subdirs,
@@ -161,6 +163,15 @@ def _class_names(extra: Any) -> list[str]:
     data = extra.get("data") if isinstance(extra, dict) else None
     names = data.get("class_names") if isinstance(data, dict) else None
     return [str(name) for name in names] if isinstance(names, list) else []
+
+
+def method_of(extra: Any, given: str | None) -> str:
+    """The sampling method: as given, or what belongs to the loss that a checkpoint's settings name."""
+    if given is not None:
+        return given
+    objective = extra.get("objective") if isinstance(extra, dict) else None
+    loss = objective.get("loss") if isinstance(objective, dict) else None
+    return SAMPLED_BY.get(str(loss), "pushforward")
 
 
 def find_class(name: int | str, classes: int, class_names: list[str], net: Path) -> int:

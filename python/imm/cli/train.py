@@ -14,7 +14,7 @@ import torch
 from tqdm import tqdm
 
 from imm import checkpoints
-from imm.checkpoints.format import describe
+from imm.checkpoints.format import describe, read_settings
 from imm.cli import progress
 from imm.cli.eval import check_weights
 from imm.cli.options import device_line, name_list, process_device, say_left_out, say_notes
@@ -27,11 +27,12 @@ from imm.evaluation.sets import PictureSet, load_set, set_of
 from imm.evaluation.statistics import is_statistics
 from imm.files import sha256_of
 from imm.flow_map import FlowMap
-from imm.networks import NETWORKS
-from imm.objectives import IMM
+from imm.networks import NETWORKS, ignore_second_time
+from imm.objectives import OBJECTIVES
 from imm.presets import PRESETS, Preset
 from imm.training import Scoring, TrainConfig, Trainer, Watch
 from imm.training.watch import SCORES_FILE
+from imm.weights import unwrapped
 
 #: Options of each network, under its constructor's names.
 NETWORK_OPTIONS = {"UNet": ("width", "dropout"), "DDPMpp": ("width", "dropout"), "DiT": ("size", "patch")}
@@ -57,11 +58,21 @@ TRAINING_OPTIONS = (
 )
 #: Options of :class:`imm.training.Watch`.
 WATCH_OPTIONS = ("log", "grid", "metrics", "eval_every", "eval_images", "eval_steps", "ref", "weights")
-#: Option -> argument of :class:`imm.IMM`.
-OBJECTIVE_OPTIONS = {
-    **{name: name for name in ("particles", "kernel", "k", "a", "b", "min_gap", "label_dropout")},
-    "mapping": "mapping_kind",
+_IMM = {**{name: name for name in ("kernel", "k", "a", "b", "min_gap", "label_dropout")}, "mapping": "mapping_kind"}
+_same = lambda *names: {name: name for name in (*names, "label_dropout")}
+#: Loss -> option -> argument of its class.
+LOSS_OPTIONS: dict[str, dict[str, str]] = {
+    "imm": {"particles": "particles", **_IMM},
+    "fm": _same("times"),
+    "consistency": {**_IMM, **_same("distance", "stage_steps")},
+    "shortcut": _same("bootstrap", "depth"),
+    "progressive": _same("fm_share", "times"),
+    "lagrangian": _same("fm_share", "times"),
+    "meanflow": _same("derivative", "improved", "fm_share", "times"),
+    "energy": _same("draws"),
 }
+#: All that some loss has.
+OBJECTIVE_OPTIONS = {name for options in LOSS_OPTIONS.values() for name in options}
 
 
 def run(data: str, out: str, device: str, given: set[str], **options: Any) -> None:
@@ -113,7 +124,7 @@ def _run(
     net = flow_map.network
     if checkpointing:
         net.checkpointing = True  # type: ignore[assignment]
-    objective = IMM(flow_map.to(target), **chosen.objective)
+    objective = OBJECTIVES[chosen.loss](flow_map.to(target), **chosen.objective)
     digest = None if init is None else sha256_of(init)
     trainer = Trainer(objective, images, out, config, init=digest, where=where, watch=watch, allow_change=allow_change)
     if where.first:
@@ -126,7 +137,9 @@ def _run(
         say_left_out(images.left_out, Path(out) / "data")
     if preset is not None:
         say(f"preset: {preset}; flow map: {flow_map.settings}; objective: {chosen.objective}; training: {training}")
-    say(f"network: {type(net).__name__}, {count:,} parameters; {how}; steps: {steps}, batch {config.batch}")
+    say(
+        f"network: {type(net).__name__}, {count:,} parameters; loss: {chosen.loss}; {how}; steps: {steps}, batch {config.batch}"
+    )
     if init is not None:
         say(f"init: {init}, sha256 {digest}")
     if trainer.resumed_from is not None:
@@ -155,6 +168,7 @@ def _chosen(
     loaded = None
     if init is not None:
         loaded = checkpoints.load(init).train()
+        _begin_map(init, loaded, chosen.loss, of_model.get("second_time"))
         chosen = _of_file(init, loaded, chosen, preset)
     if init is not None or preset is not None:
         _check_fit(f"the preset {preset}" if init is None else init, chosen, images)
@@ -227,7 +241,7 @@ def _from_options(options: Mapping[str, Any], given: Mapping[str, Any], images: 
     """What the options say, for the images' shape and classes; refused where one was given that the network does not have."""
     network = {"unet": "UNet", "dit": "DiT"}[options["network"]]
     mine = NETWORK_OPTIONS[network]
-    foreign = sorted(given.keys() - {"network", *mine, *FLOW_MAP_OPTIONS, *OBJECTIVE_OPTIONS})
+    foreign = sorted(given.keys() - {"network", "loss", *mine, *FLOW_MAP_OPTIONS, *OBJECTIVE_OPTIONS})
     if foreign:
         raise ValueError(
             f"{foreign[0]}: expected no such option for the network {network}, which has {', '.join(mine)}, "
@@ -239,33 +253,63 @@ def _from_options(options: Mapping[str, Any], given: Mapping[str, Any], images: 
         network,
         {**image, **{name: options[name] for name in mine}},
         {name: options[name] for name in FLOW_MAP_OPTIONS},
-        {argument: options[name] for name, argument in OBJECTIVE_OPTIONS.items()},
+        _of_loss(options["loss"], given),
+        loss=options["loss"],
     )
+
+
+def _of_loss(loss: str, given: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments of a loss that were given; refused where one is another loss's."""
+    own = LOSS_OPTIONS[loss]
+    for name in sorted(given.keys() & OBJECTIVE_OPTIONS - own.keys()):
+        raise ValueError(f"{name}: expected no such option for the loss {loss}, which has {', '.join(own)}, got {given[name]}")
+    arguments = {argument: given[name] for name, argument in own.items() if name in given}
+    return arguments if arguments.get("stage_steps") != 0 else {**arguments, "stage_steps": None}
 
 
 def _changed(name: str, given: Mapping[str, Any]) -> Preset:
     """The preset with what was given beside it."""
     preset = PRESETS[name]
     mine = NETWORK_OPTIONS[preset.network]
-    foreign = sorted(given.keys() - {*mine, *FLOW_MAP_OPTIONS, *OBJECTIVE_OPTIONS})
+    foreign = sorted(given.keys() - {"loss", *mine, *FLOW_MAP_OPTIONS, *OBJECTIVE_OPTIONS})
     if foreign:
         raise ValueError(
             f"{foreign[0]}: expected no such option beside --preset={name}, "
             f"whose network is {preset.network} with {', '.join(mine)}, got {given[foreign[0]]}"
         )
+    loss = given.get("loss", preset.loss)
+    # Of another loss the preset says network, flow map and training.
+    kept = preset.objective if loss == preset.loss else {k: v for k, v in preset.objective.items() if k == "label_dropout"}
     return replace(
         preset,
         arguments={**preset.arguments, **{key: given[key] for key in mine if key in given}},
         flow_map={**preset.flow_map, **{key: given[key] for key in FLOW_MAP_OPTIONS if key in given}},
-        objective={**preset.objective, **{OBJECTIVE_OPTIONS[key]: given[key] for key in OBJECTIVE_OPTIONS if key in given}},
+        objective={**kept, **_of_loss(loss, given)},
+        loss=loss,
     )
 
 
 def _check_beside_init(path: str, given: Mapping[str, Any]) -> None:
     """Refuse options that a checkpoint has settled."""
-    own = {"network", *FLOW_MAP_OPTIONS, *(name for names in NETWORK_OPTIONS.values() for name in names)}
+    own = {
+        "network",
+        *(set(FLOW_MAP_OPTIONS) - {"second_time"}),
+        *(name for names in NETWORK_OPTIONS.values() for name in names),
+    }
     for name in sorted(given.keys() & own):
         raise ValueError(f"{name}: expected no such option beside --init, whose file says it ({path}), got {given[name]}")
+
+
+def _begin_map(path: str, loaded: FlowMap, loss: str, second_time: str | None) -> None:
+    """Make a velocity the start of a flow map: it saw no second time but one, so that its output begins without any."""
+    objective = read_settings(path, "flow_map").get("extra", {}).get("objective", {})
+    velocity = loaded.second_time == "none" or (objective.get("loss") == "fm" and loaded.second_time == "stride")
+    if second_time is not None and second_time != loaded.second_time:
+        if loaded.second_time != "none":
+            raise ValueError(f"second_time: expected {loaded.second_time}, which {path} says, got {second_time}")
+        loaded.second_time = second_time
+    if velocity and loss != "fm" and loaded.second_time != "none":
+        ignore_second_time(unwrapped(loaded.network))
 
 
 def _of_file(path: str, loaded: FlowMap, chosen: Preset, preset: str | None) -> Preset:

@@ -4,10 +4,10 @@ from torch import nn
 
 from imm.networks.ddpmpp import DDPMpp
 from imm.networks.dit import DiT
-from imm.networks.embeddings import full_precision
+from imm.networks.embeddings import full_precision, ignore_second_time
 from imm.networks.unet import UNet
 
 #: Networks that a checkpoint can name; each keeps its constructor's arguments in ``settings``.
 NETWORKS: dict[str, type[nn.Module]] = {"DDPMpp": DDPMpp, "DiT": DiT, "UNet": UNet}
 
-__all__ = ["NETWORKS", "DDPMpp", "DiT", "UNet", "full_precision"]
+__all__ = ["NETWORKS", "DDPMpp", "DiT", "UNet", "full_precision", "ignore_second_time"]

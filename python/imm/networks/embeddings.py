@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -43,6 +44,24 @@ class TimestepEmbedder(nn.Module):
 
     def forward(self, t: Tensor) -> Tensor:
         return self.mlp(sinusoids(t, self.frequencies).to(next(self.mlp.parameters()).dtype))
+
+
+def ignore_second_time(network: nn.Module) -> None:
+    """Make a network of ours give, whatever its second time is, what it gives for 0; in place.
+
+    A velocity, which has seen no other, becomes the start of a flow map: the layer that takes the second time has weights 0 and
+    learns from there.
+    """
+    zero, own = torch.zeros(1, dtype=torch.float64), cast(Any, network)
+    with torch.no_grad():
+        if isinstance(getattr(network, "s_embedder", None), TimestepEmbedder):
+            layer, features = own.s_embedder.mlp[0], sinusoids(zero, own.s_embedder.frequencies)
+        elif hasattr(network, "map_layer0_s"):
+            layer, features = own.map_layer0_s, own._sinusoids(zero)
+        else:
+            raise ValueError(f"network: expected one of imm.networks, got {type(network).__name__}")
+        layer.bias += nn.functional.linear(features.to(layer.weight), layer.weight)[0]
+        layer.weight.zero_()
 
 
 class LabelEmbedder(nn.Module):

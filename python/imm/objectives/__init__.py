@@ -24,9 +24,13 @@ OBJECTIVES: dict[str, Callable[..., Objective]] = {
     "energy": EnergyScore,
 }
 
+#: What samples a network that was trained by a loss; "pushforward" where it is not here.
+SAMPLED_BY = {"fm": "ddim", "consistency": "restart"}
+
 __all__ = [
     "IMM",
     "OBJECTIVES",
+    "SAMPLED_BY",
     "T_BINS",
     "Batch",
     "Consistency",

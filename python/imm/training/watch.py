@@ -19,7 +19,7 @@ from imm.checkpoints.format import CheckpointError, read_settings
 from imm.evaluation.evaluate import METRICS, Features, ReferenceStatistics, check, evaluate, gathered, load_networks, split_of
 from imm.evaluation.sets import PictureSet, picture_set
 from imm.files import replacing
-from imm.flow_map import FlowMap
+from imm.objectives import SAMPLED_BY
 from imm.sampling import Sampler
 from imm.training.log import Log, open_log, scalars_of
 from imm.training.stats import append, read_rows, trim
@@ -61,7 +61,8 @@ class Watch:
             snapshot is the best. batch: images a call of the sampler and of a feature network.
         say: is given a line for each score.
 
-    Pictures and scores are of the average, by pushforward on a uniform grid of times, without guidance. They take no random
+    Pictures and scores are of the average, by the method that belongs to the loss (:data:`imm.objectives.SAMPLED_BY`) on a
+    uniform grid of times, without guidance. They take no random
     numbers from training.
     """
 
@@ -149,20 +150,21 @@ class Watch:
     def _draw(self, trainer: Trainer, columns: int, lines: int) -> None:
         rows: list[tuple[str, Tensor]] = []
         for steps in self._steps:
-            images = self._sample(trainer.ema_flow_map, steps, range(columns * lines))
+            images = self._sample(trainer, steps, range(columns * lines))
             rows += [(_steps(steps) if i == 0 else "", part) for i, part in enumerate(images.split(columns))]
         picture = pictures.grid(rows)
         if self._log is not None:
             self._log.picture(trainer.step, SAMPLES, picture)
         pictures.save_picture(picture, trainer.out / f"{SAMPLES}-{trainer.step:07d}.png")
 
-    def _sample(self, flow_map: FlowMap, steps: int, seeds: range) -> Tensor:
+    def _sample(self, trainer: Trainer, steps: int, seeds: range) -> Tensor:
         """Images of seeds, the classes in turn, as ``imm sample`` makes them in batches of as many."""
+        flow_map, method = trainer.ema_flow_map, SAMPLED_BY.get(trainer.objective.name, "pushforward")
         rows = min(self._batch, len(seeds))
         classes = flow_map.num_classes
         parts = []
         with repeatable(tf32=False):
-            sampler = Sampler(flow_map, steps=steps, rows=rows)
+            sampler = Sampler(flow_map, steps=steps, rows=rows, method=method)
             for start in range(seeds.start, seeds.stop, rows):
                 some = range(start, min(start + rows, seeds.stop))
                 labels = torch.tensor(some) % classes if classes else None
@@ -170,11 +172,11 @@ class Watch:
         return torch.cat(parts)
 
     def _score(self, trainer: Trainer, scoring: Scoring) -> None:
-        flow_map = trainer.ema_flow_map
+        flow_map = trainer.objective.flow_map
         for steps in self._steps:
             start = time.perf_counter()
             share = split_of(scoring.images, *trainer.place)
-            own = pictures.to_uint8(self._sample(flow_map, steps, range(share.start, share.stop)))
+            own = pictures.to_uint8(self._sample(trainer, steps, range(share.start, share.stop)))
             pixels = gathered(own, scoring.images) if trainer.place[1] > 1 else own
             classes = flow_map.num_classes
             labels = torch.arange(scoring.images) % classes if classes else None
