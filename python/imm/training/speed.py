@@ -60,15 +60,20 @@ class Clock:
 
 
 def flops_of(flow_map: FlowMap, shape: Sequence[int]) -> int:
-    """Of the matmuls and convolutions of a forward of one image ``[C, H, W]``, counted in one."""
-    device = next(flow_map.network.parameters()).device
+    """Of the matmuls and convolutions of a forward of one image ``[C, H, W]``, counted in one in evaluation mode."""
+    network, training = flow_map.network, flow_map.network.training
+    device = next(network.parameters()).device
     labels = torch.zeros(1, dtype=torch.int64, device=device) if flow_map.num_classes else None
     t, s = (torch.full((1,), value, dtype=torch.float64, device=device) for value in (flow_map.t_max, flow_map.t_min))
     counted = FlopCounterMode(display=False, custom_mapping={torch.ops.imm.timestep_attention: _attention})
     # With gradients and the kernel of plain matmuls, so that no fused form runs that the counter does not know.
     eager = torch.compiler.set_stance("force_eager")
-    with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH), eager, counted:
-        flow_map.network_output(torch.zeros(1, *shape, device=device), t, s, labels)
+    network.eval()  # running statistics stay as they are
+    try:
+        with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH), eager, counted:
+            flow_map.network_output(torch.zeros(1, *shape, device=device), t, s, labels)
+    finally:
+        network.train(training)
     return int(counted.get_total_flops())
 
 
