@@ -182,7 +182,10 @@ void SamplingLoop::body() {
     const Optional uncond = settings_.guided ? Optional(g.narrow(0, 0, B)) : std::nullopt;
     const Optional guidance = settings_.guided ? Optional(guidance_) : std::nullopt;
     const double c_kept = table_.c_kept[static_cast<size_t>(i)];
-    if (!last && table_.c_kept[static_cast<size_t>(i + 1)] != 0.0) kept_->copy_(state_);
+    if (!last && table_.c_kept[static_cast<size_t>(i + 1)] != 0.0) {
+      TORCH_CHECK_VALUE(c_kept == 0.0, "c_kept: expected no two steps in a row that add a kept state");
+      kept_->copy_(state_);
+    }
     const bool noisy = table_.c_noise[static_cast<size_t>(i)] != 0.0;
     const Optional c_noise = noisy ? Optional(coefficients.select(0, 3)) : std::nullopt;
     const Optional seeds = noisy ? Optional(seeds_) : std::nullopt;

@@ -56,6 +56,10 @@ def test_options_of_other_losses_are_refused_by_name(data, tmp_path) -> None:
     assert "particles: expected no such option for the loss fm, which has times, label_dropout, got 2" in output
     assert "times: expected no such option for the loss imm" in call(*command, "--times=uniform", ok=False).output
     assert not (tmp_path / "run").exists()
+    for option in ("-k8", "--kernel=rbf"):  # which the defaults of others switch off
+        assert "beside it for the loss consistency" in call(*command, "--loss=consistency", option, ok=False).output
+    output = call(*command, "--loss=meanflow", "--compile", ok=False).output
+    assert "compile: expected a loss without tangents of the network, got meanflow" in output
     call(*command, "--loss=consistency", "--stage-steps=0", "-k", "8")
     kept = checkpoints.read_settings(tmp_path / "run" / "snapshot-0000002.safetensors", "flow_map")["extra"]["objective"]
     assert (kept["stage_steps"], kept["k"], kept["distance"]) == (None, 8, "pseudo_huber")

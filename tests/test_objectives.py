@@ -207,7 +207,7 @@ def test_the_gap_of_ects_schedule_halves_from_stage_to_stage() -> None:
     eta = lambda time: time / (1 - time)
     for step, stage in ((0, 1), (9, 1), (10, 2), (35, 4), (10**6, 5)):
         objective.step = step
-        n = 1 + 8 / (1 + torch.exp(eta(t)))
+        n = 1 + 8 / (1 + torch.exp(SIGMA * eta(t)))  # of the noise level sigma_data eta
         expected = (eta(t) * (1 - n / 2**stage)).clamp_min(0.0)
         torch.testing.assert_close(eta(objective.mapping(t, s)), expected, rtol=1e-9, atol=1e-12)
 
@@ -427,11 +427,11 @@ def test_every_loss_trains_a_network_of_ours_in_either_precision(kind, precision
         ("fm", {"times": "beta"}, "unknown times 'beta'; expected one of"),
         ("fm", {"label_dropout": 2.0}, "label_dropout: expected a probability, got 2.0"),
         ("consistency", {"distance": "l1"}, "unknown distance 'l1'; expected one of"),
-        ("consistency", {"stage_steps": 0}, "stage_steps: expected at least 1, or None, got 0"),
-        ("consistency", {"stages": 0}, "stages: expected 1 to 30, got 0"),
+        ("consistency", {"stage_steps": 0}, "stage_steps: expected a whole number >= 1, or None, got 0"),
+        ("consistency", {"stages": 0}, "stages: expected a whole number from 1 to 30, got 0"),
         ("consistency", {"particles": 4}, "particles: expected none"),
         ("shortcut", {"bootstrap": -0.1}, "bootstrap: expected a share from 0 to 1, got -0.1"),
-        ("shortcut", {"depth": 0}, "depth: expected 1 to 20, got 0"),
+        ("shortcut", {"depth": 2.5}, "depth: expected a whole number from 1 to 20, got 2.5"),
         ("progressive", {"fm_share": 1.5}, "fm_share: expected a share from 0 to 1, got 1.5"),
         ("meanflow", {"derivative": "exact"}, "unknown derivative 'exact'; expected one of"),
         ("meanflow", {"step_size": 0.0}, r"step_size: expected a number in \(0, 0.5\), got 0.0"),
@@ -451,6 +451,16 @@ def test_meanflow_wants_euler_fm_and_lagrangian_says_what_it_switches() -> None:
     with pytest.warns(UserWarning, match="DiT: switched to its plain form"):
         SelfDistillation(FlowMap(network), kind="lagrangian")
     assert network.fused is False
+
+
+def test_losses_of_jumps_want_a_network_that_sees_s() -> None:
+    for kind, make in OBJECTIVES.items():
+        velocity = FlowMap(Smooth(), second_time="none")
+        if kind in ("fm", "consistency", "energy"):
+            make(velocity)
+        else:
+            with pytest.raises(ValueError, match=r'second_time: expected "stride" or "identity" for \w+, got "none"'):
+                make(velocity)
 
 
 def test_settings_name_the_loss_and_its_arguments() -> None:

@@ -13,6 +13,7 @@ from test_training import CONFIG, assert_same_state, images, trainer, unet
 from torch import nn
 
 from imm import FlowMap, IMMObjective, checkpoints
+from imm.cli import progress
 from imm.training import PowerEMA, TrainConfig, Trainer, TrainingError, reconstruct
 from imm.training.config import CHANGEABLE
 from imm.training.ema import gamma_of, mixture, profile
@@ -107,9 +108,11 @@ def test_steps_whose_gradient_is_not_finite_are_skipped_up_to_the_bound(tmp_path
     run.run(8)
     assert_same_state(tmp_path / "whole", tmp_path / "parts")
 
+    run = breaking(tmp_path / "shown", (1, 2), max_skipped=2, log_every=1)  # rows of skipped steps alone, on the bar
+    progress.run(run, 3)
     run = breaking(tmp_path / "bound", (3, 5, 6), max_skipped=2)
     with pytest.raises(
-        TrainingError, match=r"gradient not finite in step 6, and 2 skipped before; the saved state of step 4 is"
+        TrainingError, match=r"gradient not finite in step 6, after 2 skipped steps; the saved state of step 4 is"
     ):
         run.run(8)
     with pytest.raises(TrainingError, match=r"not finite before step 4 .*no state was saved"):
@@ -171,7 +174,7 @@ def test_the_published_profiles_mean_and_deviation() -> None:
 
 @pytest.mark.parametrize("length", [0.0, -0.1, 0.3, math.nan])
 def test_a_length_that_no_profile_has_is_refused(length) -> None:
-    with pytest.raises(ValueError, match=r"ema_lengths: expected lengths in \(0, 0.28\], got"):
+    with pytest.raises(ValueError, match=r"length: expected the length of an average in \(0, 0.28\], got"):
         PowerEMA(nn.Linear(1, 1), length)
 
 
@@ -252,6 +255,6 @@ def test_bad_requests_for_an_average_are_one_line(tmp_path) -> None:
     trainer(tmp_path / "run", dataclasses.replace(CONFIG, ema_lengths=(0.1,))).run(4)
     command = ("ema", f"--runs={tmp_path / 'run'}", out)
     assert "step: expected one that" in call(*command, "--length=0.1", "--step=3", ok=False).output
-    assert "expected lengths in (0, 0.28], got 0.5" in call(*command, "--length=0.5", ok=False).output
+    assert "length: expected the length of an average in (0, 0.28], got 0.5" in call(*command, "--length=0.5", ok=False).output
     assert not (tmp_path / "ema.safetensors").exists()
     assert (tmp_path / "run" / STATE_FILE).exists()

@@ -203,6 +203,10 @@ def test_the_best_snapshot_is_kept_by_the_first_metric_that_is_one_number(tmp_pa
     assert best_of(tmp_path)["step"] == 8
     write((4, 1, {"prdc.recall": 0.1}))
     assert best_of(tmp_path) is None
+    write((4, 1, {"label-match": 0.2}), (8, 1, {"mmd-pixels": 0.1}))  # resumed with another metric
+    assert best_of(tmp_path)["step"] == 4
+    write((4, 1, {"mmd-pixels": float("nan")}), (8, 1, {"mmd-pixels": 0.1}))
+    assert best_of(tmp_path)["step"] == 8
 
 
 def test_the_best_snapshot_is_copied_once_it_is_saved(tmp_path) -> None:

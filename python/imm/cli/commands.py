@@ -286,6 +286,7 @@ _TRAIN: dict[str, list[Decorator]] = {
         _option("--bootstrap", type=Number(0, 1), help="shortcut: share of the batch that learns from halves. [0.25]"),
         _option("--depth", type=COUNT, help="shortcut: the smallest step is 2^-depth. [7]"),
         _option("--derivative", type=_choice("jvp", "difference"), help="meanflow. [jvp]"),
+        _option("--step-size", type=Number(), help="meanflow with --derivative=difference: of t. [0.0005]"),
         _option("--improved", is_flag=True, help="meanflow: the improved form."),
         _option("--draws", type=click.IntRange(min=2), help="energy: samples an image. [4]"),
     ],

@@ -53,7 +53,7 @@ def run(trainer: Trainer, steps: int, max_seconds: float | None = None, *, quiet
     steps_bar = bar(steps, "step", trainer.step, disable=quiet)
 
     def on_log(row: dict[str, Any]) -> None:
-        loss, norm = (float("nan") if row[name] is None else row[name] for name in ("loss", "grad_norm"))
+        loss, norm = (float("nan") if row.get(name) is None else row[name] for name in ("loss", "grad_norm"))
         steps_bar.set_postfix_str(f"loss {loss:.5f}, {row['images_per_second']:.0f} images/s, |grad| {norm:.3f}", refresh=False)
 
     try:

@@ -19,6 +19,7 @@ import click
 import torch
 
 from imm.checkpoints import CheckpointError, read_settings
+from imm.cli.options import writable_file
 from imm.files import write_text
 from imm.training.state import STATE_FILE
 from imm.training.stats import STATS_FILE, read_rows
@@ -40,14 +41,14 @@ figure { margin: 0 0 1.5rem; } img { max-width: 100%; } img.curves { background:
 .samples { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 26rem), 1fr)); gap: 1rem; }
 .verdict { font-weight: 600; } pre { overflow-x: auto; font-size: .85rem; } small { opacity: .75; }
 """
-_CURVES = """Loss times M: so are runs with unlike M comparable. Matched share: how much of the gradient comes from pairs of one
-image and noise; at 1 the loss is a consistency loss. Time: of a step, by what it was spent on."""
+_CURVES = """Loss times M compares runs with unlike M. Matched share: how much of the gradient comes from pairs of one image and
+noise; at 1 the loss is a consistency loss. Share of the time: what a step was spent on."""
 
 
 def run(folder: str, out: str | None) -> None:
     """Run ``imm report``; the arguments are its options."""
     root = Path(folder)
-    target = root / "report.html" if out is None else Path(out)
+    target = root / "report.html" if out is None else writable_file(out)
     if not read_rows(root / STATS_FILE):
         raise ValueError(f"RUN: expected the folder of a training run, with rows in {STATS_FILE}, got {folder}")
     write_text(target, page(f"Training run {root.resolve().name}", root))

@@ -23,7 +23,7 @@ from imm.files import sha256_of
 from imm.flow_map import FlowMap
 from imm.integrations.autoencoder import INSTALL, load_vae
 from imm.objectives import SAMPLED_BY
-from imm.sampling import Sampler, time_grid
+from imm.sampling import Sampler, step_table, time_grid
 from imm.sampling.folder import ImageFolder, absent, generate, note
 from imm.seeds import format_integers, parse_integers
 
@@ -63,7 +63,7 @@ def _run(
     vae: str | None,
 ) -> None:
     flow_map = checkpoints.load(net).to(device)
-    time_grid(flow_map, steps, kind, mid_eta)  # refuses before a folder is made
+    times = time_grid(flow_map, steps, kind, mid_eta)  # refuses before a folder is made
     if labels is not None and one_class is not None:
         raise ValueError("class: expected either --class or --labels, got both")
     extra = read_settings(net, "flow_map").get("extra", {})
@@ -92,7 +92,7 @@ def _run(
         "labels": labels if labels is not None or all_labels is None else "all in turn",
         "classes": flow_map.num_classes,
         **sampling,
-        "nfe": (2 * steps - 1 if method == "heun" else steps) * (1 if guidance is None else 2),
+        "nfe": len(step_table(flow_map, times, method)) * (1 if guidance is None else 2),
         "precision": precision,
         "rows": rows,
         "subdirs": subdirs,

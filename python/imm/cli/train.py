@@ -68,7 +68,7 @@ LOSS_OPTIONS: dict[str, dict[str, str]] = {
     "shortcut": _same("bootstrap", "depth"),
     "progressive": _same("fm_share", "times"),
     "lagrangian": _same("fm_share", "times"),
-    "meanflow": _same("derivative", "improved", "fm_share", "times"),
+    "meanflow": _same("derivative", "step_size", "improved", "fm_share", "times"),
     "energy": _same("draws"),
 }
 #: All that some loss has.
@@ -146,8 +146,10 @@ def _run(
         say(f"resuming at step {trainer.resumed_from}")
     for line in [*(f"changed {change}" for change in trainer.changes), *about]:
         say(line)
-    signal_number = progress.run(trainer, steps, None if minutes is None else 60.0 * minutes, quiet=not where.first)
-    watch.close()
+    try:
+        signal_number = progress.run(trainer, steps, None if minutes is None else 60.0 * minutes, quiet=not where.first)
+    finally:
+        watch.close()
     signal_number = where.largest(signal_number or 0) or None
     if signal_number is not None:
         say(f"stopped by signal {signal_number} at step {trainer.step}; the same command resumes there")
@@ -263,8 +265,22 @@ def _of_loss(loss: str, given: Mapping[str, Any]) -> dict[str, Any]:
     own = LOSS_OPTIONS[loss]
     for name in sorted(given.keys() & OBJECTIVE_OPTIONS - own.keys()):
         raise ValueError(f"{name}: expected no such option for the loss {loss}, which has {', '.join(own)}, got {given[name]}")
+    if loss == "consistency":
+        _check_consistency(given)
     arguments = {argument: given[name] for name, argument in own.items() if name in given}
     return arguments if arguments.get("stage_steps") != 0 else {**arguments, "stage_steps": None}
+
+
+def _check_consistency(given: Mapping[str, Any]) -> None:
+    """Refuse options of the consistency loss that others of them switch off."""
+    unused = []
+    if given.get("distance") != "kernel":
+        unused += [(name, "--distance=kernel") for name in ("kernel", "a", "b")]
+    if given.get("stage_steps") != 0:
+        unused += [(name, "--stage-steps=0") for name in ("k", "mapping", "min_gap")]
+    for name, wanted in unused:
+        if name in given:
+            raise ValueError(f"{name}: expected {wanted} beside it for the loss consistency, got {given[name]} without")
 
 
 def _changed(name: str, given: Mapping[str, Any]) -> Preset:

@@ -25,7 +25,7 @@ OBJECTIVES: dict[str, Callable[..., Objective]] = {
 }
 
 #: What samples a network that was trained by a loss; "pushforward" where it is not here.
-SAMPLED_BY = {"fm": "ddim", "consistency": "restart"}
+SAMPLED_BY = {"fm": "ddim", "consistency": "restart", "energy": "restart"}
 
 __all__ = [
     "IMM",

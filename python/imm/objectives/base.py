@@ -75,6 +75,8 @@ class Objective(nn.Module, ABC):
         name: of ``imm train --loss``. particles: images a group, of which a batch is a multiple. step: of training, from 0, for
             losses that change with it; the trainer sets it.
         own: names of the arguments that a run keeps among its settings.
+        needs_second_time: whether the network has to see s. forwards: what an image costs in forwards of the network, with two
+            for a backward. compiles: whether the loss is one of a compiled network: torch.compile has no tangents.
 
     Raises:
         ValueError, TypeError: for any value other than these.
@@ -84,6 +86,9 @@ class Objective(nn.Module, ABC):
     particles = 1
     step = 0
     own: tuple[str, ...] = ()
+    needs_second_time = True
+    forwards = 4.0
+    compiles = True
 
     def __init__(self, flow_map: FlowMap, *, label_dropout: float = 0.1, share_dropout: bool = True) -> None:
         super().__init__()
@@ -91,6 +96,8 @@ class Objective(nn.Module, ABC):
             raise TypeError(f"flow_map: expected a FlowMap, got {type(flow_map).__name__}")
         if not 0.0 <= label_dropout <= 1.0:
             raise ValueError(f"label_dropout: expected a probability, got {label_dropout}")
+        if self.needs_second_time and flow_map.second_time == "none":
+            raise ValueError(f'second_time: expected "stride" or "identity" for {type(self).__name__}, got "none"')
         self.flow_map = flow_map
         self.label_dropout = float(label_dropout)
         self.share_dropout = share_dropout

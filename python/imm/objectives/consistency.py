@@ -1,8 +1,8 @@
 """Consistency training (Song et al. 2023), IMM with one particle and s = t_min: f_{s,t}(x_t) learns sg f_{s,r}(x_r).
 
-With r -> t by the schedule of easy consistency tuning (Geng et al. 2024, ECT), in terms of the noise level eta = sigma / alpha:
+With r -> t by the schedule of easy consistency tuning (Geng et al. 2024, ECT), in terms of eta = sigma / alpha:
 
-    eta_r = eta_t (1 - n(eta_t) / 2^stage),  n = 1 + 8 sigmoid(-eta),  stage = 1, 2, ... every ``stage_steps`` steps
+    eta_r = eta_t (1 - n(sigma_data eta_t) / 2^stage),  n(u) = 1 + 8 sigmoid(-u),  stage = 1, 2, ... every ``stage_steps`` steps
 
 and the pseudo-Huber distance (Song and Dhariwal 2024), weighted by the gap: (sqrt(|d|^2 + c^2) - c) / (eta_t - eta_r).
 """
@@ -40,6 +40,7 @@ class Consistency(IMM):
 
     name = "consistency"
     own = (*(name for name in IMM.own if name not in ("particles", "estimator")), "distance", "stage_steps", "stages")
+    needs_second_time = False
 
     def __init__(
         self,
@@ -56,10 +57,10 @@ class Consistency(IMM):
         super().__init__(flow_map, particles=1, **more)
         if distance not in DISTANCES:
             raise ValueError(f"unknown distance {distance!r}; expected one of {list(DISTANCES)}")
-        if stage_steps is not None and stage_steps < 1:
-            raise ValueError(f"stage_steps: expected at least 1, or None, got {stage_steps}")
-        if not 1 <= stages <= 30:
-            raise ValueError(f"stages: expected 1 to 30, got {stages}")
+        if stage_steps is not None and (type(stage_steps) is not int or stage_steps < 1):
+            raise ValueError(f"stage_steps: expected a whole number >= 1, or None, got {stage_steps}")
+        if type(stages) is not int or not 1 <= stages <= 30:
+            raise ValueError(f"stages: expected a whole number from 1 to 30, got {stages}")
         self.distance, self.stage_steps, self.stages = distance, stage_steps, stages
 
     def mapping(self, t: Time, s: Time) -> Tensor:
@@ -69,7 +70,7 @@ class Consistency(IMM):
         t, s = as_time(t), as_time(s)
         stage = min(1 + self.step // self.stage_steps, self.stages)
         eta = self.flow_map.schedule.eta(t)
-        share = 1.0 - (1.0 + _NEAR * torch.sigmoid(-_SLOPE * eta)) / 2.0**stage
+        share = 1.0 - (1.0 + _NEAR * torch.sigmoid(-_SLOPE * self.flow_map.sigma_data * eta)) / 2.0**stage
         r = self.flow_map.schedule.t_from_eta(eta * share.clamp_min(0.0))
         return torch.maximum(torch.minimum(r, torch.nextafter(t, torch.zeros_like(t))), s)
 

@@ -26,12 +26,14 @@ class EnergyScore(Objective):
 
     name = "energy"
     own = ("draws",)
+    needs_second_time = False
 
     def __init__(self, flow_map: FlowMap, *, draws: int = 4, label_dropout: float = 0.1, share_dropout: bool = True) -> None:
         super().__init__(flow_map, label_dropout=label_dropout, share_dropout=share_dropout)
-        if not isinstance(draws, int) or draws < 2:
+        if type(draws) is not int or draws < 2:
             raise ValueError(f"draws: expected a whole number >= 2, got {draws}")
         self.draws = draws
+        self.forwards = 3.0 * draws
 
     def sample_times(
         self, groups: int, device: torch.device, generator: torch.Generator | None = None

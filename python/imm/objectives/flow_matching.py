@@ -21,6 +21,8 @@ class FlowMatching(Objective):
 
     name = "fm"
     own = ("times",)
+    needs_second_time = False
+    forwards = 3.0
 
     def __init__(
         self, flow_map: FlowMap, *, times: str = "uniform", label_dropout: float = 0.1, share_dropout: bool = True

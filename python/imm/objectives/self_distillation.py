@@ -50,6 +50,9 @@ class SelfDistillation(Objective):
             raise ValueError(f"unknown kind {kind!r}; expected one of {list(KINDS)}")
         self.name = self.kind = kind
         self.fm_share, self.times = check_share("fm_share", fm_share), check_times(times)
+        # A tangent costs a forward, and the gradient through both four.
+        self.forwards = 3.0 + (2.0 if kind == "progressive" else 4.0) * (1.0 - self.fm_share)
+        self.compiles = kind != "lagrangian"
         if kind == "lagrangian":
             for module in flow_map.modules():
                 if getattr(module, "fused", False):

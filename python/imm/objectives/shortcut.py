@@ -37,9 +37,10 @@ class Shortcut(Objective):
     ) -> None:
         super().__init__(flow_map, label_dropout=label_dropout, share_dropout=share_dropout)
         self.bootstrap = check_share("bootstrap", bootstrap)
-        if not 1 <= depth <= 20:
-            raise ValueError(f"depth: expected 1 to 20, got {depth}")
+        if type(depth) is not int or not 1 <= depth <= 20:
+            raise ValueError(f"depth: expected a whole number from 1 to 20, got {depth}")
         self.depth = depth
+        self.forwards = 3.0 + 2.0 * self.bootstrap
 
     def sample_times(
         self, groups: int, device: torch.device, generator: torch.Generator | None = None

@@ -106,8 +106,8 @@ def step_table(flow_map: FlowMap, times: Tensor, method: str = "pushforward") ->
     - "pushforward": x <- f_{s,t}(x) from each time to the next.
     - "restart" jumps to the last time and adds noise: x' = alpha (c_skip x + c_out G) + sigma sigma_data n.
     - "ddim": pushforward with the network at s = t, the velocity (Song et al. 2021): networks that ignore s need no other.
-    - "heun": Heun's second-order method on the velocity, 2 steps - 1 calls: a step that ends without noise has no second one
-      (Karras et al. 2022).
+    - "heun": Heun's second-order method on the velocity, two calls a step; a step that ends without noise (t_min = 0) has no
+      second one (Karras et al. 2022).
     """
     if method not in METHODS:
         raise ValueError(f"unknown method {method!r}; expected one of {list(METHODS)}")

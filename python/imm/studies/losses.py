@@ -46,7 +46,8 @@ _COLUMNS = (
 )
 _TEXT = (
     "One U-Net (169,249 parameters), 5,000 digits at 16x16, 64 images a step, AdamW 2e-3, an average of 0.998, label dropout "
-    "0.1; 1,000 samples of the same seeds and classes. Every loss sees the same images in the same order with the same noise.",
+    "0.1; 1,000 samples of the same seeds and classes. Every loss begins with the same weights and sees the same images in the "
+    "same order.",
     "Label match: share of samples whose nearest real digit has the class asked for. Spread: pixel deviation inside a class "
     "over the real one. MMD: squared, on raw pixels. A class mean has a label match of 100 % and a spread of 0.",
     "Training seconds are of the machine that ran this, without saves. Equal images are rows of equal steps; for equal seconds "
@@ -90,6 +91,8 @@ def run(folder: Path, quick: bool, device: torch.device, say: Callable[[str], No
         for seed in plan.seeds:
             out = folder / f"{loss}-{seed}"
             found = read_rows(out / ROWS_FILE)
+            if found and found[-1]["step"] != plan.steps:
+                raise ValueError(f"out: expected a study of {plan.steps} steps in {folder}, got one of {found[-1]['step']}")
             if not found:
                 found = _one(out, loss, seed, plan, data, reference, device, say)
             rows += found
@@ -155,9 +158,7 @@ def _method(loss: str) -> str:
 
 def sample(flow_map: FlowMap, loss: str, steps: int, labels: Tensor) -> Tensor:
     """Images of seeds 0, 1, ... with the labels, by the method that belongs to the loss; on the CPU."""
-    # A network that learned one jump alone refines by noise in between.
-    method = "restart" if loss == "energy" else _method(loss)
-    sampler = Sampler(flow_map, steps=steps, method=method, rows=min(250, len(labels)))
+    sampler = Sampler(flow_map, steps=steps, method=_method(loss), rows=min(250, len(labels)))
     return sampler.sample(range(len(labels)), labels).cpu()
 
 

@@ -18,6 +18,7 @@ from imm.backends import PRECISIONS
 from imm.checkpoints.format import describe
 from imm.data import ImageData, augmentation, digest
 from imm.objectives import Objective
+from imm.training.ema import gamma_of
 
 #: In torch's fused form where there is one: weights, gradient and moments pass through memory once.
 OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
@@ -93,9 +94,11 @@ class TrainConfig:
         for name, known in (("optimizer", OPTIMIZERS), ("precision", PRECISIONS), ("decay", DECAYS)):
             if getattr(self, name) not in known:
                 raise ValueError(f"unknown {name} {getattr(self, name)!r}; expected one of {list(known)}")
-        if min(self.batch, self.log_every, self.snapshot_every) < 1 or self.warmup < 0:
-            raise ValueError("batch, log_every and snapshot_every: expected at least 1; warmup: expected at least 0")
-        for name in ("batch_gpu", "keep_every", "decay_steps"):
+        if self.warmup < 0:
+            raise ValueError(f"warmup: expected at least 0, got {self.warmup}")
+        if not 0.0 <= self.ema < 1.0:
+            raise ValueError(f"ema: expected beta in [0, 1), got {self.ema}")
+        for name in ("batch", "log_every", "snapshot_every", "batch_gpu", "keep_every", "decay_steps"):
             number = getattr(self, name)
             if number is not None and number < 1:
                 raise ValueError(f"{name}: expected at least 1, got {number}")
@@ -115,6 +118,8 @@ class TrainConfig:
             raise ValueError(f"max_skipped: expected at least 0, got {self.max_skipped}")
         if self.max_skipped and self.precision == "fp16":
             raise ValueError(f"max_skipped: expected 0 in fp16, whose loss scale skips steps itself, got {self.max_skipped}")
+        for length in self.ema_lengths:
+            gamma_of(length)
         if len(set(self.ema_lengths)) < len(self.ema_lengths):
             raise ValueError(f"ema_lengths: expected each once, got {list(self.ema_lengths)}")
 
@@ -154,6 +159,8 @@ def check_fit(config: TrainConfig, objective: Objective, data: ImageData, world:
     if config.augment:
         _check_augmentation(network, data)
     if config.compile:
+        if not objective.compiles:
+            raise ValueError(f"compile: expected a loss without tangents of the network, got {objective.name}")
         _check_compiler()
 
 

@@ -48,7 +48,7 @@ class EMA(_Average):
 
 class PowerEMA(_Average):
     """The power-function average of Karras et al. 2024, section 3.1: after step n the weights of step m count as m^gamma does,
-    and those before the first step for nothing.
+    and the initial weights do not count.
 
     ``beta = (1 - 1/n)^(gamma + 1)`` at step n = 1, 2, ... ``length`` is the relative standard deviation of that profile, its
     width as a share of the training so far: 0.05 and 0.1 are usual.
@@ -70,7 +70,7 @@ def gamma_of(length: float) -> float:
         ValueError: a length outside (0, 0.28]: 1 / sqrt(12) is the length of gamma = 0, a plain mean.
     """
     if not 0.0 < length <= 0.28:
-        raise ValueError(f"ema_lengths: expected lengths in (0, 0.28], got {length}")
+        raise ValueError(f"length: expected the length of an average in (0, 0.28], got {length}")
     inverse = length**-2
     roots = np.roots([1.0, 7.0, 16.0 - inverse, 12.0 - inverse])
     return float(roots.real.max())
@@ -121,7 +121,7 @@ def reconstruct(folder: Path, length: float, step: int | None = None) -> tuple[d
     """
     gamma_of(length)
     files: dict[int, Path] = {}
-    for path in sorted(folder.glob(f"{AVERAGES}-*.safetensors")):
+    for path in folder.glob(f"{AVERAGES}-*.safetensors"):
         name = path.stem.removeprefix(f"{AVERAGES}-")
         if name.isdigit():
             files[int(name)] = path
@@ -130,7 +130,7 @@ def reconstruct(folder: Path, length: float, step: int | None = None) -> tuple[d
     at = max(files) if step is None else step
     if at not in files:
         raise ValueError(f"step: expected one that {folder} has averages of, {sorted(files)}, got {step}")
-    files = {number: path for number, path in files.items() if number <= at}
+    files = {number: files[number] for number in sorted(files) if number <= at}
     lengths = {number: checkpoints.read_settings(path, AVERAGES)["lengths"] for number, path in files.items()}
     stored = [(of, number) for number, found in lengths.items() for of in found]
     factors, error = mixture(stored, length, at)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import secrets
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -30,18 +31,27 @@ class Log(Protocol):
         """Hand over all, and end."""
 
 
-def open_log(kind: str, folder: Path, step: int | None, settings: Mapping[str, Any]) -> Log:
-    """A log of :data:`LOGS` in a run's folder, to go on after the run's ``step``; None begins it anew.
-
-    Raises:
-        ValueError: an unknown kind, or a package that is not installed.
-    """
+def check_log(kind: str) -> None:
+    """Raise ValueError for an unknown log, or one whose package is not installed."""
     if kind not in LOGS:
         raise ValueError(f"log: expected one of {', '.join(LOGS)}, got {kind!r}")
     try:
-        return LOGS[kind](folder, step, settings)
+        importlib.import_module("torch.utils.tensorboard" if kind == "tensorboard" else kind)
     except ImportError as error:
         raise ValueError(f"log: expected the package {kind} (pip install {kind}), which is not installed: {error}") from error
+
+
+def open_log(kind: str, folder: Path, step: int | None, settings: Mapping[str, Any]) -> Log:
+    """A log of :data:`LOGS` in a run's folder, to continue after the run's ``step``; None begins it anew.
+
+    Raises:
+        ValueError: a log that cannot be opened, such as W&B without a login.
+    """
+    check_log(kind)
+    try:
+        return LOGS[kind](folder, step, settings)
+    except Exception as error:  # W&B's own
+        raise ValueError(f"log: expected {kind} to start, got {type(error).__name__}: {error}") from error
 
 
 def scalars_of(row: Mapping[str, Any]) -> dict[str, float]:

@@ -13,8 +13,6 @@ from torch.utils.flop_counter import FlopCounterMode
 from imm.backends import PRECISIONS
 from imm.flow_map import FlowMap
 
-#: Network forwards that an image's training is worth: one in each branch, and a backward of two (paper, section I.3).
-FORWARDS = 4
 #: Side of the square matmul that is timed, and seconds of timing.
 _SIDE = {"cpu": 1024, "cuda": 8192}
 _SECONDS = 0.2
@@ -24,7 +22,7 @@ class Clock:
     """Seconds between marks, summed by name. On CUDA, those of the device: marking does not wait for it, reading does."""
 
     def __init__(self, device: torch.device) -> None:
-        self._cuda = device.type == "cuda"
+        self._device, self._cuda = device, device.type == "cuda"
         self._marks: list[tuple[str, Any]] = []
 
     def start(self) -> None:
@@ -39,7 +37,7 @@ class Clock:
     def take(self) -> dict[str, float]:
         """Seconds since the start or the last call, by name."""
         if self._cuda:
-            torch.cuda.synchronize()
+            torch.cuda.synchronize(self._device)
         seconds: dict[str, float] = {}
         for (_, before), (name, now) in zip(self._marks, self._marks[1:], strict=False):
             passed = before.elapsed_time(now) * 1e-3 if self._cuda else now - before
@@ -54,8 +52,9 @@ class Clock:
     def _now(self) -> Any:
         if not self._cuda:
             return time.perf_counter()
-        event = torch.cuda.Event(enable_timing=True)
-        event.record()
+        with torch.cuda.device(self._device):
+            event = torch.cuda.Event(enable_timing=True)
+            event.record()
         return event
 
 

@@ -89,13 +89,22 @@ def append(path: Path, row: dict[str, Any]) -> None:
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
-    """The rows of a file; none where there is no file. Raises ValueError for one that has others."""
+    """The rows of a file but for a last one that is being written; none where there is no file.
+
+    Raises:
+        ValueError: lines that are no rows.
+    """
     if not path.exists():
         return []
-    try:
-        return [json.loads(line) for line in path.read_text().splitlines()]
-    except ValueError as error:
-        raise ValueError(f"expected rows of a training run in {path}, got: {error}") from error
+    lines = path.read_text().splitlines()
+    rows = []
+    for i, line in enumerate(lines):
+        try:
+            rows.append(json.loads(line))
+        except ValueError as error:
+            if i + 1 < len(lines):
+                raise ValueError(f"rows: expected those of a training run in {path}, got {line[:60]!r}") from error
+    return rows
 
 
 def trim(path: Path, step: int | None) -> None:

@@ -22,7 +22,7 @@ from imm.objectives import Draws, Objective
 from imm.training.batches import Batches, mix
 from imm.training.config import OPTIMIZERS, TrainConfig, check_changeable, check_fit, settings_of
 from imm.training.ema import EMA, PowerEMA
-from imm.training.speed import FORWARDS, Clock, flops_of, matmul_rate
+from imm.training.speed import Clock, flops_of, matmul_rate
 from imm.training.state import State
 from imm.training.stats import STATS_FILE, Window, append, combined, trim
 from imm.training.watch import Watch
@@ -292,7 +292,7 @@ class Trainer:
         if self._skips(norm):
             self._state.skipped += 1
             if self._state.skipped > self.config.max_skipped:
-                raise self._error(f"gradient not finite in step {self.step + 1}, and {self.config.max_skipped} skipped before")
+                raise self._error(f"gradient not finite in step {self.step + 1}, after {self.config.max_skipped} skipped steps")
         else:
             if self.config.clip is not None:
                 torch.nn.utils.clip_grads_with_norm_(learning, self.config.clip, norm)
@@ -331,7 +331,7 @@ class Trainer:
         phases = row["phases"] = self._clock.take()
         if self._matmul_rate:
             busy = sum(seconds for name, seconds in phases.items() if name not in ("watch", "save", "other"))
-            flops = FORWARDS * self._flops * self.config.batch * window.count
+            flops = self.objective.forwards * self._flops * self.config.batch * window.count
             row["mfu"] = flops / (busy * self._matmul_rate * self._where.world)
         if self.config.max_skipped:
             row["skipped"] = self._state.skipped

@@ -21,7 +21,7 @@ from imm.evaluation.sets import PictureSet, picture_set
 from imm.files import replacing
 from imm.objectives import SAMPLED_BY
 from imm.sampling import Sampler
-from imm.training.log import Log, open_log, scalars_of
+from imm.training.log import Log, check_log, open_log, scalars_of
 from imm.training.stats import append, read_rows, trim
 
 if TYPE_CHECKING:
@@ -88,6 +88,8 @@ class Watch:
             ValueError: pictures or scores of latents, metrics that the reference does not allow.
         """
         flow_map, scoring = trainer.objective.flow_map, self._scoring
+        if self._kind is not None:
+            check_log(self._kind)
         if (self._grid or scoring) and flow_map.image_shape[0] not in (1, 3):
             raise ValueError(f"{'eval' if scoring else 'grid'}: expected pictures, got latents {list(flow_map.image_shape)}")
         if scoring is not None:
@@ -102,14 +104,14 @@ class Watch:
             self._networks = load_networks(scoring.metrics, scoring.weights, trainer.device)
 
     def begin(self, trainer: Trainer) -> None:
-        """Take up the files of a run where its state stands, in the first of its processes.
+        """Bring the run's files to the step of its state, and open the log, in the first of its processes.
 
         Raises:
             ValueError: a log whose package is not installed; a file of scores that is none.
         """
         out = trainer.out
+        trim(out / SCORES_FILE, trainer.resumed_from)
         if self._scoring is not None:
-            trim(out / SCORES_FILE, trainer.resumed_from)
             self._keep_best(trainer)
         for path in out.glob(f"{SAMPLES}-*.png"):  # of a killed run, after its last state
             number = path.stem.removeprefix(f"{SAMPLES}-")
@@ -157,10 +159,10 @@ class Watch:
             self._log.picture(trainer.step, SAMPLES, picture)
         pictures.save_picture(picture, trainer.out / f"{SAMPLES}-{trainer.step:07d}.png")
 
-    def _sample(self, trainer: Trainer, steps: int, seeds: range) -> Tensor:
-        """Images of seeds, the classes in turn, as ``imm sample`` makes them in batches of as many."""
+    def _sample(self, trainer: Trainer, steps: int, seeds: range, of: int | None = None) -> Tensor:
+        """Images of seeds, the classes in turn, in the batches of ``imm sample``; ``of``: how many all processes make."""
         flow_map, method = trainer.ema_flow_map, SAMPLED_BY.get(trainer.objective.name, "pushforward")
-        rows = min(self._batch, len(seeds))
+        rows = min(self._batch, of or len(seeds))
         classes = flow_map.num_classes
         parts = []
         with repeatable(tf32=False):
@@ -169,14 +171,14 @@ class Watch:
                 some = range(start, min(start + rows, seeds.stop))
                 labels = torch.tensor(some) % classes if classes else None
                 parts.append(sampler.sample(some, labels).cpu())
-        return torch.cat(parts)
+        return torch.cat(parts) if parts else torch.empty(0, *flow_map.image_shape)
 
     def _score(self, trainer: Trainer, scoring: Scoring) -> None:
         flow_map = trainer.objective.flow_map
         for steps in self._steps:
             start = time.perf_counter()
             share = split_of(scoring.images, *trainer.place)
-            own = pictures.to_uint8(self._sample(trainer, steps, range(share.start, share.stop)))
+            own = pictures.to_uint8(self._sample(trainer, steps, range(share.start, share.stop), scoring.images))
             pixels = gathered(own, scoring.images) if trainer.place[1] > 1 else own
             classes = flow_map.num_classes
             labels = torch.arange(scoring.images) % classes if classes else None
@@ -225,7 +227,8 @@ def best_of(folder: Path) -> dict[str, Any] | None:
     if name is None:
         return None
     sign = -1.0 if METRICS[name].kind in ("is", "label-match") else 1.0
-    return min(found, key=lambda row: (sign * row["metrics"].get(name, math.inf), row["step"]))
+    known = [row for row in found if math.isfinite(row["metrics"].get(name, math.nan))]
+    return min(known, key=lambda row: (sign * row["metrics"][name], row["step"]), default=None)
 
 
 def _steps(steps: int) -> str:
