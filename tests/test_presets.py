@@ -129,6 +129,7 @@ def test_train_takes_the_training_settings_of_a_preset(pixels, tmp_path, monkeyp
         return checkpoints.read_file(tmp_path / name / "training-state.safetensors", "training")[1]["settings"]["config"]
 
     paper = {**PRESETS["cifar10"].training, "betas": [0.9, 0.999], "warmup": 0, "seed": 0, "compile": False}
+    paper |= {"decay": "none", "decay_steps": None, "clip": None, "max_skipped": 0, "ema_lengths": []}
     assert config("all") == paper
     assert config("some") == {**paper, "batch": 64, "xflip": False, "precision": "fp32", "optimizer": "adamw"}
 
