@@ -21,10 +21,11 @@ def run(name: str, out: str | None, quick: bool, device: str) -> None:
     click.echo(f"{study.title}, on {device_line(target)}{', quick' if quick else ''}; in {folder}, where a stopped run resumes")
     result = study.run(folder, quick, target, click.echo)
     write_text(folder / "rows.json", json.dumps(result.rows, indent=1) + "\n")
+    write_text(folder / "summary.md", result.summary)
     write_text(folder / "report.html", page(study.title, result))
     for criterion in result.criteria:
         click.echo(str(criterion))
-    click.echo(f"wrote {folder / 'report.html'} and rows.json, {len(result.rows)} rows")
+    click.echo(f"wrote {folder / 'report.html'}, summary.md and rows.json, {len(result.rows)} rows")
     if not all(criterion.holds for criterion in result.criteria):
         raise SystemExit(1)
 

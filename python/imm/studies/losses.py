@@ -20,7 +20,7 @@ from imm.networks import UNet
 from imm.objectives import OBJECTIVES, SAMPLED_BY, Objective
 from imm.pictures import grid, save_picture
 from imm.sampling import Sampler
-from imm.studies.study import Criterion, Result, Study
+from imm.studies.study import Criterion, Result, Study, markdown
 from imm.training import TrainConfig, Trainer
 from imm.training.stats import STATS_FILE, read_rows
 
@@ -101,7 +101,7 @@ def run(folder: Path, quick: bool, device: torch.device, say: Callable[[str], No
     picture = folder / "samples.png"
     save_picture(grid(shown), picture)
     figures = [*_curves(folder, rows, plan), (picture, "Samples of the same seeds and classes, one step and four (fm: 64).")]
-    return Result(rows, criteria(rows, plan), _COLUMNS, figures, _TEXT)
+    return Result(rows, criteria(rows, plan), _COLUMNS, figures, _TEXT, summary(rows))
 
 
 def _one(
@@ -166,6 +166,22 @@ def _shown(out: Path, loss: str, plan: _Plan, device: torch.device) -> list[tupl
     flow_map = checkpoints.load(_snapshot(out, plan.steps)).to(device)
     many = max(plan.more) if loss == "fm" else 4
     return [(f"{loss}, {n}", sample(flow_map, loss, n, torch.arange(10))) for n in (1, many)]
+
+
+def summary(rows: Sequence[dict[str, Any]]) -> str:
+    """A line a loss at the end of training: label match, spread and MMD over evaluations, in Markdown."""
+    last = max(row["step"] for row in rows)
+    final = [row for row in rows if row["step"] == last and row["seed"] == rows[0]["seed"]]
+    counts = sorted({row["evaluations"] for row in final})
+    lines = []
+    for loss in dict.fromkeys(row["loss"] for row in final):
+        own = {row["evaluations"]: row for row in final if row["loss"] == loss}
+        cells = [
+            f"{own[n]['label_match']:.0%} / {own[n]['spread']:.0%} / {own[n]['mmd'] * 1000:.1f}" if n in own else ""
+            for n in counts
+        ]
+        lines.append([f"`{loss}`", *cells])
+    return markdown(["", *(str(n) for n in counts)], lines)
 
 
 def criteria(rows: Sequence[dict[str, Any]], plan: _Plan) -> list[Criterion]:

@@ -46,7 +46,7 @@ class Result:
     Attributes:
         rows: figures, one dictionary a row, of JSON's types. criteria: what must hold. columns: of the table, in order, as
             (name in a row, title). figures: PNG files of the study's folder with their captions. text: paragraphs that say what
-            the study shows, where it does not hold, and why.
+            the study shows, where it does not hold, and why. summary: a short table in Markdown, for the documentation.
     """
 
     rows: list[dict[str, Any]]
@@ -54,10 +54,17 @@ class Result:
     columns: Sequence[tuple[str, str]]
     figures: list[tuple[Path, str]] = field(default_factory=list)
     text: Sequence[str] = ()
+    summary: str = ""
 
     def table(self) -> list[list[str]]:
         """The rows as cells."""
         return [[_cell(row.get(name)) for name, _ in self.columns] for row in self.rows]
+
+
+def markdown(header: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
+    """A table as Markdown has it."""
+    rows = [header, ["---"] * len(header), *lines]
+    return "".join(f"| {' | '.join(row)} |\n" for row in rows)
 
 
 @dataclass(frozen=True)
