@@ -197,7 +197,7 @@ def _curves(rows: Sequence[dict[str, Any]], scores: Sequence[dict[str, Any]]) ->
         if axis in (bins, share, time, scored) and axis.get_legend_handles_labels()[0]:
             axis.legend(fontsize=8)
     if not scores:
-        scored.set_axis_off()
+        scored.set_visible(False)
     buffer = io.BytesIO()
     figure.savefig(buffer, dpi=110, format="png")
     pyplot.close(figure)
