@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -163,3 +164,12 @@ def test_the_study_of_losses_runs_resumes_and_fails_where_a_premise_is_broken(tm
         "fm, one step is the class blur: spread"
     ]
     assert STUDIES.keys() == {"losses"}
+
+
+def test_the_documentations_table_is_that_of_the_committed_rows() -> None:
+    docs = Path(__file__).parent.parent / "docs"
+    rows = json.loads((docs / "studies" / "losses.json").read_text())
+    assert losses.summary(rows) in (docs / "losses.md").read_text()
+    assert {"imm", "fm", "consistency", "shortcut", "progressive"} <= {row["loss"] for row in rows}
+    held = [one for one in losses.criteria(rows, losses.FULL) if one.holds]
+    assert len(held) == 6
