@@ -66,8 +66,10 @@ def run(folder, steps: int, log: str | None = None, config: TrainConfig = ALL, k
         made.run(steps, on_step=on_step)
         seen.close()
     except KilledError:
-        if seen._log is not None:
+        if log == "tensorboard":
             seen._log.flush()  # what a process has written is there when it is killed: here is the worst case, all of it
+        if log == "wandb":
+            seen._log._run.finish()  # ends W&B's own process
     made.close()
     return made
 
@@ -127,33 +129,35 @@ def log_records(content: bytes) -> Iterator[bytes]:
             whole = b""
 
 
-def test_wandb_offline_has_every_row_and_picture(tmp_path, monkeypatch) -> None:
+def test_wandb_offline_has_every_row_and_picture_once_though_a_killed_start_lost_its_own(tmp_path, monkeypatch) -> None:
     pytest.importorskip("wandb")
     from wandb.proto.wandb_internal_pb2 import Record
 
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_SILENT", "true")
-    run(tmp_path, 4, "wandb")
-    (file,) = (tmp_path / "wandb").glob("offline-run-*/run-*.wandb")
+    run(tmp_path, 10, "wandb", killed_at=7)  # the state is of step 4
+    shutil.rmtree(tmp_path / "wandb")  # its process buffers: a kill may leave no row
+    run(tmp_path, 10, "wandb")
 
-    def read() -> dict[int, dict]:
-        history: dict[int, dict] = {}
-        for data in log_records(file.read_bytes()):
-            record = Record()
-            record.ParseFromString(data)
-            if record.HasField("history"):
-                items = {"/".join(i.nested_key) or i.key: json.loads(i.value_json) for i in record.history.item}
-                history.setdefault(items["_step"], {}).update(items)
+    def read() -> list[dict]:
+        history: list[dict] = []
+        for file in (tmp_path / "wandb").glob("offline-run-*/run-*.wandb"):
+            for data in log_records(file.read_bytes()):
+                record = Record()
+                record.ParseFromString(data)
+                if record.HasField("history"):
+                    items = record.history.item
+                    history.append({"/".join(i.nested_key) or i.key: json.loads(i.value_json) for i in items})
         return history
 
-    deadline = time.monotonic() + 60  # W&B's own process writes the file
-    while len(history := read()) < 2 and time.monotonic() < deadline:
+    deadline = time.monotonic() + 60  # W&B's own process writes the files
+    while len(history := read()) < 5 and time.monotonic() < deadline:
         time.sleep(0.1)
     rows = read_rows(tmp_path / STATS_FILE)
-    assert list(history) == [2, 4]
-    assert [history[row["step"]]["loss"] for row in rows] == [row["loss"] for row in rows]
-    assert history[4].get("samples/_type") == "image-file", sorted(history[4])
-    assert "scores/1 step/label-match" in history[4]
+    assert [one["_step"] for one in history] == [row["step"] for row in rows] == [2, 4, 6, 8, 10]
+    assert [one["loss"] for one in history] == [row["loss"] for row in rows]
+    with_pictures = [one["_step"] for one in history if one.get("samples/_type") == "image-file"]
+    assert with_pictures == [one["_step"] for one in history if "scores/1 step/label-match" in one] == [4, 8, 10]
 
 
 @pytest.mark.parametrize("package", ["tensorboard", "wandb"])

@@ -33,6 +33,7 @@ from imm.training import TrainConfig, Trainer, Watch
 from imm.training.state import STATE_FILE
 from imm.training.stats import STATS_FILE
 from imm.training.watch import SAMPLES as PICTURES
+from imm.training.watch import in_steps
 from imm.version import __version__
 
 RESOLUTION = 16
@@ -176,7 +177,7 @@ def run(out: str, steps: int, minutes: float | None, seed: int, precision: str, 
     pictures: list[tuple[str, Tensor]] = []
     for n in STEP_COUNTS:
         images = sample(flow_map, n, labels)
-        name = f"{n} step{'s' if n > 1 else ''}"
+        name = in_steps(n)
         rows[name] = reference.score(images, labels)
         pictures += [(name, images[:10]), ("", images[10:20])]
     by_class = [data.images[data.labels == c] for c in range(data.num_classes)]

@@ -23,7 +23,7 @@ from imm.cli.options import writable_file
 from imm.files import write_text
 from imm.training.state import STATE_FILE
 from imm.training.stats import STATS_FILE, read_rows
-from imm.training.watch import SAMPLES, SCORES_FILE, best_of
+from imm.training.watch import SAMPLES, SCORES_FILE, best_of, in_steps
 from imm.version import __version__
 
 ENVIRONMENT_FILE = "environment.json"
@@ -189,7 +189,7 @@ def _curves(rows: Sequence[dict[str, Any]], scores: Sequence[dict[str, Any]]) ->
         if name is not None:
             by_steps.setdefault((name, row["sampling_steps"]), []).append((row["step"], row["metrics"][name]))
     for (name, count), points in by_steps.items():
-        scored.plot(*zip(*points, strict=True), marker="o", linewidth=1.2, label=f"{name}, {_steps(count)}")
+        scored.plot(*zip(*points, strict=True), marker="o", linewidth=1.2, label=f"{name}, {in_steps(count)}")
     titles = ("loss times M", "gradient norm", "loss by t", "shares", "share of the time", "score of the average")
     for axis, title in zip(axes.flat, titles, strict=True):
         axis.set(title=title, xlabel="training step", yscale="log" if axis in (loss, norm, bins) else "linear")
@@ -258,7 +258,3 @@ def _flat(values: Mapping[str, Any], path: str = "") -> list[tuple[str, Any]]:
 
 def _text(value: Any) -> str:
     return value if isinstance(value, str) else json.dumps(value)
-
-
-def _steps(count: int) -> str:
-    return f"{count} step{'s' if count > 1 else ''}"

@@ -11,12 +11,18 @@ from typing import Any, Protocol
 from imm.files import write_text
 from imm.pictures import Picture
 
-#: In a run's folder: the id under which W&B knows the run, so that a resumed one is the same run there.
+#: In a run's folder: the id under which W&B knows the run.
 WANDB_ID = "wandb-id"
 
 
 class Log(Protocol):
-    """What a run's rows and pictures are sent to."""
+    """What a run's rows and pictures are sent to.
+
+    Attributes:
+        replays: whether a resumed run sends again what it has, because the log may have lost some of it.
+    """
+
+    replays: bool
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
         """Numbers of a step."""
@@ -71,6 +77,8 @@ def _flat(value: Any, name: str = "") -> Iterator[tuple[str, float]]:
 class _TensorBoard:
     """Event files in ``tensorboard/``. TensorBoard's purge_step voids what a killed run wrote after its last state."""
 
+    replays = False
+
     def __init__(self, folder: Path, step: int | None, settings: Mapping[str, Any]) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
@@ -91,40 +99,53 @@ class _TensorBoard:
 
 
 class _WandB:
-    """A run of W&B, online or, as its environment variable WANDB_MODE says, offline in ``wandb/``. A step that W&B already has
-    from a run that was killed is not taken again."""
+    """A run of W&B: online the same one after a resume or, as its setting WANDB_MODE says, offline in ``wandb/``.
+
+    What a killed process had handed over may be lost. So a resumed run hands over everything again; online, from the step on
+    that W&B lacks. Offline nothing tells what it lacks: each start is then a run of its own, and the newest is whole.
+    """
+
+    replays = True
 
     def __init__(self, folder: Path, step: int | None, settings: Mapping[str, Any]) -> None:
         import wandb
 
         path = folder / WANDB_ID
-        if step is None or not path.exists():
+        if step is None or not path.exists() or wandb.setup().settings.mode == "offline":
             write_text(path, secrets.token_hex(4) + "\n")
-        self._image, self._open = wandb.Image, False
+        self._image, self._step, self._values = wandb.Image, 0, dict[str, Any]()
         self._run = wandb.init(
             project="imm",
             name=folder.name,
+            group=folder.name,
             dir=str(folder),
             id=path.read_text().strip(),
             resume="allow",
             config=dict(settings),
             settings=wandb.Settings(console="off"),
         )
+        self._lacks = self._run.step
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
-        self._run.log(dict(values), step=step)
-        self._open = True
+        self._add(step, values)
 
     def picture(self, step: int, name: str, picture: Picture) -> None:
-        self._run.log({name: self._image(picture)}, step=step)
-        self._open = True
+        self._add(step, {name: self._image(picture)})
+
+    def _add(self, step: int, values: Mapping[str, Any]) -> None:
+        """Take values of a step; it is sent as a whole, with the first values of the next one."""
+        if step != self._step:
+            self.flush()
+        self._step = step
+        self._values |= values
 
     def flush(self) -> None:
-        if self._open:  # W&B keeps a step until the next one, or this
-            self._run.log({}, commit=True)
-            self._open = False
+        if self._values and self._step >= self._lacks:
+            self._run.log(self._values, step=self._step, commit=True)
+        self._values = {}
 
     def close(self) -> None:
+        self.flush()
         self._run.finish()
 
 

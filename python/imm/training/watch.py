@@ -22,7 +22,7 @@ from imm.files import replacing
 from imm.objectives import SAMPLED_BY
 from imm.sampling import Sampler
 from imm.training.log import Log, check_log, open_log, scalars_of
-from imm.training.stats import append, read_rows, trim
+from imm.training.stats import STATS_FILE, append, read_rows, trim
 
 if TYPE_CHECKING:
     from imm.training.trainer import Trainer
@@ -62,8 +62,7 @@ class Watch:
         say: is given a line for each score.
 
     Pictures and scores are of the average, by the method that belongs to the loss (:data:`imm.objectives.SAMPLED_BY`) on a
-    uniform grid of times, without guidance. They take no random
-    numbers from training.
+    uniform grid of times, without guidance. They take no random numbers from training.
     """
 
     def __init__(
@@ -119,6 +118,20 @@ class Watch:
                 path.unlink()
         if self._kind is not None:
             self._log = open_log(self._kind, out, trainer.resumed_from, trainer.settings)
+            if self._log.replays:
+                self._replay(out)
+
+    def _replay(self, out: Path) -> None:
+        """Log what the files of the run have."""
+        scores = read_rows(out / SCORES_FILE)
+        for row in read_rows(out / STATS_FILE):
+            self.row(row)
+            for score in scores:
+                if score["step"] == row["step"]:
+                    self._log_score(score)
+            path = _picture_path(out, row["step"])
+            if self._log is not None and path.exists():
+                self._log.picture(row["step"], SAMPLES, pictures.decode(path.read_bytes(), str(path)))
 
     def row(self, row: dict[str, Any]) -> None:
         """A row of statistics."""
@@ -153,11 +166,11 @@ class Watch:
         rows: list[tuple[str, Tensor]] = []
         for steps in self._steps:
             images = self._sample(trainer, steps, range(columns * lines))
-            rows += [(_steps(steps) if i == 0 else "", part) for i, part in enumerate(images.split(columns))]
+            rows += [(in_steps(steps) if i == 0 else "", part) for i, part in enumerate(images.split(columns))]
         picture = pictures.grid(rows)
         if self._log is not None:
             self._log.picture(trainer.step, SAMPLES, picture)
-        pictures.save_picture(picture, trainer.out / f"{SAMPLES}-{trainer.step:07d}.png")
+        pictures.save_picture(picture, _picture_path(trainer.out, trainer.step))
 
     def _sample(self, trainer: Trainer, steps: int, seeds: range, of: int | None = None) -> Tensor:
         """Images of seeds, the classes in turn, in the batches of ``imm sample``; ``of``: how many all processes make."""
@@ -182,7 +195,7 @@ class Watch:
             pixels = gathered(own, scoring.images) if trainer.place[1] > 1 else own
             classes = flow_map.num_classes
             labels = torch.arange(scoring.images) % classes if classes else None
-            samples = picture_set(pixels, labels, f"samples in {_steps(steps)} of the average of step {trainer.step}")
+            samples = picture_set(pixels, labels, f"samples in {in_steps(steps)} of the average of step {trainer.step}")
             result = evaluate(
                 scoring.metrics,
                 samples,
@@ -198,11 +211,15 @@ class Watch:
             seconds = time.perf_counter() - start
             row = {"step": trainer.step, "sampling_steps": steps, "seconds": seconds, **result}
             append(trainer.out / SCORES_FILE, row)
-            if self._log is not None:
-                named = {f"scores/{_steps(steps)}/{name}": value for name, value in result["metrics"].items()}
-                self._log.scalars(trainer.step, {**named, f"scores/{_steps(steps)}/seconds": seconds})
+            self._log_score(row)
             values = ", ".join(f"{name} {value:.5g}" for name, value in result["metrics"].items())
-            self._say(f"step {trainer.step}, {_steps(steps)}: {values} ({scoring.images} images, {seconds:.1f} s)")
+            self._say(f"step {trainer.step}, {in_steps(steps)}: {values} ({scoring.images} images, {seconds:.1f} s)")
+
+    def _log_score(self, row: dict[str, Any]) -> None:
+        if self._log is not None:
+            values = {**row["metrics"], "seconds": row["seconds"]}
+            of = in_steps(row["sampling_steps"])
+            self._log.scalars(row["step"], {f"scores/{of}/{name}": value for name, value in values.items()})
 
     def _keep_best(self, trainer: Trainer) -> None:
         """Copy the snapshot of the step under way if it is the best one scored."""
@@ -231,5 +248,10 @@ def best_of(folder: Path) -> dict[str, Any] | None:
     return min(known, key=lambda row: (sign * row["metrics"][name], row["step"]), default=None)
 
 
-def _steps(steps: int) -> str:
+def _picture_path(out: Path, step: int) -> Path:
+    return out / f"{SAMPLES}-{step:07d}.png"
+
+
+def in_steps(steps: int) -> str:
+    """A number of sampling steps in words."""
     return f"{steps} step{'s' if steps > 1 else ''}"
