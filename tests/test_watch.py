@@ -83,6 +83,10 @@ def test_with_everything_on_a_killed_run_resumes_bitwise_and_the_log_has_every_s
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     run(tmp_path / "whole", 14)
+    torch.manual_seed(0)
+    plain = Trainer(IMMObjective(FlowMap(unet())), pixels(), tmp_path / "plain", dataclasses.replace(ALL, mfu=False))
+    plain.run(14)  # nothing watches
+    assert_same_state(tmp_path / "whole", tmp_path / "plain")
     parts = tmp_path / "parts"
     run(parts, 14, "tensorboard", killed_at=7)
     (parts / "samples-0000999.png").touch()  # of a killed run that went further
