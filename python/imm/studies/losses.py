@@ -44,15 +44,6 @@ _COLUMNS = (
     *(("loss", "loss"), ("seed", "seed"), ("step", "training steps"), ("seconds", "training seconds"), ("method", "sampler")),
     *(("evaluations", "evaluations"), ("label_match", "label match"), ("spread", "spread"), ("mmd", "MMD")),
 )
-_TEXT = (
-    "One U-Net (169,249 parameters), 5,000 digits at 16x16, 64 images a step, AdamW 2e-3, an average of 0.998, label dropout "
-    "0.1; 1,000 samples of the same seeds and classes. Every loss begins with the same weights and sees the same images in the "
-    "same order.",
-    "Label match: share of samples whose nearest real digit has the class asked for. Spread: pixel deviation inside a class "
-    "over the real one. MMD: squared, on raw pixels. A class mean has a label match of 100 % and a spread of 0.",
-    "Training seconds are of the machine that ran this, without saves. Equal images are rows of equal steps; for equal seconds "
-    "read across the rows of a loss.",
-)
 
 
 @dataclass
@@ -100,8 +91,11 @@ def run(folder: Path, quick: bool, device: torch.device, say: Callable[[str], No
                 shown += _shown(out, loss, plan, device)
     picture = folder / "samples.png"
     save_picture(grid(shown), picture)
-    figures = [*_curves(folder, rows, plan), (picture, "Samples of the same seeds and classes, one step and four (fm: 64).")]
-    return Result(rows, criteria(rows, plan), _COLUMNS, figures, _TEXT, summary(rows))
+    figures = [
+        *_curves(folder, rows, plan),
+        (picture, f"Samples of the same seeds and classes, one step and four (fm: {max(plan.more)})."),
+    ]
+    return Result(rows, criteria(rows, plan), _COLUMNS, figures, _text(plan), summary(rows))
 
 
 def _one(
@@ -137,6 +131,18 @@ def _one(
         say(f"{loss}, seed {seed}, step {step}: label match {one['label_match']:.1%}, spread {one['spread']:.1%} in one step")
     write_text(out / ROWS_FILE, "".join(json.dumps(row) + "\n" for row in rows))
     return rows
+
+
+def _text(plan: _Plan) -> tuple[str, ...]:
+    return (
+        "One U-Net (169,249 parameters), 5,000 digits at 16x16, 64 images a step, AdamW 2e-3, an average of 0.998, label "
+        f"dropout 0.1; {plan.samples:,} samples of the same seeds and classes. Every loss begins with the same weights and "
+        "sees the same images in the same order.",
+        "Label match: share of samples whose nearest real digit has the class asked for. Spread: pixel deviation inside a "
+        "class over the real one. MMD: squared, on raw pixels. A class mean has a label match of 100 % and a spread of 0.",
+        "Training seconds are of the machine that ran this, without saves. Equal images are rows of equal steps; for equal "
+        "seconds read across the rows of a loss.",
+    )
 
 
 def _snapshot(out: Path, step: int) -> Path:
