@@ -131,7 +131,7 @@ def plain_consistency(objective: Consistency, x: Tensor, d: Draws) -> Tensor:
 
 
 def plain_energy(objective: EnergyScore, x: Tensor, d: Draws) -> Tensor:
-    n = objective.draws
+    n = objective.samples
     noise = d.noise.reshape(len(x), n, 3)
     top, low = torch.full_like(d.t, 0.994), torch.zeros_like(d.t)
     y = torch.stack([jump(objective, noise[:, i], top, low, d.labels) for i in range(n)], dim=1)
@@ -151,7 +151,7 @@ CASES = [
     ("lagrangian", {"fm_share": 0.25}, plain_lagrangian),
     ("meanflow", {"fm_share": 0.25}, plain_meanflow),
     ("meanflow", {"fm_share": 0.25, "improved": True, "power": 0.5, "floor": 0.1}, plain_meanflow),
-    ("energy", {"draws": 3}, plain_energy),
+    ("energy", {"samples": 3}, plain_energy),
 ]
 
 
@@ -170,6 +170,21 @@ def test_value_and_gradient_are_those_of_the_equation(kind, settings, plain) -> 
     assert float(stats["loss"]) == pytest.approx(float(expected), rel=1e-9)
     for a, b in zip(got, wanted, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9 * float(b.abs().max()))
+
+
+def test_images_at_s_equal_to_t_cost_one_forward_and_no_tangent() -> None:
+    objective = made("meanflow", fm_share=0.75)
+    x, labels = data()
+    draws = objective.draw(x, labels, torch.Generator().manual_seed(2))
+    assert draws.jumps is not None
+    assert draws.jumps.equal(draws.s < draws.t)
+    assert int(draws.jumps.sum()) == 3
+    rows: list[int] = []
+    objective.flow_map.network.register_forward_hook(lambda module, inputs, output: rows.append(len(inputs[0])))
+    value, _ = objective(x, labels, draws=draws)
+    assert rows == [9, 3]
+    read, _ = objective(x, labels, draws=Draws(draws.t, draws.s, draws.r, draws.noise, draws.labels))
+    assert read.equal(value)
 
 
 @pytest.mark.parametrize(("kind", "settings", "plain"), CASES)
@@ -302,7 +317,7 @@ def test_the_energy_score_has_no_gradient_at_the_true_law_and_one_off_it() -> No
     """Monte Carlo: three standard errors. The jump from t_max keeps the Gaussian; a wider or narrower one is pulled back."""
 
     def gradients(theta: float, count: int = 200_000) -> Tensor:
-        objective = EnergyScore(FlowMap(Linear(), second_time="identity"), draws=2)
+        objective = EnergyScore(FlowMap(Linear(), second_time="identity"), samples=2)
         generator = torch.Generator().manual_seed(0)
         x = torch.randn(count, 1, dtype=torch.float64, generator=generator) * SIGMA
         with torch.no_grad():
@@ -436,7 +451,7 @@ def test_every_loss_trains_a_network_of_ours_in_either_precision(kind, precision
         ("meanflow", {"derivative": "exact"}, "unknown derivative 'exact'; expected one of"),
         ("meanflow", {"step_size": 0.0}, r"step_size: expected a number in \(0, 0.5\), got 0.0"),
         ("meanflow", {"floor": 0.0}, "power and floor: expected"),
-        ("energy", {"draws": 1}, "draws: expected a whole number >= 2, got 1"),
+        ("energy", {"samples": 1}, "samples: expected a whole number >= 2, got 1"),
     ],
 )
 def test_bad_settings_are_refused(kind, settings, message) -> None:

@@ -69,7 +69,7 @@ LOSS_OPTIONS: dict[str, dict[str, str]] = {
     "progressive": _same("fm_share", "times"),
     "lagrangian": _same("fm_share", "times"),
     "meanflow": _same("derivative", "step_size", "improved", "fm_share", "times"),
-    "energy": _same("draws"),
+    "energy": _same("samples"),
 }
 #: All that some loss has.
 OBJECTIVE_OPTIONS = {name for options in LOSS_OPTIONS.values() for name in options}

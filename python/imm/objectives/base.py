@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import contextlib
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -26,13 +26,15 @@ _LOGIT_MEAN, _LOGIT_STD = -0.4, 1.0
 @dataclass(frozen=True)
 class Draws:
     """What one loss draws: t, s and r ``[G]`` float64, ``noise`` ``[N, ...]`` with N a multiple of G, ``labels`` ``[B]`` after
-    dropout or None."""
+    dropout or None. ``jumps`` ``[G]`` bool on the CPU says where s < t, so that nothing waits for the device to know; None:
+    read from t and s."""
 
     t: Tensor
     s: Tensor
     r: Tensor
     noise: Tensor
     labels: Tensor | None
+    jumps: Tensor | None = None
 
     def part(self, start: int, stop: int) -> Draws:
         """Those of the groups from ``start`` to before ``stop``."""
@@ -41,8 +43,8 @@ class Draws:
             each = len(values) // len(self.t)
             return values[start * each : stop * each]
 
-        labels = None if self.labels is None else cut(self.labels)
-        return Draws(cut(self.t), cut(self.s), cut(self.r), cut(self.noise), labels)
+        labels, jumps = (None if value is None else cut(value) for value in (self.labels, self.jumps))
+        return Draws(cut(self.t), cut(self.s), cut(self.r), cut(self.noise), labels, jumps)
 
 
 @dataclass(frozen=True)
@@ -74,7 +76,7 @@ class Objective(nn.Module, ABC):
     Attributes:
         name: of ``imm train --loss``. particles: images a group, of which a batch is a multiple. step: of training, from 0, for
             losses that change with it; the trainer sets it.
-        own: names of the arguments that a run keeps among its settings.
+        recorded: names of the arguments that :attr:`settings` has.
         needs_second_time: whether the network has to see s. forwards: what an image costs in forwards of the network, with two
             for a backward. compiles: whether the loss is one of a compiled network: torch.compile has no tangents.
 
@@ -85,7 +87,7 @@ class Objective(nn.Module, ABC):
     name: str
     particles = 1
     step = 0
-    own: tuple[str, ...] = ()
+    recorded: tuple[str, ...] = ()
     needs_second_time = True
     forwards = 4.0
     compiles = True
@@ -105,7 +107,7 @@ class Objective(nn.Module, ABC):
     @property
     def settings(self) -> dict[str, Any]:
         """The loss's name and its arguments, as JSON has them."""
-        values = {name: getattr(self, name) for name in ("label_dropout", "share_dropout", *self.own)}
+        values = {name: getattr(self, name) for name in ("label_dropout", "share_dropout", *self.recorded)}
         return {"loss": self.name} | {name: list(v) if isinstance(v, tuple) else v for name, v in values.items()}
 
     @abstractmethod
@@ -126,7 +128,7 @@ class Objective(nn.Module, ABC):
         noise = (
             torch.randn(self._noise_shape(x), dtype=x.dtype, device=x.device, generator=generator) * self.flow_map.sigma_data
         )
-        return Draws(t, s, r, noise, self._drop_labels(labels, generator))
+        return Draws(t, s, r, noise, self._drop_labels(labels, generator), self._jumps(batch // self.particles))
 
     def forward(
         self,
@@ -183,6 +185,10 @@ class Objective(nn.Module, ABC):
     def _noise_shape(self, x: Tensor) -> torch.Size:
         return x.shape
 
+    def _jumps(self, groups: int) -> Tensor | None:
+        """Which of the groups have s < t, ``[groups]`` bool on the CPU; None where all or none have, or none asks."""
+        return None
+
     def _network(self, batch: Batch, x: Tensor, t: Tensor, s: Tensor, labels: Tensor | None) -> Tensor:
         """The network's output for states of the batch's images, in whatever precision it has."""
         return self.flow_map.network_output(x, t, s, labels, augment=batch.augment)[0]
@@ -191,7 +197,7 @@ class Objective(nn.Module, ABC):
         """f_{s,t}(x) for states of the batch's images, in torch's own operations, which have tangents of any order."""
         parametrization = self.flow_map.parametrization
         g = self._network(batch, x, t, s, labels)
-        return column(parametrization.c_skip(s, t), x) * x + column(parametrization.c_out(s, t), x) * g
+        return per_image(parametrization.c_skip(s, t), x) * x + per_image(parametrization.c_out(s, t), x) * g
 
     def _replayed(self, x: Tensor) -> AbstractContextManager[Any]:
         """Yields a context in which dropout masks are again those drawn from here on."""
@@ -240,9 +246,30 @@ class Objective(nn.Module, ABC):
         }
 
 
-def spread_over(groups: int, share: float, device: torch.device) -> Tensor:
+def apart(batch: Batch, of_jumps: Callable[[Batch], Tensor], of_rest: Callable[[Batch], Tensor]) -> Tensor:
+    """``[B]``: the losses of images that jump and of those whose s is t, each kind in calls of its own."""
+    draws = batch.draws
+    jumps = (draws.s < draws.t).cpu() if draws.jumps is None else draws.jumps
+    order, values = [], []
+    for where, losses in ((~jumps, of_rest), (jumps, of_jumps)):
+        rows = where.nonzero().flatten()
+        if len(rows):
+            order.append(rows)
+            values.append(losses(_rows(batch, rows.to(batch.x.device))))
+    return torch.cat(values)[torch.cat(order).argsort().to(batch.x.device)]
+
+
+def _rows(batch: Batch, index: Tensor) -> Batch:
+    """Some images of a batch whose groups are images."""
+    draws = batch.draws
+    take = lambda value: None if value is None else value[index]
+    some = Draws(draws.t[index], draws.s[index], draws.r[index], draws.noise[index], take(draws.labels))
+    return replace(batch, x=batch.x[index], labels=take(batch.labels), augment=take(batch.augment), draws=some)
+
+
+def evenly(groups: int, share: float) -> Tensor:
     """Which groups are of a share of the batch, ``[groups]`` bool: spread evenly, so that parts of a batch have it too."""
-    place = torch.arange(groups, device=device, dtype=torch.float64)
+    place = torch.arange(groups, dtype=torch.float64)
     return ((place + 1) * share).floor() > (place * share).floor()
 
 
@@ -260,14 +287,14 @@ def check_times(times: str) -> str:
     return times
 
 
-def column(coefficient: Tensor, x: Tensor) -> Tensor:
+def per_image(coefficient: Tensor, x: Tensor) -> Tensor:
     """A float64 coefficient of each image ``[B]``, to multiply x ``[B, ...]`` by: of x's accumulation dtype."""
     return as_time(coefficient).to(accumulate_dtype(x.dtype)).reshape(-1, *[1] * (x.dim() - 1))
 
 
 def mean_square(difference: Tensor, unit: Tensor) -> Tensor:
     """The mean over features of the squared difference ``[B, ...]`` in units ``[B]`` float64: ``[B]``."""
-    return (difference.flatten(1) / column(unit, difference).flatten(1)).square().mean(1)
+    return (difference.flatten(1) / per_image(unit, difference).flatten(1)).square().mean(1)
 
 
 @contextlib.contextmanager

@@ -39,7 +39,7 @@ class Consistency(IMM):
     """
 
     name = "consistency"
-    own = (*(name for name in IMM.own if name not in ("particles", "estimator")), "distance", "stage_steps", "stages")
+    recorded = (*(name for name in IMM.recorded if name not in ("particles", "estimator")), "distance", "stage_steps", "stages")
     needs_second_time = False
 
     def __init__(

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from imm.flow_map import FlowMap
-from imm.objectives.base import Batch, Objective, check_times, column, mean_square
+from imm.objectives.base import Batch, Objective, check_times, mean_square, per_image
 
 
 class FlowMatching(Objective):
@@ -20,7 +20,7 @@ class FlowMatching(Objective):
     """
 
     name = "fm"
-    own = ("times",)
+    recorded = ("times",)
     needs_second_time = False
     forwards = 3.0
 
@@ -44,7 +44,7 @@ def velocity_of(objective: Objective, batch: Batch, t: Tensor) -> Tensor:
     """The conditional velocity alpha'_t x + sigma'_t eps of the batch, ``[B, ...]``."""
     schedule = objective.flow_map.schedule
     x, noise = batch.x, batch.draws.noise
-    return column(schedule.d_alpha(t), x) * x + column(schedule.d_sigma(t), x) * noise
+    return per_image(schedule.d_alpha(t), x) * x + per_image(schedule.d_sigma(t), x) * noise
 
 
 def velocity_loss(objective: Objective, batch: Batch, t: Tensor) -> Tensor:
@@ -53,5 +53,5 @@ def velocity_loss(objective: Objective, batch: Batch, t: Tensor) -> Tensor:
     parametrization, x_t = flow_map.parametrization, flow_map.add_noise(batch.x, batch.draws.noise, t)
     g = objective._network(batch, x_t, t, t, batch.draws.labels)
     unit = parametrization.d_c_out(t)
-    u = column(parametrization.d_c_skip(t), x_t) * x_t + column(unit, x_t) * g
+    u = per_image(parametrization.d_c_skip(t), x_t) * x_t + per_image(unit, x_t) * g
     return mean_square(u - velocity_of(objective, batch, t), unit)

@@ -49,7 +49,7 @@ class IMM(Objective):
     """
 
     name = "imm"
-    own: tuple[str, ...] = (
+    recorded: tuple[str, ...] = (
         *("particles", "kernel", "bandwidths", "estimator", "mapping_kind", "k", "a", "b", "min_gap", "target_labels", "eps"),
     )
 

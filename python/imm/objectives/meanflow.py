@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from imm.flow_map import FlowMap
-from imm.objectives.base import Batch, Objective, check_share, check_times, column, spread_over
+from imm.objectives.base import Batch, Objective, apart, check_share, check_times, evenly, per_image
 from imm.objectives.flow_matching import velocity_of
 
 DERIVATIVES = ("jvp", "difference")
@@ -30,7 +30,7 @@ class MeanFlow(Objective):
     """
 
     name = "meanflow"
-    own = ("derivative", "step_size", "improved", "fm_share", "times", "power", "floor")
+    recorded = ("derivative", "step_size", "improved", "fm_share", "times", "power", "floor")
 
     def __init__(
         self,
@@ -58,7 +58,7 @@ class MeanFlow(Objective):
         self.derivative, self.step_size, self.improved = derivative, float(step_size), improved
         self.fm_share, self.times = check_share("fm_share", fm_share), check_times(times)
         self.power, self.floor = float(power), float(floor)
-        self.forwards = 3.0 + (1.0 if derivative == "jvp" else 2.0) + improved
+        self.forwards = 3.0 + ((1.0 if derivative == "jvp" else 2.0) + improved) * (1.0 - self.fm_share)
         self.compiles = derivative == "difference"
 
     def sample_times(
@@ -66,35 +66,48 @@ class MeanFlow(Objective):
     ) -> tuple[Tensor, Tensor, Tensor]:
         """t and s, which is t on ``fm_share`` of the batch; r = s."""
         t, s = self._pair(groups, device, generator, self.times)
-        alone = spread_over(groups, self.fm_share, device)
-        s = torch.where(alone, t, s)
+        s = torch.where(self._jumps(groups).to(device), s, t)
         return t, s, s
 
+    def _jumps(self, groups: int) -> Tensor:
+        return ~evenly(groups, self.fm_share)
+
     def losses(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-        t, s, labels = batch.draws.t, batch.draws.s, batch.draws.labels
-        sigma_data = self.flow_map.sigma_data
+        # Where s = t the equation is u = v: no derivative, the network once.
+        squared = apart(batch, lambda some: self._squared(some, jump=True), lambda some: self._squared(some, jump=False))
+        return squared / (squared.detach() + self.floor) ** self.power, {}
+
+    def _squared(self, batch: Batch, jump: bool) -> Tensor:
+        """The mean over features of the squared error in units of sigma_data, ``[B]``. The gradient of both forms is that of
+        the error through u alone."""
+        t, s = batch.draws.t, batch.draws.s
         x_t = self.flow_map.add_noise(batch.x, batch.draws.noise, t)
         v = velocity_of(self, batch, t)
+        if jump:
+            u, change = self._average(batch, x_t, v)
+            error = u + per_image(t - s, u) * change.detach() - v
+        else:
+            error = self.flow_map.sigma_data * self._network(batch, x_t, t, t, batch.draws.labels) - v
+        return (error / self.flow_map.sigma_data).flatten(1).square().mean(1)
+
+    def _average(self, batch: Batch, x_t: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """u(x_t, t, s) and its derivative D u along the path."""
+        t, s, labels = batch.draws.t, batch.draws.s, batch.draws.labels
+        average = lambda x, time, until=s: self.flow_map.sigma_data * self._network(batch, x, time, until, labels)
+        along = v
         with self._replayed(batch.x) as replay:
-            average = lambda x, time: sigma_data * self._network(batch, x, time, s, labels)
-            along = v
             if self.improved:
                 with torch.no_grad(), replay():
-                    along = sigma_data * self._network(batch, x_t, t, t, labels)
+                    along = average(x_t, t, t)
             if self.derivative == "jvp":
                 with replay():
-                    u, change = torch.func.jvp(average, (x_t, t), (along.to(x_t.dtype), torch.ones_like(t)))  # type: ignore[misc]
-            else:
-                with replay():
-                    u = average(x_t, t)
-                h = self.step_size
-                with torch.no_grad():
-                    ends = []
-                    for sign in (1.0, -1.0):
-                        with replay():
-                            ends.append(average(x_t + sign * h * along, t + sign * h))
-                    change = (ends[0] - ends[1]) / (2.0 * h)
-        error = u + column(t - s, u) * change.detach() - v
-        # The gradient of both forms is that of |error|^2 through u alone.
-        squared = (error / sigma_data).flatten(1).square().mean(1)
-        return squared / (squared.detach() + self.floor) ** self.power, {}
+                    tangents = along.to(x_t.dtype), torch.ones_like(t)
+                    u, change = torch.func.jvp(average, (x_t, t), tangents)  # type: ignore[misc]
+                return u, change
+            with replay():
+                u = average(x_t, t)
+            ends, h = [], self.step_size
+            for sign in (1.0, -1.0):
+                with torch.no_grad(), replay():
+                    ends.append(average(x_t + sign * h * along, t + sign * h))
+            return u, (ends[0] - ends[1]) / (2.0 * h)

@@ -8,15 +8,13 @@ on a share of the batch, and flow matching on the rest.
 
 from __future__ import annotations
 
-import dataclasses
 import warnings
-from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from imm.flow_map import FlowMap
-from imm.objectives.base import Batch, Draws, Objective, check_share, check_times, column, mean_square, spread_over
+from imm.objectives.base import Batch, Objective, apart, check_share, check_times, evenly, mean_square, per_image
 from imm.objectives.flow_matching import velocity_loss
 
 KINDS = ("progressive", "lagrangian")
@@ -33,7 +31,7 @@ class SelfDistillation(Objective):
         times: distribution of t and s.
     """
 
-    own = ("fm_share", "times")
+    recorded = ("fm_share", "times")
 
     def __init__(
         self,
@@ -68,41 +66,23 @@ class SelfDistillation(Objective):
         """t, s and an r in between; t = s = r where the image is flow matching's."""
         t, s = self._pair(groups, device, generator, self.times)
         r = s + (t - s) * torch.rand(groups, dtype=torch.float64, device=device, generator=generator)
-        alone = spread_over(groups, self.fm_share, device)
-        return t, torch.where(alone, t, s), torch.where(alone, t, r)
+        jumps = self._jumps(groups).to(device)
+        return t, torch.where(jumps, s, t), torch.where(jumps, r, t)
+
+    def _jumps(self, groups: int) -> Tensor:
+        return ~evenly(groups, self.fm_share)
 
     def losses(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         if self.kind == "progressive":
             return jump_loss(self, batch), {}
-        return _split(self, batch, _lagrangian), {}
+        of_jumps, of_rest = (lambda some: _lagrangian(self, some)), (lambda some: velocity_loss(self, some, some.draws.t))
+        return apart(batch, of_jumps, of_rest), {}
 
 
 def jump_loss(objective: Objective, batch: Batch) -> Tensor:
     """``[B]``: |f_{s,t} - sg f_{s,r} o f_{r,t}|^2 / c_out^2 where s < t, and flow matching where s = t."""
-    return _split(objective, batch, _composed)
-
-
-def _split(objective: Objective, batch: Batch, of_jumps: Callable[[Objective, Batch], Tensor]) -> Tensor:
-    """The losses of images that jump and of those whose s is t, each kind in calls of its own."""
-    draws = batch.draws
-    jumps = (draws.s < draws.t).nonzero().flatten()
-    stays = (draws.s >= draws.t).nonzero().flatten()
-    parts = []
-    if len(stays):
-        some = _rows(batch, stays)
-        parts.append((stays, velocity_loss(objective, some, some.draws.t)))
-    if len(jumps):
-        parts.append((jumps, of_jumps(objective, _rows(batch, jumps))))
-    rows, values = torch.cat([index for index, _ in parts]), torch.cat([value for _, value in parts])
-    return values[torch.argsort(rows)]
-
-
-def _rows(batch: Batch, index: Tensor) -> Batch:
-    """Some images of a batch whose groups are images."""
-    own = batch.draws
-    take = lambda value: None if value is None else value[index]
-    draws = Draws(own.t[index], own.s[index], own.r[index], own.noise[index], take(own.labels))
-    return dataclasses.replace(batch, x=batch.x[index], labels=take(batch.labels), augment=take(batch.augment), draws=draws)
+    of_jumps, of_rest = (lambda some: _composed(objective, some)), (lambda some: velocity_loss(objective, some, some.draws.t))
+    return apart(batch, of_jumps, of_rest)
 
 
 def _composed(objective: Objective, batch: Batch) -> Tensor:
@@ -129,5 +109,5 @@ def _lagrangian(objective: Objective, batch: Batch) -> Tensor:
         with torch.no_grad(), replay():
             y = y.detach()
             g = objective._network(batch, y, s, s, labels)
-            velocity = column(parametrization.d_c_skip(s), y) * y + column(parametrization.d_c_out(s), y) * g
+            velocity = per_image(parametrization.d_c_skip(s), y) * y + per_image(parametrization.d_c_out(s), y) * g
     return mean_square(motion - velocity, parametrization.d_c_out(s))

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from imm.flow_map import FlowMap
-from imm.objectives.base import Batch, Objective, check_share, spread_over
+from imm.objectives.base import Batch, Objective, check_share, evenly
 from imm.objectives.self_distillation import jump_loss
 
 
@@ -24,7 +24,7 @@ class Shortcut(Objective):
     """
 
     name = "shortcut"
-    own = ("bootstrap", "depth")
+    recorded = ("bootstrap", "depth")
 
     def __init__(
         self,
@@ -54,8 +54,11 @@ class Shortcut(Objective):
         t = t.clamp_max(high)
         r = 0.5 * (s + t)
         alone = high - (high - low) * u[2]
-        halves = spread_over(groups, self.bootstrap, device)
+        halves = self._jumps(groups).to(device)
         return tuple(torch.where(halves, time, alone) for time in (t, s, r))  # type: ignore[return-value]
+
+    def _jumps(self, groups: int) -> Tensor:
+        return evenly(groups, self.bootstrap)
 
     def losses(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         return jump_loss(self, batch), {}

@@ -48,7 +48,10 @@ _COLUMNS = (
 
 @dataclass
 class _Plan:
-    """What of the study is run: a few steps of a few losses where it is quick."""
+    """What of the study is run: a few steps of a few losses where it is quick.
+
+    seeds: of every loss. again: further seeds of the losses in ``contest``, whose ranking they check.
+    """
 
     losses: Sequence[str]
     seeds: Sequence[int]
@@ -56,9 +59,14 @@ class _Plan:
     every: int
     samples: int
     more: Sequence[int] = field(default=MORE)
+    contest: Sequence[str] = ()
+    again: Sequence[int] = ()
+
+    def seeds_of(self, loss: str) -> Sequence[int]:
+        return (*self.seeds, *self.again) if loss in self.contest else self.seeds
 
 
-FULL = _Plan(list(SETTINGS), (0,), STEPS, 500, SAMPLES)
+FULL = _Plan(list(SETTINGS), (0,), STEPS, 500, SAMPLES, contest=("imm", "shortcut", "progressive"), again=(1, 2))
 QUICK = _Plan(("imm", "fm", "shortcut"), (0,), 60, 60, 100, (16,))
 
 
@@ -79,7 +87,7 @@ def run(folder: Path, quick: bool, device: torch.device, say: Callable[[str], No
     rows: list[dict[str, Any]] = []
     shown: list[tuple[str, Tensor]] = []
     for loss in plan.losses:
-        for seed in plan.seeds:
+        for seed in plan.seeds_of(loss):
             out = folder / f"{loss}-{seed}"
             found = read_rows(out / ROWS_FILE)
             if found and found[-1]["step"] != plan.steps:
@@ -187,7 +195,24 @@ def summary(rows: Sequence[dict[str, Any]]) -> str:
             for n in counts
         ]
         lines.append([f"`{loss}`", *cells])
-    return markdown(["", *(str(n) for n in counts)], lines)
+    return markdown(["", *(str(n) for n in counts)], lines) + seeds_table(rows)
+
+
+def seeds_table(rows: Sequence[dict[str, Any]]) -> str:
+    """One step of the losses that were trained more than once, a column a seed, and the order by MMD; empty without any."""
+    last = max(row["step"] for row in rows)
+    one = {(row["loss"], row["seed"]): row for row in rows if row["step"] == last and row["evaluations"] == 1}
+    seeds = sorted({seed for _, seed in one})
+    contest = [loss for loss in dict.fromkeys(loss for loss, _ in one) if all((loss, seed) in one for seed in seeds)]
+    if len(seeds) < 2:
+        return ""
+    cell = lambda row: f"{row['label_match']:.0%} / {row['spread']:.0%} / {row['mmd'] * 1000:.1f}"
+    lines = [[f"`{loss}`", *(cell(one[loss, seed]) for seed in seeds)] for loss in contest]
+    order = []
+    for seed in seeds:
+        mmd = {loss: one[loss, seed]["mmd"] for loss in contest}
+        order.append(" < ".join(sorted(mmd, key=mmd.__getitem__)))
+    return "\n" + markdown(["one step", *(f"seed {seed}" for seed in seeds)], [*lines, ["order by MMD", *order]])
 
 
 def criteria(rows: Sequence[dict[str, Any]], plan: _Plan) -> list[Criterion]:
