@@ -75,15 +75,19 @@ std::unique_ptr<SamplingLoop> load_package(const std::string& path, bool graph) 
                             .guided = number<int64_t>(metadata, "guided") != 0,
                             .num_classes = number<int64_t>(metadata, "num_classes"),
                             .sigma_data = number<double>(metadata, "sigma_data"),
+                            .cond_dim = metadata.count("imm_cond_dim") ? number<int64_t>(metadata, "cond_dim") : 0,
+                            .latent_dim = metadata.count("imm_cond_dim") ? number<int64_t>(metadata, "latent_dim") : 0,
                             .state_dtype = dtype(metadata, "state_dtype"),
                             .input_dtype = dtype(metadata, "input_dtype"),
                             .device = at::Device(entry(metadata, "device"))};
   if (settings.device.is_cuda())  // where the loader put the weights
     settings.device = c10::impl::VirtualGuardImpl(at::kCUDA).getDevice();
   const auto call = [network](int64_t, const at::Tensor& x, const at::Tensor& t, const at::Tensor& s,
-                              const std::optional<at::Tensor>& labels) {
+                              const std::optional<at::Tensor>& labels, const std::optional<at::Tensor>& cond) {
     std::vector<at::Tensor> inputs{x, t, s};
-    if (labels) inputs.push_back(*labels);
+    for (const auto& more : {labels, cond}) {
+      if (more) inputs.push_back(*more);
+    }
     return network->run(inputs).at(0);
   };
   const auto pool = graph ? make_graph_pool(settings.device) : nullptr;

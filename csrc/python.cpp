@@ -20,14 +20,14 @@ using Column = std::vector<double>;
 
 std::unique_ptr<imm::SamplingLoop> make_loop(Column t, Column s, Column c_in, Column c_skip, Column c_out,
                                              Column c_noise, Column c_kept, int64_t rows, std::vector<int64_t> shape,
-                                             bool guided, int64_t num_classes, double sigma_data,
-                                             at::ScalarType state_dtype, at::ScalarType input_dtype,
+                                             bool guided, int64_t num_classes, double sigma_data, int64_t cond_dim,
+                                             int64_t latent_dim, at::ScalarType state_dtype, at::ScalarType input_dtype,
                                              const at::Device& device, imm::SamplingLoop::Network network,
                                              imm::SamplingLoop::Prepare prepare, std::shared_ptr<imm::GraphPool> pool) {
   imm::SamplingTable table{std::move(t),     std::move(s),       std::move(c_in),  std::move(c_skip),
                            std::move(c_out), std::move(c_noise), std::move(c_kept)};
-  imm::SamplingSettings settings{rows,       std::move(shape), guided,      num_classes,
-                                 sigma_data, state_dtype,      input_dtype, device};
+  imm::SamplingSettings settings{rows,     std::move(shape), guided,      num_classes, sigma_data,
+                                 cond_dim, latent_dim,       state_dtype, input_dtype, device};
   return std::make_unique<imm::SamplingLoop>(std::move(table), std::move(settings), std::move(network),
                                              std::move(prepare), std::move(pool));
 }
@@ -60,15 +60,18 @@ PYBIND11_MODULE(_C, m) {
                                 "The few-step loop for one number of rows; see csrc/sampling_loop.h.")
       .def(py::init(torch::wrap_pybind_function(make_loop)), py::kw_only(), py::arg("t"), py::arg("s"), py::arg("c_in"),
            py::arg("c_skip"), py::arg("c_out"), py::arg("c_noise"), py::arg("c_kept"), py::arg("rows"),
-           py::arg("shape"), py::arg("guided"), py::arg("num_classes"), py::arg("sigma_data"), py::arg("state_dtype"),
-           py::arg("input_dtype"), py::arg("device"), py::arg("network"), py::arg("prepare"), py::arg("pool"))
+           py::arg("shape"), py::arg("guided"), py::arg("num_classes"), py::arg("sigma_data"), py::arg("cond_dim"),
+           py::arg("latent_dim"), py::arg("state_dtype"), py::arg("input_dtype"), py::arg("device"), py::arg("network"),
+           py::arg("prepare"), py::arg("pool"))
       .def("capture", torch::wrap_pybind_function_no_gil(&imm::SamplingLoop::capture),
            "Record the loop for later runs.")
       .def("run", torch::wrap_pybind_function_no_gil(&imm::SamplingLoop::run), py::arg("seeds"), py::arg("labels"),
-           py::arg("guidance"), py::arg("x"), "Images for seeds: see csrc/sampling_loop.h.")
+           py::arg("guidance"), py::arg("x"), py::arg("cond") = py::none(),
+           "Images for seeds: see csrc/sampling_loop.h.")
       .def_property_readonly("captured", &imm::SamplingLoop::captured)
       .def_property_readonly("rows", &imm::SamplingLoop::rows)
       .def_property_readonly("num_classes", &imm::SamplingLoop::num_classes)
       .def_property_readonly("guided", &imm::SamplingLoop::guided)
+      .def_property_readonly("cond_dim", &imm::SamplingLoop::cond_dim)
       .def_property_readonly("bytes", &imm::SamplingLoop::bytes, "Of the memory it keeps, without a graph's.");
 }

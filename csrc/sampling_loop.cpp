@@ -1,6 +1,7 @@
 #include "sampling_loop.h"
 
 #include <ATen/core/dispatch/Dispatcher.h>
+#include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
 #include <ATen/ops/mul.h>
 #include <ATen/ops/stack.h>
@@ -40,6 +41,9 @@ const auto& noise_op() {
   static const auto op = c10::Dispatcher::singleton().findSchemaOrThrow("imm::noise", "out").typed<Signature>();
   return op;
 }
+
+// The noise of a network with a latent, before step i, is that of its seed at this step + i.
+constexpr int64_t kLatent = int64_t{1} << 32;
 
 std::vector<int64_t> with_rows(int64_t rows, const std::vector<int64_t>& shape) {
   std::vector<int64_t> sizes{rows};
@@ -81,6 +85,9 @@ SamplingLoop::SamplingLoop(SamplingTable table, SamplingSettings settings, Netwo
   seeds_ = numbers.narrow(0, seeds_first, B);
   guidance_ = numbers.narrow(0, guidance_first, B).view(at::kDouble);
   if (settings_.num_classes > 0) labels_ = numbers.narrow(0, 0, R).fill_(settings_.num_classes);
+  if (settings_.cond_dim > 0) {
+    cond_ = at::zeros({R, settings_.cond_dim + settings_.latent_dim}, options.dtype(settings_.input_dtype));
+  }
   const int64_t none = settings_.num_classes > 0 ? R - B : 0;
   given_ = numbers.narrow(0, none, numbers.numel() - none);
   const auto column = [](const std::vector<double>& values) { return at::tensor(values, at::kDouble); };
@@ -109,12 +116,14 @@ int64_t SamplingLoop::bytes() const {
   for (const Tensor& kept : {state_, input_, times_, coefficients_, given_}) {
     total += static_cast<int64_t>(kept.storage().nbytes());
   }
-  if (kept_) total += static_cast<int64_t>(kept_->storage().nbytes());
+  for (const auto& kept : {kept_, cond_}) {
+    if (kept) total += static_cast<int64_t>(kept->storage().nbytes());
+  }
   return total;
 }
 
 void SamplingLoop::load(const Tensor& seeds, const std::optional<Tensor>& labels, const std::optional<Tensor>& guidance,
-                        const std::optional<Tensor>& x) {
+                        const std::optional<Tensor>& x, const std::optional<Tensor>& cond) {
   const int64_t B = settings_.rows;
   const int64_t n = seeds.size(0);
   TORCH_CHECK_VALUE(labels.has_value() == labels_.has_value(), "labels: expected ",
@@ -140,6 +149,18 @@ void SamplingLoop::load(const Tensor& seeds, const std::optional<Tensor>& labels
   if (!settings_.device.is_cpu()) {
     given_.copy_(host, true);
     put_all(false);
+  }
+  TORCH_CHECK_VALUE(cond.has_value() == cond_.has_value(), "cond: expected ",
+                    cond_ ? "what the network is conditioned on" : "None for a network without", ", got ",
+                    cond ? "a tensor" : "None");
+  if (cond) {
+    TORCH_CHECK_VALUE(cond->dim() == 2 && cond->size(0) == n && cond->size(1) == settings_.cond_dim, "cond: expected [",
+                      n, ", ", settings_.cond_dim, "], got ", cond->sizes());
+    for (int64_t copy = 0; copy < copies_; ++copy) {
+      const Tensor z = cond_->narrow(1, 0, settings_.cond_dim).narrow(0, copy * B, B);
+      z.narrow(0, 0, n).copy_(*cond);
+      if (n < B) z.narrow(0, n, B - n).zero_();
+    }
   }
   const Tensor target = state_.narrow(0, 0, n);
   if (n < B) state_.narrow(0, n, B - n).zero_();  // not stepped on and on from run to run
@@ -167,6 +188,16 @@ void SamplingLoop::scale_input(int64_t step) {
   }
 }
 
+// Noise of the network's own, the same for each copy of an image's row.
+void SamplingLoop::draw_latent(int64_t step) {
+  const int64_t L = settings_.latent_dim;
+  const Tensor normals = at::empty({settings_.rows, L}, cond_->options().dtype(at::kFloat));
+  noise_op().call(seeds_, L, kLatent + step, 1.0, normals);
+  for (int64_t copy = 0; copy < copies_; ++copy) {
+    cond_->narrow(1, settings_.cond_dim, L).narrow(0, copy * settings_.rows, settings_.rows).copy_(normals);
+  }
+}
+
 void SamplingLoop::body() {
   const int64_t B = settings_.rows, steps = static_cast<int64_t>(table_.t.size());
   if (prepare_) prepare_(labels_);
@@ -174,7 +205,8 @@ void SamplingLoop::body() {
   for (int64_t i = 0; i < steps; ++i) {
     const bool last = i + 1 == steps;
     const Tensor times = times_.select(0, i), coefficients = coefficients_.select(0, i);
-    const Tensor g = network_(i, input_, times.select(0, 0), times.select(0, 1), labels_);
+    if (cond_ && settings_.latent_dim > 0) draw_latent(i);
+    const Tensor g = network_(i, input_, times.select(0, 0), times.select(0, 1), labels_, cond_);
     TORCH_CHECK_VALUE(g.sizes() == input_.sizes() && g.device() == input_.device(),
                       "network: expected an output of its input's shape ", input_.sizes(), " on ", input_.device(),
                       ", got ", g.sizes(), " on ", g.device());
@@ -211,13 +243,14 @@ void SamplingLoop::capture() {
 }
 
 Tensor SamplingLoop::run(const Tensor& seeds, const std::optional<Tensor>& labels,
-                         const std::optional<Tensor>& guidance, const std::optional<Tensor>& x) {
+                         const std::optional<Tensor>& guidance, const std::optional<Tensor>& x,
+                         const std::optional<Tensor>& cond) {
   const at::NoGradGuard no_grad;
   const c10::DeviceGuard guard(settings_.device);
-  if (!pool_) return run_here(seeds, labels, guidance, x);
+  if (!pool_) return run_here(seeds, labels, guidance, x, cond);
   pool_->wait();
   try {
-    const Tensor result = run_here(seeds, labels, guidance, x);
+    const Tensor result = run_here(seeds, labels, guidance, x, cond);
     pool_->mark();
     return result;
   } catch (...) {
@@ -227,8 +260,9 @@ Tensor SamplingLoop::run(const Tensor& seeds, const std::optional<Tensor>& label
 }
 
 Tensor SamplingLoop::run_here(const Tensor& seeds, const std::optional<Tensor>& labels,
-                              const std::optional<Tensor>& guidance, const std::optional<Tensor>& x) {
-  load(seeds, labels, guidance, x);
+                              const std::optional<Tensor>& guidance, const std::optional<Tensor>& x,
+                              const std::optional<Tensor>& cond) {
+  load(seeds, labels, guidance, x, cond);
   if (graph_) {
     graph_->replay();
   } else {

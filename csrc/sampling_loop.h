@@ -33,15 +33,20 @@ struct SamplingSettings {
   bool guided;
   int64_t num_classes;  // 0: the network takes no labels; else label num_classes means "none"
   double sigma_data;    // of the initial state
+  // C and L: numbers z that the network is conditioned on, and after them noise of its own, anew before each step; 0
+  // for none.
+  int64_t cond_dim, latent_dim;
   at::ScalarType state_dtype, input_dtype;
   at::Device device = at::kCPU;
 };
 
 class IMM_EXPORT SamplingLoop {
  public:
-  // network(step, x [R, ...], t [R] float64, s [R] float64, labels [R] int64 if it takes any) -> x's shape.
-  using Network = std::function<at::Tensor(int64_t step, const at::Tensor& x, const at::Tensor& t, const at::Tensor& s,
-                                           const std::optional<at::Tensor>& labels)>;
+  // network(step, x [R, ...], t [R] float64, s [R] float64, labels [R] int64 if it takes any, cond [R, C + L] of the
+  // input's dtype if it is conditioned) -> x's shape.
+  using Network =
+      std::function<at::Tensor(int64_t step, const at::Tensor& x, const at::Tensor& t, const at::Tensor& s,
+                               const std::optional<at::Tensor>& labels, const std::optional<at::Tensor>& cond)>;
   // Called before the first step of a run with the labels [R].
   using Prepare = std::function<void(const std::optional<at::Tensor>& labels)>;
 
@@ -57,23 +62,27 @@ class IMM_EXPORT SamplingLoop {
   bool captured() const { return graph_ != nullptr; }
 
   // Images [n, ...] of n <= B seeds [n]; labels [n] where the network takes labels; guidance [1] or [n] float64 where
-  // guided; x [n, ...], the state to begin with, else sigma_data times the seeds' noise. Rows that n leaves are run
-  // too.
+  // guided; x [n, ...], the state to begin with, else sigma_data times the seeds' noise; cond [n, C] where the network
+  // is conditioned. Rows that n leaves are run too.
   at::Tensor run(const at::Tensor& seeds, const std::optional<at::Tensor>& labels,
-                 const std::optional<at::Tensor>& guidance, const std::optional<at::Tensor>& x);
+                 const std::optional<at::Tensor>& guidance, const std::optional<at::Tensor>& x,
+                 const std::optional<at::Tensor>& cond);
 
   int64_t rows() const { return settings_.rows; }
   int64_t num_classes() const { return settings_.num_classes; }
   bool guided() const { return settings_.guided; }
+  int64_t cond_dim() const { return settings_.cond_dim; }
   int64_t bytes() const;  // of the memory that is kept, without what a graph keeps
 
  private:
   at::Tensor run_here(const at::Tensor& seeds, const std::optional<at::Tensor>& labels,
-                      const std::optional<at::Tensor>& guidance, const std::optional<at::Tensor>& x);
+                      const std::optional<at::Tensor>& guidance, const std::optional<at::Tensor>& x,
+                      const std::optional<at::Tensor>& cond);
   void body();
   void scale_input(int64_t step);
+  void draw_latent(int64_t step);
   void load(const at::Tensor& seeds, const std::optional<at::Tensor>& labels, const std::optional<at::Tensor>& guidance,
-            const std::optional<at::Tensor>& x);
+            const std::optional<at::Tensor>& x, const std::optional<at::Tensor>& cond);
 
   SamplingTable table_;
   SamplingSettings settings_;
@@ -84,7 +93,7 @@ class IMM_EXPORT SamplingLoop {
   at::Tensor state_, input_, times_, coefficients_;
   std::optional<at::Tensor> kept_;       // the state that a step began with, where the next one adds of it
   at::Tensor given_, seeds_, guidance_;  // what a call gives, int64 side by side, and its parts
-  std::optional<at::Tensor> labels_;
+  std::optional<at::Tensor> labels_, cond_;
   std::unique_ptr<Graph> graph_;
 };
 

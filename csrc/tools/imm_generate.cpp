@@ -111,6 +111,9 @@ std::map<std::string, std::string> parse(int count, char** words) {
 void generate(const std::map<std::string, std::string>& options) {
   const auto seeds = integers(options.at("--seeds"), "seeds");
   const auto loop = imm::load_package(options.at("--package"), !options.count("--no-graph"));
+  if (loop->cond_dim() > 0)
+    throw Failure{"package: expected a network of labels alone, got one that is conditioned on " +
+                  std::to_string(loop->cond_dim()) + " numbers (imm.sampling.Package runs it)"};
   std::vector<int64_t> classes;
   if (options.count("--labels")) classes = integers(options.at("--labels"), "labels");
   if (!classes.empty() && loop->num_classes() == 0) throw Failure{"labels: expected none for an unconditional network"};
@@ -148,7 +151,7 @@ void generate(const std::map<std::string, std::string>& options) {
       for (int64_t i = 0; i < count; ++i) chosen.push_back(classes[static_cast<size_t>(begin + i) % classes.size()]);
       labels = at::tensor(chosen, at::kLong);
     }
-    parts.push_back(loop->run(at::tensor(own, at::kLong), labels, guidance, std::nullopt).cpu());
+    parts.push_back(loop->run(at::tensor(own, at::kLong), labels, guidance, std::nullopt, std::nullopt).cpu());
   }
   const at::Tensor images = at::cat(parts).to(at::kFloat).contiguous();
   write_npy(options.at("--out"), images);

@@ -22,7 +22,9 @@ class FlowMap(nn.Module):
         network: called as ``network(x, t, s, labels)`` with ``x`` ``[B, ...]`` scaled to unit variance, ``t`` and ``s`` ``[B]``
             float64, both already scaled, ``labels`` ``[B]`` int64 or None; returns ``x``'s shape. Its attribute ``num_classes``
             (0: unconditional) says which labels it takes; label ``num_classes`` means "none". Trained on augmented images
-            (``augment_dim`` numbers of each), it is given these as a fifth argument, and otherwise only four.
+            (``augment_dim`` numbers of each), it is given these as a fifth argument, and otherwise only four. With an attribute
+            ``cond_dim`` > 0 it is conditioned on as many numbers z besides, and called with ``cond=`` ``[B, cond_dim +
+            latent_dim]``; the last ``latent_dim`` (0 without the attribute) are the network's own noise.
         schedule: "fm" or "vp_cosine".
         parametrization: "identity", "simple_edm" or "euler_fm" (with "fm" only).
         second_time: what the network is given beside ``time_scale * t``: "stride" ``time_scale * (t - s)``, "identity"
@@ -68,6 +70,8 @@ class FlowMap(nn.Module):
         self.t_min = float(t_min)
         self.t_max = float(t_max)
         self.num_classes: int = num_classes
+        self.cond_dim: int = getattr(network, "cond_dim", 0)
+        self.latent_dim: int = getattr(network, "latent_dim", 0)
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -95,7 +99,16 @@ class FlowMap(nn.Module):
         """The dtype that the network takes its input in: that of its parameters, float32 where it has none."""
         return next((p.dtype for p in self.network.parameters() if p.is_floating_point()), torch.float32)
 
-    def forward(self, x: Tensor, t: Time, s: Time, labels: Tensor | None = None, guidance: Time | None = None) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        t: Time,
+        s: Time,
+        labels: Tensor | None = None,
+        guidance: Time | None = None,
+        *,
+        cond: Tensor | None = None,
+    ) -> Tensor:
         """Jump from time t to time s.
 
         Args:
@@ -104,6 +117,8 @@ class FlowMap(nn.Module):
             labels: ``[B]`` int64 classes in ``[0, num_classes]``, ``num_classes`` meaning "none"; None: all "none".
             guidance: classifier-free guidance w (number or ``[B]``): G = G_none + w (G_label - G_none), eq. 14, for twice the
                 work. None: the labelled output alone.
+            cond: z that the network is conditioned on, ``[B, cond_dim + latent_dim]``, floating, differentiable; None for a
+                network without.
 
         Returns:
             x_s, the shape and dtype of ``x``.
@@ -111,7 +126,7 @@ class FlowMap(nn.Module):
         Raises:
             ValueError, TypeError: shapes, dtypes, times or labels other than these.
         """
-        return self.jump(x, t, s, labels, guidance)
+        return self.jump(x, t, s, labels, guidance, cond=cond)
 
     def jump(
         self,
@@ -122,13 +137,16 @@ class FlowMap(nn.Module):
         guidance: Time | None = None,
         out: Tensor | None = None,
         renoise: tuple[float, float, Tensor, int] | None = None,
+        *,
+        cond: Tensor | None = None,
     ) -> Tensor:
         """:meth:`forward` into ``out``, which may be ``x`` itself; without gradients where ``out`` is given.
 
         ``renoise``, (alpha, sigma, seeds, step), gives alpha x_s + sigma n(seeds, step) in the same pass.
         """
         x, t, s, labels = self._checked(x, t, s, labels, guidance)
-        g, g_uncond = self.network_output(x, t, s, labels, with_uncond=guidance is not None)
+        cond = self.checked_cond(cond, x)
+        g, g_uncond = self.network_output(x, t, s, labels, with_uncond=guidance is not None, cond=cond)
         alpha, sigma, seeds, step = (1.0, None, None, 0) if renoise is None else renoise
         return functional.flow_step(
             x,
@@ -143,11 +161,13 @@ class FlowMap(nn.Module):
             out=out,
         )
 
-    def velocity(self, x: Tensor, t: Time, labels: Tensor | None = None, guidance: Time | None = None) -> Tensor:
+    def velocity(
+        self, x: Tensor, t: Time, labels: Tensor | None = None, guidance: Time | None = None, *, cond: Tensor | None = None
+    ) -> Tensor:
         """d/ds f_{s,t}(x) at s = t: the instantaneous velocity ``c'_skip(t) x + c'_out(t) G(c_in(t) x, t, t)``.
 
         Args:
-            x, t, labels, guidance: as in :meth:`forward`.
+            x, t, labels, guidance, cond: as in :meth:`forward`.
 
         Returns:
             dx/dt at t, the shape and dtype of ``x``.
@@ -158,7 +178,8 @@ class FlowMap(nn.Module):
         x, t, _, labels = self._checked(x, t, t, labels, guidance)
         if self.parametrization.name == "identity" and _readable(t) and not bool((t > 0).all()):
             raise ValueError(f't: expected times above 0 for the velocity of "identity", got {t.tolist()}')
-        g, g_uncond = self.network_output(x, t, t, labels, with_uncond=guidance is not None)
+        cond = self.checked_cond(cond, x)
+        g, g_uncond = self.network_output(x, t, t, labels, with_uncond=guidance is not None, cond=cond)
         c_skip, c_out = self.parametrization.d_c_skip(t), self.parametrization.d_c_out(t)
         return functional.flow_step(x, g, c_skip, c_out, g_uncond=g_uncond, guidance=guidance)
 
@@ -176,13 +197,15 @@ class FlowMap(nn.Module):
         *,
         with_uncond: bool = False,
         augment: Tensor | None = None,
+        cond: Tensor | None = None,
     ) -> tuple[Tensor, Tensor | None]:
-        """G(c_in(t) x, t, s, labels) and, ``with_uncond``, the same without labels, in one call of the network.
+        """G(c_in(t) x, t, s, labels, cond) and, ``with_uncond``, the same without labels, in one call of the network.
 
-        ``augment`` ``[B, augment_dim]`` goes to the network beside the labels, in training (not ``with_uncond``).
+        ``augment`` ``[B, augment_dim]`` goes to the network beside the labels, in training (not ``with_uncond``); so does
+        ``cond``, as :meth:`forward` has it.
 
         Raises:
-            ValueError: ``augment`` ``with_uncond``, of another shape, or for a network that is not told.
+            ValueError: ``augment`` ``with_uncond``, of another shape, or for a network that does not take it.
         """
         batch = x.shape[0]
         if augment is not None:
@@ -195,14 +218,24 @@ class FlowMap(nn.Module):
         scaled = (x.to(wide) * c_in.to(wide)).to(self.network_dtype)
         first, second = (value.expand(batch) for value in self.network_times(t, s))
         if not with_uncond:
-            return self._call(scaled, first, second, labels, augment), None
+            return self._call(scaled, first, second, labels, augment, cond), None
         assert labels is not None
         none = torch.full_like(labels, self.num_classes)
-        both = self._call(torch.cat([scaled, scaled]), first.repeat(2), second.repeat(2), torch.cat([none, labels]))
+        twice = None if cond is None else torch.cat([cond, cond])
+        both = self._call(torch.cat([scaled, scaled]), first.repeat(2), second.repeat(2), torch.cat([none, labels]), cond=twice)
         return both[batch:], both[:batch]  # chunk(2) would fix the batch in torch.export
 
-    def _call(self, x: Tensor, t: Tensor, s: Tensor, labels: Tensor | None, augment: Tensor | None = None) -> Tensor:
-        g = self.network(x, t, s, labels) if augment is None else self.network(x, t, s, labels, augment)
+    def _call(
+        self,
+        x: Tensor,
+        t: Tensor,
+        s: Tensor,
+        labels: Tensor | None,
+        augment: Tensor | None = None,
+        cond: Tensor | None = None,
+    ) -> Tensor:
+        more = {} if cond is None else {"cond": cond.to(x.dtype)}
+        g = self.network(x, t, s, labels, **more) if augment is None else self.network(x, t, s, labels, augment, **more)
         if not isinstance(g, Tensor) or g.shape != x.shape:
             got = list(g.shape) if isinstance(g, Tensor) else type(g).__name__
             raise ValueError(f"network: expected an output of its input's shape {list(x.shape)}, got {got}")
@@ -252,6 +285,20 @@ class FlowMap(nn.Module):
                 f"got {labels.min().item()}..{labels.max().item()}"
             )
         return labels
+
+    def checked_cond(self, cond: Tensor | None, x: Tensor) -> Tensor | None:
+        """``cond`` as it is. Raises ValueError unless it is what the network is conditioned on for states x ``[B, ...]``."""
+        wanted = (x.shape[0], self.cond_dim + self.latent_dim)
+        if cond is None:
+            if self.cond_dim:
+                raise ValueError(f"cond: expected {list(wanted)} for this network, got None")
+            return None
+        if not self.cond_dim:
+            raise ValueError(f"cond: expected None for a network without cond_dim, got {list(cond.shape)}")
+        if cond.shape != wanted or not cond.is_floating_point() or cond.device != x.device:
+            got = f"{list(cond.shape)} of {cond.dtype} on {cond.device}"
+            raise ValueError(f"cond: expected floating {list(wanted)} on {x.device}, got {got}")
+        return cond
 
     def add_noise(self, x: Tensor, eps: Tensor, t: Time) -> Tensor:
         """x_t = alpha_t x + sigma_t eps for ``eps`` of standard deviation sigma_data (paper section 4.1)."""

@@ -27,7 +27,7 @@ _LOGIT_MEAN, _LOGIT_STD = -0.4, 1.0
 class Draws:
     """What one loss draws: t, s and r ``[G]`` float64, ``noise`` ``[N, ...]`` with N a multiple of G, ``labels`` ``[B]`` after
     dropout or None. ``jumps`` ``[G]`` bool on the CPU says where s < t, so that nothing waits for the device to know; None:
-    read from t and s."""
+    read from t and s. ``latent`` ``[N, latent_dim]`` is the network's own noise, or None."""
 
     t: Tensor
     s: Tensor
@@ -35,6 +35,7 @@ class Draws:
     noise: Tensor
     labels: Tensor | None
     jumps: Tensor | None = None
+    latent: Tensor | None = None
 
     def part(self, start: int, stop: int) -> Draws:
         """Those of the groups from ``start`` to before ``stop``."""
@@ -43,8 +44,8 @@ class Draws:
             each = len(values) // len(self.t)
             return values[start * each : stop * each]
 
-        labels, jumps = (None if value is None else cut(value) for value in (self.labels, self.jumps))
-        return Draws(cut(self.t), cut(self.s), cut(self.r), cut(self.noise), labels, jumps)
+        some = (None if value is None else cut(value) for value in (self.labels, self.jumps, self.latent))
+        return Draws(cut(self.t), cut(self.s), cut(self.r), cut(self.noise), *some)
 
 
 @dataclass(frozen=True)
@@ -54,6 +55,7 @@ class Batch:
     Attributes:
         x: data ``[B, ...]``. labels: ``[B]`` as given, or None. augment: ``[B, augment_dim]`` or None. draws: the loss's.
         scale: float 0-d, what the mean over groups is multiplied by (``grad_scale``). pairs: see :meth:`Objective.forward`.
+        cond: ``[B, cond_dim]`` or None, what the network is conditioned on.
     """
 
     x: Tensor
@@ -62,6 +64,7 @@ class Batch:
     draws: Draws
     scale: Tensor
     pairs: bool = False
+    cond: Tensor | None = None
 
 
 class Objective(nn.Module, ABC):
@@ -79,6 +82,7 @@ class Objective(nn.Module, ABC):
         recorded: names of the arguments that :attr:`settings` has.
         needs_second_time: whether the network has to see s. forwards: what an image costs in forwards of the network, with two
             for a backward. compiles: whether the loss is one of a compiled network: torch.compile has no tangents.
+        takes_latent: whether the network may have noise of its own (``latent_dim``).
 
     Raises:
         ValueError, TypeError: for any value other than these.
@@ -91,6 +95,7 @@ class Objective(nn.Module, ABC):
     needs_second_time = True
     forwards = 4.0
     compiles = True
+    takes_latent = False
 
     def __init__(self, flow_map: FlowMap, *, label_dropout: float = 0.1, share_dropout: bool = True) -> None:
         super().__init__()
@@ -100,6 +105,8 @@ class Objective(nn.Module, ABC):
             raise ValueError(f"label_dropout: expected a probability, got {label_dropout}")
         if self.needs_second_time and flow_map.second_time == "none":
             raise ValueError(f'second_time: expected "stride" or "identity" for {type(self).__name__}, got "none"')
+        if flow_map.latent_dim and not self.takes_latent:
+            raise ValueError(f"latent_dim: expected 0 for {type(self).__name__}, got {flow_map.latent_dim}")
         self.flow_map = flow_map
         self.label_dropout = float(label_dropout)
         self.share_dropout = share_dropout
@@ -128,7 +135,8 @@ class Objective(nn.Module, ABC):
         noise = (
             torch.randn(self._noise_shape(x), dtype=x.dtype, device=x.device, generator=generator) * self.flow_map.sigma_data
         )
-        return Draws(t, s, r, noise, self._drop_labels(labels, generator), self._jumps(batch // self.particles))
+        labels, jumps = self._drop_labels(labels, generator), self._jumps(batch // self.particles)
+        return Draws(t, s, r, noise, labels, jumps, self._latent(x, generator))
 
     def forward(
         self,
@@ -140,6 +148,8 @@ class Objective(nn.Module, ABC):
         grad_scale: Tensor | float | None = None,
         draws: Draws | None = None,
         pairs: bool = False,
+        cond: Tensor | None = None,
+        mask: Tensor | None = None,
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """The loss of a batch of data.
 
@@ -152,6 +162,11 @@ class Objective(nn.Module, ABC):
             grad_scale: a number that multiplies the loss, such as a gradient scaler's factor. Given here, not after the
                 call, it reaches small gradients before they are rounded to 16 bits. None for 1.
             draws: from :meth:`draw`, whose ``part`` makes the loss of a large batch one of its parts at a time; None to draw.
+            cond: z that the network is conditioned on, ``[B, cond_dim]``, differentiable; None for a network without. A loss's
+                targets give it no gradient. Without ``draws``, rows are shuffled before groups are cut from them: particles of
+                a group may share what the network is conditioned on and nothing else (docs/tokens.md).
+            mask: ``[B]`` bool, rows that count; the others are left out before anything is drawn, and with them what then is
+                no multiple of ``particles``. None for all.
             pairs: also the statistic ``pairs``, of a loss that compares sets; it costs two more calls of the loss.
 
         Returns:
@@ -163,14 +178,20 @@ class Objective(nn.Module, ABC):
             is the matched pairs' share of the gradient: at 1 the loss is a consistency loss.
 
         Raises:
-            ValueError: a batch that ``particles`` does not divide, labels out of range, augment for a network that is not told
-                or of another shape, NaN or infinite data (checked on the CPU only; on a GPU look at ``nonfinite``).
+            ValueError: a batch that ``particles`` does not divide, labels out of range, augment for a network without or of
+                another shape, cond or mask of another shape, a mask that leaves no group, NaN or infinite data (checked on
+                the CPU only; on a GPU look at ``nonfinite``).
         """
+        labels = self.flow_map.checked_labels(labels, len(x), x.device)
+        self._check_cond(cond, x)
+        shuffled = draws is None and cond is not None and self.particles > 1
+        if mask is not None or shuffled:
+            rows = self._kept(x, mask, shuffled, generator)
+            x, labels, augment, cond = x[rows], *(None if v is None else v[rows] for v in (labels, augment, cond))
         if draws is None:
             draws = self.draw(x, labels, generator)
         else:
             self._checked_batch(x)
-        labels = self.flow_map.checked_labels(labels, len(x), x.device)
         groups, shape = len(x) // self.particles, self._noise_shape(x)
         if len(draws.t) != groups or draws.noise.shape != shape:
             got = list(draws.noise.shape)
@@ -179,11 +200,14 @@ class Objective(nn.Module, ABC):
         if factor.numel() != 1:
             raise ValueError(f"grad_scale: expected one number, got {list(factor.shape)}")
         factor = factor.reshape(())
-        per_group, more = self.losses(Batch(x, labels, augment, draws, factor.detach(), pairs))
+        per_group, more = self.losses(Batch(x, labels, augment, draws, factor.detach(), pairs, cond))
         return per_group.mean() * factor, {**self._statistics(per_group.detach(), draws.t, draws.s, draws.r), **more}
 
     def _noise_shape(self, x: Tensor) -> torch.Size:
         return x.shape
+
+    def _latent(self, x: Tensor, generator: torch.Generator | None) -> Tensor | None:
+        return None
 
     def _jumps(self, groups: int) -> Tensor | None:
         """Which of the groups have s < t, ``[groups]`` bool on the CPU; None where all or none have, or none asks."""
@@ -191,7 +215,7 @@ class Objective(nn.Module, ABC):
 
     def _network(self, batch: Batch, x: Tensor, t: Tensor, s: Tensor, labels: Tensor | None) -> Tensor:
         """The network's output for states of the batch's images, in whatever precision it has."""
-        return self.flow_map.network_output(x, t, s, labels, augment=batch.augment)[0]
+        return self.flow_map.network_output(x, t, s, labels, augment=batch.augment, cond=batch.cond)[0]
 
     def _jump(self, batch: Batch, x: Tensor, t: Tensor, s: Tensor, labels: Tensor | None) -> Tensor:
         """f_{s,t}(x) for states of the batch's images, in torch's own operations, which have tangents of any order."""
@@ -215,6 +239,28 @@ class Objective(nn.Module, ABC):
             return high - (high - low) * torch.rand(count, dtype=torch.float64, device=device, generator=generator)
         normal = torch.randn(count, dtype=torch.float64, device=device, generator=generator)
         return low + (high - low) * torch.sigmoid(_LOGIT_MEAN + _LOGIT_STD * normal)
+
+    def _check_cond(self, cond: Tensor | None, x: Tensor) -> None:
+        wanted = (len(x), self.flow_map.cond_dim)
+        if (cond is None) != (wanted[1] == 0) or (cond is not None and (cond.shape != wanted or not cond.is_floating_point())):
+            got = "None" if cond is None else f"{list(cond.shape)} of {cond.dtype}"
+            raise ValueError(
+                f"cond: expected {f'floating {list(wanted)}' if wanted[1] else 'None'} for this network, got {got}"
+            )
+
+    def _kept(self, x: Tensor, mask: Tensor | None, shuffled: bool, generator: torch.Generator | None) -> Tensor:
+        """Indices of the rows that the loss is of, a multiple of ``particles``."""
+        if mask is None:
+            rows = torch.arange(len(x), device=x.device)
+        elif mask.shape != (len(x),) or mask.dtype != torch.bool:
+            raise ValueError(f"mask: expected [{len(x)}] bool, got {list(mask.shape)} of {mask.dtype}")
+        else:
+            rows = mask.nonzero().flatten()
+            if len(rows) < self.particles:
+                raise ValueError(f"mask: expected particles = {self.particles} rows or more that count, got {len(rows)}")
+        if shuffled:
+            rows = rows[torch.randperm(len(rows), device=x.device, generator=generator)]
+        return rows if mask is None else rows[: len(rows) // self.particles * self.particles]
 
     def _checked_batch(self, x: Tensor) -> int:
         if x.dim() < 2 or not x.is_floating_point():
@@ -264,7 +310,8 @@ def _rows(batch: Batch, index: Tensor) -> Batch:
     draws = batch.draws
     take = lambda value: None if value is None else value[index]
     some = Draws(draws.t[index], draws.s[index], draws.r[index], draws.noise[index], take(draws.labels))
-    return replace(batch, x=batch.x[index], labels=take(batch.labels), augment=take(batch.augment), draws=some)
+    labels, augment, cond = take(batch.labels), take(batch.augment), take(batch.cond)
+    return replace(batch, x=batch.x[index], labels=labels, augment=augment, cond=cond, draws=some)
 
 
 def evenly(groups: int, share: float) -> Tensor:

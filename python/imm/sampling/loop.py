@@ -13,10 +13,12 @@ from imm.flow_map import FlowMap
 from imm.sampling.grid import StepTable, step_table
 from imm.schedules import Time, as_time
 
-#: (step, x [R, ...], t [R], s [R], labels [R] or None) -> x's shape.
-Network = Callable[[int, Tensor, Tensor, Tensor, Tensor | None], Tensor]
+#: (step, x [R, ...], t [R], s [R], labels [R] or None, cond [R, C] or None) -> x's shape.
+Network = Callable[[int, Tensor, Tensor, Tensor, Tensor | None, Tensor | None], Tensor]
 #: (step, state after it) -> the noise that is added, of the state's shape.
 Fresh = Callable[[int, Tensor], Tensor]
+#: The noise of a network with a latent, before step i, is that of its seed at this step + i.
+LATENT = 1 << 32
 
 
 class Plain:
@@ -27,8 +29,8 @@ class Plain:
     def __init__(self, network: nn.Module) -> None:
         self.network = network
 
-    def __call__(self, step: int, x: Tensor, t: Tensor, s: Tensor, labels: Tensor | None) -> Tensor:
-        g = self.network(x, t, s, labels)
+    def __call__(self, step: int, x: Tensor, t: Tensor, s: Tensor, labels: Tensor | None, cond: Tensor | None = None) -> Tensor:
+        g = self.network(x, t, s, labels) if cond is None else self.network(x, t, s, labels, cond=cond)
         if not isinstance(g, Tensor):
             raise ValueError(f"network: expected an output of its input's shape {list(x.shape)}, got {type(g).__name__}")
         return g
@@ -79,6 +81,7 @@ def step(
     dtype: torch.dtype,
     out: Tensor | None = None,
     kept: Tensor | None = None,
+    cond: Tensor | None = None,
 ) -> Tensor:
     """Step i: one call of the network and one :func:`jump`.
 
@@ -86,6 +89,7 @@ def step(
         x: the state, ``[B, ...]``. labels: ``[R]``, of R = B rows of the network, or 2 B with guidance (:func:`with_none`).
         guidance: float64 ``[1]`` or ``[B]``. seeds: ``[B]`` int64 on x's device. dtype: of the network's input.
         out: where to write, which may be x. kept: the state that the step before began with, where the table adds of it.
+        cond: ``[R, C]`` in ``dtype``, what the network is conditioned on, or None.
 
     Raises:
         ValueError: an output of another shape than the network's input.
@@ -95,7 +99,7 @@ def step(
     if guidance is not None:
         scaled = torch.cat([scaled, scaled])
     t, s = (torch.full((len(scaled),), v[i], dtype=torch.float64, device=x.device) for v in (table.t, table.s))
-    g = network(i, scaled, t, s, labels)
+    g = network(i, scaled, t, s, labels, cond)
     if g.shape != scaled.shape:
         raise ValueError(f"network: expected an output of its input's shape {list(scaled.shape)}, got {list(g.shape)}")
     uncond, g = (None, g) if guidance is None else (g[:batch], g[batch:])
@@ -112,22 +116,52 @@ def run(
     seeds: Tensor | None,
     dtype: torch.dtype,
     fresh: Fresh | None = None,
+    cond: Tensor | None = None,
+    latent: int = 0,
 ) -> Tensor:
     """Every :func:`step` of a table; in place from the second one on, so that x stays as it is. Without seeds ``fresh`` gives
-    the noise."""
+    the noise. ``cond`` ``[B, C]``; ``latent``: numbers of the network's own noise, which follow it, of the seeds."""
     out = kept = None
+    cond = None if cond is None else rows_of_cond(cond, latent, guidance is not None, dtype)
     for i in range(len(table)):
+        if latent and cond is not None:
+            fill_latent(cond, latent, i, seeds)
         begun = x.clone() if i + 1 < len(table) and table.c_kept[i + 1] != 0.0 else None
-        x = out = step(table, i, network, x, labels, guidance, seeds, dtype, out, kept)
+        x = out = step(table, i, network, x, labels, guidance, seeds, dtype, out, kept, cond)
         kept = begun
         if fresh is not None and table.c_noise[i] != 0.0:
             functional.flow_step(x, fresh(i, x), 1.0, table.c_noise[i], out=x)
     return x
 
 
+def rows_of_cond(cond: Tensor, latent: int, guided: bool, dtype: torch.dtype) -> Tensor:
+    """What a call of the network is given, ``[R, C + latent]``, the last ``latent`` columns to be filled."""
+    rows = torch.cat([cond, cond.new_zeros(len(cond), latent)], 1).to(dtype)
+    return torch.cat([rows, rows]) if guided else rows
+
+
+def fill_latent(cond: Tensor, latent: int, step: int, seeds: Tensor | None) -> None:
+    """Write the noise of a step into the last columns of ``cond``, for each copy of the images' rows."""
+    if seeds is None:
+        raise ValueError("seeds: expected those of the images, for a network with noise of its own, got None")
+    noise = functional.noise(seeds, (latent,), LATENT + step)
+    cond[:, -latent:] = noise.repeat(len(cond) // len(seeds), 1)
+
+
 def with_none(labels: Tensor, num_classes: int) -> Tensor:
     """The labels of a guided call of the network, ``[2 B]``: first "none", ``num_classes``, for each image."""
     return torch.cat([torch.full_like(labels, num_classes), labels])
+
+
+def checked_cond(flow_map: FlowMap, cond: Tensor | None, count: int) -> Tensor | None:
+    """``cond`` as it is. Raises ValueError unless it is what the network is conditioned on, ``[count, cond_dim]``."""
+    width = flow_map.cond_dim
+    if cond is None and not width:
+        return None
+    if cond is None or not width or cond.shape != (count, width) or not cond.is_floating_point():
+        got = "None" if cond is None else f"{list(cond.shape)} of {cond.dtype}"
+        raise ValueError(f"cond: expected {f'floating {[count, width]}' if width else 'None'} for this network, got {got}")
+    return cond
 
 
 def checked_guidance(flow_map: FlowMap, guidance: Time | None, count: int) -> Tensor | None:
@@ -154,6 +188,7 @@ def pushforward(
     dtype: torch.dtype = torch.float32,
     *,
     method: str = "pushforward",
+    cond: Tensor | None = None,
 ) -> Tensor:
     """Jump through the times one after the other: x <- f_{times[i+1], times[i]}(x) (algorithms 2 and 4).
 
@@ -161,7 +196,7 @@ def pushforward(
         flow_map: in evaluation mode, unless its dropout is wanted.
         x: the state at ``times[0]``, ``[B, ...]``, of standard deviation sigma_data (:func:`initial_state`).
         times: ``[steps + 1]``, strictly decreasing (:func:`time_grid`).
-        labels, guidance: as in :class:`FlowMap`.
+        labels, guidance, cond: as in :class:`FlowMap`.
         dtype: of the state between steps; the network keeps its own.
         method: "pushforward", or "ddim" and "heun", which integrate the velocity (:func:`imm.sampling.step_table`).
 
@@ -173,7 +208,7 @@ def pushforward(
     """
     if method == "restart":
         raise ValueError("method: expected pushforward, ddim or heun, got 'restart', which imm.sampling.restart does")
-    return _sample(flow_map, step_table(flow_map, times, method), x, labels, guidance, dtype)
+    return _sample(flow_map, step_table(flow_map, times, method), x, labels, guidance, dtype, cond=cond)
 
 
 @torch.no_grad()
@@ -187,11 +222,13 @@ def restart(
     noise: Sequence[Tensor] | None = None,
     *,
     seeds: Tensor | Sequence[int] | range | None = None,
+    cond: Tensor | None = None,
 ) -> Tensor:
     """Jump to the last time from each time, re-noising in between (algorithm 5).
 
     Args:
         flow_map, x, labels, guidance, dtype: as in :func:`pushforward`.
+        cond: ``[B, cond_dim]``; a network's own noise (``latent_dim``) is the seeds'.
         times: ``[steps + 1]``; all but the last above the last, in any order.
         noise: the steps - 1 tensors of fresh noise in sampling order, of x's shape and already scaled by sigma_data.
         seeds: image seeds to draw that noise from (:func:`imm.noise` at steps 1, 2, ...). With neither, torch's default
@@ -210,13 +247,13 @@ def restart(
         keys = functional.as_seeds(seeds, x.device)
         if len(keys) != len(x):
             raise ValueError(f"seeds: expected one per image, {len(x)}, got {len(keys)}")
-        return _sample(flow_map, table, x, labels, guidance, dtype, keys)
+        return _sample(flow_map, table, x, labels, guidance, dtype, keys, cond=cond)
     if noise is not None and (len(noise) != len(table) - 1 or any(n.shape != x.shape for n in noise)):
         expected = f"{len(table) - 1} tensors of shape {list(x.shape)}"
         raise ValueError(f"noise: expected {expected}, got {[list(n.shape) for n in noise]}")
     table = replace(table, c_noise=tuple(c / flow_map.sigma_data for c in table.c_noise))
     fresh = lambda i, state: torch.randn_like(state) * flow_map.sigma_data if noise is None else noise[i].to(state)
-    return _sample(flow_map, table, x, labels, guidance, dtype, fresh=fresh)
+    return _sample(flow_map, table, x, labels, guidance, dtype, fresh=fresh, cond=cond)
 
 
 def _sample(
@@ -228,9 +265,12 @@ def _sample(
     dtype: torch.dtype,
     seeds: Tensor | None = None,
     fresh: Fresh | None = None,
+    cond: Tensor | None = None,
 ) -> Tensor:
+    checked_cond(flow_map, cond, len(x))
     labels = flow_map.checked_labels(labels, len(x), x.device)
     w = checked_guidance(flow_map, guidance, len(x))
     if w is not None and labels is not None:
         labels, w = with_none(labels, flow_map.num_classes), w.to(x.device)
-    return run(table, Plain(flow_map.network), x.to(dtype), labels, w, seeds, flow_map.network_dtype, fresh)
+    network, latent = Plain(flow_map.network), flow_map.latent_dim
+    return run(table, network, x.to(dtype), labels, w, seeds, flow_map.network_dtype, fresh, cond, latent)

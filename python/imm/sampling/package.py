@@ -28,14 +28,15 @@ from imm.schedules import Time, as_time
 
 
 class _Network(nn.Module):
-    """The call that is exported: labels only where the network takes them."""
+    """The call that is exported: labels and cond only where the network takes them."""
 
     def __init__(self, network: nn.Module) -> None:
         super().__init__()
         self.network = network
 
-    def forward(self, x: Tensor, t: Tensor, s: Tensor, labels: Tensor | None = None) -> Tensor:
-        return self.network(x, t, s, labels)
+    def forward(self, x: Tensor, t: Tensor, s: Tensor, *more: Tensor) -> Tensor:
+        labels = more[0] if self.network.num_classes else None
+        return self.network(x, t, s, labels, **({"cond": more[-1]} if getattr(self.network, "cond_dim", 0) else {}))
 
 
 def _words(values: Sequence[float] | Sequence[int]) -> str:
@@ -54,6 +55,7 @@ def export(
     guided: bool = False,
     dtype: torch.dtype | None = None,
     state_dtype: torch.dtype = torch.float32,
+    shape: Sequence[int] | None = None,
 ) -> None:
     """Compile a flow map's network ahead of time for a sampling run, into the file ``path`` (``.pt2``).
 
@@ -62,7 +64,7 @@ def export(
     Args:
         flow_map: in evaluation mode, on the device to generate on.
         rows: images at a time; a run of fewer is padded, one of more is cut.
-        steps, kind, mid_eta, method, state_dtype: as in :class:`imm.Sampler`.
+        steps, kind, mid_eta, method, state_dtype, shape: as in :class:`imm.Sampler`.
         guided: whether runs give a guidance scale, which may differ from run to run.
         dtype: of the weights; None: as they are.
 
@@ -85,7 +87,7 @@ def export(
     if flow_map.network.training:
         raise ValueError("flow_map: expected evaluation mode (flow_map.eval()), got training mode")
     table = step_table(flow_map, time_grid(flow_map, steps, kind, mid_eta), method)
-    shape = flow_map.image_shape
+    shape = tuple(flow_map.image_shape if shape is None else shape)
     network: Any = copy.deepcopy(flow_map.network).to(dtype).requires_grad_(False)
     if hasattr(network, "fused"):
         network.fused = False
@@ -95,6 +97,8 @@ def export(
     inputs = [torch.zeros(both, *shape, dtype=dtype, device=device), times, times.clone()]
     if flow_map.num_classes:
         inputs.append(torch.zeros(both, dtype=torch.int64, device=device))
+    if flow_map.cond_dim:
+        inputs.append(torch.zeros(both, flow_map.cond_dim + flow_map.latent_dim, dtype=dtype, device=device))
     metadata = {
         **{name: _words(column) for name, column in table.columns().items()},
         "rows": str(rows),
@@ -102,6 +106,8 @@ def export(
         "guided": str(int(guided)),
         "num_classes": str(flow_map.num_classes),
         "sigma_data": repr(flow_map.sigma_data),
+        "cond_dim": str(flow_map.cond_dim),
+        "latent_dim": str(flow_map.latent_dim),
         "state_dtype": str(state_dtype).removeprefix("torch."),
         "input_dtype": str(dtype).removeprefix("torch."),
         "device": device.type,
@@ -151,11 +157,13 @@ class Package:
         seeds: Tensor | Sequence[int] | range,
         labels: Tensor | Sequence[int] | None = None,
         guidance: Time | None = None,
+        *,
+        cond: Tensor | None = None,
     ) -> Tensor:
         """Images ``[B, ...]`` for seeds, as :meth:`imm.Sampler.sample` gives them to rounding.
 
         Raises:
-            ValueError: labels or guidance that do not fit the package.
+            ValueError: labels, guidance or cond that do not fit the package.
         """
         keys = functional.as_seeds(seeds).cpu()
         if labels is None and self.num_classes:
@@ -169,10 +177,15 @@ class Package:
         w = None if guidance is None else as_time(guidance).reshape(-1).cpu()
         if w is not None and (len(w) not in (1, len(keys)) or not bool(torch.isfinite(w).all())):
             raise ValueError(f"guidance: expected a finite number or [{len(keys)}], got {w.tolist()}")
+        width = self._loop.cond_dim
+        if (cond is None) != (width == 0) or (cond is not None and cond.shape != (len(keys), width)):
+            got = None if cond is None else list(cond.shape)
+            raise ValueError(f"cond: expected {[len(keys), width] if width else None}, got {got}")
         parts = []
         with self._lock:
             for start in range(0, max(1, len(keys)), self.rows):
                 part = slice(start, start + self.rows)
                 scale = w if w is None or len(w) == 1 else w[part]
-                parts.append(self._loop.run(keys[part], None if classes is None else classes[part], scale, None))
+                pick = lambda value, part=part: None if value is None else value[part]
+                parts.append(self._loop.run(keys[part], pick(classes), scale, None, pick(cond)))
         return torch.cat(parts)

@@ -18,7 +18,7 @@ from imm import functional
 from imm.flow_map import FlowMap
 from imm.ops import native
 from imm.sampling.grid import StepTable, step_table, time_grid
-from imm.sampling.loop import Network, Plain, checked_guidance, run, with_none
+from imm.sampling.loop import Network, Plain, checked_cond, checked_guidance, run, with_none
 from imm.schedules import Time
 
 #: A batch runs padded to a captured size of at most this many times its own, rather than being captured anew.
@@ -39,9 +39,17 @@ class PythonLoop:
         self.rows, self.shape, self.guided = settings["rows"], settings["shape"], settings["guided"]
         self.num_classes, self.sigma_data = settings["num_classes"], settings["sigma_data"]
         self.state_dtype, self.input_dtype, self.device = (settings[k] for k in ("state_dtype", "input_dtype", "device"))
+        self.latent_dim = settings["latent_dim"]
         self.bytes = 0
 
-    def run(self, seeds: Tensor, labels: Tensor | None, guidance: Tensor | None, x: Tensor | None) -> Tensor:
+    def run(
+        self,
+        seeds: Tensor,
+        labels: Tensor | None,
+        guidance: Tensor | None,
+        x: Tensor | None,
+        cond: Tensor | None = None,
+    ) -> Tensor:
         n, pad = len(seeds), self.rows - len(seeds)
         padded = lambda value: torch.cat([value, value.new_zeros(pad, *value.shape[1:])]) if pad else value
         seeds = padded(seeds.to(self.device))
@@ -56,7 +64,9 @@ class PythonLoop:
             guidance = padded(guidance) if len(guidance) == n else guidance
         if self.prepare is not None:
             self.prepare(labels)
-        return run(self.table, self.network, start.to(self.state_dtype), labels, guidance, seeds, self.input_dtype)[:n]
+        cond = None if cond is None else padded(cond.to(self.device))
+        more = {"cond": cond, "latent": self.latent_dim}
+        return run(self.table, self.network, start.to(self.state_dtype), labels, guidance, seeds, self.input_dtype, **more)[:n]
 
 
 def as_labels(labels: Tensor | Sequence[int]) -> Tensor:
@@ -89,7 +99,7 @@ class _Conditioned:
             self.index = torch.zeros_like(self.index)
         self.rows = self.conditioner(None if labels is None else labels[self.first :])
 
-    def __call__(self, step: int, x: Tensor, t: Tensor, s: Tensor, labels: Tensor | None) -> Tensor:
+    def __call__(self, step: int, x: Tensor, t: Tensor, s: Tensor, labels: Tensor | None, cond: Tensor | None = None) -> Tensor:
         assert self.rows is not None
         modulation = self.rows[step].index_select(0, self.index)
         if step + 1 == self.steps:
@@ -208,6 +218,7 @@ class Sampler:
         guidance: Time | None = None,
         *,
         x: Tensor | None = None,
+        cond: Tensor | None = None,
     ) -> Tensor:
         """Images for seeds.
 
@@ -216,6 +227,7 @@ class Sampler:
             labels: one class an image, ``num_classes`` meaning "none"; None: all "none".
             guidance: w for all images or ``[B]``; None: the sampler's.
             x: the states to begin with, ``[B, *shape]`` of standard deviation sigma_data; None: the seeds' noise.
+            cond: z that the network is conditioned on, ``[B, cond_dim]``; None for a network without.
 
         Returns:
             ``[B, *shape]`` of ``state_dtype``, on the network's device.
@@ -241,15 +253,18 @@ class Sampler:
             w = self.guidance if guidance is None else checked_guidance(self.flow_map, guidance, count)
             if x is not None and (x.shape != (count, *self.shape) or not x.is_floating_point()):
                 raise ValueError(f"x: expected floating {[count, *self.shape]}, got {list(x.shape)} of {x.dtype}")
+            checked_cond(self.flow_map, cond, count)
             if count == 0:
                 return torch.empty(0, *self.shape, dtype=self.state_dtype, device=self._device)
             kind = self._device.type
             if not torch.is_autocast_enabled(kind):
-                return self._in_parts(seeds, labels, w, x)
+                return self._in_parts(seeds, labels, w, x, cond)
             with torch.autocast(kind, enabled=False):  # a graph would keep addresses of autocast's own copies
-                return self._in_parts(seeds, labels, w, x)
+                return self._in_parts(seeds, labels, w, x, cond)
 
-    def _in_parts(self, seeds: Tensor, labels: Tensor | None, w: Tensor | None, x: Tensor | None) -> Tensor:
+    def _in_parts(
+        self, seeds: Tensor, labels: Tensor | None, w: Tensor | None, x: Tensor | None, cond: Tensor | None
+    ) -> Tensor:
         done: list[Tensor] = []
         start = 0
         while start < len(seeds):
@@ -259,7 +274,7 @@ class Sampler:
             scale = w if w is None or len(w) == 1 else w[part]
             try:
                 loop = self._loop(part.stop - part.start, w is not None)
-                done.append(loop.run(seeds[part], pick(labels), scale, pick(x)))
+                done.append(loop.run(seeds[part], pick(labels), scale, pick(x), pick(cond)))
             except torch.OutOfMemoryError:
                 self._fewer_rows(part.stop - part.start)
                 continue
@@ -300,6 +315,8 @@ class Sampler:
             "guided": guided,
             "num_classes": self.flow_map.num_classes,
             "sigma_data": self.flow_map.sigma_data,
+            "cond_dim": self.flow_map.cond_dim,
+            "latent_dim": self.flow_map.latent_dim,
             "state_dtype": self.state_dtype,
             "input_dtype": self._input_dtype,
             "device": self._device,
