@@ -10,16 +10,18 @@ import pytest
 import torch
 from command_line import call, refused, said
 
-from imm import IMMObjective, Sampler, checkpoints, presets
-from imm.networks import DDPMpp, DiT
+from imm import Sampler, checkpoints, presets
+from imm.networks import DDPMpp, DiT, dit
+from imm.objectives import OBJECTIVES
 from imm.presets import PRESETS
 from imm.training import TrainConfig
 
+OTHERS = ["imagenet256-meanflow-b-4", "celebahq256-shortcut"]
 SIZES = [f"dit-{size}-{patch}" for size in ("s", "b", "l", "xl") for patch in (2, 4, 8)]
 
 
 def test_names() -> None:
-    assert sorted(PRESETS) == sorted(["cifar10", "imagenet256-ts-a2", "imagenet256-s-a1", *SIZES])
+    assert sorted(PRESETS) == sorted(["cifar10", "imagenet256-ts-a2", "imagenet256-s-a1", *OTHERS, *SIZES])
     with pytest.raises(ValueError, match=r"unknown preset 'cifar'; expected one of \['cifar10', "):
         presets.flow_map("cifar")
 
@@ -32,8 +34,9 @@ def test_every_preset_fits_its_flow_map_objective_and_sampler(name) -> None:
     assert flow_map.training
     assert flow_map.network.settings.items() >= preset.arguments.items()
     assert flow_map.settings.items() >= preset.flow_map.items()
-    objective = IMMObjective(flow_map, **preset.objective)
-    assert {key: getattr(objective, key) for key in preset.objective} == preset.objective
+    objective = OBJECTIVES[preset.loss](flow_map, **preset.objective)
+    assert objective.settings.items() >= {"loss": preset.loss, **preset.objective}.items()
+    assert dataclasses.asdict(TrainConfig(**preset.training)).items() >= preset.training.items()
     small = preset.arguments | ({"width": 8} if preset.network == "DDPMpp" else {"size": "S", "patch": 8})
     sampler = Sampler(presets.Preset(preset.network, small, preset.flow_map).build().eval(), **preset.sampling)
     assert len(sampler.table) == preset.sampling["steps"]
@@ -69,6 +72,9 @@ def test_settings_of_the_paper() -> None:
 def test_training_of_the_paper() -> None:
     """Table 5; TF32 is the default of section I.6, half precision the best network's (table 8)."""
     for name, preset in PRESETS.items():
+        if name in OTHERS:
+            continue
+        assert preset.loss == "imm"
         config = TrainConfig(**preset.training)
         cifar = name == "cifar10"
         assert (config.batch, config.lr, config.betas, config.weight_decay) == (4096, 1e-4, (0.9, 0.999), 0.0)
@@ -78,6 +84,46 @@ def test_training_of_the_paper() -> None:
         assert config.xflip is cifar
         assert config.augment == (0.12 if cifar else 0.0)
         assert preset.steps == (400_000 if cifar else 1_200_000)
+
+
+def test_settings_of_other_papers() -> None:
+    """Shortcut models, table 3; MeanFlow, table 1."""
+    shortcut, meanflow = PRESETS["celebahq256-shortcut"], PRESETS["imagenet256-meanflow-b-4"]
+    for preset, loss, patch, classes in ((shortcut, "shortcut", 2, 0), (meanflow, "meanflow", 4, 1000)):
+        assert (preset.loss, preset.steps) == (loss, 400_000)
+        assert preset.arguments == {"size": "B", "patch": patch, "channels": 4, "resolution": 32, "num_classes": classes}
+        assert (preset.flow_map["second_time"], preset.flow_map["t_min"], preset.flow_map["t_max"]) == ("stride", 0.0, 1.0)
+        assert preset.sampling["steps"] == 1
+        assert "guidance" not in preset.sampling
+    assert shortcut.objective == {"bootstrap": 0.25, "depth": 7}
+    config = TrainConfig(**shortcut.training)
+    assert (config.batch, config.optimizer, config.lr, config.betas) == (64, "adamw", 1e-4, (0.9, 0.999))
+    assert (config.weight_decay, config.ema) == (0.1, 0.999)
+    config = TrainConfig(**meanflow.training)
+    assert (config.batch, config.optimizer, config.lr, config.betas) == (256, "adamw", 1e-4, (0.9, 0.95))
+    assert (config.weight_decay, config.ema, config.decay) == (0.0, 0.9999, "none")
+    assert meanflow.flow_map["time_scale"] == 1.0
+    features = 4 * 32 * 32
+    assert meanflow.objective["floor"] * features == pytest.approx(1e-3)
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_train_with_the_presets_of_other_papers(name, tmp_path, monkeypatch) -> None:
+    monkeypatch.setitem(dit.SIZES, "B", (32, 2, 2))
+    preset = PRESETS[name]
+    latents = np.random.default_rng(0).normal(0, 0.5, (8, 4, 32, 32)).astype(np.float16)
+    labels = {"labels": np.arange(8)} if preset.arguments["num_classes"] else {}
+    np.savez(tmp_path / "data.npz", latents=latents, **labels)
+    output = said(*train(tmp_path / "data.npz", tmp_path / "run", f"--preset={name}", "--batch=8"))
+    assert f"loss: {preset.loss}" in output
+    path = tmp_path / "run" / "snapshot-0000001.safetensors"
+    flow_map = checkpoints.load(path)
+    assert flow_map.settings.items() >= preset.flow_map.items()
+    kept = checkpoints.read_settings(path, "flow_map")["extra"]["objective"]
+    assert kept.items() >= {"loss": preset.loss, **preset.objective}.items()
+    samples = Sampler(flow_map, **preset.sampling).sample(torch.arange(2))
+    assert samples.shape == (2, 4, 32, 32)
+    assert torch.isfinite(samples).all()  # from t = 1, where alpha is 0
 
 
 @pytest.fixture

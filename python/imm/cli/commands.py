@@ -22,7 +22,7 @@ METRICS = (
 )
 LOSSES = ("imm", "fm", "consistency", "shortcut", "progressive", "lagrangian", "meanflow", "energy")
 PRESETS = (
-    *("cifar10", "imagenet256-ts-a2", "imagenet256-s-a1"),
+    *("cifar10", "imagenet256-ts-a2", "imagenet256-s-a1", "imagenet256-meanflow-b-4", "celebahq256-shortcut"),
     *(f"dit-{size}-{patch}" for size in ("s", "b", "l", "xl") for patch in (2, 4, 8)),
 )
 Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
@@ -245,7 +245,7 @@ _TRAIN: dict[str, list[Decorator]] = {
             "--preset",
             type=_choice(*PRESETS),
             metavar="NAME",
-            help="The paper's network, flow map, objective, steps, batch, lr, optimizer, ema, precision, xflip, augment; "
+            help="A paper's network, flow map, loss, objective, steps, batch, lr, optimizer, ema, precision, xflip, augment; "
             f"options given beside it win. One of {', '.join(PRESETS)}.",
         ),
         _option(
