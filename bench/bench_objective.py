@@ -1,4 +1,5 @@
-"""A whole IMM training step: draws, the network with and without gradient, loss, backward, optimizer, average of weights."""
+"""A whole IMM training step: draws, the network with and without gradient, loss, backward, optimizer, average of weights. On
+the CPU also forward, derivative and backward of MeanFlow, whose derivative is a tangent or a difference."""
 
 from __future__ import annotations
 
@@ -16,7 +17,7 @@ from imm.flow_map import FlowMap
 from imm.networks import DDPMpp, DiT, UNet
 from imm.presets import PRESETS, Preset
 
-TESTS = {"test_objective.py": "", "test_training.py": "bit_for_bit"}
+TESTS = {"test_objective.py": "", "test_training.py": "bit_for_bit", "test_objectives.py": "meanflow"}
 CUDA_TESTS = {"test_triton_mmd.py": "flow_map", "test_triton_adaln.py": "", "test_triton_attention.py": "float64"}
 
 #: Network, images, M, whether there are compiled peers (on two cores they take minutes; not in quick runs), and how many calls
@@ -31,8 +32,13 @@ CUDA_CASES = (
     ("DDPM++", 512, 4, False, 9),
 )
 
+#: Images of a MeanFlow step of DiT-S/2, and how many of them have s < t and so a derivative: a quarter, the default, and all.
+MEANFLOW_CASES = ((4, 1), (4, 4))
+
 F32 = torch.float32
 OURS, PLAIN = "imm.training.Trainer", "plain eager step"
+TANGENT, DIFFERENCE, PLAIN_TANGENT = "imm, tangent", "imm, difference", "plain network, tangent"
+FLOW_MATCHING = "imm, flow matching: no derivative"
 OURS_COMPILED, COMPILED = "imm.training.Trainer, compile=True", "plain step, torch.compile of network and loss"
 
 
@@ -110,9 +116,46 @@ def case(
     )
 
 
+def meanflow(batch: int, jumps: int, device: torch.device) -> Case:
+    """The step of the default settings but for the share that jumps. Times are unscaled, as in the published settings."""
+    chosen, cost = NETWORKS["DiT-S/2"], work_of(NETWORKS["DiT-S/2"].bare)
+    made = functools.cache(lambda: chosen.made(device))
+    training = steps.Training(made, PRESETS["imagenet256-meanflow-b-4"], 1, chosen.optimizer, F32, chosen.watched)
+    share = 1.0 - jumps / batch
+
+    def inputs() -> tuple[Any, ...]:
+        flow_map = FlowMap(made())
+        x = torch.randn(batch, *flow_map.image_shape, device=device) * flow_map.sigma_data
+        return x, torch.arange(batch, device=device)
+
+    def peer(**options: Any) -> Peer:
+        return functools.partial(steps.bare_step, training, loss="meanflow", fm_share=share, **options)
+
+    return Case(
+        op="objective",
+        mode="DiT-S/2, MeanFlow without the optimizer",
+        shape={"batch": batch, "jumps": jumps},
+        dtype=F32,
+        # The weights read, their gradient written, and the images.
+        bytes=4 * (2 * cost.parameters + 3 * batch * cost.image),
+        # With gradient three times the forward, the derivative once more.
+        flops=(3 * batch + jumps) * cost.flops,
+        inputs=inputs,
+        truth=lambda x, labels: steps.exact_bare_step(training, x, labels, loss="meanflow", fm_share=share),
+        tolerances=(1e-4, 1e-3, 1e-3),
+        peers={TANGENT: peer(), DIFFERENCE: peer(derivative="difference"), PLAIN_TANGENT: peer(fused=False)},
+        ceilings={FLOW_MATCHING: functools.partial(steps.bare_step, training, loss="fm")},
+        products=True,
+        caches=("warm",),
+        rounds=4,
+    )
+
+
 def cases(device: torch.device, quick: bool) -> Iterator[Case]:
     cuda = device.type == "cuda"
     dtype = torch.bfloat16 if cuda else torch.float32
     shapes = CUDA_CASES if cuda else CPU_CASES
     for name, batch, M, compiled, rounds in shapes[:1] if quick else shapes:
         yield case(name, batch, M, device, dtype, compiled and (cuda or not quick), rounds)
+    for batch, jumps in () if cuda or quick else MEANFLOW_CASES:
+        yield meanflow(batch, jumps, device)

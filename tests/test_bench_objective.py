@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any
@@ -62,6 +63,17 @@ def test_a_wrong_loss_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     for name, refused in (("plain eager step", True), ("imm.training.Trainer", False)):
         found = measure.errors(declared.peers[name](*given)(), truth)
         assert ("refused: wrong" in str(measure.refusal(declared, name, found))) == refused
+
+
+def test_a_step_of_meanflow_is_right_by_tangent_and_by_difference() -> None:
+    setup = dataclasses.replace(training(), preset=Preset("UNet", {}, {"time_scale": 1.0}))
+    given, half = batch(4), {"loss": "meanflow", "fm_share": 0.5}
+    truth = steps.exact_bare_step(setup, *given, **half)
+    for derivative in ("jvp", "difference"):
+        step = steps.bare_step(setup, *given, derivative=derivative, **half)
+        outputs = [tuple(value.clone() for value in step()) for _ in range(2)]
+        assert all(right(found, truth) for found in outputs)
+    assert not right(steps.bare_step(setup, *given, loss="meanflow", fm_share=1.0)(), truth)
 
 
 def test_memory_of_a_step_does_not_grow_with_the_particles() -> None:

@@ -1,4 +1,4 @@
-"""One training step as peers: the trainer's, the same in plain torch (eager, compiled, float64).
+"""One training step as peers: the trainer's, the same in plain torch (eager, compiled, float64); that of MeanFlow.
 
 Every call draws the same numbers and starts from the same weights: the learning rate is one that no weight of float32 can
 follow, and the optimizer does all its work nevertheless. So every call must give the loss and the gradients of the first.
@@ -9,7 +9,8 @@ from __future__ import annotations
 import copy
 import tempfile
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +21,7 @@ from imm.backends import deterministic
 from imm.data import ImageData
 from imm.flow_map import FlowMap
 from imm.networks import DiT
-from imm.objectives import IMM, Draws
+from imm.objectives import IMM, OBJECTIVES, Draws, Objective
 from imm.presets import Preset
 from imm.training import TrainConfig, Trainer
 
@@ -48,21 +49,24 @@ class Training:
     dtype: torch.dtype
     watched: tuple[str, str]
 
-    def objective(self, *, fused: bool = True) -> IMM:
+    def flow_map(self, *, fused: bool = True) -> FlowMap:
         """Around a copy of the network to train; a DiT in one of its two forms."""
         made = copy.deepcopy(self.network()).requires_grad_()
         if isinstance(made, DiT):
             made.fused = fused
-        settings = {**self.preset.objective, "particles": self.particles}
-        return IMM(FlowMap(made, **self.preset.flow_map), **settings).train()
+        return FlowMap(made, **self.preset.flow_map)
 
-    def outputs(self, objective: IMM, loss: Tensor) -> tuple[Tensor, ...]:
+    def objective(self, *, fused: bool = True) -> IMM:
+        settings = {**self.preset.objective, "particles": self.particles}
+        return IMM(self.flow_map(fused=fused), **settings).train()
+
+    def outputs(self, objective: Objective, loss: Tensor) -> tuple[Tensor, ...]:
         """What is compared: the loss and two gradients."""
         grads = (objective.flow_map.network.get_parameter(name).grad for name in self.watched)
         return (loss.detach(), *(grad for grad in grads if grad is not None))
 
 
-def drawn(objective: IMM, x: Tensor, labels: Tensor | None) -> Draws:
+def drawn(objective: Objective, x: Tensor, labels: Tensor | None) -> Draws:
     """The random numbers of a step, the same at each call."""
     torch.manual_seed(SEED)
     return objective.draw(x, labels)
@@ -140,3 +144,28 @@ def trainer_step(training: Training, x: Tensor, labels: Tensor | None, *, compil
         return training.outputs(objective, stats["loss"])
 
     return step
+
+
+def bare_step(training: Training, x: Tensor, labels: Tensor | None, *, loss: str, fused: bool = True, **settings: Any) -> Step:
+    """Forward and backward of a loss, with its settings, without the optimizer."""
+    objective = OBJECTIVES[loss](training.flow_map(fused=fused), **settings).train()
+
+    def step() -> tuple[Tensor, ...]:
+        objective.zero_grad(set_to_none=True)
+        value, _ = objective(x, labels, draws=drawn(objective, x, labels))
+        value.backward()
+        return training.outputs(objective, value)
+
+    return step
+
+
+def exact_bare_step(training: Training, x: Tensor, labels: Tensor, *, loss: str, **settings: Any) -> tuple[Tensor, ...]:
+    """The same of the plain network in float64, an image at a time."""
+    objective = OBJECTIVES[loss](training.flow_map(fused=False), **settings).train().double()
+    draws, total = drawn(objective, x, labels), torch.zeros((), dtype=torch.float64, device=x.device)
+    for i in range(len(x)):
+        part = draws.part(i, i + 1)
+        one, _ = objective(x[i : i + 1].double(), labels[i : i + 1], draws=replace(part, noise=part.noise.double()))
+        (one / len(x)).backward()
+        total += one.detach() / len(x)
+    return training.outputs(objective, total)
