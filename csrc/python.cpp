@@ -11,6 +11,7 @@
 
 #include "package.h"
 #include "sampling_loop.h"
+#include "token_loop.h"
 
 namespace py = pybind11;
 
@@ -30,6 +31,18 @@ std::unique_ptr<imm::SamplingLoop> make_loop(Column t, Column s, Column c_in, Co
                                  cond_dim, latent_dim,       state_dtype, input_dtype, device};
   return std::make_unique<imm::SamplingLoop>(std::move(table), std::move(settings), std::move(network),
                                              std::move(prepare), std::move(pool));
+}
+
+std::unique_ptr<imm::TokenLoop> make_token_loop(int64_t rows, bool guided, int64_t token_dim, int64_t cond_dim,
+                                                int64_t slots, std::vector<int64_t> stream_steps,
+                                                std::vector<int64_t> stream_widths, at::ScalarType cond_dtype,
+                                                const at::Device& device, imm::TokenLoop::Prefill prefill,
+                                                imm::TokenLoop::Decode decode, imm::TokenLoop::Head head,
+                                                imm::TokenLoop::Cache cache, std::shared_ptr<imm::GraphPool> pool) {
+  imm::TokenSettings settings{
+      rows, guided, token_dim, cond_dim, slots, std::move(stream_steps), std::move(stream_widths), cond_dtype, device};
+  return std::make_unique<imm::TokenLoop>(std::move(settings), std::move(prefill), std::move(decode), std::move(head),
+                                          std::move(cache), std::move(pool));
 }
 
 }  // namespace
@@ -52,9 +65,37 @@ PYBIND11_MODULE(_C, m) {
   m.def("load_package", torch::wrap_pybind_function_no_gil(imm::load_package), py::arg("path"), py::arg("graph"),
         "The SamplingLoop of a package that imm export wrote.");
 
+  m.def(
+      "load_token_package",
+      [](const std::string& path, bool graph) {
+        imm::TokenPackage package = [&] {
+          const py::gil_scoped_release release;
+          return imm::load_token_package(path, graph);
+        }();
+        return py::make_tuple(std::move(package.loop), package.num_classes, package.token_dim, package.streams,
+                              package.sigma_data);
+      },
+      py::arg("path"), py::arg("graph"),
+      "The TokenLoop of a package of a token sampler, its num_classes, token_dim, number of streams and sigma_data.");
+
   py::class_<imm::GraphPool, std::shared_ptr<imm::GraphPool>>(m, "GraphPool", "Memory that captured loops share.");
   m.def("make_graph_pool", &imm::make_graph_pool, py::arg("device"),
         "A GraphPool of a device, or None where there are no graphs.");
+
+  py::class_<imm::TokenLoop>(m, "TokenLoop", "Sequences of tokens for one number of rows; see csrc/token_loop.h.")
+      .def(py::init(torch::wrap_pybind_function(make_token_loop)), py::kw_only(), py::arg("rows"), py::arg("guided"),
+           py::arg("token_dim"), py::arg("cond_dim"), py::arg("slots"), py::arg("stream_steps"),
+           py::arg("stream_widths"), py::arg("cond_dtype"), py::arg("device"), py::arg("prefill"), py::arg("decode"),
+           py::arg("head"), py::arg("cache"), py::arg("pool"))
+      .def("capture", torch::wrap_pybind_function_no_gil(&imm::TokenLoop::capture), "Record a token for later calls.")
+      .def("begin", torch::wrap_pybind_function_no_gil(&imm::TokenLoop::begin), py::arg("seeds"), py::arg("prefix"),
+           py::arg("tokens"), py::arg("scales"), py::arg("guidance"), py::arg("stop"), "Start sequences.")
+      .def("next", torch::wrap_pybind_function_no_gil(&imm::TokenLoop::next), py::arg("count"), "The next tokens.")
+      .def_property_readonly("captured", &imm::TokenLoop::captured)
+      .def_property_readonly("left", &imm::TokenLoop::left)
+      .def_property_readonly("rows", &imm::TokenLoop::rows)
+      .def_property_readonly("slots", &imm::TokenLoop::slots)
+      .def_property_readonly("guided", &imm::TokenLoop::guided);
 
   py::class_<imm::SamplingLoop>(m, "SamplingLoop",
                                 "The few-step loop for one number of rows; see csrc/sampling_loop.h.")

@@ -14,13 +14,14 @@ if TYPE_CHECKING or not startup.command_line():  # the command line imports what
     from imm.flow_map import FlowMap
     from imm.functional import noise
     from imm.objectives import IMM as IMMObjective
-    from imm.sampling import Sampler, package
+    from imm.sampling import Sampler, TokenSampler, package
 from imm.version import __version__
 
 __all__ = [
     "FlowMap",
     "IMMObjective",
     "Sampler",
+    "TokenSampler",
     "__version__",
     "checkpoints",
     "functional",
@@ -39,6 +40,7 @@ __all__ = [
 _ROOM_OF = {
     "FlowMap": "flow_map",
     "Sampler": "sampling",
+    "TokenSampler": "sampling",
     "load": "checkpoints",
     "noise": "functional",
     "package": "sampling",

@@ -3,6 +3,7 @@
 from imm.evaluation.evaluate import METRICS, ReferenceStatistics, evaluate
 from imm.evaluation.metrics import MMDReference, Neighbourhoods, inception_score, kernel_distance, neighbourhoods
 from imm.evaluation.pixels import PixelReference, PixelScores
+from imm.evaluation.sequences import covariance_slope, forced_energy_score
 from imm.evaluation.sets import PictureSet, load_set, picture_set
 from imm.evaluation.statistics import FeatureStatistics, frechet_distance
 
@@ -15,7 +16,9 @@ __all__ = [
     "PixelReference",
     "PixelScores",
     "ReferenceStatistics",
+    "covariance_slope",
     "evaluate",
+    "forced_energy_score",
     "frechet_distance",
     "inception_score",
     "kernel_distance",

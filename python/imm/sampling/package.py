@@ -10,7 +10,7 @@ import copy
 import os
 import threading
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ from imm.ops import native
 from imm.ops.dtypes import DTYPES
 from imm.sampling.grid import step_table, time_grid
 from imm.sampling.sampler import as_labels
+from imm.sampling.tokens import Sequences, TokenSampler
 from imm.schedules import Time, as_time
 
 
@@ -71,15 +72,11 @@ def export(
     Raises:
         ValueError, TypeError: settings other than these; a path that does not end in .pt2.
     """
-    path = Path(path)
+    path = _checked_path(path)
     dtype = dtype or flow_map.network_dtype
     for name, value, accepted in (("dtype", dtype, DTYPES), ("state_dtype", state_dtype, (torch.float32, torch.float64))):
         if value not in accepted:
             raise TypeError(f"{name}: expected one of {[str(d) for d in accepted]}, got {value}")
-    if not path.parent.is_dir():
-        raise ValueError(f"out: expected a file in a folder that is there, got {path}")
-    if path.suffix != ".pt2":
-        raise ValueError(f"out: expected a file name that ends in .pt2, got {path}")
     if rows < 1:
         raise ValueError(f"rows: expected a count >= 1, got {rows}")
     if guided and flow_map.num_classes == 0:
@@ -112,15 +109,109 @@ def export(
         "input_dtype": str(dtype).removeprefix("torch."),
         "device": device.type,
     }
-    from torch._inductor import aoti_compile_and_package  # slow to import
+    _write(path, {"model": (_Network(network), tuple(inputs))}, metadata)
 
+
+def export_tokens(sampler: TokenSampler, path: str | Path, *, rows: int, guided: bool = False) -> None:
+    """Compile a token sampler ahead of time into the file ``path`` (``.pt2``): its backbone's prefill and decode, and the steps
+    of its head. Needs a C++ compiler.
+
+    Args:
+        sampler: whose backbone is an ``nn.Module`` with ``num_classes`` and a prefix of classes.
+        rows: sequences at a time; a call with fewer is padded, one with more is cut.
+        guided: whether calls give a guidance scale, which may differ from call to call.
+
+    Raises:
+        ValueError, TypeError: settings other than these; a path that does not end in .pt2.
+    """
+    path = _checked_path(path)
+    if type(rows) is not int or rows < 1:
+        raise ValueError(f"rows: expected a count >= 1, got {rows!r}")
+    if not isinstance(sampler.backbone, nn.Module) or sampler.num_classes is None:
+        raise TypeError(f"backbone: expected an nn.Module with num_classes, got {type(sampler.backbone).__name__}")
+    if guided and not sampler.num_classes:
+        raise ValueError("guidance: expected a backbone with num_classes > 0")
+    backbone: Any = copy.deepcopy(sampler.backbone).requires_grad_(False)
+    steps = copy.deepcopy(sampler.steps(guided)).requires_grad_(False)
+    steps.refresh()
+    device, both = steps.t.device, rows * (2 if guided else 1)
+    cache = list(backbone.make_cache(both, sampler.max_tokens))
+    if len({memory.dtype for memory in cache}) != 1:
+        raise TypeError(f"backbone: expected a cache of one dtype, got {[memory.dtype for memory in cache]}")
+    prefix = torch.zeros(both, dtype=torch.int64, device=device)
+    with torch.no_grad():
+        z, taken = backbone.prefill(prefix, cache)
+    zeros = lambda *shape, dtype=torch.float32: torch.zeros(shape, dtype=dtype, device=device)
+    widths = [width for _, width in steps.streams]
+    metadata = {
+        "rows": str(rows),
+        "guided": str(int(guided)),
+        "token_dim": str(sampler.token_dim),
+        "cond_dim": str(z.shape[1]),
+        "slots": str(sampler.max_tokens),
+        "stream_steps": _words([step for step, _ in steps.streams]),
+        "stream_widths": _words(widths),
+        "cond_dtype": str(cache[0].dtype).removeprefix("torch."),
+        "device": device.type,
+        "prefix_slots": str(taken),
+        "cache": _words([size for memory in cache for size in (memory.dim(), *memory.shape)]),
+        "num_classes": str(sampler.num_classes),
+        "sigma_data": repr(sampler.sigma_data),
+    }
+    guidance = (zeros(rows, dtype=torch.float64),) if guided else ()
+    models: dict[str, tuple[nn.Module, tuple[Tensor, ...]]] = {
+        "prefill": (_Prefill(backbone), (prefix, *cache)),
+        "decode": (
+            _Decode(backbone),
+            (zeros(both, sampler.token_dim), zeros(1, dtype=torch.int64), *(memory.clone() for memory in cache)),
+        ),
+        "head": (steps, (zeros(*z.shape, dtype=cache[0].dtype), zeros(rows, sum(widths)), *guidance)),
+    }
+    _write(path, models, metadata)
+
+
+class _Prefill(nn.Module):
+    def __init__(self, backbone: nn.Module) -> None:
+        super().__init__()
+        self.backbone: Any = backbone
+
+    def forward(self, prefix: Tensor, *cache: Tensor) -> Tensor:
+        return self.backbone.prefill(prefix, list(cache))[0]
+
+
+class _Decode(nn.Module):
+    def __init__(self, backbone: nn.Module) -> None:
+        super().__init__()
+        self.backbone: Any = backbone
+
+    def forward(self, token: Tensor, position: Tensor, *cache: Tensor) -> Tensor:
+        return self.backbone.decode(token, position, list(cache))
+
+
+def _checked_path(path: str | Path) -> Path:
+    path = Path(path)
+    if not path.parent.is_dir():
+        raise ValueError(f"out: expected a file in a folder that is there, got {path}")
+    if path.suffix != ".pt2":
+        raise ValueError(f"out: expected a file name that ends in .pt2, got {path}")
+    return path
+
+
+def _write(path: Path, models: dict[str, tuple[nn.Module, tuple[Tensor, ...]]], metadata: dict[str, str]) -> None:
+    """Compile models with example inputs into one package, each with the metadata."""
+    from torch._inductor import aot_compile  # slow to import
+    from torch._inductor.package import package_aoti
+
+    options = {"aot_inductor.package": True, "aot_inductor.metadata": {f"imm_{name}": text for name, text in metadata.items()}}
+    files: dict[str, Any] = {}
     with torch.no_grad(), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*LeafSpec.*", category=FutureWarning)  # torch's, about torch
-        exported = torch.export.export(_Network(network), tuple(inputs))
+        for name, (model, inputs) in models.items():
+            module = torch.export.export(model, inputs).module(check_guards=False)
+            files[name] = aot_compile(module, inputs, options=dict(options))
         part = path.with_name(f".{path.stem}-{os.getpid()}.pt2")
         try:
-            options = {"aot_inductor.metadata": {f"imm_{name}": text for name, text in metadata.items()}}
-            aoti_compile_and_package(exported, package_path=str(part), inductor_configs=options)
+            package_aoti(str(part), files)
             part.replace(path)
         finally:
             part.unlink(missing_ok=True)
@@ -189,3 +280,36 @@ class Package:
                 pick = lambda value, part=part: None if value is None else value[part]
                 parts.append(self._loop.run(keys[part], pick(classes), scale, None, pick(cond)))
         return torch.cat(parts)
+
+
+class TokenPackage(Sequences):
+    """Runs a package that :func:`export_tokens` wrote, without Python between the tokens; on CUDA one captured graph a token.
+
+    Args:
+        path: the file.
+        graph: capture where the device has graphs.
+        guidance: w for calls that give none, for a package that was exported with guidance.
+
+    Raises:
+        RuntimeError: an install without the native library; a file that is no package, or was not written by
+            :func:`export_tokens`. ValueError: guidance for a package without, or none for one with.
+    """
+
+    def __init__(self, path: str | Path, *, graph: bool = True, guidance: float | None = None) -> None:
+        module: Any = native.module()
+        if module is None:
+            raise RuntimeError(f"a package needs the native library: {native.status()}")
+        if not Path(path).is_file():
+            raise FileNotFoundError(f"package: expected a file that imm.package.export_tokens wrote, got {path}")
+        loaded = module.load_token_package(str(path), graph)
+        self._loop, self.num_classes, self.token_dim, self._streams, self.sigma_data = loaded
+        self.rows, self.guidance = self._loop.rows, guidance
+        self._lock = threading.Lock()
+
+    def _take(self, rows: int, guided: bool) -> tuple[Any, int, Callable[[], None]]:
+        if guided != self._loop.guided:
+            wanted = "a scale for a package with" if self._loop.guided else "none for a package without"
+            raise ValueError(f"guidance: expected {wanted} guidance, got {'one' if guided else 'none'}")
+        if not self._lock.acquire(blocking=False):
+            raise RuntimeError("a package runs one call or stream at a time: end or close the other one first")
+        return self._loop, self._streams, self._lock.release

@@ -1,0 +1,535 @@
+"""Sequences of continuous tokens: a backbone over the tokens outside, the steps of a head inside. One sequence is one seed."""
+
+from __future__ import annotations
+
+import threading
+import warnings
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Protocol, cast
+
+import torch
+from torch import Tensor, nn
+
+from imm import functional
+from imm.flow_map import FlowMap
+from imm.ops import native
+from imm.sampling.grid import step_table, time_grid
+from imm.sampling.loop import LATENT
+from imm.sampling.sampler import as_labels
+from imm.schedules import Time, as_time
+
+GUIDES = ("output", "cond")
+#: Loops that a sampler keeps, each with its cache; the one that was used longest ago is dropped.
+MAX_LOOPS = 8
+
+Stop = Callable[[Tensor], Tensor]
+
+
+class Backbone(Protocol):
+    """What makes z of a prefix and of the tokens before (:class:`imm.networks.CausalTransformer` is one).
+
+    A cache is a list of tensors ``[rows, heads, slots, ...]``, written in place. ``num_classes``, where it has one, is the
+    class "none" of a prefix of classes, which guidance needs.
+    """
+
+    token_dim: int
+    cond_dim: int
+
+    def make_cache(self, rows: int, max_tokens: int) -> list[Tensor]:
+        """Memory for ``max_tokens`` slots."""
+
+    def prefill(self, prefix: Tensor, cache: list[Tensor]) -> tuple[Tensor, int]:
+        """z of the first token ``[rows, cond_dim]``, and how many slots ``prefix`` ``[rows, ...]`` took."""
+
+    def decode(self, token: Tensor, position: Tensor, cache: list[Tensor]) -> Tensor:
+        """z of the next token after ``token`` ``[rows, token_dim]``, which takes slot ``position`` ``[1]`` int64."""
+
+
+class HeadSteps(nn.Module):
+    """All steps of a head for one token, in torch's own operations: what is compiled and captured.
+
+    Args:
+        flow_map: of tokens, conditioned on z. steps, kind, mid_eta, method: as in :class:`imm.Sampler`.
+        guide: "output" or "cond" for guided calls, None for others.
+    """
+
+    t: Tensor
+    s: Tensor
+    times: Tensor
+
+    def __init__(
+        self, flow_map: FlowMap, steps: int, kind: str, mid_eta: Sequence[float], method: str, guide: str | None
+    ) -> None:
+        super().__init__()
+        network: Any = flow_map.network
+        self.network = network
+        self.table = step_table(flow_map, time_grid(flow_map, steps, kind, mid_eta), method)
+        self.guide, self.latent_dim, self.dtype = guide, flow_map.latent_dim, flow_map.network_dtype
+        self.token_dim = int(network.token_dim)
+        device = next((p.device for p in network.parameters()), torch.device("cpu"))
+        self.register_buffer("t", torch.tensor(self.table.t, dtype=torch.float64, device=device), persistent=False)
+        self.register_buffer("s", torch.tensor(self.table.s, dtype=torch.float64, device=device), persistent=False)
+        self.at_once = hasattr(network, "condition") and hasattr(network, "embed_times")
+        if self.at_once:
+            self.register_buffer("times", network.embed_times(self.t, self.s).detach(), persistent=False)
+
+    def refresh(self) -> None:
+        """Embed the times with the weights as they are now."""
+        if self.at_once:
+            network: Any = self.network
+            self.times.copy_(network.embed_times(self.t, self.s))
+
+    @property
+    def streams(self) -> list[tuple[int, int]]:
+        """(Philox step, numbers a token) of the noise that a call takes, side by side: the initial state, of standard deviation
+        sigma_data, the noise of each step that adds some, the latent of each step."""
+        noisy = [(i + 1, self.token_dim) for i, c in enumerate(self.table.c_noise) if c != 0.0]
+        latents = [(LATENT + i, self.latent_dim) for i in range(len(self.table)) if self.latent_dim]
+        return [(0, self.token_dim), *noisy, *latents]
+
+    def forward(self, z: Tensor, noise: Tensor, guidance: Tensor | None = None) -> Tensor:
+        """z ``[R, C]``, R = B, or 2 B with guidance, first those of "none"; noise ``[B, K]``, K numbers of :meth:`streams`;
+        guidance ``[1]`` or ``[B]`` float64 -> tokens ``[B, D]`` float32."""
+        batch, table, D, L = len(noise), self.table, self.token_dim, self.latent_dim
+        w = None if guidance is None else guidance.to(torch.float32)[:, None]
+        if w is not None and self.guide == "cond":
+            z = torch.lerp(z[:batch], z[batch:], w.to(z.dtype))
+            w = None
+        z, network = z.to(self.dtype), cast(Any, self.network)
+        rows = network.condition(z, self.times) if self.at_once else None
+        column = D
+        latents = noise[:, noise.shape[1] - len(table) * L :]
+        x, kept, begun = noise[:, :D], None, None
+        for i in range(len(table)):
+            begun = x
+            own = (x * table.c_in[i]).to(self.dtype)
+            xi = latents[:, i * L : (i + 1) * L].to(self.dtype)
+            if w is not None:
+                own, xi = torch.cat([own, own]), torch.cat([xi, xi])
+            cond = torch.cat([z, xi], 1) if L else z
+            if rows is not None:
+                g = network(own, cond=cond, modulation=rows[i])
+            else:
+                g = network(own, self.t[i].expand(len(own)), self.s[i].expand(len(own)), None, cond=cond)
+            g = g.to(x.dtype)
+            if w is not None:
+                g = torch.lerp(g[:batch], g[batch:], w)
+            x = x * table.c_skip[i] + g * table.c_out[i]
+            if table.c_noise[i] != 0.0:
+                x = x + noise[:, column : column + D] * table.c_noise[i]
+                column += D
+            if table.c_kept[i] != 0.0 and kept is not None:
+                x = x + kept * table.c_kept[i]
+            kept = begun
+        return x
+
+
+class PythonTokenLoop:
+    """csrc/token_loop.h in Python, for installs without the native library: the same operations in the same order."""
+
+    captured = False
+
+    def __init__(self, *, prefill: Any, decode: Any, head: Any, cache: list[Tensor], **settings: Any) -> None:
+        self.prefill, self.decode, self.head, self.cache = prefill, decode, head, cache
+        self.rows, self.guided, self.slots = settings["rows"], settings["guided"], settings["slots"]
+        self.device = settings["device"]
+        self.streams = list(zip(settings["stream_steps"], settings["stream_widths"], strict=True))
+        self.left = 0
+
+    def begin(
+        self,
+        seeds: Tensor,
+        prefix: Tensor,
+        tokens: int | None,
+        scales: Sequence[float],
+        guidance: Tensor | None,
+        stop: Stop | None,
+    ) -> int:
+        """Start sequences: seeds ``[rows]``, prefix a row each of the backbone's, a scale a stream; how many tokens."""
+        self.left = 0
+        for memory in self.cache:
+            memory.zero_()
+        self.z, taken = self.prefill(prefix.to(self.device), self.cache)
+        most = self.slots - taken + 1
+        self.count = most if tokens is None else tokens
+        if not 1 <= self.count <= most:
+            raise ValueError(f"tokens: expected at most {most} after a prefix of {taken}, got {self.count}")
+        device = self.z.device
+        seeds, rows = seeds.to(device), self.rows
+        parts = [
+            functional.noise(seeds, (self.count, width), step, scale=scale)
+            for (step, width), scale in zip(self.streams, scales, strict=True)
+        ]
+        self.noise = torch.cat(parts, 2).transpose(0, 1).contiguous()  # [T, B, K]
+        self.out = torch.zeros(self.count, rows, self.streams[0][1], device=device)
+        self.stopped = torch.zeros(self.count, rows, dtype=torch.bool, device=device)
+        self.index = torch.zeros(1, dtype=torch.int64, device=device)
+        self.position = self.index + (taken - 1)
+        self.guidance = None if guidance is None else guidance.to(device).expand(rows)
+        self.stop, self.left = stop, self.count
+        return self.count
+
+    def next(self, count: int) -> tuple[Tensor, Tensor]:
+        """The next tokens ``[rows, count, D]``, fewer at the end, and where the stop function held ``[rows, count]``."""
+        first = self.count - self.left
+        count = min(count, self.left)
+        try:
+            for _ in range(count):
+                if self.left < self.count:
+                    self.z = self.decode(self.token, self.position, self.cache)
+                self._head()
+                if self.stop is not None:
+                    self.stopped[self.count - self.left] = self.stop(self.z)
+                self.left -= 1
+        except BaseException:
+            self.left = 0
+            raise
+        part = slice(first, first + count)
+        return self.out[part].transpose(0, 1).contiguous(), self.stopped[part].transpose(0, 1).contiguous()
+
+    def _head(self) -> None:
+        token = self.head(self.z, self.noise.index_select(0, self.index).squeeze(0), self.guidance)
+        self.out.index_copy_(0, self.index, token[None])
+        self.token = torch.cat([token, token]) if self.guided else token
+        self.index += 1
+        self.position += 1
+
+
+class Sequences:
+    """What :class:`TokenSampler` and :class:`imm.package.TokenPackage` have in common: whole sequences and streams of them.
+
+    Attributes:
+        rows: sequences at a time, or None for as many as a call has. token_dim: D. num_classes: the class "none" of a prefix,
+            or None where prefixes are no classes. guidance: of calls that give none, or None. sigma_data: of the tokens.
+    """
+
+    rows: int | None
+    token_dim: int
+    num_classes: int | None
+    guidance: Time | None
+    sigma_data: float
+
+    @torch.no_grad()
+    def sample(
+        self,
+        seeds: Tensor | Sequence[int] | range,
+        prefix: Tensor | Sequence[int] | None = None,
+        tokens: int | None = None,
+        *,
+        guidance: Time | None = None,
+        temperature: float = 1.0,
+    ) -> Tensor:
+        """Whole sequences.
+
+        Args:
+            seeds: one integer in [0, 2^63) a sequence.
+            prefix: what the backbone's ``prefill`` takes, a row a sequence, such as classes ``[B]``; None: all "none".
+            tokens: T; None: as many as fit ``max_tokens``.
+            guidance: w for all or ``[B]``; None: the sampler's.
+            temperature: factor on the noise that each token starts from.
+
+        Returns:
+            ``[B, T, D]`` float32, on the backbone's device.
+
+        Raises:
+            ValueError, TypeError: arguments other than these; networks in training mode.
+        """
+        checked = self._checked(seeds, prefix, guidance, temperature)
+        most = self.rows or len(checked[0])
+        parts = []
+        for start in range(0, len(checked[0]), max(1, most)):
+            count, loop, release = self._begin(checked, slice(start, start + most), tokens, temperature, None)
+            try:
+                parts.append(loop.next(loop.left)[0][:count])
+            finally:
+                release()
+        if not parts:
+            return torch.empty(0, tokens or 0, self.token_dim)
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    def stream(
+        self,
+        seeds: Tensor | Sequence[int] | range,
+        prefix: Tensor | Sequence[int] | None = None,
+        tokens: int | None = None,
+        *,
+        chunk: int = 1,
+        stop: Stop | None = None,
+        guidance: Time | None = None,
+        temperature: float = 1.0,
+    ) -> Iterator[Tensor]:
+        """Sequences in parts, as they are made.
+
+        Args:
+            seeds, prefix, tokens, guidance, temperature: as in :meth:`sample`; at most ``rows`` sequences where that is set.
+            chunk: tokens a part.
+            stop: of z ``[B, C]`` (that with the label), which sequences end with this token, ``[B]`` bool; asked for each token
+                and read once a part.
+
+        Yields:
+            ``[B, k, D]``, k = ``chunk`` or fewer at the end: bitwise what :meth:`sample` gives at these tokens. A sequence that
+            has stopped is NaN after its last token; the stream ends with the last sequence.
+
+        Raises:
+            ValueError, TypeError: as :meth:`sample`; more sequences than rows, a stop function of another result.
+        """
+        if type(chunk) is not int or chunk < 1:
+            raise ValueError(f"chunk: expected a count >= 1, got {chunk!r}")
+        checked = self._checked(seeds, prefix, guidance, temperature)
+        if self.rows is not None and len(checked[0]) > self.rows:
+            raise ValueError(f"seeds: expected at most rows = {self.rows} for a stream, got {len(checked[0])}")
+        return self._parts(checked, tokens, chunk, stop, temperature)
+
+    def _parts(self, checked: Any, tokens: int | None, chunk: int, stop: Stop | None, temperature: float) -> Iterator[Tensor]:
+        if not len(checked[0]):
+            return
+        with torch.no_grad():
+            count, loop, release = self._begin(checked, slice(None), tokens, temperature, stop)
+        alive: Tensor | None = None
+        try:
+            while loop.left:
+                with torch.no_grad():
+                    part, stopped = (value[:count] for value in loop.next(chunk))
+                if stop is None:
+                    yield part
+                    continue
+                # A token counts where no earlier one of its sequence has stopped.
+                before = stopped.long().cumsum(1) - stopped.long()
+                keep = before == 0 if alive is None else (before == 0) & alive[:, None]
+                alive = keep[:, -1] & ~stopped[:, -1]
+                last = int(keep.any(0).sum())
+                if last:
+                    yield part.masked_fill(~keep[..., None], float("nan"))[:, :last]
+                if not bool(alive.any()):
+                    return
+        finally:
+            release()
+
+    def _checked(self, seeds: Any, prefix: Any, guidance: Time | None, temperature: float) -> tuple[Any, ...]:
+        seeds = functional.as_seeds(seeds).cpu()
+        none = self.num_classes
+        if prefix is None:
+            if none is None:
+                raise ValueError("prefix: expected one for a backbone without num_classes, got None")
+            prefix = torch.full((len(seeds),), none, dtype=torch.int64)
+        prefix = as_labels(prefix)
+        if len(prefix) != len(seeds):
+            raise ValueError(f"prefix: expected a row a sequence, {len(seeds)}, got {list(prefix.shape)}")
+        classes = prefix.dim() == 1 and prefix.dtype == torch.int64
+        if classes and none is not None and len(prefix) and not 0 <= int(prefix.min()) <= int(prefix.max()) <= none:
+            raise ValueError(f"prefix: expected classes 0..{none - 1} or {none} for none, got {prefix.tolist()[:8]}")
+        w = self.guidance if guidance is None else guidance
+        if w is not None:
+            w = as_time(w).reshape(-1)
+            if len(w) not in (1, len(seeds)) or not bool(torch.isfinite(w).all()):
+                raise ValueError(f"guidance: expected a finite number or [{len(seeds)}], got {w.tolist()}")
+            if not classes or not none:
+                raise ValueError("guidance: expected a prefix of classes and a backbone with num_classes > 0")
+        if not 0.0 <= float(temperature) < float("inf"):
+            raise ValueError(f"temperature: expected a number >= 0, got {temperature}")
+        return seeds, prefix, w
+
+    def _begin(
+        self, checked: tuple[Any, ...], part: slice, tokens: int | None, temperature: float, stop: Stop | None
+    ) -> tuple[int, Any, Callable[[], None]]:
+        """How many of the rows are sequences, a loop that has begun with them, and what gives the loop back."""
+        seeds, prefix, w = checked[0][part], checked[1][part], checked[2]
+        if tokens is not None and (type(tokens) is not int or tokens < 1):
+            raise ValueError(f"tokens: expected a count >= 1, got {tokens!r}")
+        w = w if w is None or len(w) == 1 else w[part]
+        count, rows, guided = len(seeds), self.rows or len(seeds), w is not None
+        pad = lambda value: torch.cat([value, value[:1].expand(rows - count, *value.shape[1:])]) if rows > count else value
+        seeds, prefix = pad(seeds), pad(prefix)
+        if w is not None:
+            prefix = torch.cat([torch.full_like(prefix, self.num_classes or 0), prefix])
+            w = pad(w) if len(w) > 1 else w
+        loop, streams, release = self._take(rows, guided)
+        scales = [self.sigma_data * float(temperature), *[1.0] * (streams - 1)]
+        try:
+            checked_stop = None if stop is None else lambda z: _checked_stop(stop, z[-rows:])
+            loop.begin(seeds, prefix, tokens, scales, w, checked_stop)
+        except BaseException:
+            release()
+            raise
+        return count, loop, release
+
+    def _take(self, rows: int, guided: bool) -> tuple[Any, int, Callable[[], None]]:
+        """A loop that nobody else uses, the number of its streams, and what gives it back."""
+        raise NotImplementedError
+
+
+class TokenSampler(Sequences):
+    """Generates sequences of continuous tokens, each token by a head in a fixed number of steps.
+
+    Token n of the sequence of a seed is made of that seed's noise (:func:`imm.noise`), elements n D to (n + 1) D: it does not
+    depend on the batch, on how many tokens are asked for, or on how a stream is cut. A call reads the weights as they are.
+
+    Args:
+        backbone: makes z (:class:`Backbone`), in evaluation mode.
+        flow_map: of tokens, conditioned on z; its network has ``token_dim`` and ``cond_dim``
+            (:class:`imm.networks.TokenHead`, or any other), in evaluation mode.
+        steps, kind, mid_eta, method: of the head, as in :class:`imm.Sampler`; None: "restart" for a head with a latent, else
+            "pushforward".
+        max_tokens: slots of the backbone's cache: prefix and tokens, but the last.
+        rows: run every batch in this many rows, padded or in parts: a sequence's bits then do not depend on what is generated
+            beside it.
+        guidance: w for calls that give none; None: without, one row of the backbone a sequence instead of two.
+        guide: what is guided: "output", the head's (Li et al. 2024), or "cond", z (Shao et al. 2025), at half the head's work.
+        graph: on CUDA, capture a token once and replay it: "auto" runs step by step, with a warning, where the networks cannot
+            be captured; True makes that an error; False never captures.
+
+    Raises:
+        ValueError, TypeError: values other than these; networks of other widths or in training mode.
+    """
+
+    def __init__(
+        self,
+        backbone: Any,
+        flow_map: FlowMap,
+        *,
+        steps: int = 1,
+        kind: str = "uniform",
+        mid_eta: Sequence[float] = (),
+        method: str | None = None,
+        max_tokens: int,
+        rows: int | None = None,
+        guidance: float | None = None,
+        guide: str = "output",
+        graph: str | bool = "auto",
+    ) -> None:
+        if not isinstance(flow_map, FlowMap):
+            raise TypeError(f"flow_map: expected an imm.FlowMap, got {type(flow_map).__name__}")
+        missing = [n for n in ("token_dim", "cond_dim", "make_cache", "prefill", "decode") if not hasattr(backbone, n)]
+        if missing:
+            raise TypeError(f"backbone: expected {', '.join(missing)}, got {type(backbone).__name__} without")
+        for name in ("token_dim", "cond_dim"):
+            if getattr(flow_map.network, name, None) != getattr(backbone, name):
+                got = getattr(flow_map.network, name, None)
+                raise ValueError(f"flow_map: expected a network with {name} = {getattr(backbone, name)}, got {got}")
+        for name, value in (("rows", rows), ("max_tokens", max_tokens)):
+            if value is not None and (type(value) is not int or value < 1):
+                raise ValueError(f"{name}: expected a count >= 1, got {value!r}")
+        if guide not in GUIDES:
+            raise ValueError(f"unknown guide {guide!r}; expected one of {list(GUIDES)}")
+        if graph not in ("auto", True, False):
+            raise ValueError(f'graph: expected "auto", True or False, got {graph!r}')
+        self.backbone, self.flow_map, self.max_tokens, self.rows = backbone, flow_map, max_tokens, rows
+        self.guidance, self.guide, self.graph = guidance, guide, graph
+        self.token_dim, self.num_classes = backbone.token_dim, getattr(backbone, "num_classes", None)
+        self.sigma_data = flow_map.sigma_data
+        method = method or ("restart" if flow_map.latent_dim else "pushforward")
+        self._check_modes()
+        make = lambda guide: HeadSteps(flow_map, steps, kind, mid_eta, method, guide).eval()
+        with torch.no_grad():
+            self._steps = {False: make(None), True: make(guide)}
+        device = self._steps[False].t.device
+        module = native.module()
+        graphs = graph and module is not None and module.make_graph_pool(device) is not None
+        if graph is True and not graphs:
+            raise ValueError(f"graph=True: expected a CUDA device and the native library built for it, got {device}")
+        self._no_graph = None if graphs else "graph=False" if not graph else f"no graphs on {device} with this install"
+        self._lock = threading.Lock()
+        self._loops: OrderedDict[tuple[int, bool], list[Any]] = OrderedDict()
+
+    def stats(self) -> dict[str, Any]:
+        """cached: loops kept, by (rows, guided); captured: how many are graphs; eager: why calls run step by step, or None."""
+        with self._lock:
+            loops = [(key, loop) for key, some in self._loops.items() for loop in some]
+        return {
+            "cached": [key for key, _ in loops],
+            "captured": sum(loop.captured for _, loop in loops),
+            "eager": self._no_graph,
+        }
+
+    # One call -----------------------------------------------------------------------------------------------------------------
+
+    def steps(self, guided: bool) -> HeadSteps:
+        """The steps of the head, of calls with or without guidance."""
+        return self._steps[guided]
+
+    def _check_modes(self) -> None:
+        for name, module in (("backbone", self.backbone), ("flow_map", self.flow_map)):
+            if getattr(module, "training", False):
+                raise ValueError(f"{name}: expected evaluation mode ({name}.eval()), got training mode")
+
+    def _take(self, rows: int, guided: bool) -> tuple[Any, int, Callable[[], None]]:
+        self._check_modes()
+        steps = self._steps[guided]
+        with self._lock:
+            steps.refresh()
+            free = self._loops.get((rows, guided))
+            loop = free.pop() if free else None
+        if loop is None:
+            loop = self._made(rows, guided, steps)
+        return loop, len(steps.streams), lambda: self._release((rows, guided), loop)
+
+    def _made(self, rows: int, guided: bool, steps: HeadSteps) -> Any:
+        backbone, width = self.backbone, (2 * rows if guided else rows, self.backbone.cond_dim)
+        cache = list(backbone.make_cache(width[0], self.max_tokens))
+
+        def of(z: Tensor, what: str) -> Tensor:
+            if z.shape != width:
+                raise ValueError(f"backbone: expected z {list(width)} of {what}, got {list(z.shape)}")
+            return z
+
+        def prefill(prefix: Tensor, cache: list[Tensor]) -> tuple[Tensor, int]:
+            z, taken = backbone.prefill(prefix, cache)
+            return of(z, "prefill"), taken
+
+        decode = lambda token, position, cache: of(backbone.decode(token, position, cache), "decode")
+        settings: dict[str, Any] = {
+            "rows": rows,
+            "guided": guided,
+            "token_dim": backbone.token_dim,
+            "cond_dim": backbone.cond_dim,
+            "slots": self.max_tokens,
+            "stream_steps": [step for step, _ in steps.streams],
+            "stream_widths": [width for _, width in steps.streams],
+            "cond_dtype": cache[0].dtype if cache else torch.float32,
+            "device": steps.t.device,
+            "prefill": prefill,
+            "decode": decode,
+            "head": steps,
+            "cache": cache,
+        }
+        module = native.module()
+        if module is None:
+            return PythonTokenLoop(**settings)
+        pool = module.make_graph_pool(steps.t.device) if self._no_graph is None else None
+        loop = module.TokenLoop(**settings, pool=pool)
+        if pool is not None:
+            self._capture(loop)
+        return loop
+
+    def _capture(self, loop: Any) -> None:
+        try:
+            loop.capture()
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:
+            reason = next(iter(str(error).splitlines()), type(error).__name__)
+            if self.graph is True:
+                raise RuntimeError(f"graph: these networks cannot be captured: {reason}") from error
+            self._no_graph = reason
+            warnings.warn(
+                f"these networks cannot be captured, so they run step by step: {reason}", RuntimeWarning, stacklevel=6
+            )
+
+    def _release(self, key: tuple[int, bool], loop: Any) -> None:
+        with self._lock:
+            self._loops.setdefault(key, []).append(loop)
+            self._loops.move_to_end(key)
+            while sum(map(len, self._loops.values())) > MAX_LOOPS:
+                oldest = next(iter(self._loops.values()))
+                oldest.pop()
+                if not oldest:
+                    self._loops.popitem(last=False)
+
+
+def _checked_stop(stop: Stop, z: Tensor) -> Tensor:
+    flags = stop(z)
+    if not isinstance(flags, Tensor) or flags.shape != (len(z),) or flags.dtype != torch.bool:
+        got = f"{list(flags.shape)} of {flags.dtype}" if isinstance(flags, Tensor) else type(flags).__name__
+        raise ValueError(f"stop: expected [{len(z)}] bool, got {got}")
+    return flags

@@ -1,0 +1,383 @@
+"""Sequences of continuous tokens: one seed a sequence, whatever is sampled beside it and however it is cut."""
+
+from __future__ import annotations
+
+import gc
+import math
+import resource
+import subprocess
+import threading
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from imm import FlowMap, Sampler, TokenSampler, noise, package
+from imm.evaluation import covariance_slope, forced_energy_score
+from imm.networks import CausalTransformer, TokenHead
+from imm.objectives import EnergyScore
+from imm.ops import native
+from imm.sampling import tokens as module
+
+D, C, T = 4, 32, 8  # features in whole vectors: a row's bits do not depend on its place
+
+
+def networks(latent: int = 0) -> tuple[CausalTransformer, FlowMap]:
+    torch.manual_seed(0)
+    backbone = CausalTransformer(D, C, depth=2, heads=2, max_tokens=T, num_classes=3).eval()
+    head = TokenHead(D, C, width=32, depth=1, latent_dim=latent, frequencies=8)
+    for parameter in head.parameters():
+        nn.init.normal_(parameter, std=0.3)
+    return backbone, FlowMap(head).eval()
+
+
+def sampler(latent: int = 0, **settings: Any) -> TokenSampler:
+    return TokenSampler(*networks(latent), **{"steps": 2, "max_tokens": T, **settings})
+
+
+SEEDS, LABELS = [7, 0, 2**40, 5], [0, 3, 2, 1]
+in_python = pytest.mark.parametrize("python", [False, True], ids=["native", "python"])
+
+
+@pytest.fixture
+def loops(python: bool, monkeypatch: pytest.MonkeyPatch) -> bool:
+    if python:
+        monkeypatch.setattr(module.native, "module", lambda: None)
+    elif native.module() is None:
+        pytest.skip(f"no native library: {native.status()}")
+    return python
+
+
+@in_python
+@pytest.mark.parametrize("latent", [0, 3])
+def test_a_token_is_the_jumps_of_the_head_given_what_the_backbone_made_of_those_before(loops, latent) -> None:
+    backbone, flow_map = networks(latent)
+    made = sampler(latent, steps=2).sample(SEEDS, LABELS)
+    assert made.shape == (4, T, D)
+    with torch.no_grad():
+        z = backbone(made, torch.tensor(LABELS))
+    method = "restart" if latent else "pushforward"
+    times = [0.994, 0.497, 0.0]
+    x = 0.5 * noise(SEEDS, (T, D))
+    for i in range(2):
+        xi = noise(SEEDS, (T, latent), module.LATENT + i) if latent else torch.empty(4, T, 0)
+        cond, target = torch.cat([z, xi], 2).flatten(0, 1), times[-1] if method == "restart" else times[i + 1]
+        x = flow_map(x.flatten(0, 1), times[i], target, cond=cond).reshape(4, T, D)
+        if method == "restart" and i == 0:
+            x = (1 - times[1]) * x + times[1] * 0.5 * noise(SEEDS, (T, D), 1)
+    torch.testing.assert_close(made, x.detach(), rtol=1e-4, atol=1e-5)
+
+
+@in_python
+@pytest.mark.parametrize("latent", [0, 3])
+def test_a_sequence_does_not_depend_on_the_batch_the_length_or_the_cuts(loops, latent) -> None:
+    fixed = sampler(latent, rows=3)
+    whole = fixed.sample(SEEDS, LABELS)
+    for i, (seed, label) in enumerate(zip(SEEDS, LABELS, strict=True)):
+        assert fixed.sample([seed], [label]).equal(whole[i : i + 1])
+        assert fixed.sample([seed], [label], tokens=5).equal(whole[i : i + 1, :5])
+        alone = sampler(latent).sample([seed], [label])
+        torch.testing.assert_close(alone, whole[i : i + 1], rtol=1e-4, atol=1e-4)
+    for chunk in (1, 3, T):
+        parts = list(fixed.stream(SEEDS[:3], LABELS[:3], chunk=chunk))
+        assert [part.shape[1] for part in parts] == [min(chunk, T - n) for n in range(0, T, chunk)]
+        assert torch.cat(parts, 1).equal(whole[:3])
+
+
+@pytest.mark.skipif(native.module() is None, reason=f"no native library: {native.status()}")
+@pytest.mark.parametrize(("settings", "guidance"), [({}, None), ({"guide": "output"}, 1.7), ({"guide": "cond"}, [0.5, 2.0])])
+@pytest.mark.parametrize("latent", [0, 3])
+def test_the_native_loop_is_the_python_loop_bitwise(settings, guidance, latent, monkeypatch) -> None:
+    call = lambda: sampler(latent, **settings).sample(SEEDS[:2], LABELS[:2], 6, guidance=guidance, temperature=0.8)
+    made = call()
+    monkeypatch.setattr(module.native, "module", lambda: None)
+    assert call().equal(made)
+
+
+@in_python
+def test_guidance_goes_from_none_to_the_label(loops) -> None:
+    for guide in ("output", "cond"):
+        guided = sampler(guide=guide, guidance=1.0)
+        torch.testing.assert_close(guided.sample(SEEDS, LABELS), sampler().sample(SEEDS, LABELS), rtol=1e-4, atol=1e-5)
+        none = guided.sample(SEEDS, LABELS, guidance=0.0)
+        torch.testing.assert_close(none, sampler().sample(SEEDS), rtol=1e-4, atol=1e-5)
+        far = guided.sample(SEEDS, LABELS, guidance=3.0)
+        assert (far[0] - none[0]).norm() > (guided.sample(SEEDS, LABELS)[0] - none[0]).norm()
+        each = guided.sample(SEEDS, LABELS, guidance=[3.0, 0.0, 0.0, 0.0])
+        torch.testing.assert_close(torch.cat([far[:1], none[1:]]), each, rtol=1e-4, atol=1e-5)
+
+
+@in_python
+def test_temperature_scales_the_noise_that_a_token_starts_from(loops) -> None:
+    cold = sampler(steps=1)
+    one, two = cold.sample([1, 2], [0, 0], temperature=0.0)
+    assert one.equal(two)
+    one, two = cold.sample([1, 2], [0, 0])
+    assert not one.isclose(two).any()
+
+
+@in_python
+def test_stop_cuts_where_it_says(loops) -> None:
+    whole = sampler(rows=2).sample(SEEDS[:2], LABELS[:2])
+    seen: list[Tensor] = []
+
+    def after(first: int, second: int) -> Any:
+        """A stop function by the number of calls: sequence 0 ends with token `first`, sequence 1 with token `second`."""
+        calls = iter(range(T))
+
+        def stop(z: Tensor) -> Tensor:
+            assert z.shape == (2, C)
+            seen.append(z)
+            n = next(calls)
+            return torch.tensor([n == first, n >= second])
+
+        return stop
+
+    for chunk in (1, 3, T):
+        parts = list(sampler(rows=2).stream(SEEDS[:2], LABELS[:2], chunk=chunk, stop=after(1, 4)))
+        made = torch.cat(parts, 1)
+        assert made.shape == (2, 5, D)
+        assert made[0, :2].equal(whole[0, :2])
+        assert bool(made[0, 2:].isnan().all())
+        assert made[1].equal(whole[1, :5])
+    assert len(seen) == 5 + 6 + T  # asked for each token of the parts that were made
+    with pytest.raises(ValueError, match=r"stop: expected \[2\] bool, got \[2, 32\] of torch.float32"):
+        list(sampler(rows=2).stream(SEEDS[:2], LABELS[:2], stop=lambda z: z))
+
+
+@in_python
+def test_streams_and_calls_beside_each_other_do_not_mix(loops) -> None:
+    one = sampler(rows=2)
+    expected = [one.sample([seed, seed + 1], [0, 1]) for seed in range(4)]
+    streams = [one.stream([seed, seed + 1], [0, 1]) for seed in range(4)]
+    parts = [[next(stream) for stream in streams] for _ in range(T)]
+    for i in range(4):
+        assert torch.cat([row[i] for row in parts], 1).equal(expected[i])
+    del streams
+    gc.collect()
+    assert len(one.stats()["cached"]) == 4
+    found: dict[int, Tensor] = {}
+    threads = [threading.Thread(target=lambda i=i: found.update({i: one.sample([i, i + 1], [0, 1])})) for i in range(4)]
+    [thread.start() for thread in threads]
+    [thread.join() for thread in threads]
+    assert all(found[i].equal(expected[i]) for i in range(4))
+
+
+@in_python
+def test_an_interrupt_leaves_the_sampler_usable(loops) -> None:
+    backbone, flow_map = networks()
+    calls = iter(range(1000))
+
+    class Interrupted(CausalTransformer):
+        def decode(self, token: Tensor, position: Tensor, cache: list[Tensor]) -> Tensor:
+            if next(calls) == 3:
+                raise KeyboardInterrupt
+            return super().decode(token, position, cache)
+
+    copy = Interrupted(D, C, depth=2, heads=2, max_tokens=T, num_classes=3).eval()
+    copy.load_state_dict(backbone.state_dict())
+    one = TokenSampler(copy, flow_map, steps=2, max_tokens=T)
+    with pytest.raises(KeyboardInterrupt):
+        one.sample(SEEDS, LABELS)
+    assert one.sample(SEEDS, LABELS).equal(sampler().sample(SEEDS, LABELS))
+    assert one.stats()["cached"] == [(4, False)]
+
+
+def test_weights_are_read_at_a_call() -> None:
+    backbone, flow_map = networks()
+    one = TokenSampler(backbone, flow_map, steps=1, max_tokens=T)
+    before = one.sample(SEEDS, LABELS)
+    with torch.no_grad():
+        flow_map.network.t_embedder.mlp[2].bias.add_(1.0)
+    assert not one.sample(SEEDS, LABELS).equal(before)
+    assert one.sample(SEEDS, LABELS).equal(TokenSampler(backbone, flow_map, steps=1, max_tokens=T).sample(SEEDS, LABELS))
+
+
+@in_python
+def test_bad_input_is_refused_in_one_line(loops) -> None:
+    backbone, flow_map = networks()
+    one = sampler()
+    for call, message in (
+        (lambda: one.sample([1], tokens=T + 1), f"tokens: expected at most {T} after a prefix of 1, got {T + 1}"),
+        (lambda: one.sample([1], tokens=0), "tokens: expected a count >= 1, got 0"),
+        (lambda: one.sample([-1]), "seeds: expected integers"),
+        (lambda: one.sample([1], [4]), r"prefix: expected classes 0..2 or 3 for none, got \[4\]"),
+        (lambda: one.sample([1], [1, 2]), "prefix: expected a row a sequence, 1, got"),
+        (lambda: one.sample([1], guidance=math.nan), "guidance: expected a finite number"),
+        (lambda: one.sample([1], temperature=-1.0), "temperature: expected a number >= 0, got -1.0"),
+        (lambda: one.stream([1], chunk=0), "chunk: expected a count >= 1, got 0"),
+        (lambda: sampler(rows=1).stream([1, 2]), "seeds: expected at most rows = 1 for a stream, got 2"),
+        (lambda: sampler(max_tokens=T + 1).sample([1]), f"max_tokens: expected 1 to {T}, got {T + 1}"),
+        (lambda: sampler(guide="z"), "unknown guide 'z'"),
+        (lambda: sampler(graph=True), "graph=True: expected a CUDA device"),
+        (lambda: TokenSampler(backbone.train(), flow_map, max_tokens=T), r"backbone: expected evaluation mode"),
+        (
+            lambda: TokenSampler(CausalTransformer(D, C + 2, 1, 2, T), flow_map, max_tokens=T),
+            "flow_map: expected a network with cond_dim = 34, got 32",
+        ),
+    ):
+        with pytest.raises(ValueError, match=message) as caught:
+            call()
+        assert "\n" not in str(caught.value)
+    with pytest.raises(TypeError, match="backbone: expected token_dim, cond_dim, make_cache, prefill, decode, got Linear"):
+        TokenSampler(nn.Linear(1, 1), flow_map, max_tokens=T)
+    backbone.eval().norm = nn.Linear(C, C + 1)  # type: ignore[assignment]
+    with pytest.raises(ValueError, match=r"backbone: expected z \[1, 32\] of prefill, got \[1, 33\]"):
+        TokenSampler(backbone, flow_map, max_tokens=T).sample([1])
+    assert one.sample([]).shape == (0, 0, D)
+
+
+def test_memory_is_flat_over_sequences_of_random_lengths() -> None:
+    one = sampler(rows=2)
+    generator = torch.Generator().manual_seed(0)
+    lengths = torch.randint(1, T + 1, (200,), generator=generator).tolist()
+    for n in lengths[:50]:
+        one.sample([n, n + 1], [0, 1], n)
+    gc.collect()
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    for n in lengths:
+        one.sample([n, n + 1], [0, 1], n)
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 4096  # KiB
+
+
+# Packages ---------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    if native.module() is None:
+        pytest.skip(f"no native library: {native.status()}")
+    path = tmp_path_factory.mktemp("tokens") / "tokens.pt2"
+    package.export_tokens(sampler(2), path, rows=2, guided=True)
+    return path
+
+
+def test_a_package_is_the_sampler_to_rounding_and_streams_what_it_samples(exported) -> None:
+    packed = package.TokenPackage(exported, guidance=1.5)
+    made = packed.sample(SEEDS[:3], LABELS[:3])
+    expected = sampler(2, guidance=1.5).sample(SEEDS[:3], LABELS[:3])
+    torch.testing.assert_close(made, expected, rtol=1e-5, atol=1e-5)
+    assert torch.cat(list(packed.stream(SEEDS[:2], LABELS[:2], chunk=3)), 1).equal(made[:2])
+    running = packed.stream(SEEDS[:2], LABELS[:2])
+    next(running)
+    with pytest.raises(RuntimeError, match="a package runs one call or stream at a time"):
+        packed.sample(SEEDS, LABELS)
+    running.close()
+    assert packed.sample(SEEDS[:1], LABELS[:1], 2).equal(made[:1, :2])
+    with pytest.raises(ValueError, match="guidance: expected a scale for a package with guidance, got none"):
+        package.TokenPackage(exported).sample(SEEDS)
+
+
+def test_the_compiled_models_run_from_python_give_the_same_bits(exported) -> None:
+    from torch._inductor.package import load_package
+
+    models = {name: load_package(str(exported), name, run_single_threaded=True) for name in ("prefill", "decode", "head")}
+    backbone, flow_map = networks(2)
+    steps = sampler(2).steps(True)
+    loop = module.PythonTokenLoop(
+        prefill=lambda prefix, cache: (models["prefill"](prefix, *cache), 1),
+        decode=lambda token, position, cache: models["decode"](token, position, *cache),
+        head=lambda z, noise, w: models["head"](z, noise, w.contiguous()),
+        cache=backbone.make_cache(4, T),
+        rows=2,
+        guided=True,
+        slots=T,
+        device=torch.device("cpu"),
+        stream_steps=[step for step, _ in steps.streams],
+        stream_widths=[width for _, width in steps.streams],
+    )
+    prefix, scales = torch.tensor([3, 3, *LABELS[:2]]), [flow_map.sigma_data, *[1.0] * (len(steps.streams) - 1)]
+    with torch.no_grad():
+        loop.begin(torch.tensor(SEEDS[:2]), prefix, T, scales, torch.tensor([1.5], dtype=torch.float64), None)
+        made = loop.next(T)[0]
+    assert package.TokenPackage(exported, guidance=1.5).sample(SEEDS[:2], LABELS[:2]).equal(made)
+
+
+def test_imm_generate_makes_sequences_without_python(exported, tmp_path) -> None:
+    program = native.program("imm_generate")
+    assert program is not None
+    command = [program, f"--package={exported}", "--seeds=7,0", "--labels=0,3", f"--out={tmp_path / 'tokens.npy'}"]
+    done = subprocess.run([*command, "--tokens=6", "--guidance=1.5"], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("2 sequences of [6, 4]: ")
+    expected = package.TokenPackage(exported, guidance=1.5).sample([7, 0], [0, 3], 6)
+    np.testing.assert_array_equal(np.load(tmp_path / "tokens.npy"), expected.numpy())
+    done = subprocess.run([*command, "--tokens=60", "--guidance=1.5"], capture_output=True, text=True, check=False)
+    assert (done.returncode, "tokens: expected at most 8 after a prefix of 1, got 60" in done.stderr) == (1, True)
+
+
+# Scores -----------------------------------------------------------------------------------------------------------------------
+
+
+def test_the_slope_is_one_for_real_sequences_and_zero_for_shuffled_tokens() -> None:
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.arange(4000) % 2
+    shared = torch.randn(4000, 1, 3, generator=generator)
+    real = shared * torch.tensor([1.0, 0.5]).repeat(2)[:, None] + labels[:, None, None]
+    real = real + 0.3 * torch.randn(4000, 4, 3, generator=generator)
+    shuffled = real.clone()
+    for n in range(4):
+        for label in (0, 1):
+            own = (labels == label).nonzero().flatten()
+            shuffled[own, n] = real[own[torch.randperm(len(own), generator=generator)], n]
+    half = slice(0, 2000)
+    assert covariance_slope(real[half], labels[half], real[2000:], labels[2000:]) == pytest.approx(1.0, abs=0.1)
+    assert covariance_slope(shuffled, labels, real, labels) == pytest.approx(0.0, abs=0.05)
+    assert covariance_slope(0.5 * real, labels, real, labels) == pytest.approx(0.25, abs=0.01)
+    with pytest.raises(ValueError, match=r"samples: expected \[N, 4, 3\], got \[4000, 3, 4\]"):
+        covariance_slope(real.transpose(1, 2), labels, real, labels)
+
+
+def test_the_forced_energy_score_is_that_of_the_samples() -> None:
+    _, flow_map = networks()
+    tokens, z = torch.randn(30, D), torch.randn(30, C)
+    one = Sampler(flow_map, steps=1, shape=(D,))
+    x, y = (one.sample(range(n, n + 30), cond=z) for n in (0, 30))
+    distance = lambda a, b: (a - b).norm(dim=1).mean()
+    expected = distance(x, tokens) + distance(y, tokens) - distance(x, y)
+    assert forced_energy_score(one, z, tokens) == pytest.approx(float(expected), rel=1e-5)
+
+
+def test_a_latent_head_learns_the_law_given_z_at_every_number_of_steps() -> None:
+    """Eight contexts, each with two narrow modes of weights .7 and .3: the energy score at every t is proper."""
+    contexts, radius, deviation = 8, 0.7, 0.05
+
+    def centre(c: Tensor, second: Any) -> Tensor:
+        angle = 2 * math.pi * ((c + 3 * second) % contexts) / contexts
+        return radius * torch.stack([angle.cos(), angle.sin()], -1)
+
+    def real(c: Tensor) -> Tensor:
+        return centre(c, (torch.rand(len(c)) < 0.3).long()) + deviation * torch.randn(len(c), 2)
+
+    torch.manual_seed(0)
+    embedding = nn.Embedding(contexts, 32)
+    flow_map = FlowMap(TokenHead(2, 32, 64, 2, latent_dim=4, frequencies=32), parametrization="identity", second_time="none")
+    objective = EnergyScore(flow_map, samples=4)
+    weights, count = [*embedding.parameters(), *objective.parameters()], 1000
+    average = [weight.detach().clone() for weight in weights]
+    optimizer = torch.optim.AdamW(weights, lr=2e-3, betas=(0.9, 0.99), fused=True)
+    for step in range(count):
+        c = torch.randint(0, contexts, (128,))
+        loss, _ = objective(real(c), cond=embedding(c))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.param_groups[0]["lr"] = 2e-3 * min(1, (step + 1) / 100) * min(1, 2 * (1 - step / count))
+        optimizer.step()
+        torch._foreach_lerp_(average, [weight.detach() for weight in weights], 1 - min(0.995, (1 + step) / (10 + step)))
+    with torch.no_grad():
+        for weight, mean in zip(weights, average, strict=True):
+            weight.copy_(mean)
+    flow_map.eval()
+    for steps in (1, 2, 4):
+        one, first, energy = Sampler(flow_map, steps=steps, method="restart", shape=(2,)), [], []
+        for context in range(contexts):
+            c = torch.full((1000,), context)
+            x, y = one.sample(range(1000), cond=embedding(c).detach()), real(c.repeat(4))
+            first.append(float(((x - centre(c, 0)).norm(dim=1) < (x - centre(c, 1)).norm(dim=1)).float().mean()))
+            within = lambda a: torch.cdist(a, a).sum() / (len(a) * (len(a) - 1))
+            energy.append(float(2 * torch.cdist(x, y).mean() - within(x) - within(y)))
+        assert sum(first) / contexts == pytest.approx(0.7, abs=0.05), steps
+        assert 1000 * sum(energy) / contexts < 5.0, steps
