@@ -264,6 +264,9 @@ _TRAIN: dict[str, list[Decorator]] = {
         _option("--schedule", default="fm", type=_choice("fm", "vp_cosine")),
         _option("--parametrization", default="euler_fm", type=_choice("identity", "simple_edm", "euler_fm")),
         _option("--second-time", default="stride", type=_choice("stride", "identity", "none")),
+        _option(
+            "--time-scale", type=Number(0, min_open=True), help="Factor on the times that the network sees. [1000; meanflow: 1]"
+        ),
         _option("--t-min", default=0.0, type=Number()),
         _option("--t-max", default=0.994, type=Number()),
     ],

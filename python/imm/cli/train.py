@@ -36,7 +36,9 @@ from imm.weights import unwrapped
 
 #: Options of each network, under its constructor's names.
 NETWORK_OPTIONS = {"UNet": ("width", "dropout"), "DDPMpp": ("width", "dropout"), "DiT": ("size", "patch")}
-FLOW_MAP_OPTIONS = ("schedule", "parametrization", "second_time", "t_min", "t_max")
+FLOW_MAP_OPTIONS = ("schedule", "parametrization", "second_time", "time_scale", "t_min", "t_max")
+#: Without --time-scale; a derivative in t of a network that sees 1,000 t is too large to learn from (docs/losses.md).
+TIME_SCALES = {"meanflow": 1.0}
 #: Options that are settings of :class:`imm.training.TrainConfig`.
 TRAINING_OPTIONS = (
     "batch",
@@ -254,10 +256,15 @@ def _from_options(options: Mapping[str, Any], given: Mapping[str, Any], images: 
     return Preset(
         network,
         {**image, **{name: options[name] for name in mine}},
-        {name: options[name] for name in FLOW_MAP_OPTIONS},
+        {**{name: options[name] for name in FLOW_MAP_OPTIONS}, "time_scale": _time_scale(options)},
         _of_loss(options["loss"], given),
         loss=options["loss"],
     )
+
+
+def _time_scale(options: Mapping[str, Any]) -> float:
+    given = options["time_scale"]
+    return float(TIME_SCALES.get(options["loss"], 1000.0) if given is None else given)
 
 
 def _of_loss(loss: str, given: Mapping[str, Any]) -> dict[str, Any]:

@@ -21,6 +21,9 @@ DERIVATIVES = ("jvp", "difference")
 class MeanFlow(Objective):
     """MeanFlow for the parametrization "euler_fm", whose u is sigma_d G.
 
+    Make the flow map with ``time_scale=1``: the derivative in t of a network that sees 1,000 t is so large that training falls
+    far behind (docs/losses.md).
+
     Args:
         derivative: "jvp" (forward mode) or "difference", two more forwards: (u(+h) - u(-h)) / 2 h along the path.
         step_size: h, in units of t: small beside the shortest period that the network sees in t, which is 2 pi / time_scale.

@@ -32,13 +32,15 @@ MORE = (16, 32, 64)
 SETTINGS: dict[str, dict[str, Any]] = {
     "imm": {"particles": 4, "k": 12, "a": 1},
     "fm": {},
-    "consistency": {},
+    "consistency": {"stages": 5},
     "shortcut": {},
     "progressive": {},
     "lagrangian": {},
     "meanflow": {},
     "energy": {},
 }
+#: Of the flow map, likewise.
+FLOW_MAPS: dict[str, dict[str, Any]] = {"meanflow": {"time_scale": 1.0}}
 ROWS_FILE = "rows.jsonl"
 _COLUMNS = (
     *(("loss", "loss"), ("seed", "seed"), ("step", "training steps"), ("seconds", "training seconds"), ("method", "sampler")),
@@ -73,7 +75,7 @@ QUICK = _Plan(("imm", "fm", "shortcut"), (0,), 60, 60, 100, (16,))
 def objective_of(loss: str, seed: int, steps: int, device: torch.device) -> Objective:
     """The study's network with fresh weights and a loss; of one seed, all losses begin with the same weights."""
     torch.manual_seed(seed)
-    flow_map = FlowMap(UNet(channels=1, resolution=RESOLUTION, num_classes=10))
+    flow_map = FlowMap(UNet(channels=1, resolution=RESOLUTION, num_classes=10), **FLOW_MAPS.get(loss, {}))
     stages = {"stage_steps": max(1, steps // 8)} if loss == "consistency" else {}
     return OBJECTIVES[loss](flow_map.to(device), **SETTINGS[loss], **stages)
 
