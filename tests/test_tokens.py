@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import math
+import re
 import resource
 import subprocess
 import threading
@@ -18,7 +19,7 @@ from torch import Tensor, nn
 from imm import FlowMap, Sampler, TokenSampler, noise, package
 from imm.evaluation import covariance_slope, forced_energy_score
 from imm.networks import CausalTransformer, TokenHead
-from imm.objectives import EnergyScore
+from imm.objectives import IMM, EnergyScore
 from imm.ops import native
 from imm.sampling import tokens as module
 
@@ -307,6 +308,81 @@ def test_imm_generate_makes_sequences_without_python(exported, tmp_path) -> None
     np.testing.assert_array_equal(np.load(tmp_path / "tokens.npy"), expected.numpy())
     done = subprocess.run([*command, "--tokens=60", "--guidance=1.5"], capture_output=True, text=True, check=False)
     assert (done.returncode, "tokens: expected at most 8 after a prefix of 1, got 60" in done.stderr) == (1, True)
+
+
+# Heads of others --------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def page() -> dict[str, Any]:
+    """What the Python of the page defines, which runs as it is printed."""
+    text = (Path(__file__).parent.parent / "docs" / "learn" / "tokens.md").read_text()
+    found: dict[str, Any] = {}
+    exec("\n".join(re.findall(r"```python\n(.*?)```", text, re.DOTALL)), found)
+    return found
+
+
+class Mixed(nn.Module):
+    """An MLP of all that it is given, side by side."""
+
+    def __init__(self, inputs: int, outputs: int) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(nn.Linear(inputs, 32), nn.SiLU(), nn.Linear(32, outputs))
+
+    def forward(self, *parts: Tensor) -> Tensor:
+        return self.layers(torch.cat(parts, 1))
+
+
+def test_the_page_makes_what_it_says(page) -> None:
+    assert page["made"].shape == (2, 16, 4)
+    assert page["part"].equal(page["made"][:, 12:])
+
+
+def test_a_head_of_pocket_tts_is_a_flow_map_with_its_time_turned_round(page) -> None:
+    torch.manual_seed(0)
+    flow_net = Mixed(C + 2 + D, D)  # (c, s, t, x): from s to t, 0 noise and 1 data
+    flow_map = page["pocket_flow_map"](flow_net, D, C).eval()
+    x, c = torch.randn(5, D), torch.randn(5, C)
+    column = lambda value: torch.full((5, 1), value)
+    torch.testing.assert_close(flow_map(x, 1.0, 0.0, cond=c), x + flow_net(c, column(0.0), column(1.0), x))
+    expected = x + 0.5 * flow_net(c, column(0.25), column(0.75), x)
+    torch.testing.assert_close(flow_map(x, 0.75, 0.25, cond=c), expected, rtol=1e-5, atol=1e-6)
+    backbone, _ = networks()
+    assert TokenSampler(backbone, flow_map, steps=2, max_tokens=T).sample([1, 2]).shape == (2, T, D)
+
+
+def test_a_generator_of_calm_makes_a_token_of_z_and_noise_in_one_step(page) -> None:
+    torch.manual_seed(0)
+    generator = Mixed(C + 6, D)  # (hidden, noise uniform in [-0.5, 0.5])
+    flow_map = page["calm_flow_map"](generator, D, C, 6).eval()
+    backbone, _ = networks()
+    made = TokenSampler(backbone, flow_map, steps=1, max_tokens=T).sample([3], [1])
+    z = backbone(made, torch.tensor([1]))[0]
+    uniform = 0.5 * torch.erf(noise([3], (T, 6), module.LATENT)[0] / 2**0.5)
+    assert float(uniform.abs().max()) <= 0.5
+    torch.testing.assert_close(made[0], generator(z, uniform).detach(), rtol=1e-4, atol=1e-5)
+    loss, _ = EnergyScore(flow_map, samples=2)(torch.randn(9, D), cond=torch.randn(9, C))
+    loss.backward()
+    assert all(p.grad is not None for p in generator.parameters())
+
+
+def test_the_loss_of_a_head_stands_where_mar_has_its_own(page) -> None:
+    _, flow_map = networks()
+    loss = page["FlowMapLoss"](IMM(flow_map, particles=4))
+    target, z, mask = torch.randn(40, D), torch.randn(40, C, requires_grad=True), (torch.arange(40) % 2).float()
+    loss(target, z, mask).backward()
+    assert z.grad is not None
+    assert not z.grad[mask == 0].any()
+    torch.manual_seed(1)
+    made = loss.sample(z.detach())
+    assert made.shape == (40, D)
+    torch.manual_seed(1)
+    x = flow_map.sigma_data * torch.randn(40, D)
+    for t, s in ((0.994, 0.497), (0.497, 0.0)):
+        x = flow_map(x, t, s, cond=z.detach()).detach()
+    torch.testing.assert_close(made, x, rtol=1e-5, atol=1e-5)
+    guided = loss.sample(z.detach(), cfg=2.0)
+    assert guided[:20].equal(guided[20:])
 
 
 # Scores -----------------------------------------------------------------------------------------------------------------------

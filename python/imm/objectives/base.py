@@ -164,7 +164,7 @@ class Objective(nn.Module, ABC):
             draws: from :meth:`draw`, whose ``part`` makes the loss of a large batch one of its parts at a time; None to draw.
             cond: z that the network is conditioned on, ``[B, cond_dim]``, differentiable; None for a network without. A loss's
                 targets give it no gradient. Without ``draws``, rows are shuffled before groups are cut from them: particles of
-                a group may share what the network is conditioned on and nothing else (docs/tokens.md).
+                a group may share what the network is conditioned on and nothing else (docs/learn/tokens.md).
             mask: ``[B]`` bool, rows that count; the others are left out before anything is drawn, and with them what then is
                 no multiple of ``particles``. None for all.
             pairs: also the statistic ``pairs``, of a loss that compares sets; it costs two more calls of the loss.
