@@ -80,6 +80,7 @@ TokenPackage load_token_package(const std::string& path, bool graph) {
                          .slots = number<int64_t>(metadata, "slots"),
                          .stream_steps = numbers<int64_t>(metadata, "stream_steps"),
                          .stream_widths = numbers<int64_t>(metadata, "stream_widths"),
+                         .buckets = {number<int64_t>(metadata, "slots")},  // compiled for one number of slots
                          .cond_dtype = dtype(metadata, "cond_dtype"),
                          .device = device_of(metadata)};
   const int64_t taken = number<int64_t>(metadata, "prefix_slots");

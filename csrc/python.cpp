@@ -35,12 +35,21 @@ std::unique_ptr<imm::SamplingLoop> make_loop(Column t, Column s, Column c_in, Co
 
 std::unique_ptr<imm::TokenLoop> make_token_loop(int64_t rows, bool guided, int64_t token_dim, int64_t cond_dim,
                                                 int64_t slots, std::vector<int64_t> stream_steps,
-                                                std::vector<int64_t> stream_widths, at::ScalarType cond_dtype,
-                                                const at::Device& device, imm::TokenLoop::Prefill prefill,
-                                                imm::TokenLoop::Decode decode, imm::TokenLoop::Head head,
-                                                imm::TokenLoop::Cache cache, std::shared_ptr<imm::GraphPool> pool) {
-  imm::TokenSettings settings{
-      rows, guided, token_dim, cond_dim, slots, std::move(stream_steps), std::move(stream_widths), cond_dtype, device};
+                                                std::vector<int64_t> stream_widths, std::vector<int64_t> buckets,
+                                                at::ScalarType cond_dtype, const at::Device& device,
+                                                imm::TokenLoop::Prefill prefill, imm::TokenLoop::Decode decode,
+                                                imm::TokenLoop::Head head, imm::TokenLoop::Cache cache,
+                                                std::shared_ptr<imm::GraphPool> pool) {
+  imm::TokenSettings settings{rows,
+                              guided,
+                              token_dim,
+                              cond_dim,
+                              slots,
+                              std::move(stream_steps),
+                              std::move(stream_widths),
+                              std::move(buckets),
+                              cond_dtype,
+                              device};
   return std::make_unique<imm::TokenLoop>(std::move(settings), std::move(prefill), std::move(decode), std::move(head),
                                           std::move(cache), std::move(pool));
 }
@@ -85,8 +94,8 @@ PYBIND11_MODULE(_C, m) {
   py::class_<imm::TokenLoop>(m, "TokenLoop", "Sequences of tokens for one number of rows; see csrc/token_loop.h.")
       .def(py::init(torch::wrap_pybind_function(make_token_loop)), py::kw_only(), py::arg("rows"), py::arg("guided"),
            py::arg("token_dim"), py::arg("cond_dim"), py::arg("slots"), py::arg("stream_steps"),
-           py::arg("stream_widths"), py::arg("cond_dtype"), py::arg("device"), py::arg("prefill"), py::arg("decode"),
-           py::arg("head"), py::arg("cache"), py::arg("pool"))
+           py::arg("stream_widths"), py::arg("buckets"), py::arg("cond_dtype"), py::arg("device"), py::arg("prefill"),
+           py::arg("decode"), py::arg("head"), py::arg("cache"), py::arg("pool"))
       .def("capture", torch::wrap_pybind_function_no_gil(&imm::TokenLoop::capture), "Record a token for later calls.")
       .def("begin", torch::wrap_pybind_function_no_gil(&imm::TokenLoop::begin), py::arg("seeds"), py::arg("prefix"),
            py::arg("tokens"), py::arg("scales"), py::arg("guidance"), py::arg("stop"), "Start sequences.")

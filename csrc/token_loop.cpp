@@ -40,6 +40,14 @@ TokenLoop::TokenLoop(TokenSettings settings, Prefill prefill, Decode decode, Hea
   const auto& widths = settings_.stream_widths;
   const int64_t B = settings_.rows, R = settings_.guided ? 2 * B : B, T = settings_.slots,
                 K = std::accumulate(widths.begin(), widths.end(), int64_t{0});
+  TORCH_CHECK_VALUE(!settings_.buckets.empty() && settings_.buckets.back() == T,
+                    "buckets: expected some up to the slots, ", T, ", got ", settings_.buckets);
+  for (const int64_t bucket : settings_.buckets) {
+    Cache& view = views_.emplace_back();
+    for (const Tensor& memory : cache_) {  // [R, heads, slots, ...]; what has no slots goes as it is
+      view.push_back(memory.dim() > 2 && memory.size(2) == T ? memory.narrow(2, 0, bucket) : memory);
+    }
+  }
   z_ = at::zeros({R, settings_.cond_dim}, options.dtype(settings_.cond_dtype));
   token_ = at::zeros({R, settings_.token_dim}, options.dtype(at::kFloat));
   noise_ = at::zeros({T, B, K}, options.dtype(at::kFloat));
@@ -58,8 +66,15 @@ TokenLoop::~TokenLoop() {
   }
 }
 
-void TokenLoop::decode() {
-  const Tensor z = decode_(token_, position_, cache_);
+// Of the position of the next token that decode is given.
+size_t TokenLoop::bucket() const {
+  const int64_t position = taken_ + count_ - left_ - 1;
+  const auto& buckets = settings_.buckets;
+  return static_cast<size_t>(std::upper_bound(buckets.begin(), buckets.end(), position) - buckets.begin());
+}
+
+void TokenLoop::decode(size_t bucket) {
+  const Tensor z = decode_(token_, position_, views_[bucket]);
   check_z(z, z_, "decode");
   z_.copy_(z);
 }
@@ -82,14 +97,18 @@ void TokenLoop::capture() {
   const c10::DeviceGuard guard(settings_.device);
   left_ = 0;
   pool_->wait();
-  index_.zero_();
-  position_.zero_();
-  graph_ = pool_->capture([this] {
-    decode();
-    head();
-    index_.remainder_(out_.size(0));  // the runs before the recording stay within the memory
-    position_.remainder_(settings_.slots);
-  });
+  std::vector<std::unique_ptr<Graph>> graphs;
+  for (size_t bucket = 0; bucket < views_.size(); ++bucket) {
+    index_.zero_();
+    position_.zero_();
+    graphs.push_back(pool_->capture([this, bucket] {
+      decode(bucket);
+      head();
+      index_.remainder_(out_.size(0));  // the runs before the recording stay within the memory
+      position_.remainder_(settings_.slots);
+    }));
+  }
+  graphs_ = std::move(graphs);
   pool_->mark();
 }
 
@@ -126,6 +145,7 @@ int64_t TokenLoop::begin(const Tensor& seeds, const Tensor& prefix, std::optiona
   if (guidance) guidance_->copy_(*guidance);
   index_.zero_();
   position_.fill_(taken - 1);
+  taken_ = taken;
   stopped_.zero_();
   if (pool_) pool_->mark();
   stop_ = std::move(stop);
@@ -143,10 +163,10 @@ std::tuple<Tensor, Tensor> TokenLoop::next(int64_t count) {
     for (int64_t i = 0; i < count; ++i, --left_) {
       if (left_ == count_) {
         head();  // z of the first token is the prefix's
-      } else if (graph_) {
-        graph_->replay();
+      } else if (!graphs_.empty()) {
+        graphs_[bucket()]->replay();
       } else {
-        decode();
+        decode(bucket());
         head();
       }
       if (stop_) stopped_.select(0, count_ - left_).copy_((*stop_)(z_));

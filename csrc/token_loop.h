@@ -27,6 +27,8 @@ struct TokenSettings {
   int64_t slots;      // of the cache: prefix and tokens, but the last
   // The noise of a token, side by side: the Philox step and the numbers a token of each stream.
   std::vector<int64_t> stream_steps, stream_widths;
+  // How many slots decode sees, ascending up to `slots`: the least that holds the position. A graph each.
+  std::vector<int64_t> buckets;
   at::ScalarType cond_dtype;  // of z
   at::Device device = at::kCPU;
 };
@@ -36,7 +38,7 @@ class IMM_EXPORT TokenLoop {
   using Cache = std::vector<at::Tensor>;
   // (prefix [R, ...], cache) -> z of the first token [R, C], and the slots that the prefix took.
   using Prefill = std::function<std::tuple<at::Tensor, int64_t>(const at::Tensor& prefix, const Cache& cache)>;
-  // (token [R, D], position [1] int64, cache) -> z of the next token [R, C].
+  // (token [R, D], position [1] int64, the first slots of the cache) -> z of the next token [R, C].
   using Decode = std::function<at::Tensor(const at::Tensor& token, const at::Tensor& position, const Cache& cache)>;
   // (z [R, C], noise [B, K], guidance [B] float64 where guided) -> token [B, D] float32.
   using Head = std::function<at::Tensor(const at::Tensor& z, const at::Tensor& noise,
@@ -52,7 +54,7 @@ class IMM_EXPORT TokenLoop {
 
   // Records a token for later calls. Throws where that cannot be; calls go on step by step then.
   void capture();
-  bool captured() const { return graph_ != nullptr; }
+  bool captured() const { return !graphs_.empty(); }
 
   // Starts B sequences: seeds [B], prefix [R, ...], at most `tokens` tokens, or as many as the slots take; scales of
   // the streams; guidance [1] or [B] float64 where guided. Returns the number of tokens.
@@ -67,7 +69,8 @@ class IMM_EXPORT TokenLoop {
   bool guided() const { return settings_.guided; }
 
  private:
-  void decode();
+  size_t bucket() const;
+  void decode(size_t bucket);
   void head();
 
   TokenSettings settings_;
@@ -75,12 +78,13 @@ class IMM_EXPORT TokenLoop {
   Decode decode_;
   Head head_;
   Cache cache_;
+  std::vector<Cache> views_;  // of the first slots of the cache, a bucket each
   std::shared_ptr<GraphPool> pool_;
   std::optional<Stop> stop_;
-  int64_t count_ = 0, left_ = 0;
+  int64_t count_ = 0, left_ = 0, taken_ = 0;
   at::Tensor z_, token_, noise_, out_, stopped_, index_, position_;
   std::optional<at::Tensor> guidance_;
-  std::unique_ptr<Graph> graph_;
+  std::vector<std::unique_ptr<Graph>> graphs_;
 };
 
 }  // namespace imm

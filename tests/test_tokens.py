@@ -112,6 +112,27 @@ def test_guidance_goes_from_none_to_the_label(loops) -> None:
 
 
 @in_python
+def test_a_backbone_is_given_the_first_slots_that_hold_the_position(loops, monkeypatch) -> None:
+    backbone, flow_map = networks()
+    expected = sampler(rows=2).sample(SEEDS[:2], LABELS[:2])
+    seen: list[tuple[int, int]] = []
+
+    class Watched(CausalTransformer):
+        def decode(self, token: Tensor, position: Tensor, cache: list[Tensor]) -> Tensor:
+            seen.append((int(position), cache[0].shape[2]))
+            return super().decode(token, position, cache)
+
+    watched = Watched(D, C, depth=2, heads=2, max_tokens=T, num_classes=3).eval()
+    watched.load_state_dict(backbone.state_dict())
+    monkeypatch.setattr(module, "LEAST_SLOTS", 3)
+    assert module.buckets(T) == [3, 6, T]
+    assert (module.buckets(3), module.buckets(2)) == ([3], [2])
+    made = TokenSampler(watched, flow_map, steps=2, max_tokens=T, rows=2).sample(SEEDS[:2], LABELS[:2])
+    assert seen == [(1, 3), (2, 3), (3, 6), (4, 6), (5, 6), (6, T), (7, T)]
+    torch.testing.assert_close(made, expected, rtol=1e-4, atol=1e-5)
+
+
+@in_python
 def test_temperature_scales_the_noise_that_a_token_starts_from(loops) -> None:
     cold = sampler(steps=1)
     one, two = cold.sample([1, 2], [0, 0], temperature=0.0)
@@ -289,6 +310,7 @@ def test_the_compiled_models_run_from_python_give_the_same_bits(exported) -> Non
         device=torch.device("cpu"),
         stream_steps=[step for step, _ in steps.streams],
         stream_widths=[width for _, width in steps.streams],
+        buckets=[T],
     )
     prefix, scales = torch.tensor([3, 3, *LABELS[:2]]), [flow_map.sigma_data, *[1.0] * (len(steps.streams) - 1)]
     with torch.no_grad():

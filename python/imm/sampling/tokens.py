@@ -23,6 +23,9 @@ GUIDES = ("output", "cond")
 #: Loops that a sampler keeps, each with its cache; the one that was used longest ago is dropped.
 MAX_LOOPS = 8
 
+#: Fewest slots of the cache that a backbone is given; then twice, four times ... as many, as the sequence grows.
+LEAST_SLOTS = 64
+
 Stop = Callable[[Tensor], Tensor]
 
 
@@ -43,7 +46,8 @@ class Backbone(Protocol):
         """z of the first token ``[rows, cond_dim]``, and how many slots ``prefix`` ``[rows, ...]`` took."""
 
     def decode(self, token: Tensor, position: Tensor, cache: list[Tensor]) -> Tensor:
-        """z of the next token after ``token`` ``[rows, token_dim]``, which takes slot ``position`` ``[1]`` int64."""
+        """z of the next token after ``token`` ``[rows, token_dim]``, which takes slot ``position`` ``[1]`` int64; the cache has
+        the first slots only, which hold the position."""
 
 
 class HeadSteps(nn.Module):
@@ -135,6 +139,8 @@ class PythonTokenLoop:
         self.rows, self.guided, self.slots = settings["rows"], settings["guided"], settings["slots"]
         self.device = settings["device"]
         self.streams = list(zip(settings["stream_steps"], settings["stream_widths"], strict=True))
+        narrow = lambda memory, slots: memory[:, :, :slots] if memory.dim() > 2 and memory.shape[2] == self.slots else memory
+        self.views = {slots: [narrow(memory, slots) for memory in cache] for slots in settings["buckets"]}
         self.left = 0
 
     def begin(
@@ -151,6 +157,7 @@ class PythonTokenLoop:
         for memory in self.cache:
             memory.zero_()
         self.z, taken = self.prefill(prefix.to(self.device), self.cache)
+        self.taken = taken
         most = self.slots - taken + 1
         self.count = most if tokens is None else tokens
         if not 1 <= self.count <= most:
@@ -177,7 +184,9 @@ class PythonTokenLoop:
         try:
             for _ in range(count):
                 if self.left < self.count:
-                    self.z = self.decode(self.token, self.position, self.cache)
+                    position = self.taken + self.count - self.left - 1
+                    slots = next(slots for slots in self.views if slots > position)
+                    self.z = self.decode(self.token, self.position, self.views[slots])
                 self._head()
                 if self.stop is not None:
                     self.stopped[self.count - self.left] = self.stop(self.z)
@@ -486,6 +495,7 @@ class TokenSampler(Sequences):
             "slots": self.max_tokens,
             "stream_steps": [step for step, _ in steps.streams],
             "stream_widths": [width for _, width in steps.streams],
+            "buckets": buckets(self.max_tokens),
             "cond_dtype": cache[0].dtype if cache else torch.float32,
             "device": steps.t.device,
             "prefill": prefill,
@@ -525,6 +535,14 @@ class TokenSampler(Sequences):
                 oldest.pop()
                 if not oldest:
                     self._loops.popitem(last=False)
+
+
+def buckets(slots: int) -> list[int]:
+    """Numbers of slots that a backbone is given, ascending up to ``slots``."""
+    found = [LEAST_SLOTS]
+    while found[-1] < slots:
+        found.append(2 * found[-1])
+    return [*found[:-1], slots]
 
 
 def _checked_stop(stop: Stop, z: Tensor) -> Tensor:
