@@ -1,10 +1,9 @@
-"""``imm train --loss``: its options, what a checkpoint records, how it is sampled, where a map begins; ``imm study``."""
+"""``imm train --loss``: its options, what a checkpoint records, how it is sampled, where a map begins."""
 
 from __future__ import annotations
 
 import json
 import math
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -17,7 +16,6 @@ from imm.cli import commands
 from imm.cli.train import LOSS_OPTIONS
 from imm.networks import DDPMpp, DiT, UNet, ignore_second_time
 from imm.objectives import OBJECTIVES, SAMPLED_BY
-from imm.studies import STUDIES, Criterion, losses
 from imm.training.stats import STATS_FILE, read_rows
 
 OPTIONS = ["--width=8", "--batch=8", "--steps=2", "--tick=1", "--lr=1e-3"]
@@ -124,52 +122,3 @@ def test_a_flow_map_starts_from_a_velocitys_checkpoint(data, tmp_path) -> None:
         ok=False,
     ).output
     assert "second_time: expected stride, which" in output
-
-
-def test_a_criterion_says_its_figure_and_fails_outside_its_bounds() -> None:
-    assert str(Criterion("spread", 0.71234, low=0.6)) == "PASSED: spread: 0.7123 (wanted at least 0.6)"
-    assert str(Criterion("spread", 0.5, low=0.6, high=0.9)) == "FAILED: spread: 0.5 (wanted at least 0.6 and at most 0.9)"
-    assert not Criterion("spread", math.nan, low=0.6).holds
-    assert Criterion("spread", 0.5).holds
-
-
-def test_the_study_of_losses_runs_resumes_and_fails_where_a_premise_is_broken(tmp_path, monkeypatch) -> None:
-    monkeypatch.setattr(losses, "QUICK", losses._Plan(("imm", "fm"), (0,), 4, 2, 20, (16,)))
-    out = tmp_path / "study"
-    output = call("study", "losses", "--quick", f"--out={out}").output
-    assert "imm, seed 0, step 2: label match" in output
-    rows = json.loads((out / "rows.json").read_text())
-    assert [(r["loss"], r["step"], r["evaluations"]) for r in rows] == [
-        *(("imm", 2, n) for n in (1, 2)),
-        *(("imm", 4, n) for n in (1, 2, 4, 8)),
-        *(("fm", 2, n) for n in (1, 2)),
-        *(("fm", 4, n) for n in (1, 2, 4, 8, 16)),
-    ]
-    assert {r["method"] for r in rows if r["loss"] == "fm"} == {"ddim"}
-    (out / "fm-0" / losses.ROWS_FILE).unlink()  # as if it had been stopped there
-    again = call("study", "losses", "--quick", f"--out={out}").output
-    assert "fm, seed 0, step 4" in again
-    assert "imm, seed 0" not in again
-    assert json.loads((out / "rows.json").read_text()) == rows
-    assert "label match" in (out / "report.html").read_text()
-
-    good = {"label_match": 0.9, "spread": 0.8, "mmd": 0.001, "step": losses.STEPS, "seed": 0}
-    table = [{**good, "loss": loss, "evaluations": n} for loss in losses.FULL.losses for n in (1, 64)]
-    table = [{**row, "spread": 0.2} if (row["loss"], row["evaluations"]) == ("fm", 1) else row for row in table]
-    assert all(one.holds for one in losses.criteria(table, losses.FULL))
-    broken = [{**row, "spread": 0.3} if row["loss"] == "imm" else row for row in table]
-    assert [one.claim for one in losses.criteria(broken, losses.FULL) if not one.holds] == ["imm, one step: spread"]
-    sharp = [{**row, "spread": 0.8} for row in table]
-    assert [one.claim for one in losses.criteria(sharp, losses.FULL) if not one.holds] == [
-        "fm, one step is the class blur: spread"
-    ]
-    assert STUDIES.keys() == {"losses"}
-
-
-def test_the_documentations_table_is_that_of_the_committed_rows() -> None:
-    docs = Path(__file__).parent.parent / "docs"
-    rows = json.loads((docs / "studies" / "losses.json").read_text())
-    assert losses.summary(rows) in (docs / "losses.md").read_text()
-    assert {"imm", "fm", "consistency", "shortcut", "progressive"} <= {row["loss"] for row in rows}
-    held = [one for one in losses.criteria(rows, losses.FULL) if one.holds]
-    assert len(held) == 6

@@ -25,6 +25,7 @@ PRESETS = (
     *("cifar10", "imagenet256-ts-a2", "imagenet256-s-a1", "imagenet256-meanflow-b-4", "celebahq256-shortcut"),
     *(f"dit-{size}-{patch}" for size in ("s", "b", "l", "xl") for patch in (2, 4, 8)),
 )
+STUDIES = ("axes", "losses")
 Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
 COUNT = click.IntRange(min=1)
 
@@ -481,12 +482,14 @@ def report(**options: Any) -> None:
 
 
 @click.command()
-@click.argument("name", type=_choice("losses"), metavar="NAME")
+@click.argument("name", type=_choice(*STUDIES), metavar="NAME")
 @_out("Where to write; a stopped study is resumed there. [default: runs/study-NAME]", "DIR", required=False)
 @_option("--quick", is_flag=True, help="A few steps, to see that it runs; its figures say nothing.")
 @DEVICE
 def study(**options: Any) -> None:
-    """Run a study: losses. Writes rows, figures and one page; exits with 1 where a criterion fails.
+    """Run a study: axes or losses. Writes rows, figures and one page; exits with 1 where a criterion fails.
+
+    axes: continuous tokens, a sequence outside and refinement inside. About ten minutes on two cores.
 
     losses: every loss with the same network, data, batch, seeds and protocol. About an hour on two cores.
     """

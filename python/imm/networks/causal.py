@@ -79,9 +79,9 @@ class Block(nn.Module):
         self.qkv, self.proj = nn.Linear(features, 3 * features), nn.Linear(features, features)
         self.fc1, self.fc2 = nn.Linear(features, 4 * features), nn.Linear(4 * features, features)
 
-    def forward(self, h: Tensor) -> Tensor:
-        """All positions at once, ``[B, T, C]``."""
-        return self._rest(h, F.scaled_dot_product_attention(*self._heads(h), is_causal=True))
+    def forward(self, h: Tensor, causal: bool = True) -> Tensor:
+        """All positions at once, ``[B, T, C]``; each sees those before and itself, or, not ``causal``, all."""
+        return self._rest(h, F.scaled_dot_product_attention(*self._heads(h), is_causal=causal))
 
     def slot(self, h: Tensor, position: Tensor, keys: Tensor, values: Tensor, mask: Tensor) -> Tensor:
         """One position ``[B, 1, C]``, whose key and value are written into the cache; attends to slots in ``mask`` alone."""
