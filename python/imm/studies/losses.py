@@ -13,7 +13,8 @@ from torch import Tensor
 
 from imm import checkpoints
 from imm.data import ImageData, mnist_5k
-from imm.evaluation import PixelReference
+from imm.evaluation import PixelReference, evaluate, picture_set
+from imm.evaluation.evaluate import load_networks
 from imm.files import write_text
 from imm.flow_map import FlowMap
 from imm.networks import UNet
@@ -42,9 +43,11 @@ SETTINGS: dict[str, dict[str, Any]] = {
 #: Of the flow map, likewise.
 FLOW_MAPS: dict[str, dict[str, Any]] = {"meanflow": {"time_scale": 1.0}}
 ROWS_FILE = "rows.jsonl"
+#: Where its package is installed: at the end of training, of these numbers of evaluations.
+FD, FD_EVALUATIONS = "fd-efficientnet-lite0", (1, 4, max(MORE))
 _COLUMNS = (
     *(("loss", "loss"), ("seed", "seed"), ("step", "training steps"), ("seconds", "training seconds"), ("method", "sampler")),
-    *(("evaluations", "evaluations"), ("label_match", "label match"), ("spread", "spread"), ("mmd", "MMD")),
+    *(("evaluations", "evaluations"), ("label_match", "label match"), ("spread", "spread"), ("mmd", "MMD"), ("fd", "FD")),
 )
 
 
@@ -84,8 +87,7 @@ def run(folder: Path, quick: bool, device: torch.device, say: Callable[[str], No
     """Train what is missing, score what is not scored."""
     plan = QUICK if quick else FULL
     data = mnist_5k(RESOLUTION)
-    assert data.labels is not None
-    reference = PixelReference(data.images, data.labels, data.num_classes)
+    reference = _Reference(data, device)
     rows: list[dict[str, Any]] = []
     shown: list[tuple[str, Tensor]] = []
     for loss in plan.losses:
@@ -114,7 +116,7 @@ def _one(
     seed: int,
     plan: _Plan,
     data: ImageData,
-    reference: PixelReference,
+    reference: _Reference,
     device: torch.device,
     say: Callable[[str], None],
 ) -> list[dict[str, Any]]:
@@ -133,14 +135,40 @@ def _one(
         last = step == plan.steps
         for count in (*EVALUATIONS, *(plan.more if loss == "fm" else ())) if last else EVALUATIONS[:2]:
             images = sample(flow_map, loss, count, labels)
-            scores = reference.score(images, labels)
+            scores = reference.pixels.score(images, labels)
             row = {"loss": loss, "seed": seed, "step": step, "images": step * config.batch, "seconds": spent[step]}
             row |= {"method": _method(loss), "evaluations": count}
-            rows.append(row | {"label_match": scores.label_match, "spread": scores.spread, "mmd": scores.mmd})
+            row |= {"label_match": scores.label_match, "spread": scores.spread, "mmd": scores.mmd}
+            if last and count in FD_EVALUATIONS and plan is FULL:
+                row |= reference.distance(images)
+            rows.append(row)
         one = next(row for row in rows if row["step"] == step and row["evaluations"] == 1)
         say(f"{loss}, seed {seed}, step {step}: label match {one['label_match']:.1%}, spread {one['spread']:.1%} in one step")
     write_text(out / ROWS_FILE, "".join(json.dumps(row) + "\n" for row in rows))
     return rows
+
+
+class _Reference:
+    """The real digits: pixel scores, and the Frechet distance where its network is at hand."""
+
+    def __init__(self, data: ImageData, device: torch.device) -> None:
+        assert data.labels is not None
+        self.pixels = PixelReference(data.images, data.labels, data.num_classes)
+        self.real, self.device = picture_set(data.images), device
+        self.features: dict[str, Any] = {}
+        try:
+            self.networks = load_networks([FD], None, device)
+        except FileNotFoundError:
+            self.networks = {}
+
+    def distance(self, images: Tensor) -> dict[str, float]:
+        """``{"fd": ...}`` of samples in [-1, 1], or nothing without the network."""
+        if not self.networks:
+            return {}
+        samples = picture_set(images.clamp(-1, 1))
+        found = evaluate([FD], samples, self.real, self.networks, device=self.device, of_reference=self.features)
+        assert found is not None
+        return {"fd": float(found["metrics"][FD])}
 
 
 def _text(plan: _Plan) -> tuple[str, ...]:
@@ -149,7 +177,8 @@ def _text(plan: _Plan) -> tuple[str, ...]:
         f"dropout 0.1; {plan.samples:,} samples of the same seeds and classes. Every loss begins with the same weights and "
         "sees the same images in the same order.",
         "Label match: share of samples whose nearest real digit has the class asked for. Spread: pixel deviation inside a "
-        "class over the real one. MMD: squared, on raw pixels. A class mean has a label match of 100 % and a spread of 0.",
+        "class over the real one. MMD: squared, on raw pixels. A class mean has a label match of 100 % and a spread of 0. FD: "
+        "Frechet distance on features of EfficientNet-Lite0 (not FID) to the real digits.",
         "Training seconds are of the machine that ran this, without saves. Equal images are rows of equal steps; for equal "
         "seconds read across the rows of a loss.",
     )
@@ -197,7 +226,18 @@ def summary(rows: Sequence[dict[str, Any]]) -> str:
             for n in counts
         ]
         lines.append([f"`{loss}`", *cells])
-    return markdown(["", *(str(n) for n in counts)], lines) + seeds_table(rows)
+    return markdown(["", *(str(n) for n in counts)], lines) + distances_table(final) + seeds_table(rows)
+
+
+def distances_table(final: Sequence[dict[str, Any]]) -> str:
+    """FD over evaluations; empty without any."""
+    found = {(row["loss"], row["evaluations"]): row["fd"] for row in final if "fd" in row}
+    if not found:
+        return ""
+    counts = sorted({count for _, count in found})
+    cell = lambda loss, count: f"{found[loss, count]:.1f}" if (loss, count) in found else ""
+    lines = [[f"`{loss}`", *(cell(loss, count) for count in counts)] for loss in dict.fromkeys(loss for loss, _ in found)]
+    return "\n" + markdown(["FD", *map(str, counts)], lines)
 
 
 def seeds_table(rows: Sequence[dict[str, Any]]) -> str:
