@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from imm import FlowMap, Sampler, noise
 from imm.networks import CausalTransformer, TokenHead
 from imm.objectives import IMM, OBJECTIVES, EnergyScore, FlowMatching, Objective
+from imm.ops import native
 from imm.sampling import initial_state, pushforward, restart, time_grid
 from imm.sampling.loop import LATENT
 from imm.sampling.package import Package, export
@@ -155,6 +156,21 @@ def test_the_sampler_gives_what_jumps_give_and_a_row_does_not_depend_on_the_othe
     if not latent:
         forward = Sampler(flow_map, steps=3, shape=(D,)).sample(seeds, cond=z)
         assert forward.equal(pushforward(flow_map, initial_state(flow_map, seeds, (D,)), times, cond=z))
+
+
+def test_z_is_copied_once_a_run_and_not_once_a_step() -> None:
+    flow_map = FlowMap(head())
+    seen: list[int] = []
+    flow_map.network.register_forward_pre_hook(
+        lambda module, args, kwargs: seen.append(kwargs["cond"].data_ptr()), with_kwargs=True
+    )
+    sampler = Sampler(flow_map, steps=4, shape=(D,), rows=8)
+    for seed in range(2):
+        sampler.sample(range(8), cond=torch.full((8, C), float(seed)))
+    assert len(seen) == 8
+    assert len(set(seen[:4])) == 1
+    if native.module() is not None:  # the loop's own memory, which a graph reads too
+        assert len(set(seen)) == 1
 
 
 def test_z_that_does_not_fit_is_refused() -> None:

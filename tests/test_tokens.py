@@ -18,8 +18,10 @@ from torch import Tensor, nn
 
 from imm import FlowMap, Sampler, TokenSampler, noise, package
 from imm.evaluation import covariance_slope, forced_energy_score
+from imm.functional import energy_score
 from imm.networks import CausalTransformer, TokenHead
 from imm.objectives import IMM, EnergyScore
+from imm.objectives.base import Batch
 from imm.ops import native
 from imm.sampling import tokens as module
 
@@ -252,10 +254,11 @@ def test_bad_input_is_refused_in_one_line(loops) -> None:
     assert one.sample([]).shape == (0, 0, D)
 
 
-def test_memory_is_flat_over_sequences_of_random_lengths() -> None:
+@pytest.mark.parametrize("count", [200, pytest.param(2000, marks=pytest.mark.full)])
+def test_memory_is_flat_over_sequences_of_random_lengths(count) -> None:
     one = sampler(rows=2)
     generator = torch.Generator().manual_seed(0)
-    lengths = torch.randint(1, T + 1, (200,), generator=generator).tolist()
+    lengths = torch.randint(1, T + 1, (count,), generator=generator).tolist()
     for n in lengths[:50]:
         one.sample([n, n + 1], [0, 1], n)
     gc.collect()
@@ -439,8 +442,25 @@ def test_the_forced_energy_score_is_that_of_the_samples() -> None:
     assert forced_energy_score(one, z, tokens) == pytest.approx(float(expected), rel=1e-5)
 
 
-def test_a_latent_head_learns_the_law_given_z_at_every_number_of_steps() -> None:
-    """Eight contexts, each with two narrow modes of weights .7 and .3: the energy score at every t is proper."""
+class SharedData(EnergyScore):
+    """The wrong sharing: several noises of one x at every t, and no latent; sampled by the jumps that it seems to learn."""
+
+    def sample_times(
+        self, groups: int, device: torch.device, generator: torch.Generator | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        t = torch.where(torch.rand(groups) < 0.3, 1.0, torch.rand(groups).sqrt()).double() * self.flow_map.t_max
+        return t, torch.zeros_like(t), torch.zeros_like(t)
+
+    def losses(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        x, t, cond = (value.repeat_interleave(self.samples, 0) for value in (batch.x, batch.draws.t, batch.cond))
+        y = self.flow_map(self.flow_map.add_noise(x, batch.draws.noise, t), t, 0.0, cond=cond)
+        return energy_score(y.reshape(len(batch.x), self.samples, -1), batch.x[:, None]), {}
+
+
+@pytest.mark.parametrize("wrong", [False, pytest.param(True, marks=pytest.mark.full)])
+def test_a_latent_head_learns_the_law_given_z_at_every_number_of_steps(wrong) -> None:
+    """Eight contexts, each with two narrow modes of weights .7 and .3: the energy score at every t is proper, but not where
+    samples share their data, which shows from two steps on."""
     contexts, radius, deviation = 8, 0.7, 0.05
 
     def centre(c: Tensor, second: Any) -> Tensor:
@@ -452,8 +472,9 @@ def test_a_latent_head_learns_the_law_given_z_at_every_number_of_steps() -> None
 
     torch.manual_seed(0)
     embedding = nn.Embedding(contexts, 32)
-    flow_map = FlowMap(TokenHead(2, 32, 64, 2, latent_dim=4, frequencies=32), parametrization="identity", second_time="none")
-    objective = EnergyScore(flow_map, samples=4)
+    network = TokenHead(2, 32, 64, 2, latent_dim=0 if wrong else 4, frequencies=32)
+    flow_map = FlowMap(network, parametrization="identity", second_time="none")
+    objective = (SharedData if wrong else EnergyScore)(flow_map, samples=4)
     weights, count = [*embedding.parameters(), *objective.parameters()], 1000
     average = [weight.detach().clone() for weight in weights]
     optimizer = torch.optim.AdamW(weights, lr=2e-3, betas=(0.9, 0.99), fused=True)
@@ -470,12 +491,16 @@ def test_a_latent_head_learns_the_law_given_z_at_every_number_of_steps() -> None
             weight.copy_(mean)
     flow_map.eval()
     for steps in (1, 2, 4):
-        one, first, energy = Sampler(flow_map, steps=steps, method="restart", shape=(2,)), [], []
+        method = "pushforward" if wrong else "restart"
+        one, first, energy = Sampler(flow_map, steps=steps, method=method, shape=(2,)), [], []
         for context in range(contexts):
             c = torch.full((1000,), context)
             x, y = one.sample(range(1000), cond=embedding(c).detach()), real(c.repeat(4))
             first.append(float(((x - centre(c, 0)).norm(dim=1) < (x - centre(c, 1)).norm(dim=1)).float().mean()))
             within = lambda a: torch.cdist(a, a).sum() / (len(a) * (len(a) - 1))
             energy.append(float(2 * torch.cdist(x, y).mean() - within(x) - within(y)))
+        if wrong:
+            assert (1000 * sum(energy) / contexts < 5.0) == (steps == 1)
+            continue
         assert sum(first) / contexts == pytest.approx(0.7, abs=0.05), steps
         assert 1000 * sum(energy) / contexts < 5.0, steps
