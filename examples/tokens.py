@@ -18,17 +18,7 @@ from imm.data.images import to_float
 from imm.evaluation import PixelReference, covariance_slope, forced_energy_score
 from imm.networks import CausalTransformer, TokenHead
 from imm.objectives import IMM, EnergyScore, FlowMatching, Objective
-
-SIDE, TOKENS, DIM, WIDTH, MEAN = 16, 16, 16, 96, -0.737
-
-
-def to_tokens(images: Tensor) -> Tensor:
-    """[N, 1, 16, 16] -> [N, 16, 16], patches in rows."""
-    return (images - MEAN).reshape(-1, 4, 4, 4, 4).transpose(2, 3).reshape(-1, TOKENS, DIM)
-
-
-def to_images(tokens: Tensor) -> Tensor:
-    return (tokens.reshape(-1, 4, 4, 4, 4).transpose(2, 3).reshape(-1, 1, SIDE, SIDE) + MEAN).clamp(-1, 1)
+from imm.studies.axes import DIM, SIDE, TOKENS, WIDTH, to_images, to_tokens
 
 
 def train(
