@@ -10,7 +10,7 @@ import torch
 from command_line import call
 
 from imm.cli import commands
-from imm.studies import STUDIES, Criterion, axes, losses
+from imm.studies import STUDIES, Criterion, axes, capacity, losses
 
 
 def test_a_criterion_says_its_figure_and_fails_outside_its_bounds() -> None:
@@ -111,3 +111,34 @@ def test_the_documentations_table_is_that_of_the_committed_rows() -> None:
     assert {"imm", "fm", "consistency", "shortcut", "progressive"} <= {row["loss"] for row in rows}
     held = [one for one in losses.criteria(rows, losses.FULL) if one.holds]
     assert len(held) == 6
+
+
+def test_the_exact_velocity_and_map_of_a_mixture_agree() -> None:
+    mixture = capacity.mixtures()["ring of 8"]
+    generator = torch.Generator().manual_seed(0)
+    data, noise = mixture.sample(20000, generator), 0.5 * torch.randn(20000, 2, dtype=torch.float64, generator=generator)
+    t = torch.full((20000, 1), 0.6, dtype=torch.float64)
+    x = (1 - t) * data + t * noise
+    v = mixture.velocity(x, t)  # the mean of z - x given x_t: what is left does not correlate with any function of x_t
+    for function in (x, x.square(), v):
+        assert ((noise - data - v) * function).mean().abs() < 0.02
+    start, h = x[:50], 1e-4
+    moved = mixture.flow(start, t[:50], t[:50] - h, 1)
+    torch.testing.assert_close((start - moved) / h, v[:50], rtol=1e-2, atol=1e-3)
+    half = torch.full((50, 1), 0.3, dtype=torch.float64)
+    through = mixture.flow(mixture.flow(start, t[:50], half), half, torch.zeros_like(half))
+    torch.testing.assert_close(through, mixture.flow(start, t[:50], torch.zeros_like(half)), rtol=1e-6, atol=1e-6)
+
+
+def test_the_study_of_capacity_holds_and_fails_where_the_map_does_not_see_s(tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(capacity, "POINTS", 300)
+    monkeypatch.setattr(capacity, "SUBSTEPS", 40)
+    result = capacity.run(tmp_path, True, torch.device("cpu"), lambda line: None)
+    near = [str(one) for one in result.criteria if not one.holds and "flow map" not in one.claim]  # of so few points, +- 5
+    assert near == []
+    assert {row["rms"] for row in result.rows if row["sampler"] == "flow map" and row["steps"] == 1} == {0.0}
+    assert max(row["rms"] for row in result.rows if row["sampler"] == "flow map") < 1e-3
+    monkeypatch.setattr(capacity, "flow_map", lambda mixture, given_s, make=capacity.flow_map: make(mixture, False))
+    broken = capacity.run(tmp_path, True, torch.device("cpu"), lambda line: None)
+    failed = [one.claim for one in broken.criteria if not one.holds]
+    assert sum("one step of the flow map" in claim for claim in failed) == 2

@@ -25,7 +25,7 @@ PRESETS = (
     *("cifar10", "imagenet256-ts-a2", "imagenet256-s-a1", "imagenet256-meanflow-b-4", "celebahq256-shortcut"),
     *(f"dit-{size}-{patch}" for size in ("s", "b", "l", "xl") for patch in (2, 4, 8)),
 )
-STUDIES = ("axes", "losses")
+STUDIES = ("axes", "capacity", "losses")
 Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
 COUNT = click.IntRange(min=1)
 
@@ -487,9 +487,11 @@ def report(**options: Any) -> None:
 @_option("--quick", is_flag=True, help="A few steps, to see that it runs; its figures say nothing.")
 @DEVICE
 def study(**options: Any) -> None:
-    """Run a study: axes or losses. Writes rows, figures and one page; exits with 1 where a criterion fails.
+    """Run a study: axes, capacity or losses. Writes rows, figures and one page; exits with 1 where a criterion fails.
 
     axes: continuous tokens, a sequence outside and refinement inside. About ten minutes on two cores.
+
+    capacity: DDIM with the exact velocity against the exact flow map. About a minute.
 
     losses: every loss with the same network, data, batch, seeds and protocol. About an hour on two cores.
     """
