@@ -25,13 +25,13 @@ def test_the_energy_distance_is_its_formula_and_has_no_bias() -> None:
 
 
 def test_the_sliced_distance_of_shifted_and_scaled_sets() -> None:
-    x = normal(4000, 0, 3)
+    x = normal(2000, 0, 3)
     seeded = lambda: torch.Generator().manual_seed(5)
     shift = torch.tensor([3.0, 0.0, 0.0], dtype=torch.float64)
-    assert sliced_wasserstein(x, x + shift, 4096, seeded()) == pytest.approx(3 / 3**0.5, rel=0.03)  # E cos^2 = 1 / D
+    assert sliced_wasserstein(x, x + shift, 1024, seeded()) == pytest.approx(3 / 3**0.5, rel=0.06)  # E cos^2 = 1 / D
     assert sliced_wasserstein(x, 2 * x, 64, seeded()) == pytest.approx(1.0, rel=0.03)
     assert sliced_wasserstein(x, x.flip(0), 8, seeded()) == 0.0
-    assert sliced_wasserstein(x[:2000], x, 64, seeded()) < 0.1
+    assert sliced_wasserstein(x[:1000], x, 64, seeded()) < 0.15
     assert sliced_wasserstein(x, x + shift, 8, seeded()) == sliced_wasserstein(x, x + shift, 8, seeded())
 
 

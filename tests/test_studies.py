@@ -134,8 +134,8 @@ def test_the_study_of_capacity_holds_and_fails_where_the_map_does_not_see_s(tmp_
     monkeypatch.setattr(capacity, "POINTS", 300)
     monkeypatch.setattr(capacity, "SUBSTEPS", 40)
     result = capacity.run(tmp_path, True, torch.device("cpu"), lambda line: None)
-    near = [str(one) for one in result.criteria if not one.holds and "flow map" not in one.claim]  # of so few points, +- 5
-    assert near == []
+    of_data = "energy distance"  # whose figures say little of so few points
+    assert [str(one) for one in result.criteria if not one.holds and of_data not in one.claim] == []
     assert {row["rms"] for row in result.rows if row["sampler"] == "flow map" and row["steps"] == 1} == {0.0}
     assert max(row["rms"] for row in result.rows if row["sampler"] == "flow map") < 1e-3
     monkeypatch.setattr(capacity, "flow_map", lambda mixture, given_s, make=capacity.flow_map: make(mixture, False))

@@ -99,30 +99,31 @@ def run(folder: Path, quick: bool, device: torch.device, say: Callable[[str], No
         z = SIGMA * torch.randn(data.shape, dtype=torch.float64, generator=generator)
         velocity, exact = flow_map(mixture, given_s=False), flow_map(mixture, given_s=True)
         true = pushforward(exact, z, time_grid(exact, 1), dtype=torch.float64)
-        deviation = lambda x: float((x - x.mean(0)).square().sum(1).mean().sqrt())
-
-        def row(sampler: str, steps: int | None, x: Tensor, name=name, data=data, true=true, deviation=deviation) -> None:
-            rms = float((x - true).square().sum(1).mean().sqrt()) if steps else None
-            found = {"energy": 1000 * energy_distance(x, data), "rms": rms, "spread": deviation(x) / deviation(data)}
-            rows.append({"data": name, "sampler": sampler, "steps": steps, **found})
-
+        scores = {"data": name, "real": data, "true": true}
         for steps in STEPS:
             x = pushforward(velocity, z, time_grid(velocity, steps), dtype=torch.float64, method="ddim")
-            row("DDIM", steps, x)
+            rows.append(_row("DDIM", steps, x, **scores))
             shown[f"{name}, DDIM, {steps}"] = x
             if steps == 1:
                 largest[name] = float((x - mixture.means.mean(0)).abs().max())
         for steps in (1, 2):
-            row("flow map", steps, pushforward(exact, z, time_grid(exact, steps), dtype=torch.float64))
-        row("data again", None, again)
+            rows.append(_row("flow map", steps, pushforward(exact, z, time_grid(exact, steps), dtype=torch.float64), **scores))
+        rows.append(_row("data again", None, again, **scores))
         shown[f"{name}, flow map, 1"] = true
         say(f"{name}: one step of DDIM is within {largest[name]:.1e} of the mean of the data")
     return Result(rows, criteria(rows, largest), _COLUMNS, _figures(folder, rows, shown), _TEXT, summary(rows))
 
 
+def _row(sampler: str, steps: int | None, x: Tensor, *, data: str, real: Tensor, true: Tensor) -> dict[str, Any]:
+    deviation = lambda x: float((x - x.mean(0)).square().sum(1).mean().sqrt())
+    rms = float((x - true).square().sum(1).mean().sqrt()) if steps else None
+    found = {"energy": 1000 * energy_distance(x, real), "rms": rms, "spread": deviation(x) / deviation(real)}
+    return {"data": data, "sampler": sampler, "steps": steps, **found}
+
+
 _TEXT = (
     "A network of unlimited capacity that sees t alone learns the velocity. One DDIM step along it ends at the mean of the "
-    "data, for every noise. The error falls in proportion to the step, so that many steps are needed however good the network is.",
+    "data, for every noise. The error falls in proportion to the step: many steps are needed, however good the network is.",
     "The flow map sees t and s. One jump is exact: what limits it is what the network can represent, not the sampler.",
     "The energy distance of 4,000 points cannot tell 16 steps from the truth; the RMS distance to the exact map, from the same "
     "noise, can.",
