@@ -95,7 +95,11 @@ TokenPackage load_token_package(const std::string& path, bool graph) {
     inputs.insert(inputs.end(), more.begin(), more.end());
     return inputs;
   };
-  const auto first = [prefill, with, taken](const at::Tensor& prefix, const TokenLoop::Cache& kept) {
+  const int64_t both = settings.guided ? 2 * settings.rows : settings.rows;
+  const auto first = [prefill, with, taken, both](const at::Tensor& prefix, const TokenLoop::Cache& kept) {
+    TORCH_CHECK_VALUE(prefix.dim() == 1 && prefix.size(0) == both && prefix.scalar_type() == at::kLong,
+                      "prefix: expected classes [", both, "] int64, got ", prefix.sizes(), " of ",
+                      prefix.scalar_type());
     return std::make_tuple(prefill->run(with({prefix}, kept)).at(0), taken);
   };
   const auto following = [decode, with](const at::Tensor& token, const at::Tensor& position,
@@ -107,14 +111,13 @@ TokenPackage load_token_package(const std::string& path, bool graph) {
     if (guidance) inputs.push_back(*guidance);
     return head->run(inputs).at(0);
   };
-  const auto pool = graph ? make_graph_pool(settings.device) : nullptr;
+  const auto pool = make_graph_pool(settings.device);
   TokenPackage result{.loop = nullptr,
                       .num_classes = number<int64_t>(metadata, "num_classes"),
                       .token_dim = settings.token_dim,
-                      .streams = static_cast<int64_t>(settings.stream_steps.size()),
                       .sigma_data = number<double>(metadata, "sigma_data")};
   result.loop = std::make_unique<TokenLoop>(std::move(settings), first, following, token, std::move(cache), pool);
-  if (pool) result.loop->capture();
+  if (pool && graph) result.loop->capture();
   return result;
 }
 
@@ -148,9 +151,9 @@ std::unique_ptr<SamplingLoop> load_package(const std::string& path, bool graph) 
     }
     return network->run(inputs).at(0);
   };
-  const auto pool = graph ? make_graph_pool(settings.device) : nullptr;
+  const auto pool = make_graph_pool(settings.device);
   auto loop = std::make_unique<SamplingLoop>(std::move(table), std::move(settings), call, nullptr, pool);
-  if (pool) loop->capture();
+  if (pool && graph) loop->capture();
   return loop;
 }
 

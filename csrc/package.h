@@ -17,7 +17,7 @@ IMM_EXPORT std::unique_ptr<SamplingLoop> load_package(const std::string& path, b
 struct TokenPackage {
   std::unique_ptr<TokenLoop> loop;
   int64_t num_classes;  // the class "none" of a prefix
-  int64_t token_dim, streams;
+  int64_t token_dim;
   double sigma_data;
 };
 IMM_EXPORT TokenPackage load_token_package(const std::string& path, bool graph);

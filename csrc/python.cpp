@@ -81,11 +81,10 @@ PYBIND11_MODULE(_C, m) {
           const py::gil_scoped_release release;
           return imm::load_token_package(path, graph);
         }();
-        return py::make_tuple(std::move(package.loop), package.num_classes, package.token_dim, package.streams,
-                              package.sigma_data);
+        return py::make_tuple(std::move(package.loop), package.num_classes, package.token_dim, package.sigma_data);
       },
       py::arg("path"), py::arg("graph"),
-      "The TokenLoop of a package of a token sampler, its num_classes, token_dim, number of streams and sigma_data.");
+      "The TokenLoop of a package of a token sampler, its num_classes, token_dim and sigma_data.");
 
   py::class_<imm::GraphPool, std::shared_ptr<imm::GraphPool>>(m, "GraphPool", "Memory that captured loops share.");
   m.def("make_graph_pool", &imm::make_graph_pool, py::arg("device"),
@@ -102,6 +101,7 @@ PYBIND11_MODULE(_C, m) {
       .def("next", torch::wrap_pybind_function_no_gil(&imm::TokenLoop::next), py::arg("count"), "The next tokens.")
       .def_property_readonly("captured", &imm::TokenLoop::captured)
       .def_property_readonly("left", &imm::TokenLoop::left)
+      .def_property_readonly("noises", &imm::TokenLoop::noises)
       .def_property_readonly("rows", &imm::TokenLoop::rows)
       .def_property_readonly("slots", &imm::TokenLoop::slots)
       .def_property_readonly("guided", &imm::TokenLoop::guided);

@@ -22,7 +22,7 @@ const auto& noise_op() {
 
 void check_z(const Tensor& z, const Tensor& kept, const char* what) {
   TORCH_CHECK_VALUE(z.sizes() == kept.sizes() && z.device() == kept.device(), "backbone: expected z ", kept.sizes(),
-                    " of ", what, ", got ", z.sizes());
+                    " on ", kept.device(), " of ", what, ", got ", z.sizes(), " on ", z.device());
 }
 
 }  // namespace
@@ -117,14 +117,29 @@ int64_t TokenLoop::begin(const Tensor& seeds, const Tensor& prefix, std::optiona
                          std::optional<Stop> stop) {
   const at::NoGradGuard no_grad;
   const c10::DeviceGuard guard(settings_.device);
+  left_ = 0;
+  if (pool_) pool_->wait();
+  try {
+    count_ = begin_here(seeds, prefix, tokens, scales, guidance);
+  } catch (...) {
+    if (pool_) pool_->mark();  // what was queued before
+    throw;
+  }
+  if (pool_) pool_->mark();
+  stop_ = std::move(stop);
+  return left_ = count_;
+}
+
+int64_t TokenLoop::begin_here(const Tensor& seeds, const Tensor& prefix, std::optional<int64_t> tokens,
+                              const std::vector<double>& scales, const std::optional<Tensor>& guidance) {
   const int64_t B = settings_.rows;
   TORCH_CHECK_VALUE(seeds.dim() == 1 && seeds.size(0) == B, "seeds: expected [", B, "], got ", seeds.sizes());
   TORCH_CHECK_VALUE(guidance.has_value() == settings_.guided, "guidance: expected ",
                     settings_.guided ? "a scale" : "None for a loop without", ", got ", guidance ? "a tensor" : "None");
   TORCH_CHECK_VALUE(scales.size() == settings_.stream_steps.size(), "scales: expected ", settings_.stream_steps.size(),
                     ", got ", scales.size());
-  left_ = 0;
-  if (pool_) pool_->wait();
+  TORCH_CHECK_VALUE(tokens.value_or(1) <= settings_.slots, "tokens: expected at most ", settings_.slots, ", got ",
+                    tokens.value_or(1));
   for (const Tensor& memory : cache_) memory.zero_();
   const auto [z, taken] = prefill_(prefix.to(settings_.device), cache_);
   check_z(z, z_, "prefill");
@@ -147,9 +162,6 @@ int64_t TokenLoop::begin(const Tensor& seeds, const Tensor& prefix, std::optiona
   position_.fill_(taken - 1);
   taken_ = taken;
   stopped_.zero_();
-  if (pool_) pool_->mark();
-  stop_ = std::move(stop);
-  count_ = left_ = count;
   return count;
 }
 

@@ -24,7 +24,7 @@ struct TokenSettings {
   bool guided;
   int64_t token_dim;  // D
   int64_t cond_dim;   // C
-  int64_t slots;      // of the cache: prefix and tokens, but the last
+  int64_t slots;      // of the cache: for the prefix and for every token but the last
   // The noise of a token, side by side: the Philox step and the numbers a token of each stream.
   std::vector<int64_t> stream_steps, stream_widths;
   // How many slots decode sees, ascending up to `slots`: the least that holds the position. A graph each.
@@ -64,6 +64,7 @@ class IMM_EXPORT TokenLoop {
   std::tuple<at::Tensor, at::Tensor> next(int64_t count);
 
   int64_t left() const { return left_; }
+  int64_t noises() const { return static_cast<int64_t>(settings_.stream_steps.size()); }
   int64_t rows() const { return settings_.rows; }
   int64_t slots() const { return settings_.slots; }
   bool guided() const { return settings_.guided; }
@@ -72,6 +73,8 @@ class IMM_EXPORT TokenLoop {
   size_t bucket() const;
   void decode(size_t bucket);
   void head();
+  int64_t begin_here(const at::Tensor& seeds, const at::Tensor& prefix, std::optional<int64_t> tokens,
+                     const std::vector<double>& scales, const std::optional<at::Tensor>& guidance);
 
   TokenSettings settings_;
   Prefill prefill_;

@@ -182,7 +182,7 @@ at::Tensor sequences(const std::map<std::string, std::string>& options, const st
   imm::TokenLoop& loop = *package.loop;
   const auto classes = classes_of(options, package.num_classes);
   const auto guidance = guidance_of(options, loop.guided());
-  std::vector<double> scales(static_cast<size_t>(package.streams), 1.0);
+  std::vector<double> scales(static_cast<size_t>(loop.noises()), 1.0);
   scales[0] = package.sigma_data;
   return in_parts(seeds, classes, loop.rows(), [&](std::vector<int64_t> own, std::vector<int64_t> chosen) {
     const auto count = static_cast<int64_t>(own.size());

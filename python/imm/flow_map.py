@@ -59,7 +59,7 @@ class FlowMap(nn.Module):
             raise ValueError(f"unknown second_time {second_time!r}; expected one of {list(SECOND_TIMES)}")
         if not 0.0 <= t_min < t_max <= 1.0:
             raise ValueError(f"t_min and t_max: expected 0 <= t_min < t_max <= 1, got {t_min} and {t_max}")
-        if not time_scale > 0:
+        if not 0 < time_scale < float("inf"):
             raise ValueError(f"time_scale: expected a positive number, got {time_scale}")
         self.network = network
         self.schedule = get_schedule(schedule)
@@ -72,6 +72,8 @@ class FlowMap(nn.Module):
         self.num_classes: int = num_classes
         self.cond_dim: int = getattr(network, "cond_dim", 0)
         self.latent_dim: int = getattr(network, "latent_dim", 0)
+        if self.latent_dim and not self.cond_dim:
+            raise ValueError(f"network: expected cond_dim > 0 beside latent_dim = {self.latent_dim}, got {self.cond_dim}")
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -145,7 +147,7 @@ class FlowMap(nn.Module):
         ``renoise``, (alpha, sigma, seeds, step), gives alpha x_s + sigma n(seeds, step) in the same pass.
         """
         x, t, s, labels = self._checked(x, t, s, labels, guidance)
-        cond = self.checked_cond(cond, x)
+        cond = self.checked_cond(cond, x.shape[0], x.device, latent=True)
         g, g_uncond = self.network_output(x, t, s, labels, with_uncond=guidance is not None, cond=cond)
         alpha, sigma, seeds, step = (1.0, None, None, 0) if renoise is None else renoise
         return functional.flow_step(
@@ -178,7 +180,7 @@ class FlowMap(nn.Module):
         x, t, _, labels = self._checked(x, t, t, labels, guidance)
         if self.parametrization.name == "identity" and _readable(t) and not bool((t > 0).all()):
             raise ValueError(f't: expected times above 0 for the velocity of "identity", got {t.tolist()}')
-        cond = self.checked_cond(cond, x)
+        cond = self.checked_cond(cond, x.shape[0], x.device, latent=True)
         g, g_uncond = self.network_output(x, t, t, labels, with_uncond=guidance is not None, cond=cond)
         c_skip, c_out = self.parametrization.d_c_skip(t), self.parametrization.d_c_out(t)
         return functional.flow_step(x, g, c_skip, c_out, g_uncond=g_uncond, guidance=guidance)
@@ -286,19 +288,25 @@ class FlowMap(nn.Module):
             )
         return labels
 
-    def checked_cond(self, cond: Tensor | None, x: Tensor) -> Tensor | None:
-        """``cond`` as it is. Raises ValueError unless it is what the network is conditioned on for states x ``[B, ...]``."""
-        wanted = (x.shape[0], self.cond_dim + self.latent_dim)
-        if cond is None:
-            if self.cond_dim:
-                raise ValueError(f"cond: expected {list(wanted)} for this network, got None")
+    def checked_cond(
+        self, cond: Tensor | None, rows: int, device: torch.device | None = None, *, latent: bool
+    ) -> Tensor | None:
+        """``cond`` as it is: floating ``[rows, cond_dim]``, with ``latent_dim`` more columns where ``latent``; None for a
+        network without ``cond_dim``.
+
+        Raises:
+            ValueError: anything else; another device than ``device``, where one is given.
+        """
+        width = self.cond_dim + (self.latent_dim if latent else 0)
+        if cond is None and not width:
             return None
-        if not self.cond_dim:
-            raise ValueError(f"cond: expected None for a network without cond_dim, got {list(cond.shape)}")
-        if cond.shape != wanted or not cond.is_floating_point() or cond.device != x.device:
-            got = f"{list(cond.shape)} of {cond.dtype} on {cond.device}"
-            raise ValueError(f"cond: expected floating {list(wanted)} on {x.device}, got {got}")
-        return cond
+        if isinstance(cond, Tensor) and width and cond.is_floating_point() and device in (None, cond.device):
+            fits = cond.dim() == 2 and cond.shape[0] == rows and cond.shape[1] == width
+            if fits:
+                return cond
+        wanted = f"floating {[rows, width]}{'' if device is None else f' on {device}'}" if width else "None"
+        got = f"{list(cond.shape)} of {cond.dtype} on {cond.device}" if isinstance(cond, Tensor) else repr(cond)
+        raise ValueError(f"cond: expected {wanted} for this network, got {got}")
 
     def add_noise(self, x: Tensor, eps: Tensor, t: Time) -> Tensor:
         """x_t = alpha_t x + sigma_t eps for ``eps`` of standard deviation sigma_data (paper section 4.1)."""

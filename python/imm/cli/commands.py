@@ -292,7 +292,7 @@ _TRAIN: dict[str, list[Decorator]] = {
         _option("--derivative", type=_choice("jvp", "difference"), help="meanflow. [jvp]"),
         _option("--step-size", type=Number(), help="meanflow with --derivative=difference: of t. [0.0005]"),
         _option("--improved", is_flag=True, help="meanflow: the improved form."),
-        _option("--samples", type=click.IntRange(min=2), help="energy: of the network an image. [4]"),
+        _option("--samples", type=click.IntRange(min=2), help="energy: samples for each image. [4]"),
     ],
 }
 _Grouped.groups = {title: len(options) for title, options in _TRAIN.items()}

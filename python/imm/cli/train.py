@@ -303,10 +303,11 @@ def _changed(name: str, given: Mapping[str, Any]) -> Preset:
     loss = given.get("loss", preset.loss)
     # Of another loss the preset says network, flow map and training.
     kept = preset.objective if loss == preset.loss else {k: v for k, v in preset.objective.items() if k == "label_dropout"}
+    scale = {} if loss == preset.loss else {"time_scale": TIME_SCALES.get(loss, 1000.0)}
     return replace(
         preset,
         arguments={**preset.arguments, **{key: given[key] for key in mine if key in given}},
-        flow_map={**preset.flow_map, **{key: given[key] for key in FLOW_MAP_OPTIONS if key in given}},
+        flow_map={**preset.flow_map, **scale, **{key: given[key] for key in FLOW_MAP_OPTIONS if key in given}},
         objective={**kept, **_of_loss(loss, given)},
         loss=loss,
     )

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 class CausalTransformer(nn.Module):
     """z_n of the class and the tokens before token n.
 
-    The positions are learned; slot 0 is the class, slot n the token n - 1 counted from 0.
+    The positions are learned. Slot 0 holds the class, slot n + 1 token n.
 
     Args:
         token_dim: D, numbers of a token. features: C, of z and of the blocks, a multiple of ``heads``. depth: blocks.
@@ -23,8 +23,13 @@ class CausalTransformer(nn.Module):
 
     def __init__(self, token_dim: int, features: int, depth: int, heads: int, max_tokens: int, num_classes: int = 0) -> None:
         super().__init__()
-        if min(token_dim, depth, heads, max_tokens) < 1 or features < heads or features % heads:
-            raise ValueError(f"features: expected sizes >= 1 and a multiple of heads = {heads}, got {features}")
+        for name, size in (("token_dim", token_dim), ("depth", depth), ("heads", heads), ("max_tokens", max_tokens)):
+            if size < 1:
+                raise ValueError(f"{name}: expected a size >= 1, got {size}")
+        if features < heads or features % heads:
+            raise ValueError(f"features: expected a multiple of heads = {heads}, got {features}")
+        if num_classes < 0:
+            raise ValueError(f"num_classes: expected a count >= 0, got {num_classes}")
         self.token_dim, self.cond_dim, self.heads = token_dim, features, heads
         self.max_tokens, self.num_classes = max_tokens, num_classes
         self.token_embedder = nn.Linear(token_dim, features)
@@ -58,7 +63,7 @@ class CausalTransformer(nn.Module):
 
     def decode(self, token: Tensor, position: Tensor, cache: list[Tensor]) -> Tensor:
         """z of the next token ``[B, C]`` after ``token`` ``[B, D]``, which takes slot ``position`` ``[1]`` int64."""
-        return self._slot(self.token_embedder(token), position, cache)
+        return self._slot(self.token_embedder(token.to(self.positions.dtype)), position, cache)
 
     def _slot(self, h: Tensor, position: Tensor, cache: list[Tensor]) -> Tensor:
         h = (h + self.positions.index_select(0, position))[:, None]

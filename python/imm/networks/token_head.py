@@ -37,11 +37,13 @@ class TokenHead(nn.Module):
     ) -> None:
         super().__init__()
         sizes = {"token_dim": token_dim, "cond_dim": cond_dim, "width": width, "depth": depth}
-        for name, value in {**sizes, "latent_dim": latent_dim + 1}.items():
+        for name, value in sizes.items():
             if value < 1:
-                raise ValueError(
-                    f"{name}: expected a size >= {int(name != 'latent_dim')}, got {value - (name == 'latent_dim')}"
-                )
+                raise ValueError(f"{name}: expected a size >= 1, got {value}")
+        if latent_dim < 0:
+            raise ValueError(f"latent_dim: expected a size >= 0, got {latent_dim}")
+        if frequencies < 2 or frequencies % 2:
+            raise ValueError(f"frequencies: expected an even number >= 2, got {frequencies}")
         self.settings: dict[str, Any] = {**sizes, "latent_dim": latent_dim, "frequencies": frequencies}
         self.token_dim, self.cond_dim, self.latent_dim, self.width = token_dim, cond_dim, latent_dim, width
         self.x_embedder = nn.Linear(token_dim + latent_dim, width)

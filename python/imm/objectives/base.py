@@ -128,7 +128,7 @@ class Objective(nn.Module, ABC):
         """The loss of each group ``[G]``, without ``batch.scale``, and further statistics."""
 
     def draw(self, x: Tensor, labels: Tensor | None = None, generator: torch.Generator | None = None) -> Draws:
-        """Times, noise and label dropout for a batch, drawn as :meth:`forward` draws them; the arguments are its."""
+        """Times, noise and label dropout for a batch, as :meth:`forward` draws them, whose arguments it takes."""
         batch = self._checked_batch(x)
         labels = self.flow_map.checked_labels(labels, batch, x.device)
         t, s, r = self.sample_times(batch // self.particles, x.device, generator)
@@ -183,7 +183,7 @@ class Objective(nn.Module, ABC):
                 the CPU only; on a GPU look at ``nonfinite``).
         """
         labels = self.flow_map.checked_labels(labels, len(x), x.device)
-        self._check_cond(cond, x)
+        cond = self.flow_map.checked_cond(cond, len(x), x.device, latent=False)
         shuffled = draws is None and cond is not None and self.particles > 1
         if mask is not None or shuffled:
             rows = self._kept(x, mask, shuffled, generator)
@@ -210,7 +210,7 @@ class Objective(nn.Module, ABC):
         return None
 
     def _jumps(self, groups: int) -> Tensor | None:
-        """Which of the groups have s < t, ``[groups]`` bool on the CPU; None where all or none have, or none asks."""
+        """Which groups have s < t, ``[groups]`` bool on the CPU; None for a loss that does not tell them apart."""
         return None
 
     def _network(self, batch: Batch, x: Tensor, t: Tensor, s: Tensor, labels: Tensor | None) -> Tensor:
@@ -240,20 +240,13 @@ class Objective(nn.Module, ABC):
         normal = torch.randn(count, dtype=torch.float64, device=device, generator=generator)
         return low + (high - low) * torch.sigmoid(_LOGIT_MEAN + _LOGIT_STD * normal)
 
-    def _check_cond(self, cond: Tensor | None, x: Tensor) -> None:
-        wanted = (len(x), self.flow_map.cond_dim)
-        if (cond is None) != (wanted[1] == 0) or (cond is not None and (cond.shape != wanted or not cond.is_floating_point())):
-            got = "None" if cond is None else f"{list(cond.shape)} of {cond.dtype}"
-            raise ValueError(
-                f"cond: expected {f'floating {list(wanted)}' if wanted[1] else 'None'} for this network, got {got}"
-            )
-
     def _kept(self, x: Tensor, mask: Tensor | None, shuffled: bool, generator: torch.Generator | None) -> Tensor:
         """Indices of the rows that the loss is of, a multiple of ``particles``."""
         if mask is None:
             rows = torch.arange(len(x), device=x.device)
-        elif mask.shape != (len(x),) or mask.dtype != torch.bool:
-            raise ValueError(f"mask: expected [{len(x)}] bool, got {list(mask.shape)} of {mask.dtype}")
+        elif not isinstance(mask, Tensor) or mask.shape != (len(x),) or mask.dtype != torch.bool:
+            got = f"{list(mask.shape)} of {mask.dtype}" if isinstance(mask, Tensor) else type(mask).__name__
+            raise ValueError(f"mask: expected [{len(x)}] bool, got {got}")
         else:
             rows = mask.nonzero().flatten()
             if len(rows) < self.particles:
@@ -294,15 +287,17 @@ class Objective(nn.Module, ABC):
 
 def apart(batch: Batch, of_jumps: Callable[[Batch], Tensor], of_rest: Callable[[Batch], Tensor]) -> Tensor:
     """``[B]``: the losses of images that jump and of those whose s is t, each kind in calls of its own."""
-    draws = batch.draws
+    draws, device = batch.draws, batch.x.device
     jumps = (draws.s < draws.t).cpu() if draws.jumps is None else draws.jumps
-    order, values = [], []
-    for where, losses in ((~jumps, of_rest), (jumps, of_jumps)):
-        rows = where.nonzero().flatten()
-        if len(rows):
-            order.append(rows)
-            values.append(losses(_rows(batch, rows.to(batch.x.device))))
-    return torch.cat(values)[torch.cat(order).argsort().to(batch.x.device)]
+    kinds = [(where.nonzero().flatten(), losses) for where, losses in ((~jumps, of_rest), (jumps, of_jumps))]
+    back = without_wait(torch.cat([rows for rows, _ in kinds]).argsort(), device)
+    values = [losses(_rows(batch, without_wait(rows, device))) for rows, losses in kinds if len(rows)]
+    return torch.cat(values)[back]
+
+
+def without_wait(value: Tensor, device: torch.device) -> Tensor:
+    """A tensor of the host on a device; the host does not wait for the device."""
+    return value.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else value.to(device)
 
 
 def _rows(batch: Batch, index: Tensor) -> Batch:

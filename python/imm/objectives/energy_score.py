@@ -21,6 +21,9 @@ from imm.flow_map import FlowMap
 from imm.functional import energy_score
 from imm.objectives.base import Batch, Objective, check_share
 
+#: Of the batch at t_max, for a network with a latent.
+TOP_SHARE = 0.3
+
 
 class EnergyScore(Objective):
     """The fair energy score of several samples for each image and its label.
@@ -31,7 +34,7 @@ class EnergyScore(Objective):
 
     Args:
         samples: N, of the network for each image, 2 or more.
-        top_share: share of the batch at t_max, of a network with a latent.
+        top_share: share of the batch at t_max, for a network with a latent only; None: 0.3.
     """
 
     name = "energy"
@@ -44,14 +47,16 @@ class EnergyScore(Objective):
         flow_map: FlowMap,
         *,
         samples: int = 4,
-        top_share: float = 0.3,
+        top_share: float | None = None,
         label_dropout: float = 0.1,
         share_dropout: bool = True,
     ) -> None:
         super().__init__(flow_map, label_dropout=label_dropout, share_dropout=share_dropout)
         if type(samples) is not int or samples < 2:
             raise ValueError(f"samples: expected a whole number >= 2, got {samples}")
-        self.samples, self.top_share = samples, check_share("top_share", top_share)
+        if top_share is not None and not flow_map.latent_dim:
+            raise ValueError(f"top_share: expected None for a network without a latent, got {top_share}")
+        self.samples, self.top_share = samples, None if top_share is None else check_share("top_share", top_share)
         self.forwards = 3.0 * samples
 
     def sample_times(
@@ -62,7 +67,8 @@ class EnergyScore(Objective):
         s = torch.full_like(t, low)
         if self.flow_map.latent_dim:
             u = torch.rand((2, groups), dtype=torch.float64, device=device, generator=generator)
-            t = torch.where(u[0] < self.top_share, t, low + (high - low) * (1.0 - u[1]).sqrt())
+            share = TOP_SHARE if self.top_share is None else self.top_share
+            t = torch.where(u[0] < share, t, low + (high - low) * (1.0 - u[1]).sqrt())
         return t, s, s
 
     def losses(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from imm.flow_map import FlowMap
-from imm.objectives.base import Batch, Objective, apart, check_share, check_times, evenly, per_image
+from imm.objectives.base import Batch, Objective, apart, check_share, check_times, evenly, per_image, without_wait
 from imm.objectives.flow_matching import velocity_of
 
 DERIVATIVES = ("jvp", "difference")
@@ -69,7 +69,7 @@ class MeanFlow(Objective):
     ) -> tuple[Tensor, Tensor, Tensor]:
         """t and s, which is t on ``fm_share`` of the batch; r = s."""
         t, s = self._pair(groups, device, generator, self.times)
-        s = torch.where(self._jumps(groups).to(device), s, t)
+        s = torch.where(without_wait(self._jumps(groups), device), s, t)
         return t, s, s
 
     def _jumps(self, groups: int) -> Tensor:

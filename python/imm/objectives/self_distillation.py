@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from imm.flow_map import FlowMap
-from imm.objectives.base import Batch, Objective, apart, check_share, check_times, evenly, mean_square, per_image
+from imm.objectives.base import Batch, Objective, apart, check_share, check_times, evenly, mean_square, per_image, without_wait
 from imm.objectives.flow_matching import velocity_loss
 
 KINDS = ("progressive", "lagrangian")
@@ -66,7 +66,7 @@ class SelfDistillation(Objective):
         """t, s and an r in between; t = s = r where the image is flow matching's."""
         t, s = self._pair(groups, device, generator, self.times)
         r = s + (t - s) * torch.rand(groups, dtype=torch.float64, device=device, generator=generator)
-        jumps = self._jumps(groups).to(device)
+        jumps = without_wait(self._jumps(groups), device)
         return t, torch.where(jumps, s, t), torch.where(jumps, r, t)
 
     def _jumps(self, groups: int) -> Tensor:

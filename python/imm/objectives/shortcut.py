@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from imm.flow_map import FlowMap
-from imm.objectives.base import Batch, Objective, check_share, evenly
+from imm.objectives.base import Batch, Objective, check_share, evenly, without_wait
 from imm.objectives.self_distillation import jump_loss
 
 
@@ -54,7 +54,7 @@ class Shortcut(Objective):
         t = t.clamp_max(high)
         r = 0.5 * (s + t)
         alone = high - (high - low) * u[2]
-        halves = self._jumps(groups).to(device)
+        halves = without_wait(self._jumps(groups), device)
         return tuple(torch.where(halves, time, alone) for time in (t, s, r))  # type: ignore[return-value]
 
     def _jumps(self, groups: int) -> Tensor:

@@ -143,7 +143,9 @@ def rows_of_cond(cond: Tensor, latent: int, guided: bool, dtype: torch.dtype) ->
 def fill_latent(cond: Tensor, latent: int, step: int, seeds: Tensor | None) -> None:
     """Write the noise of a step into the last columns of ``cond``, for each copy of the images' rows."""
     if seeds is None:
-        raise ValueError("seeds: expected those of the images, for a network with noise of its own, got None")
+        raise ValueError(
+            "seeds: expected those of the images for a network with noise of its own (restart takes them), got None"
+        )
     noise = functional.noise(seeds, (latent,), LATENT + step)
     cond[:, -latent:] = noise.repeat(len(cond) // len(seeds), 1)
 
@@ -151,17 +153,6 @@ def fill_latent(cond: Tensor, latent: int, step: int, seeds: Tensor | None) -> N
 def with_none(labels: Tensor, num_classes: int) -> Tensor:
     """The labels of a guided call of the network, ``[2 B]``: first "none", ``num_classes``, for each image."""
     return torch.cat([torch.full_like(labels, num_classes), labels])
-
-
-def checked_cond(flow_map: FlowMap, cond: Tensor | None, count: int) -> Tensor | None:
-    """``cond`` as it is. Raises ValueError unless it is what the network is conditioned on, ``[count, cond_dim]``."""
-    width = flow_map.cond_dim
-    if cond is None and not width:
-        return None
-    if cond is None or not width or cond.shape != (count, width) or not cond.is_floating_point():
-        got = "None" if cond is None else f"{list(cond.shape)} of {cond.dtype}"
-        raise ValueError(f"cond: expected {f'floating {[count, width]}' if width else 'None'} for this network, got {got}")
-    return cond
 
 
 def checked_guidance(flow_map: FlowMap, guidance: Time | None, count: int) -> Tensor | None:
@@ -267,7 +258,7 @@ def _sample(
     fresh: Fresh | None = None,
     cond: Tensor | None = None,
 ) -> Tensor:
-    checked_cond(flow_map, cond, len(x))
+    flow_map.checked_cond(cond, len(x), latent=False)
     labels = flow_map.checked_labels(labels, len(x), x.device)
     w = checked_guidance(flow_map, guidance, len(x))
     if w is not None and labels is not None:

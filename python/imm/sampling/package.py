@@ -7,6 +7,7 @@ metadata. ``imm_generate`` runs it without Python; :class:`Package` runs it from
 from __future__ import annotations
 
 import copy
+import math
 import os
 import threading
 import warnings
@@ -125,6 +126,7 @@ def export_tokens(sampler: TokenSampler, path: str | Path, *, rows: int, guided:
         ValueError, TypeError: settings other than these; a path that does not end in .pt2.
     """
     path = _checked_path(path)
+    sampler.check_modes()
     if type(rows) is not int or rows < 1:
         raise ValueError(f"rows: expected a count >= 1, got {rows!r}")
     if not isinstance(sampler.backbone, nn.Module) or sampler.num_classes is None:
@@ -142,14 +144,14 @@ def export_tokens(sampler: TokenSampler, path: str | Path, *, rows: int, guided:
     with torch.no_grad():
         z, taken = backbone.prefill(prefix, cache)
     zeros = lambda *shape, dtype=torch.float32: torch.zeros(shape, dtype=dtype, device=device)
-    widths = [width for _, width in steps.streams]
+    widths = [width for _, width in steps.noises]
     metadata = {
         "rows": str(rows),
         "guided": str(int(guided)),
         "token_dim": str(sampler.token_dim),
         "cond_dim": str(z.shape[1]),
         "slots": str(sampler.max_tokens),
-        "stream_steps": _words([step for step, _ in steps.streams]),
+        "stream_steps": _words([step for step, _ in steps.noises]),
         "stream_widths": _words(widths),
         "cond_dtype": str(cache[0].dtype).removeprefix("torch."),
         "device": device.type,
@@ -302,14 +304,31 @@ class TokenPackage(Sequences):
         if not Path(path).is_file():
             raise FileNotFoundError(f"package: expected a file that imm.package.export_tokens wrote, got {path}")
         loaded = module.load_token_package(str(path), graph)
-        self._loop, self.num_classes, self.token_dim, self._streams, self.sigma_data = loaded
+        self._from = Path(path).resolve(), graph
+        self._loop, self.num_classes, self.token_dim, self.sigma_data = loaded
         self.rows, self.guidance = self._loop.rows, guidance
+        self._guidance = guidance
         self._lock = threading.Lock()
+        self._streaming: Any = None  # a stream holds the loop for as long as its caller likes
+        if guidance is not None and not (self._loop.guided and math.isfinite(guidance)):
+            wanted = "a finite number" if self._loop.guided else "None for a package without guidance"
+            raise ValueError(f"guidance: expected {wanted}, got {guidance}")
 
-    def _take(self, rows: int, guided: bool) -> tuple[Any, int, Callable[[], None]]:
+    def __reduce__(self) -> tuple[Any, ...]:
+        path, graph = self._from  # a copy, or what is unpickled, loads the file again
+        return partial(TokenPackage, graph=graph, guidance=self._guidance), (path,)
+
+    def _take(self, rows: int, guided: bool, wait: bool) -> tuple[Any, Callable[[], None]]:
         if guided != self._loop.guided:
             wanted = "a scale for a package with" if self._loop.guided else "none for a package without"
             raise ValueError(f"guidance: expected {wanted} guidance, got {'one' if guided else 'none'}")
-        if not self._lock.acquire(blocking=False):
+        if wait and self._streaming is None:
+            self._lock.acquire()
+        elif not self._lock.acquire(blocking=False):
             raise RuntimeError("a package runs one call or stream at a time: end or close the other one first")
-        return self._loop, self._streams, self._lock.release
+        self._streaming = None if wait else self._loop
+        return self._loop, self._give_back
+
+    def _give_back(self) -> None:
+        self._streaming = None
+        self._lock.release()

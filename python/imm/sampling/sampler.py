@@ -18,7 +18,7 @@ from imm import functional
 from imm.flow_map import FlowMap
 from imm.ops import native
 from imm.sampling.grid import StepTable, step_table, time_grid
-from imm.sampling.loop import Network, Plain, checked_cond, checked_guidance, run, with_none
+from imm.sampling.loop import Network, Plain, checked_guidance, run, with_none
 from imm.schedules import Time
 
 #: A batch runs padded to a captured size of at most this many times its own, rather than being captured anew.
@@ -253,7 +253,7 @@ class Sampler:
             w = self.guidance if guidance is None else checked_guidance(self.flow_map, guidance, count)
             if x is not None and (x.shape != (count, *self.shape) or not x.is_floating_point()):
                 raise ValueError(f"x: expected floating {[count, *self.shape]}, got {list(x.shape)} of {x.dtype}")
-            checked_cond(self.flow_map, cond, count)
+            self.flow_map.checked_cond(cond, count, latent=False)
             if count == 0:
                 return torch.empty(0, *self.shape, dtype=self.state_dtype, device=self._device)
             kind = self._device.type

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+import math
 import threading
 import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any, Protocol, cast
 
 import torch
@@ -23,7 +26,7 @@ GUIDES = ("output", "cond")
 #: Loops that a sampler keeps, each with its cache; the one that was used longest ago is dropped.
 MAX_LOOPS = 8
 
-#: Fewest slots of the cache that a backbone is given; then twice, four times ... as many, as the sequence grows.
+#: Slots of the cache that a backbone is given at first; doubled as the sequence grows.
 LEAST_SLOTS = 64
 
 Stop = Callable[[Tensor], Tensor]
@@ -46,8 +49,21 @@ class Backbone(Protocol):
         """z of the first token ``[rows, cond_dim]``, and how many slots ``prefix`` ``[rows, ...]`` took."""
 
     def decode(self, token: Tensor, position: Tensor, cache: list[Tensor]) -> Tensor:
-        """z of the next token after ``token`` ``[rows, token_dim]``, which takes slot ``position`` ``[1]`` int64; the cache has
-        the first slots only, which hold the position."""
+        """z of the next token after ``token`` ``[rows, token_dim]`` float32, which takes slot ``position`` ``[1]`` int64. The
+        cache is cut to its first slots, of which ``position`` is one."""
+
+
+@contextlib.contextmanager
+def _plain() -> Iterator[None]:
+    """Neither gradients nor autocast nor inference mode: later calls use what a loop keeps, and a graph would keep addresses of
+    autocast's own copies."""
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(torch.inference_mode(False))
+        stack.enter_context(torch.no_grad())
+        for kind in ("cpu", "cuda"):
+            if torch.is_autocast_enabled(kind):
+                stack.enter_context(torch.autocast(kind, enabled=False))
+        yield
 
 
 class HeadSteps(nn.Module):
@@ -85,21 +101,29 @@ class HeadSteps(nn.Module):
             self.times.copy_(network.embed_times(self.t, self.s))
 
     @property
-    def streams(self) -> list[tuple[int, int]]:
+    def noises(self) -> list[tuple[int, int]]:
         """(Philox step, numbers a token) of the noise that a call takes, side by side: the initial state, of standard deviation
         sigma_data, the noise of each step that adds some, the latent of each step."""
         noisy = [(i + 1, self.token_dim) for i, c in enumerate(self.table.c_noise) if c != 0.0]
         latents = [(LATENT + i, self.latent_dim) for i in range(len(self.table)) if self.latent_dim]
         return [(0, self.token_dim), *noisy, *latents]
 
+    def draw(self, rows: int, sigma_data: float, generator: torch.Generator | None = None) -> Tensor:
+        """Noise for :meth:`forward` of a generator, or of torch's default one, ``[rows, K]``."""
+        parts = [torch.randn(rows, width, device=self.t.device, generator=generator) for _, width in self.noises]
+        return torch.cat([sigma_data * parts[0], *parts[1:]], 1)
+
     def forward(self, z: Tensor, noise: Tensor, guidance: Tensor | None = None) -> Tensor:
-        """z ``[R, C]``, R = B, or 2 B with guidance, first those of "none"; noise ``[B, K]``, K numbers of :meth:`streams`;
+        """z ``[R, C]``, R = B, or 2 B with guidance, first those of "none"; noise ``[B, K]``, that of :attr:`noises`;
         guidance ``[1]`` or ``[B]`` float64 -> tokens ``[B, D]`` float32."""
         batch, table, D, L = len(noise), self.table, self.token_dim, self.latent_dim
         w = None if guidance is None else guidance.to(torch.float32)[:, None]
         if w is not None and self.guide == "cond":
             z = torch.lerp(z[:batch], z[batch:], w.to(z.dtype))
             w = None
+        if noise.shape[1] != sum(width for _, width in self.noises):
+            wanted = sum(width for _, width in self.noises)
+            raise ValueError(f"noise: expected [B, {wanted}], got {list(noise.shape)}")
         z, network = z.to(self.dtype), cast(Any, self.network)
         rows = network.condition(z, self.times) if self.at_once else None
         column = D
@@ -139,6 +163,7 @@ class PythonTokenLoop:
         self.rows, self.guided, self.slots = settings["rows"], settings["guided"], settings["slots"]
         self.device = settings["device"]
         self.streams = list(zip(settings["stream_steps"], settings["stream_widths"], strict=True))
+        self.noises = len(self.streams)
         narrow = lambda memory, slots: memory[:, :, :slots] if memory.dim() > 2 and memory.shape[2] == self.slots else memory
         self.views = {slots: [narrow(memory, slots) for memory in cache] for slots in settings["buckets"]}
         self.left = 0
@@ -154,6 +179,8 @@ class PythonTokenLoop:
     ) -> int:
         """Start sequences: seeds ``[rows]``, prefix a row each of the backbone's, a scale a stream; how many tokens."""
         self.left = 0
+        if tokens is not None and tokens > self.slots:
+            raise ValueError(f"tokens: expected at most {self.slots}, got {tokens}")
         for memory in self.cache:
             memory.zero_()
         self.z, taken = self.prefill(prefix.to(self.device), self.cache)
@@ -219,7 +246,6 @@ class Sequences:
     guidance: Time | None
     sigma_data: float
 
-    @torch.no_grad()
     def sample(
         self,
         seeds: Tensor | Sequence[int] | range,
@@ -244,18 +270,21 @@ class Sequences:
         Raises:
             ValueError, TypeError: arguments other than these; networks in training mode.
         """
-        checked = self._checked(seeds, prefix, guidance, temperature)
-        most = self.rows or len(checked[0])
-        parts = []
-        for start in range(0, len(checked[0]), max(1, most)):
-            count, loop, release = self._begin(checked, slice(start, start + most), tokens, temperature, None)
+        with _plain():
+            checked = self._checked(seeds, prefix, guidance, temperature, tokens)
+            count = len(checked[0])
+            if not count:
+                return torch.empty(0, tokens or 0, self.token_dim)
+            rows, parts = self.rows or count, []
+            loop, release = self._take(rows, checked[2] is not None, wait=True)
             try:
-                parts.append(loop.next(loop.left)[0][:count])
+                for start in range(0, count, rows):
+                    part = slice(start, start + rows)
+                    own = self._begin(loop, rows, checked, part, tokens, temperature, None)
+                    parts.append(loop.next(loop.left)[0][:own])
             finally:
                 release()
-        if not parts:
-            return torch.empty(0, tokens or 0, self.token_dim)
-        return parts[0] if len(parts) == 1 else torch.cat(parts)
+            return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def stream(
         self,
@@ -285,7 +314,7 @@ class Sequences:
         """
         if type(chunk) is not int or chunk < 1:
             raise ValueError(f"chunk: expected a count >= 1, got {chunk!r}")
-        checked = self._checked(seeds, prefix, guidance, temperature)
+        checked = self._checked(seeds, prefix, guidance, temperature, tokens)
         if self.rows is not None and len(checked[0]) > self.rows:
             raise ValueError(f"seeds: expected at most rows = {self.rows} for a stream, got {len(checked[0])}")
         return self._parts(checked, tokens, chunk, stop, temperature)
@@ -293,12 +322,14 @@ class Sequences:
     def _parts(self, checked: Any, tokens: int | None, chunk: int, stop: Stop | None, temperature: float) -> Iterator[Tensor]:
         if not len(checked[0]):
             return
-        with torch.no_grad():
-            count, loop, release = self._begin(checked, slice(None), tokens, temperature, stop)
+        rows = self.rows or len(checked[0])
+        loop, release = self._take(rows, checked[2] is not None, wait=False)
         alive: Tensor | None = None
         try:
+            with _plain():
+                count = self._begin(loop, rows, checked, slice(None), tokens, temperature, stop)
             while loop.left:
-                with torch.no_grad():
+                with _plain():
                     part, stopped = (value[:count] for value in loop.next(chunk))
                 if stop is None:
                     yield part
@@ -315,56 +346,70 @@ class Sequences:
         finally:
             release()
 
-    def _checked(self, seeds: Any, prefix: Any, guidance: Time | None, temperature: float) -> tuple[Any, ...]:
-        seeds = functional.as_seeds(seeds).cpu()
-        none = self.num_classes
+    def _checked(
+        self, seeds: Any, prefix: Any, guidance: Time | None, temperature: float, tokens: int | None
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Seeds, prefix and guidance of a call, on the host but for the prefix."""
+        seeds, none = functional.as_seeds(seeds).cpu(), self.num_classes
+        if tokens is not None and (type(tokens) is not int or tokens < 1):
+            raise ValueError(f"tokens: expected a count >= 1, got {tokens!r}")
         if prefix is None:
             if none is None:
                 raise ValueError("prefix: expected one for a backbone without num_classes, got None")
             prefix = torch.full((len(seeds),), none, dtype=torch.int64)
         prefix = as_labels(prefix)
-        if len(prefix) != len(seeds):
+        if prefix.dim() == 0 or len(prefix) != len(seeds):
             raise ValueError(f"prefix: expected a row a sequence, {len(seeds)}, got {list(prefix.shape)}")
-        classes = prefix.dim() == 1 and prefix.dtype == torch.int64
-        if classes and none is not None and len(prefix) and not 0 <= int(prefix.min()) <= int(prefix.max()) <= none:
-            raise ValueError(f"prefix: expected classes 0..{none - 1} or {none} for none, got {prefix.tolist()[:8]}")
+        classes = none is not None and prefix.dim() == 1
+        if none is not None and classes:
+            if prefix.is_floating_point() or prefix.is_complex() or prefix.dtype == torch.bool:
+                raise ValueError(f"prefix: expected classes as integers, got {prefix.dtype}")
+            prefix = prefix.long()
+            if len(prefix) and not 0 <= int(prefix.min()) <= int(prefix.max()) <= none:
+                raise ValueError(f"prefix: expected classes 0..{none - 1} or {none} for none, got {prefix.tolist()[:8]}")
         w = self.guidance if guidance is None else guidance
-        if w is not None:
-            w = as_time(w).reshape(-1)
-            if len(w) not in (1, len(seeds)) or not bool(torch.isfinite(w).all()):
-                raise ValueError(f"guidance: expected a finite number or [{len(seeds)}], got {w.tolist()}")
+        if w is None:
+            scale = None
+        else:
+            scale = as_time(w).reshape(-1).cpu()
+            if len(scale) not in (1, len(seeds)) or not bool(torch.isfinite(scale).all()):
+                raise ValueError(f"guidance: expected a finite number or [{len(seeds)}], got {scale.tolist()}")
             if not classes or not none:
                 raise ValueError("guidance: expected a prefix of classes and a backbone with num_classes > 0")
-        if not 0.0 <= float(temperature) < float("inf"):
+        if not 0.0 <= float(temperature) < math.inf:
             raise ValueError(f"temperature: expected a number >= 0, got {temperature}")
-        return seeds, prefix, w
+        return seeds, prefix, scale
 
     def _begin(
-        self, checked: tuple[Any, ...], part: slice, tokens: int | None, temperature: float, stop: Stop | None
-    ) -> tuple[int, Any, Callable[[], None]]:
-        """How many of the rows are sequences, a loop that has begun with them, and what gives the loop back."""
+        self,
+        loop: Any,
+        rows: int,
+        checked: tuple[Tensor, Tensor, Tensor | None],
+        part: slice,
+        tokens: int | None,
+        temperature: float,
+        stop: Stop | None,
+    ) -> int:
+        """Start a loop with some of a call's sequences, padded to its rows; their number."""
         seeds, prefix, w = checked[0][part], checked[1][part], checked[2]
-        if tokens is not None and (type(tokens) is not int or tokens < 1):
-            raise ValueError(f"tokens: expected a count >= 1, got {tokens!r}")
-        w = w if w is None or len(w) == 1 else w[part]
-        count, rows, guided = len(seeds), self.rows or len(seeds), w is not None
+        count = len(seeds)
         pad = lambda value: torch.cat([value, value[:1].expand(rows - count, *value.shape[1:])]) if rows > count else value
         seeds, prefix = pad(seeds), pad(prefix)
         if w is not None:
             prefix = torch.cat([torch.full_like(prefix, self.num_classes or 0), prefix])
-            w = pad(w) if len(w) > 1 else w
-        loop, streams, release = self._take(rows, guided)
-        scales = [self.sigma_data * float(temperature), *[1.0] * (streams - 1)]
-        try:
-            checked_stop = None if stop is None else lambda z: _checked_stop(stop, z[-rows:])
-            loop.begin(seeds, prefix, tokens, scales, w, checked_stop)
-        except BaseException:
-            release()
-            raise
-        return count, loop, release
+            w = w if len(w) == 1 else pad(w[part])
 
-    def _take(self, rows: int, guided: bool) -> tuple[Any, int, Callable[[], None]]:
-        """A loop that nobody else uses, the number of its streams, and what gives it back."""
+        def stopped(z: Tensor) -> Tensor:
+            flags = z.new_ones(rows, dtype=torch.bool)
+            flags[:count] = _checked_stop(stop, z[-rows:][:count].clone())
+            return flags
+
+        scales = [self.sigma_data * float(temperature), *[1.0] * (loop.noises - 1)]
+        loop.begin(seeds, prefix, tokens, scales, w, None if stop is None else stopped)
+        return count
+
+    def _take(self, rows: int, guided: bool, wait: bool) -> tuple[Any, Callable[[], None]]:
+        """A loop that nobody else uses, and what gives it back."""
         raise NotImplementedError
 
 
@@ -380,7 +425,7 @@ class TokenSampler(Sequences):
             (:class:`imm.networks.TokenHead`, or any other), in evaluation mode.
         steps, kind, mid_eta, method: of the head, as in :class:`imm.Sampler`; None: "restart" for a head with a latent, else
             "pushforward".
-        max_tokens: slots of the backbone's cache: prefix and tokens, but the last.
+        max_tokens: slots of the backbone's cache: for the prefix and for every token but the last.
         rows: run every batch in this many rows, padded or in parts: a sequence's bits then do not depend on what is generated
             beside it.
         guidance: w for calls that give none; None: without, one row of the backbone a sequence instead of two.
@@ -416,9 +461,11 @@ class TokenSampler(Sequences):
             if getattr(flow_map.network, name, None) != getattr(backbone, name):
                 got = getattr(flow_map.network, name, None)
                 raise ValueError(f"flow_map: expected a network with {name} = {getattr(backbone, name)}, got {got}")
-        for name, value in (("rows", rows), ("max_tokens", max_tokens)):
-            if value is not None and (type(value) is not int or value < 1):
+        for name, value in (("rows", 1 if rows is None else rows), ("max_tokens", max_tokens)):
+            if type(value) is not int or value < 1:
                 raise ValueError(f"{name}: expected a count >= 1, got {value!r}")
+        if guidance is not None and not math.isfinite(guidance):
+            raise ValueError(f"guidance: expected a finite number, got {guidance}")
         if guide not in GUIDES:
             raise ValueError(f"unknown guide {guide!r}; expected one of {list(GUIDES)}")
         if graph not in ("auto", True, False):
@@ -428,18 +475,22 @@ class TokenSampler(Sequences):
         self.token_dim, self.num_classes = backbone.token_dim, getattr(backbone, "num_classes", None)
         self.sigma_data = flow_map.sigma_data
         method = method or ("restart" if flow_map.latent_dim else "pushforward")
-        self._check_modes()
-        make = lambda guide: HeadSteps(flow_map, steps, kind, mid_eta, method, guide).eval()
-        with torch.no_grad():
-            self._steps = {False: make(None), True: make(guide)}
+        self.check_modes()
+        self._grid: dict[str, Any] = {"steps": steps, "kind": kind, "mid_eta": tuple(mid_eta), "method": method}
+        self._guides = ((False, None), (True, guide))
+        self._lock = threading.RLock()  # a stream may be collected, and give its loop back, while this thread holds it
+        self._loops: OrderedDict[tuple[int, bool], list[Any]] = OrderedDict()
+        self._start()
         device = self._steps[False].t.device
         module = native.module()
         graphs = graph and module is not None and module.make_graph_pool(device) is not None
         if graph is True and not graphs:
             raise ValueError(f"graph=True: expected a CUDA device and the native library built for it, got {device}")
         self._no_graph = None if graphs else "graph=False" if not graph else f"no graphs on {device} with this install"
-        self._lock = threading.Lock()
-        self._loops: OrderedDict[tuple[int, bool], list[Any]] = OrderedDict()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        own = {name: getattr(self, name) for name in ("max_tokens", "rows", "guidance", "guide", "graph")}
+        return partial(TokenSampler, **self._grid, **own), (self.backbone, self.flow_map)
 
     def stats(self) -> dict[str, Any]:
         """cached: loops kept, by (rows, guided); captured: how many are graphs; eager: why calls run step by step, or None."""
@@ -457,33 +508,58 @@ class TokenSampler(Sequences):
         """The steps of the head, of calls with or without guidance."""
         return self._steps[guided]
 
-    def _check_modes(self) -> None:
+    def check_modes(self) -> None:
+        """Raises ValueError for a network in training mode."""
         for name, module in (("backbone", self.backbone), ("flow_map", self.flow_map)):
             if getattr(module, "training", False):
                 raise ValueError(f"{name}: expected evaluation mode ({name}.eval()), got training mode")
 
-    def _take(self, rows: int, guided: bool) -> tuple[Any, int, Callable[[], None]]:
-        self._check_modes()
-        steps = self._steps[guided]
+    def _take(self, rows: int, guided: bool, wait: bool) -> tuple[Any, Callable[[], None]]:
+        self.check_modes()
+        if self._seen() != self._known:  # moved or cast as a whole: graphs would read freed memory
+            self._start()
+        key, generation = (rows, guided), self._known
+        self._steps[guided].refresh()
         with self._lock:
-            steps.refresh()
-            free = self._loops.get((rows, guided))
+            free = self._loops.get(key, [])
             loop = free.pop() if free else None
+            if not free:
+                self._loops.pop(key, None)
         if loop is None:
-            loop = self._made(rows, guided, steps)
-        return loop, len(steps.streams), lambda: self._release((rows, guided), loop)
+            loop = self._made(rows, guided, self._steps[guided])
+        return loop, lambda: self._release(key, loop, generation)
+
+    def _seen(self) -> tuple[Any, ...]:
+        """What tells that a network was moved, cast or given other memory as a whole."""
+        found: list[Any] = []
+        for module in (self.backbone, self.flow_map.network):
+            parameters = list(module.parameters()) if isinstance(module, nn.Module) else []
+            found += [(p.data_ptr(), p.dtype, p.device) for p in (*parameters[:1], *parameters[-1:])]
+        return tuple(found)
+
+    def _start(self) -> None:
+        """Take the networks as they are now; no loop that was made before is used again."""
+        with _plain():
+            steps = {guided: HeadSteps(self.flow_map, guide=guide, **self._grid).eval() for guided, guide in self._guides}
+        with self._lock:
+            self._steps, self._known = steps, self._seen()
+            self._loops.clear()
 
     def _made(self, rows: int, guided: bool, steps: HeadSteps) -> Any:
         backbone, width = self.backbone, (2 * rows if guided else rows, self.backbone.cond_dim)
         cache = list(backbone.make_cache(width[0], self.max_tokens))
+        floating = [p.dtype for p in backbone.parameters() if p.is_floating_point()] if isinstance(backbone, nn.Module) else []
+        dtype = next(iter(floating), torch.float32)
 
         def of(z: Tensor, what: str) -> Tensor:
-            if z.shape != width:
-                raise ValueError(f"backbone: expected z {list(width)} of {what}, got {list(z.shape)}")
+            if z.shape != width or z.dtype != dtype:
+                raise ValueError(f"backbone: expected z {list(width)} of {dtype} of {what}, got {list(z.shape)} of {z.dtype}")
             return z
 
         def prefill(prefix: Tensor, cache: list[Tensor]) -> tuple[Tensor, int]:
             z, taken = backbone.prefill(prefix, cache)
+            if taken < 1:
+                raise ValueError(f"backbone: expected a prefill that takes a slot or more, got {taken}")
             return of(z, "prefill"), taken
 
         decode = lambda token, position, cache: of(backbone.decode(token, position, cache), "decode")
@@ -493,10 +569,10 @@ class TokenSampler(Sequences):
             "token_dim": backbone.token_dim,
             "cond_dim": backbone.cond_dim,
             "slots": self.max_tokens,
-            "stream_steps": [step for step, _ in steps.streams],
-            "stream_widths": [width for _, width in steps.streams],
+            "stream_steps": [step for step, _ in steps.noises],
+            "stream_widths": [width for _, width in steps.noises],
             "buckets": buckets(self.max_tokens),
-            "cond_dtype": cache[0].dtype if cache else torch.float32,
+            "cond_dtype": dtype,
             "device": steps.t.device,
             "prefill": prefill,
             "decode": decode,
@@ -506,9 +582,8 @@ class TokenSampler(Sequences):
         module = native.module()
         if module is None:
             return PythonTokenLoop(**settings)
-        pool = module.make_graph_pool(steps.t.device) if self._no_graph is None else None
-        loop = module.TokenLoop(**settings, pool=pool)
-        if pool is not None:
+        loop = module.TokenLoop(**settings, pool=module.make_graph_pool(steps.t.device))
+        if self._no_graph is None:
             self._capture(loop)
         return loop
 
@@ -526,8 +601,10 @@ class TokenSampler(Sequences):
                 f"these networks cannot be captured, so they run step by step: {reason}", RuntimeWarning, stacklevel=6
             )
 
-    def _release(self, key: tuple[int, bool], loop: Any) -> None:
+    def _release(self, key: tuple[int, bool], loop: Any, generation: tuple[Any, ...]) -> None:
         with self._lock:
+            if generation != self._known:
+                return
             self._loops.setdefault(key, []).append(loop)
             self._loops.move_to_end(key)
             while sum(map(len, self._loops.values())) > MAX_LOOPS:
@@ -545,8 +622,8 @@ def buckets(slots: int) -> list[int]:
     return [*found[:-1], slots]
 
 
-def _checked_stop(stop: Stop, z: Tensor) -> Tensor:
-    flags = stop(z)
+def _checked_stop(stop: Stop | None, z: Tensor) -> Tensor:
+    flags = None if stop is None else stop(z)
     if not isinstance(flags, Tensor) or flags.shape != (len(z),) or flags.dtype != torch.bool:
         got = f"{list(flags.shape)} of {flags.dtype}" if isinstance(flags, Tensor) else type(flags).__name__
         raise ValueError(f"stop: expected [{len(z)}] bool, got {got}")

@@ -37,7 +37,7 @@ SIDE, PATCH, TOKENS, DIM, WIDTH = 16, 4, 16, 16, 96
 MEAN = -0.737
 #: t of the noised copy in the swap.
 NOISED = 0.3
-#: Tokens that were drawn before, in the masked order, after each of N iterations: as a cosine.
+#: Passes of the backbone in the masked order. SEES: real tokens before the ones that are scored.
 ITERATIONS = (1, 4, 16)
 SEES = (0, 4, 8, 12)
 _COLUMNS = (
@@ -137,12 +137,14 @@ class _Digits:
         if not file.is_file():
             started = time.process_time()
             self._train(name, learned, backbone.to(self.device), objective, z_of, steps, repeat, frozen)
-            spent = {"seconds": torch.tensor(time.process_time() - started, dtype=torch.float64)}
+            spent = {"seconds": torch.tensor(time.process_time() - started), "steps": torch.tensor(steps)}
             weights = {key: value.detach().cpu().contiguous() for key, value in learned.state_dict().items()}
             with replacing(file) as part:
                 part.write_bytes(save({**weights, **spent}))
         weights = load_file(file)
-        seconds = float(weights.pop("seconds"))
+        seconds, found = float(weights.pop("seconds")), int(weights.pop("steps"))
+        if found != steps:
+            raise ValueError(f"out: expected {file} of {steps} training steps, got one of {found}")
         learned.load_state_dict(weights)
         return _Model(backbone.to(self.device).eval(), objective.flow_map.eval(), seconds)
 
@@ -256,17 +258,18 @@ def _method(head: FlowMap) -> str:
 
 def _row(digits: _Digits, name: str, model: _Model, steps: int) -> tuple[dict[str, Any], Tensor]:
     """A head in raster order: its samples' scores and the time of a token, one sequence at a time."""
-    sampler = TokenSampler(model.backbone, model.head, steps=steps, max_tokens=TOKENS)
     count = len(digits.classes)
-    made = torch.cat([sampler.sample(range(n, min(n + 250, count)), digits.classes[n : n + 250]) for n in range(0, count, 250)])
+    settings: dict[str, Any] = {"steps": steps, "max_tokens": TOKENS}
+    made = TokenSampler(model.backbone, model.head, rows=min(250, count), **settings).sample(range(count), digits.classes)
+    sampler = TokenSampler(model.backbone, model.head, **settings)
     best = min(_timed(lambda: sampler.sample([0], [0])) for _ in range(5))
     row = {"head": name, "order": "raster", "steps": steps, "passes": TOKENS, "seconds": round(model.seconds, 1)}
     return {**row, **digits.scores(made), "us": round(1e6 * best / TOKENS, 1)}, made
 
 
-def _timed(call: Callable[[], Any]) -> float:
+def _timed(call: Callable[[], Tensor]) -> float:
     started = time.perf_counter()
-    call()
+    call().cpu()  # waits for the device
     return time.perf_counter() - started
 
 
@@ -300,7 +303,7 @@ def _swap(digits: _Digits, shown: list[tuple[str, Tensor]]) -> list[dict[str, An
         made = sampler.sample(range(len(digits.classes)), digits.classes)[:, TOKENS:]
         row = {"head": "energy score, latent", "order": "swap", "steps": steps, "passes": 2 * TOKENS}
         rows.append({**row, **digits.scores(made), "seconds": round(model.seconds, 1)})
-    shown.append(("swap, 1", to_images(made[:10])))
+        shown.append((f"swap, {steps}", to_images(made[:10])))
     return rows
 
 
@@ -332,7 +335,7 @@ def sample_masked(backbone: Masked, head: FlowMap, count: int, labels: Tensor, i
     """
     device, seeds = labels.device, torch.arange(count, device=labels.device)
     steps = HeadSteps(head, 1, "uniform", (), "restart", None).eval()
-    noise = [functional.noise(seeds, (TOKENS, width), step) for step, width in steps.streams]
+    noise = [functional.noise(seeds, (TOKENS, width), step) for step, width in steps.noises]
     noise[0] = noise[0] * head.sigma_data
     order = functional.noise(seeds, (TOKENS,), 1 << 62).argsort(1)
     tokens = torch.zeros(count, TOKENS, DIM, device=device)

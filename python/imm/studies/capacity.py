@@ -99,7 +99,7 @@ def run(folder: Path, quick: bool, device: torch.device, say: Callable[[str], No
         z = SIGMA * torch.randn(data.shape, dtype=torch.float64, generator=generator)
         velocity, exact = flow_map(mixture, given_s=False), flow_map(mixture, given_s=True)
         true = pushforward(exact, z, time_grid(exact, 1), dtype=torch.float64)
-        scores = {"data": name, "real": data, "true": true}
+        scores: dict[str, Any] = {"data": name, "real": data, "true": true}
         for steps in STEPS:
             x = pushforward(velocity, z, time_grid(velocity, steps), dtype=torch.float64, method="ddim")
             rows.append(_row("DDIM", steps, x, **scores))
