@@ -46,8 +46,8 @@ TRITON_TESTS = (
     "test_triton_adaln",
     "test_triton_attention",
 )
-OP_TESTS = ("test_sampler_graphs", "test_sampler", "test_package", "test_bench_graphs", "test_dit", "test_adaln")
-OP_TESTS += ("test_attention", "test_mmd", "test_energy_score", "test_flow_step", "test_noise", "test_ops")
+OP_TESTS = ("test_sampler_graphs", "test_tokens_graphs", "test_sampler", "test_package", "test_bench_graphs", "test_dit")
+OP_TESTS += ("test_adaln", "test_attention", "test_mmd", "test_energy_score", "test_flow_step", "test_noise", "test_ops")
 OP_TESTS += ("test_objective", "test_sampling", "test_tangents")
 _DIT = ("test_dit", "adaln", "attention", "timestep")
 #: Expected seconds of a benchmark's cases without the baselines that compile, and with them; the first run replaces them. Then
@@ -62,9 +62,10 @@ BENCHES: dict[str, tuple[float, float, tuple[str, ...]]] = {
     "flow_map_mmd": (10, 10, ("mmd", "flow_step")),
     "flow_step": (6, 8, ("flow_step",)),
     "noise": (6, 8, ("noise",)),
+    "tokens": (230, 300, ("test_tokens", "noise")),
     "objective": (150, 150, ("test_objective", "mmd", "flow_step", *_DIT)),
 }
-LATER = ("objective",)  # benchmarks that begin after the tests: they take as long as all others
+LATER = ("tokens", "objective")  # benchmarks that begin after the tests: each takes as long as all others
 ON_CPU = ("mmd", "flow_map_mmd", "flow_step", "noise")  # of those that a CPU measures in seconds
 REFUSED = "refused: wrong results"
 CUT_SHORT = "cut short"

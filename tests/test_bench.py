@@ -39,7 +39,7 @@ COLUMNS = (
 )
 SMALL: dict[str, tuple[Any, ...]] = {"mmd": (2, 4, 24), "flow_map_mmd": (2, 4, 24), "flow_step": (2, 3, 4, 4)}
 SMALL |= {"energy_score": (3, 2, -3, 8), "noise": (3, 10), "adaln": (2, 3, 17), "attention": (2, 16, 2, 8)}
-SMALL |= {"dit": ("S", 1), "sampler": ("unet", 2, 2), "objective": ("UNet", 8, 4)}
+SMALL |= {"dit": ("S", 1), "sampler": ("unet", 2, 2), "objective": ("UNet", 8, 4), "tokens": ("digits", 2, 2)}
 
 
 def doubling(**peers: Callable[..., Any]) -> Case:
@@ -161,6 +161,40 @@ def test_compulsory_bytes_and_flops_of_networks() -> None:
     step = load("objective").case("DiT-S/2", 4, 4, CPU)
     assert step.bytes == 4 * (10 * weights + 5 * 4 * latent)
     assert step.flops == 4 * 4 * (products + vectors)
+
+
+def test_compulsory_bytes_of_tokens() -> None:
+    """What z passes through on its way to the modulations once, what a token passes through at each step. Of a sequence the
+    weights for each token and the keys and values of the slots so far."""
+    module, bf16 = load("tokens"), torch.bfloat16
+    for name, (depth, W, D, C) in {"MAR-B": (6, 1024, 16, 768), "CALM": (4, 1024, 128, 1024)}.items():
+        once = (3 * depth + 2) * (W * W + W) + C * W + W
+        each = 2 * depth * (W * W + W) + (D * W + W) + (W * D + D)
+        assert module.case(name, 4, 8, CPU, bf16).bytes == 2 * (once + 4 * each + 8 * C) + 4 * 2 * 8 * D
+        assert module.case(name, 4, 8, CPU, bf16).flops == 2 * 8 * (C * W + W + 4 * (once - C * W - W + each))
+    T, C, depth, head = 64, 768, 24, module.weights_of("MAR-B")
+    backbone = depth * (12 * C * C + 13 * C) + 2 * C + (16 * C + C)
+    weights = T * (backbone + head.z + head.modulation + 2 * head.token)
+    whole = module.sequence("MAR-B", 2, 8, T, CPU, bf16)
+    assert whole.bytes == 2 * (weights + 8 * 2 * depth * C * T * (T + 1) // 2) + 4 * 8 * T * 16
+    small = module.weights_of("digits")  # which stay in a cache
+    weights, kept = small.backbone + small.z + small.modulation + small.token, 2 * 3 * 96 * 16 * 17 // 2
+    assert module.sequence("digits", 4, 1, 16, CPU).bytes == 4 * (weights + kept) + 4 * 16 * 16
+
+
+def test_sequences_of_tokens_are_right_in_every_loop_and_a_wrong_one_is_refused() -> None:
+    module = load("tokens")
+    for dtype in (torch.float32, torch.bfloat16):
+        declared = module.sequence("digits", 2, 3, 6, CPU, dtype)
+        inputs = declared.inputs()
+        truth = declared.truth(*inputs)
+        assert truth[0].shape == (3, 6, 16)
+        for name, peer in declared.peers.items():
+            assert measure.refusal(declared, name, measure.errors(peer(*inputs)(), truth)) is None, name
+    seeds, labels = inputs
+    for given in ((seeds, labels + 1), (seeds + 1, labels)):
+        found = measure.errors(declared.peers[module.PLAIN](*given)(), truth)
+        assert "refused: wrong" in str(measure.refusal(declared, module.PLAIN, found))
 
 
 def test_cold_buffers_rotate_and_warm_ones_stay() -> None:

@@ -33,6 +33,8 @@ FORWARD, BF16 = {"bf16": True, "backward": False}, {"bf16": True}
         ("adaln", (128, 256, 1152), FORWARD, 70),  # as many of the fused residual and norm
         ("dit", ("XL", 128), BF16, 38_400),  # 237 GFLOP a row at 790 TFLOP/s
         ("sampler", ("XL", 8, 64), BF16, 8 * 38_400),  # two rows an image with guidance
+        ("tokens", ("MAR-B", 2, 1), BF16, 21.9),  # 21.8 million weights once, 12.6 million at each of two steps
+        ("tokens", ("MAR-H", 100, 1), BF16, 2680),  # 91.7 million once, 56.7 million at each step
     ],
 )
 def test_floors_worked_out_by_hand(op: str, shape: tuple[Any, ...], options: dict[str, Any], microseconds: float) -> None:
