@@ -104,13 +104,16 @@ def test_the_masked_order_draws_every_token_once_and_more_passes_see_more() -> N
         torch.testing.assert_close(alone, made[:1], rtol=1e-4, atol=1e-5)
 
 
-def test_the_documentations_table_is_that_of_the_committed_rows() -> None:
+def test_the_documentations_tables_are_those_of_the_committed_rows() -> None:
     docs = Path(__file__).parent.parent / "docs"
     rows = json.loads((docs / "studies" / "losses.json").read_text())
     assert losses.summary(rows) in (docs / "losses.md").read_text()
     assert {"imm", "fm", "consistency", "shortcut", "progressive"} <= {row["loss"] for row in rows}
     held = [one for one in losses.criteria(rows, losses.FULL) if one.holds]
     assert len(held) == 6
+    rows = json.loads((docs / "studies" / "axes.json").read_text())
+    assert axes.summary(rows) in (docs / "learn" / "tokens.md").read_text()
+    assert all(one.holds for one in axes.criteria(rows, axes.FULL))
 
 
 def test_the_exact_velocity_and_map_of_a_mixture_agree() -> None:
