@@ -67,7 +67,8 @@ class CausalTransformer(nn.Module):
 
     def _slot(self, h: Tensor, position: Tensor, cache: list[Tensor]) -> Tensor:
         h = (h + self.positions.index_select(0, position))[:, None]
-        mask = (torch.arange(cache[0].shape[2], device=h.device) <= position)[None]
+        seen = torch.arange(cache[0].shape[2], device=h.device) <= position
+        mask = torch.where(seen, 0.0, float("-inf")).to(h.dtype)[None]  # added: of bools every block would make one
         for block, keys, values in zip(self.blocks, cache[::2], cache[1::2], strict=True):
             assert isinstance(block, Block)
             h = block.slot(h, position, keys, values, mask)

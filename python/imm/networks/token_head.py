@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from imm.networks.embeddings import TimestepEmbedder, full_precision
+from imm.networks.layers import linear
 
 #: Of every LayerNorm.
 EPS = 1e-6
@@ -127,7 +128,7 @@ class TokenHead(nn.Module):
 
         def project(z: Tensor, times: Tensor) -> Tensor:
             z = self.z_embedder(z)
-            return self.modulation(F.silu(times + z if each else times[:, None] + z))
+            return linear(self.modulation, F.silu(times + z if each else times[:, None] + z))
 
         return full_precision(self.modulation.weight, project, cond[:, : self.cond_dim], times)
 
