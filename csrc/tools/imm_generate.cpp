@@ -18,6 +18,7 @@
 #include <fstream>
 #include <iostream>
 #include <map>
+#include <memory>
 #include <optional>
 #include <string>
 #include <string_view>
@@ -160,8 +161,28 @@ at::Tensor in_parts(const std::vector<int64_t>& seeds, const std::vector<int64_t
   return at::cat(parts).to(at::kFloat).contiguous();
 }
 
+// Whether a package is a token sampler's, which has three models of other names.
+bool has_tokens(const std::string& path) {
+  try {
+    imm::load_token_package(path, /*graph=*/false);
+    return true;
+  } catch (const std::exception&) {
+    return false;
+  }
+}
+
+std::unique_ptr<imm::SamplingLoop> load_images(const std::map<std::string, std::string>& options) {
+  const std::string& path = options.at("--package");
+  try {
+    return imm::load_package(path, !options.count("--no-graph"));
+  } catch (const std::exception&) {
+    if (has_tokens(path)) throw Failure{"tokens: expected --tokens=T for a package of a token sampler"};
+    throw;
+  }
+}
+
 at::Tensor images(const std::map<std::string, std::string>& options, const std::vector<int64_t>& seeds) {
-  const auto loop = imm::load_package(options.at("--package"), !options.count("--no-graph"));
+  const auto loop = load_images(options);
   if (loop->cond_dim() > 0)
     throw Failure{"package: expected a network of labels alone, got one that is conditioned on " +
                   std::to_string(loop->cond_dim()) + " numbers (imm.package.Package runs it)"};
