@@ -173,6 +173,15 @@ def test_z_is_copied_once_a_run_and_not_once_a_step() -> None:
         assert len(set(seen)) == 1
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_head_has_the_same_bits_whether_its_weights_ask_for_gradients(dtype) -> None:
+    flow_map = FlowMap(head().to(dtype))
+    sample = lambda: Sampler(flow_map, steps=2, shape=(D,)).sample(range(3), cond=batch(3)[1])
+    expected = sample()
+    flow_map.requires_grad_(False)
+    assert sample().equal(expected)
+
+
 def test_z_that_does_not_fit_is_refused() -> None:
     flow_map, (x, z) = FlowMap(head()), batch(4)
     for call in (

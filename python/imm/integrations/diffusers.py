@@ -408,7 +408,7 @@ class IMMPipeline(DiffusionPipeline):
         labels, seeds = None if labels is None else labels.to(device), seeds.to(device)
         scheduler.set_timesteps(steps, device=device)
         x = initial_state(flow_map, seeds, flow_map.image_shape)
-        network = lambda i, *args: self.network(*args)  # not its net: the network's own hooks run
+        network = lambda i, x, t, s, labels, cond: self.network(x, t, s, labels)  # not its net: its own hooks run
         with torch.autocast(device.type, enabled=False):  # as in imm.Sampler
             for i, t in enumerate(self.progress_bar(scheduler.timesteps)):
                 table, number = scheduler._step(t)
