@@ -13,6 +13,8 @@ from imm.networks.layers import linear
 
 #: Of every LayerNorm.
 EPS = 1e-6
+#: From so many rows on oneDNN's matmul is faster than torch's on the CPU (1.9 against 5.5 ms for 8 rows of 512 x 10,240).
+ONE_DNN_ROWS = 4
 
 
 class TokenHead(nn.Module):
@@ -128,7 +130,8 @@ class TokenHead(nn.Module):
 
         def project(z: Tensor, times: Tensor) -> Tensor:
             z = self.z_embedder(z)
-            return linear(self.modulation, F.silu(times + z if each else times[:, None] + z))
+            hidden = F.silu(times + z if each else times[:, None] + z)
+            return linear(self.modulation, hidden) if hidden.numel() >= ONE_DNN_ROWS * self.width else self.modulation(hidden)
 
         return full_precision(self.modulation.weight, project, cond[:, : self.cond_dim], times)
 
