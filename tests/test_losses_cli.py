@@ -101,6 +101,20 @@ def test_a_velocity_begins_a_flow_map_without_a_second_time_and_learns_it(networ
     assert float(layer.weight.grad.abs().sum()) > 0
 
 
+def test_meanflow_sees_t_itself_and_says_where_a_file_has_it_otherwise(data, tmp_path) -> None:
+    common = ("train", f"--data={data}", "--steps=1", "--batch=4", "--width=8")
+    scale = lambda run: checkpoints.load(tmp_path / run / "snapshot-0000001.safetensors").time_scale
+    assert "time scale" not in call(*common, "--loss=meanflow", f"--out={tmp_path / 'own'}").output
+    call(*common, "--loss=fm", f"--out={tmp_path / 'fm'}")
+    call(*common, "--loss=fm", "--time-scale=25", f"--out={tmp_path / 'given'}")
+    assert (scale("own"), scale("fm"), scale("given")) == (1.0, 1000.0, 25.0)
+    init = f"--init={tmp_path / 'fm' / 'snapshot-0000001.safetensors'}"
+    output = call(*(one for one in common if one != "--width=8"), init, "--loss=meanflow", f"--out={tmp_path / 'begun'}").output
+    assert "time scale: 1000, of which meanflow takes a derivative; it learns far better at 1" in output
+    wide = call(*common, "--loss=fm", "--time-scale=0", f"--out={tmp_path / 'zero'}", ok=False)
+    assert "0.0 is not in the range x>0" in wide.output
+
+
 def test_a_flow_map_starts_from_a_velocitys_checkpoint(data, tmp_path) -> None:
     command = ["train", f"--data={data}", *OPTIONS[1:]]
     call(*command, "--width=8", "--loss=fm", "--second-time=none", "--ema=0", f"--out={tmp_path / 'fm'}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from pathlib import Path
 
 import torch
@@ -111,6 +112,14 @@ def test_the_documentations_tables_are_those_of_the_committed_rows() -> None:
     assert {"imm", "fm", "consistency", "shortcut", "progressive"} <= {row["loss"] for row in rows}
     held = [one for one in losses.criteria(rows, losses.FULL) if one.holds]
     assert len(held) == 6
+    section = (docs / "losses.md").read_text().split("At equal seconds")[1]
+    found = re.findall(r"^\| `(\w+)` \| (\d+) \| (.+) \| (.+) \|$", section, re.MULTILINE)
+    assert [line[0] for line in found] == losses.FULL.losses
+    for loss, step, *cells in found:
+        for evaluations, cell in enumerate(cells, 1):
+            where = {"loss": loss, "seed": 0, "step": int(step), "evaluations": evaluations}
+            (row,) = [row for row in rows if row.items() >= where.items()]
+            assert cell == f"{row['label_match']:.0%} / {row['spread']:.0%} / {row['mmd'] * 1000:.1f}"
     rows = json.loads((docs / "studies" / "axes.json").read_text())
     assert axes.summary(rows) in (docs / "learn" / "tokens.md").read_text()
     assert all(one.holds for one in axes.criteria(rows, axes.FULL))

@@ -134,6 +134,11 @@ def _run(
     count, how = sum(p.numel() for p in net.parameters()), config.precision + ", compiled" * config.compile
     many = f", {where.world} processes" if where.world > 1 else ""
     say(f"device: {device_line(target)}{many}; {_data_line(images, flow_map.sigma_data)}")
+    if chosen.loss in TIME_SCALES and flow_map.time_scale > TIME_SCALES[chosen.loss]:
+        say(
+            f"time scale: {flow_map.time_scale:g}, of which {chosen.loss} takes a derivative; it learns far better at "
+            f"{TIME_SCALES[chosen.loss]:g} (docs/losses.md)"
+        )
     if where.first:
         say_notes(images.notes)
         say_left_out(images.left_out, Path(out) / "data")
