@@ -41,8 +41,8 @@ class CausalTransformer(nn.Module):
 
     def forward(self, tokens: Tensor, labels: Tensor) -> Tensor:
         """z of every token of whole sequences, for training: ``[B, T, D]`` and ``[B]`` int64 -> ``[B, T, C]``."""
-        count = tokens.shape[1]
-        if tokens.dim() != 3 or tokens.shape[2] != self.token_dim or not 1 <= count <= self.max_tokens:
+        count = tokens.shape[1] if tokens.dim() == 3 else 0
+        if not 1 <= count <= self.max_tokens or tokens.shape[2] != self.token_dim:
             raise ValueError(f"tokens: expected [B, 1..{self.max_tokens}, {self.token_dim}], got {list(tokens.shape)}")
         h = torch.cat([self.class_embedder(labels)[:, None], self.token_embedder(tokens[:, :-1])], 1) + self.positions[:count]
         for block in self.blocks:

@@ -107,6 +107,25 @@ class _Conditioned:
         return self.network(x, modulation=modulation)
 
 
+def capture(loop: Any, must: bool) -> str | None:
+    """Record a native loop as a graph. Returns why it cannot be, with a warning, or None.
+
+    Raises:
+        RuntimeError: it cannot be, and ``must`` be.
+    """
+    try:
+        loop.capture()
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        if must:
+            raise RuntimeError(f"graph: this network cannot be captured: {reason}") from error
+        warnings.warn(f"this network cannot be captured, so it runs step by step: {reason}", RuntimeWarning, stacklevel=7)
+        return reason
+    return None
+
+
 class _Mark:
     """A hook that tells a sampler that its network loaded weights. The network does not keep the sampler alive by it, and
     copies of the network, pickled ones included, have one that tells nobody."""
@@ -327,22 +346,9 @@ class Sampler:
         columns = {name: list(values) for name, values in self.table.columns().items()}
         loop = module.SamplingLoop(**columns, **settings, network=network, prepare=network.prepare, pool=self._pool)
         if self._no_graph is None:
-            self._capture(loop)
+            self._no_graph = capture(loop, must=self.graph is True)
+            self._captures += self._no_graph is None
         return loop
-
-    def _capture(self, loop: Any) -> None:
-        try:
-            loop.capture()
-        except torch.OutOfMemoryError:
-            raise
-        except Exception as error:
-            reason = next(iter(str(error).splitlines()), type(error).__name__)
-            if self.graph is True:
-                raise RuntimeError(f"graph: this network cannot be captured: {reason}") from error
-            self._no_graph = reason
-            warnings.warn(f"this network cannot be captured, so it runs step by step: {reason}", RuntimeWarning, stacklevel=7)
-        else:
-            self._captures += 1
 
     def _callable(self, rows: int, guided: bool) -> Plain | _Conditioned:
         network: Any = self._network

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import math
+import numbers
 import threading
-import warnings
+from abc import ABC, abstractmethod
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
@@ -19,7 +20,7 @@ from imm.flow_map import FlowMap
 from imm.ops import native
 from imm.sampling.grid import step_table, time_grid
 from imm.sampling.loop import LATENT
-from imm.sampling.sampler import as_labels
+from imm.sampling.sampler import as_labels, capture
 from imm.schedules import Time, as_time
 
 GUIDES = ("output", "cond")
@@ -232,7 +233,7 @@ class PythonTokenLoop:
         self.position += 1
 
 
-class Sequences:
+class Sequences(ABC):
     """What :class:`TokenSampler` and :class:`imm.package.TokenPackage` have in common: whole sequences and streams of them.
 
     Attributes:
@@ -270,8 +271,9 @@ class Sequences:
         Raises:
             ValueError, TypeError: arguments other than these; networks in training mode.
         """
+        tokens = None if tokens is None else _count("tokens", tokens)
         with _plain():
-            checked = self._checked(seeds, prefix, guidance, temperature, tokens)
+            checked = self._checked(seeds, prefix, guidance, temperature)
             count = len(checked[0])
             if not count:
                 return torch.empty(0, tokens or 0, self.token_dim)
@@ -312,9 +314,9 @@ class Sequences:
         Raises:
             ValueError, TypeError: as :meth:`sample`; more sequences than rows, a stop function of another result.
         """
-        if type(chunk) is not int or chunk < 1:
-            raise ValueError(f"chunk: expected a count >= 1, got {chunk!r}")
-        checked = self._checked(seeds, prefix, guidance, temperature, tokens)
+        chunk = _count("chunk", chunk)
+        tokens = None if tokens is None else _count("tokens", tokens)
+        checked = self._checked(seeds, prefix, guidance, temperature)
         if self.rows is not None and len(checked[0]) > self.rows:
             raise ValueError(f"seeds: expected at most rows = {self.rows} for a stream, got {len(checked[0])}")
         return self._parts(checked, tokens, chunk, stop, temperature)
@@ -347,12 +349,10 @@ class Sequences:
             release()
 
     def _checked(
-        self, seeds: Any, prefix: Any, guidance: Time | None, temperature: float, tokens: int | None
+        self, seeds: Any, prefix: Any, guidance: Time | None, temperature: float
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         """Seeds, prefix and guidance of a call, on the host but for the prefix."""
         seeds, none = functional.as_seeds(seeds).cpu(), self.num_classes
-        if tokens is not None and (type(tokens) is not int or tokens < 1):
-            raise ValueError(f"tokens: expected a count >= 1, got {tokens!r}")
         if prefix is None:
             if none is None:
                 raise ValueError("prefix: expected one for a backbone without num_classes, got None")
@@ -408,9 +408,9 @@ class Sequences:
         loop.begin(seeds, prefix, tokens, scales, w, None if stop is None else stopped)
         return count
 
+    @abstractmethod
     def _take(self, rows: int, guided: bool, wait: bool) -> tuple[Any, Callable[[], None]]:
-        """A loop that nobody else uses, and what gives it back."""
-        raise NotImplementedError
+        """A loop that nobody else uses, and what gives it back. ``wait``: for one, rather than refuse."""
 
 
 class TokenSampler(Sequences):
@@ -461,11 +461,9 @@ class TokenSampler(Sequences):
             if getattr(flow_map.network, name, None) != getattr(backbone, name):
                 got = getattr(flow_map.network, name, None)
                 raise ValueError(f"flow_map: expected a network with {name} = {getattr(backbone, name)}, got {got}")
-        for name, value in (("rows", 1 if rows is None else rows), ("max_tokens", max_tokens)):
-            if type(value) is not int or value < 1:
-                raise ValueError(f"{name}: expected a count >= 1, got {value!r}")
-        if guidance is not None and not math.isfinite(guidance):
-            raise ValueError(f"guidance: expected a finite number, got {guidance}")
+        max_tokens, rows = _count("max_tokens", max_tokens), None if rows is None else _count("rows", rows)
+        if guidance is not None and not (isinstance(guidance, numbers.Real) and math.isfinite(guidance)):
+            raise ValueError(f"guidance: expected a finite number, got {guidance!r}")
         if guide not in GUIDES:
             raise ValueError(f"unknown guide {guide!r}; expected one of {list(GUIDES)}")
         if graph not in ("auto", True, False):
@@ -584,22 +582,8 @@ class TokenSampler(Sequences):
             return PythonTokenLoop(**settings)
         loop = module.TokenLoop(**settings, pool=module.make_graph_pool(steps.t.device))
         if self._no_graph is None:
-            self._capture(loop)
+            self._no_graph = capture(loop, must=self.graph is True)
         return loop
-
-    def _capture(self, loop: Any) -> None:
-        try:
-            loop.capture()
-        except torch.OutOfMemoryError:
-            raise
-        except Exception as error:
-            reason = next(iter(str(error).splitlines()), type(error).__name__)
-            if self.graph is True:
-                raise RuntimeError(f"graph: these networks cannot be captured: {reason}") from error
-            self._no_graph = reason
-            warnings.warn(
-                f"these networks cannot be captured, so they run step by step: {reason}", RuntimeWarning, stacklevel=6
-            )
 
     def _release(self, key: tuple[int, bool], loop: Any, generation: tuple[Any, ...]) -> None:
         with self._lock:
@@ -612,6 +596,12 @@ class TokenSampler(Sequences):
                 oldest.pop()
                 if not oldest:
                     self._loops.popitem(last=False)
+
+
+def _count(name: str, value: Any) -> int:
+    if not isinstance(value, numbers.Integral) or isinstance(value, bool) or value < 1:
+        raise ValueError(f"{name}: expected a count >= 1, got {value!r}")
+    return int(value)
 
 
 def buckets(slots: int) -> list[int]:
