@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 def covariance_slope(samples: Tensor, labels: Tensor, real: Tensor, real_labels: Tensor) -> float:
-    """How much of the covariance between different tokens is there: 1 for real sequences, 0 for independent tokens.
+    """The covariance between different tokens over the real one: 1 for real sequences, 0 for independent tokens.
 
     The slope of a regression through 0 of the samples' covariance, between every feature of every two different tokens, on
     that of the real data, both with the mean of each class taken off.

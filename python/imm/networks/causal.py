@@ -13,7 +13,7 @@ class CausalTransformer(nn.Module):
     The positions are learned. Slot 0 holds the class, slot n + 1 token n.
 
     Args:
-        token_dim: D, numbers of a token. features: C, of z and of the blocks, a multiple of ``heads``. depth: blocks.
+        token_dim: D, features of a token. features: C, of z and of the blocks, a multiple of ``heads``. depth: blocks.
         max_tokens: T, the longest sequence.
         num_classes: classes 0 .. ``num_classes`` - 1; label ``num_classes`` means "none".
 

@@ -18,15 +18,15 @@ ONE_DNN_ROWS = 4
 
 
 class TokenHead(nn.Module):
-    """G(x, t, s | z) for one token x, given z, what a backbone has made of the tokens before it.
+    """G(x, t, s | z) for one token x, conditioned on z, a backbone's output for the tokens before it.
 
-    With a latent the head has noise xi of its own beside x, so that it can give several samples for one x_t
+    With a latent the head also takes noise xi, so that it can give several samples for one x_t
     (:class:`imm.objectives.EnergyScore`). The output is 0 at initialisation.
 
     Args:
-        token_dim: D, numbers of a token. cond_dim: C, numbers of z.
-        width: features. depth: residual blocks.
-        latent_dim: L, numbers of xi, 0 for none.
+        token_dim: D, features of a token. cond_dim: C, features of z.
+        width: features of the blocks. depth: residual blocks.
+        latent_dim: L, features of xi, 0 for none.
         frequencies: of the sinusoids of each time, an even number.
 
     Raises:
