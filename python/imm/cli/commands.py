@@ -142,7 +142,8 @@ def demo(**options: Any) -> None:
 
 _TRAIN: dict[str, list[Decorator]] = {
     "Data": [
-        _data('"mnist5k", a folder of images, .zip, .npz (images or latents), CIFAR-10, MNIST (docs/data.md).'),
+        _data('"mnist5k", a folder of images, .zip, .npz (images or latents), CIFAR-10, MNIST (docs/data.md).', required=False),
+        _option("--tokens", type=PATH, metavar="FILE", help="In place of --data: sequences of tokens, .npy or .npz."),
         _option("--resolution", type=click.IntRange(min=4), help="Resize to this side. [default: as they are; mnist5k: 16]"),
         TRANSFORM,
         CHANNELS,
@@ -260,6 +261,11 @@ _TRAIN: dict[str, list[Decorator]] = {
         _option("--dropout", default=0.0, type=Number(0, 1, max_open=True), help="U-Net, DDPM++."),
         _option("--size", default="S", type=_choice("S", "B", "L", "XL"), help="DiT: size."),
         _option("--patch", default=2, type=COUNT, help="DiT: side of a patch."),
+        _option(
+            "--backbone", default="256x4x4", metavar="WxLxH", help="Sequences: features, blocks and heads of the backbone."
+        ),
+        _option("--head", default="256x3", metavar="WxL", help="Sequences: features and blocks of the head."),
+        _option("--latent", type=click.IntRange(min=0), help="Sequences: the head's own noise. [energy: a token's; others: 0]"),
     ],
     "Flow map": [
         _option("--schedule", default="fm", type=_choice("fm", "vp_cosine")),
@@ -302,10 +308,13 @@ _Grouped.groups = {title: len(options) for title, options in _TRAIN.items()}
 @_all([option for group in _TRAIN.values() for option in group])
 @click.pass_context
 def train(context: click.Context, **options: Any) -> None:
-    """Train a network on images. Stopped or killed at any moment, the same command resumes exactly where it was saved.
+    """Train a network on images, or on sequences of continuous tokens (docs/learn/tokens.md). Stopped or killed at any moment,
+    the same command resumes exactly where it was saved.
 
     Processes that torchrun starts ("torchrun --nproc-per-node=8 -m imm train ...") share each batch.
     """
+    if (options["data"] is None) == (options["tokens"] is None):
+        raise click.UsageError("Missing option '--data'." if options["data"] is None else "Give either --data or --tokens.")
     default = click.core.ParameterSource.DEFAULT
     given = {name for name in context.params if context.get_parameter_source(name) is not default}
     _run("train", given=given, **options)

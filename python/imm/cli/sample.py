@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import math
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +23,9 @@ from imm.distributed import Processes, processes
 from imm.files import sha256_of
 from imm.flow_map import FlowMap
 from imm.integrations.autoencoder import INSTALL, load_vae
+from imm.networks import TokenModel
 from imm.objectives import SAMPLED_BY
-from imm.sampling import Sampler, step_table, time_grid
+from imm.sampling import Sampler, TokenSampler, step_table, time_grid
 from imm.sampling.folder import ImageFolder, absent, generate, note
 from imm.seeds import format_integers, parse_integers
 
@@ -68,6 +70,7 @@ def _run(
         raise ValueError("class: expected either --class or --labels, got both")
     extra = read_settings(net, "flow_map").get("extra", {})
     class_names = _class_names(extra)
+    sequences = isinstance(flow_map.network, TokenModel)
     method = method_of(extra, method)
     all_labels = pick_labels(flow_map, labels, len(seed_list))
     if one_class is not None:
@@ -79,9 +82,9 @@ def _run(
     if guidance is not None and not math.isfinite(guidance):
         raise ValueError(f"guidance: expected a finite number, got {guidance}")
     npz_path = None if npz is None else _new_file(npz, Path(out))
-    shape = flow_map.image_shape
+    shape = _shape(flow_map, precision, grid, vae)
     decode, autoencoder = (None, None) if vae is None else _decoder(vae, shape, device)
-    drawn = shape[0] in (1, 3) or decode is not None
+    drawn = (not sequences and shape[0] in (1, 3)) or decode is not None
     if grid is not None and not drawn:
         raise ValueError(f"grid: expected pictures, got latents of {shape[0]} channels without --vae ({INSTALL})")
     sampling: dict[str, Any] = {"steps": steps, "kind": kind, "mid_eta": mid_eta, "method": method, "guidance": guidance}
@@ -104,10 +107,11 @@ def _run(
     click.get_current_context().call_on_close(folder.close)
     folder.begin(manifest, seed_list, where)
     missing = absent(seed_list, rows, folder, where)
-    sampler = Sampler(flow_map, **sampling, rows=rows, dtype=PRECISIONS[precision])
+    make = token_sampler if sequences else partial(Sampler, dtype=PRECISIONS[precision])
+    sampler = make(flow_map, **sampling, rows=rows)
     if where.first:
-        many = f", {where.world} processes" if where.world > 1 else ""
-        click.echo(f"{net} on {device_line(device)}{many}: {len(seed_list)} images of {shape}, {steps} steps, {method}")
+        many, kind = f", {where.world} processes" if where.world > 1 else "", "sequences" if sequences else "images"
+        click.echo(f"{net} on {device_line(device)}{many}: {len(seed_list)} {kind} of {shape}, {steps} steps, {method}")
         if one_class is not None and one_class < len(class_names):  # "none" has no name
             click.echo(f"class: {one_class}, called {printable(class_names[one_class])}")
     name = f"process 0 of {where.world}" if where.world > 1 else None
@@ -118,11 +122,42 @@ def _run(
         )
     made_by_all = where.total(missing)
     if where.first:
-        _finish(folder, seed_list, all_labels, grid, npz_path, made_by_all)
+        _finish(folder, kind if sequences or drawn else "latents", seed_list, all_labels, grid, npz_path, made_by_all)
+
+
+def sequence_shape(flow_map: FlowMap) -> tuple[int, int]:
+    """(tokens, features) of the longest sequence of a flow map around a :class:`imm.networks.TokenModel`."""
+    network: Any = flow_map.network
+    return network.max_tokens, network.token_dim
+
+
+def token_sampler(flow_map: FlowMap, **settings: Any) -> TokenSampler:
+    """The sampler of a flow map around a :class:`imm.networks.TokenModel`."""
+    network: Any = flow_map.network
+    head = FlowMap(network.head, **flow_map.settings).eval()
+    return TokenSampler(network.backbone, head, max_tokens=network.max_tokens, **settings)
+
+
+def _shape(flow_map: FlowMap, precision: str, grid: tuple[int, int] | None, vae: str | None) -> tuple[int, ...]:
+    """Of an image or sequence, whose options are looked at."""
+    if not isinstance(flow_map.network, TokenModel):
+        return flow_map.image_shape
+    if precision not in ("fp32", "tf32"):
+        raise ValueError(f"precision: expected fp32 or tf32 for sequences, got {precision}")
+    for name, given in (("grid", grid), ("vae", vae)):
+        if given is not None:
+            raise ValueError(f"{name}: expected no such option for sequences, got {given}")
+    return sequence_shape(flow_map)
 
 
 def _finish(
-    folder: ImageFolder, seeds: list[int], labels: Tensor | None, layout: tuple[int, int] | None, npz: Path | None, made: int
+    folder: ImageFolder,
+    what: str,
+    seeds: list[int],
+    labels: Tensor | None,
+    layout: tuple[int, int] | None,
+    npz: Path | None,
+    made: int,
 ) -> None:
     """The grid and the array, from the files, and the last line; ``made``: how many of the images this run made."""
     if npz is not None:
@@ -132,11 +167,10 @@ def _finish(
         shown = torch.from_numpy(np.stack([folder.read(seed) for seed in seeds[: columns * lines]])).permute(0, 3, 1, 2)
         exact = (shown.float() - 127.5) / 127.5  # to_uint8 gives these pixels back
         pictures.save_picture(pictures.grid([("", part) for part in exact.split(columns)]), folder.root / "grid.png")
-    what = "images" if folder.pictures else "latents"
     also = [*(["grid.png"] if layout else []), *([str(npz)] if npz is not None else [])]
     there = f" ({len(seeds) - made} were there already)" if made < len(seeds) else ""
     click.echo(f"wrote {made} {what} to {folder.root}{there}{', and ' if also else ''}{' and '.join(also)}")
-    if not folder.pictures:
+    if what == "latents":
         click.echo(f"the same command with --vae=PATH makes pictures of them; it needs the diffusers library: {INSTALL}")
 
 

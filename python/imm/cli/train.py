@@ -19,7 +19,7 @@ from imm.cli import progress
 from imm.cli.eval import check_weights
 from imm.cli.options import device_line, name_list, process_device, say_left_out, say_notes
 from imm.cli.report import write_environment
-from imm.data import ImageData, load, to_float
+from imm.data import ImageData, load, load_tokens, to_float
 from imm.data.augmentation import LABELS
 from imm.distributed import Processes, processes
 from imm.evaluation.evaluate import METRICS, ReferenceStatistics, parse_metrics
@@ -28,7 +28,7 @@ from imm.evaluation.statistics import is_statistics
 from imm.files import sha256_of
 from imm.flow_map import FlowMap
 from imm.networks import NETWORKS, ignore_second_time
-from imm.objectives import OBJECTIVES
+from imm.objectives import OBJECTIVES, TRAIN_BACKBONE, AnyObjective, SequenceObjective
 from imm.presets import PRESETS, Preset
 from imm.training import Scoring, TrainConfig, Trainer, Watch
 from imm.training.watch import SCORES_FILE
@@ -39,6 +39,9 @@ NETWORK_OPTIONS = {"UNet": ("width", "dropout"), "DDPMpp": ("width", "dropout"),
 FLOW_MAP_OPTIONS = ("schedule", "parametrization", "second_time", "time_scale", "t_min", "t_max")
 #: Without --time-scale; a derivative in t of a network that sees 1,000 t is too large to learn from (docs/losses.md).
 TIME_SCALES = {"meanflow": 1.0}
+#: Of a network for sequences, and the options of --data that sequences do not have.
+SEQUENCE_OPTIONS = ("backbone", "head", "latent")
+IMAGE_OPTIONS = ("resolution", "transform", "channels", "skip_broken", "xflip", "augment", "preset")
 #: Options that are settings of :class:`imm.training.TrainConfig`.
 TRAINING_OPTIONS = (
     "batch",
@@ -77,20 +80,21 @@ LOSS_OPTIONS: dict[str, dict[str, str]] = {
 OBJECTIVE_OPTIONS = {name for options in LOSS_OPTIONS.values() for name in options}
 
 
-def run(data: str, out: str, device: str, given: set[str], **options: Any) -> None:
+def run(out: str, device: str, given: set[str], **options: Any) -> None:
     """Run ``imm train``; the arguments are its options. given: the names of those that are not at their defaults."""
     with processes() as where:
         _check_device(device, where)
-        _run(data, out, process_device(device, where), where, given, **options)
+        _run(out, process_device(device, where), where, given, **options)
 
 
 def _run(
-    data: str,
     out: str,
     target: torch.device,
     where: Processes,
     given: set[str],
     *,
+    data: str | None,
+    tokens: str | None,
     steps: int,
     minutes: float | None,
     preset: str | None,
@@ -101,7 +105,8 @@ def _run(
 ) -> None:
     say = click.echo if where.first else lambda line: None
     read_as = {name: options.pop(name) for name in ("resolution", "transform", "channels", "skip_broken")}
-    images = load(data, latents=True, **read_as)
+    _check_kind(given, sequences=tokens is not None)
+    images = load(str(data), latents=True, **read_as) if tokens is None else load_tokens(tokens)
     watching = {name: options.pop(name) for name in WATCH_OPTIONS}
     training = {name: options.pop(name) for name in TRAINING_OPTIONS}
     every = {"log_every": options.pop("tick"), "snapshot_every": options.pop("snap"), "keep_every": options.pop("keep")}
@@ -117,7 +122,7 @@ def _run(
         training["augment"] = 0.0  # a preset's; the file's network cannot be told
     if training["decay"] == "cosine" and training["decay_steps"] is None:
         training["decay_steps"] = steps
-    config = TrainConfig(**training, **every, mfu=True)
+    config = TrainConfig(**training, **every, mfu=tokens is None)
     if checkpointing and "checkpointing" not in parameters:
         raise ValueError(f"checkpointing: expected a network that has it, got {chosen.network}")
     watch, about = _watch(images, config.snapshot_every, given, read_as, **watching)
@@ -126,7 +131,8 @@ def _run(
     net = flow_map.network
     if checkpointing:
         net.checkpointing = True  # type: ignore[assignment]
-    objective = OBJECTIVES[chosen.loss](flow_map.to(target), **chosen.objective)
+    loss = OBJECTIVES[chosen.loss](flow_map.to(target), **chosen.objective)
+    objective: AnyObjective = loss if tokens is None else SequenceObjective(loss)
     digest = None if init is None else sha256_of(init)
     trainer = Trainer(objective, images, out, config, init=digest, where=where, watch=watch, allow_change=allow_change)
     if where.first:
@@ -134,11 +140,7 @@ def _run(
     count, how = sum(p.numel() for p in net.parameters()), config.precision + ", compiled" * config.compile
     many = f", {where.world} processes" if where.world > 1 else ""
     say(f"device: {device_line(target)}{many}; {_data_line(images, flow_map.sigma_data)}")
-    if chosen.loss in TIME_SCALES and flow_map.time_scale > TIME_SCALES[chosen.loss]:
-        say(
-            f"time scale: {flow_map.time_scale:g}, of which {chosen.loss} takes a derivative; it learns far better at "
-            f"{TIME_SCALES[chosen.loss]:g} (docs/losses.md)"
-        )
+    about = [*_about_time_scale(chosen.loss, flow_map), *about]
     if where.first:
         say_notes(images.notes)
         say_left_out(images.left_out, Path(out) / "data")
@@ -166,6 +168,22 @@ def _run(
     say(f"wrote {trainer.snapshot_path}")
 
 
+def _about_time_scale(loss: str, flow_map: FlowMap) -> list[str]:
+    if loss not in TIME_SCALES or flow_map.time_scale <= TIME_SCALES[loss]:
+        return []
+    return [
+        f"time scale: {flow_map.time_scale:g}, of which {loss} takes a derivative; it learns far better at "
+        f"{TIME_SCALES[loss]:g} (docs/losses.md)"
+    ]
+
+
+def _check_kind(given: set[str], sequences: bool) -> None:
+    """Refuse options of images for sequences, and the other way round."""
+    for name in sorted(given.intersection(IMAGE_OPTIONS if sequences else SEQUENCE_OPTIONS)):
+        kind, other = ("sequences", "images") if sequences else ("images", "sequences")
+        raise ValueError(f"{name}: expected no such option for {kind}, which {other} have")
+
+
 def _chosen(
     images: ImageData, preset: str | None, init: str | None, given: set[str], options: Mapping[str, Any]
 ) -> tuple[Preset, FlowMap | None]:
@@ -173,7 +191,10 @@ def _chosen(
     of_model = {name: options[name] for name in given & options.keys()}
     if init is not None:
         _check_beside_init(init, of_model)
-    chosen = _from_options(options, of_model, images) if preset is None else _changed(preset, of_model)
+    if len(images.shape) == 2:
+        chosen = _of_sequences(options, of_model, images, init)
+    else:
+        chosen = _from_options(options, of_model, images) if preset is None else _changed(preset, of_model)
     loaded = None
     if init is not None:
         loaded = checkpoints.load(init).train()
@@ -181,7 +202,7 @@ def _chosen(
         chosen = _of_file(init, loaded, chosen, preset)
     if init is not None or preset is not None:
         _check_fit(f"the preset {preset}" if init is None else init, chosen, images)
-    if "label_dropout" in of_model and not chosen.arguments["num_classes"]:
+    if "label_dropout" in of_model and not chosen.arguments.get("backbone", chosen.arguments)["num_classes"]:
         raise ValueError(
             f"label_dropout: expected no such option for a network without classes, got {of_model['label_dropout']} "
             f"({images.source})"
@@ -205,13 +226,14 @@ def _watch(
     weights: str | None,
 ) -> tuple[Watch, list[str]]:
     """What is watched of the run, and what there is to say of it."""
-    pictures = images.shape[0] in (1, 3)
+    pictures = len(images.shape) == 3 and images.shape[0] in (1, 3)
     if not pictures and "grid" not in given:
         grid = None
     scoring, about = None, []
     if metrics is not None:
         if not pictures:
-            raise ValueError(f"eval: expected pictures, got latents {list(images.shape)} ({images.source})")
+            what = "latents" if len(images.shape) == 3 else "sequences"
+            raise ValueError(f"eval: expected pictures, got {what} {list(images.shape)} ({images.source})")
         names = parse_metrics(metrics)
         check_weights(weights, [METRICS[name].features for name in names])
         reference: PictureSet | ReferenceStatistics
@@ -265,6 +287,43 @@ def _from_options(options: Mapping[str, Any], given: Mapping[str, Any], images: 
         _of_loss(options["loss"], given),
         loss=options["loss"],
     )
+
+
+def _of_sequences(options: Mapping[str, Any], given: Mapping[str, Any], images: ImageData, init: str | None) -> Preset:
+    """What the options say of a backbone and its head, for the sequences' shape and classes."""
+    loss = options["loss"]
+    foreign = sorted(given.keys() - {"loss", *SEQUENCE_OPTIONS, *FLOW_MAP_OPTIONS, *OBJECTIVE_OPTIONS})
+    if foreign:
+        raise ValueError(f"{foreign[0]}: expected no such option for sequences, got {given[foreign[0]]}")
+    if loss not in TRAIN_BACKBONE and init is None:
+        raise ValueError(
+            f"loss: expected {' or '.join(TRAIN_BACKBONE)}, which train the backbone, or --init with a trained one, got {loss}"
+        )
+    count, width = images.shape
+    features, depth, heads = _sizes("backbone", options["backbone"], 3)
+    head_width, head_depth = _sizes("head", options["head"], 2)
+    latent = options["latent"] if options["latent"] is not None else width if loss == "energy" else 0
+    backbone = {"token_dim": width, "features": features, "depth": depth, "heads": heads, "max_tokens": count}
+    flow_map = {**{name: options[name] for name in FLOW_MAP_OPTIONS}, "time_scale": _time_scale(options)}
+    if loss == "energy" and "parametrization" not in given:
+        flow_map["parametrization"] = "identity"  # the network gives the token itself
+    return Preset(
+        "TokenModel",
+        {
+            "backbone": {**backbone, "num_classes": images.num_classes},
+            "head": {"width": head_width, "depth": head_depth, "latent_dim": latent},
+        },
+        flow_map,
+        _of_loss(loss, given),
+        loss=loss,
+    )
+
+
+def _sizes(name: str, text: str, count: int) -> list[int]:
+    parts = text.split("x")
+    if len(parts) != count or not all(part.isdecimal() and int(part) for part in parts):
+        raise ValueError(f"{name}: expected {count} sizes such as {'x'.join(['256', '4', '4'][:count])}, got {text!r}")
+    return [int(part) for part in parts]
 
 
 def _time_scale(options: Mapping[str, Any]) -> float:
@@ -324,6 +383,7 @@ def _check_beside_init(path: str, given: Mapping[str, Any]) -> None:
         "network",
         *(set(FLOW_MAP_OPTIONS) - {"second_time"}),
         *(name for names in NETWORK_OPTIONS.values() for name in names),
+        *SEQUENCE_OPTIONS,
     }
     for name in sorted(given.keys() & own):
         raise ValueError(f"{name}: expected no such option beside --init, whose file says it ({path}), got {given[name]}")
@@ -356,6 +416,13 @@ def _of_file(path: str, loaded: FlowMap, chosen: Preset, preset: str | None) -> 
 
 def _check_fit(whose: str, preset: Preset, images: ImageData) -> None:
     """Refuse data that the network does not take, before it is made."""
+    sequences = len(images.shape) == 2
+    if sequences != (preset.network == "TokenModel"):
+        wanted, got = ("images, by --data,", "sequences") if sequences else ("sequences, by --tokens,", "images")
+        raise ValueError(f"data: expected {wanted} for {whose}, got {got} ({images.source})")
+    if sequences:
+        _check_sequences(whose, preset.arguments["backbone"], images)
+        return
     channels, side, classes = (preset.arguments[key] for key in ("channels", "resolution", "num_classes"))
     if images.shape != (channels, side, side):
         what, remedy = "images", f"--resolution={side} resizes"
@@ -369,3 +436,11 @@ def _check_fit(whose: str, preset: Preset, images: ImageData) -> None:
         raise ValueError(
             f"data: expected labels of at most {classes} classes for {whose}, got {images.num_classes} ({images.source})"
         )
+
+
+def _check_sequences(whose: str, backbone: Mapping[str, Any], images: ImageData) -> None:
+    T, D, classes = (backbone.get(key, 0) for key in ("max_tokens", "token_dim", "num_classes"))
+    if images.shape[0] > T or images.shape[1] != D:
+        raise ValueError(f"tokens: expected [N, 1..{T}, {D}] for {whose}, got {list(images.shape)} ({images.source})")
+    if images.num_classes > classes:
+        raise ValueError(f"tokens: expected labels of at most {classes} classes for {whose}, got {images.num_classes}")

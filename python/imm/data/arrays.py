@@ -27,6 +27,7 @@ _IMAGES, _LABELS, _CLASS_NAMES = ("images", "arr_0"), ("labels", "label", "arr_1
 MOMENTS = ("mu", "sigma")
 #: The arrays of latents: values, or the mean and the standard deviation of each.
 _LATENTS, _MEAN, _STD = "latents", "latents_mean", "latents_std"
+_TOKENS = "tokens"
 #: What zipfile and numpy raise for a broken file; numpy reads an array's header as Python source.
 _BROKEN = (
     *(KeyError, OSError, ValueError, TypeError, EOFError, RuntimeError, zlib.error, zipfile.BadZipFile),
@@ -123,6 +124,36 @@ def read_latents(path: Path) -> Arrays:
                     f"got {part[index]} in number {start + index[0]} ({path})"
                 )
     return Arrays(latents, _checked_labels(labels, len(latents), path), class_names, unread, deviations)
+
+
+def read_tokens(path: Path) -> Arrays:
+    """Sequences of continuous tokens, ``[N, T, D]`` float16 or float32: an npy file of them, or the array ``tokens`` of an npz
+    file, with its labels and class names, if there are any.
+
+    Raises:
+        ValueError: a broken file, another array, values that are not finite, labels that are no classes, or an array that would
+            unpack to more than ``MAX_ARRAY`` bytes.
+    """
+    labels, class_names = None, None
+    unread: list[str] = []
+    if path.suffix == ".npy":
+        try:
+            values = np.load(path, allow_pickle=False, mmap_mode="r")
+        except _BROKEN as error:
+            raise ValueError(f"tokens: expected a whole .npy file of numbers, got {path}: {error}") from error
+    else:
+        known = names_in(path)
+        if _TOKENS not in known:
+            raise ValueError(f"tokens: expected an .npz file with an array called {_TOKENS}, got {sorted(known)[:4]} in {path}")
+        found, labels, class_names, unread = _labelled(path, known, (_TOKENS,))
+        values = found[_TOKENS]
+    if values.dtype not in (np.float16, np.float32) or values.ndim != 3 or not values.size:
+        got = f"{list(values.shape)} of {values.dtype}"
+        raise ValueError(f"tokens: expected [N, T, D] of float16 or float32, got {got} ({path})")
+    for start in range(0, len(values), _PART):
+        if not np.isfinite(values[start : start + _PART]).all():
+            raise ValueError(f"tokens: expected finite values, got NaN or infinity in {start} to {start + _PART} ({path})")
+    return Arrays(np.array(values), _checked_labels(labels, len(values), path), class_names, unread)
 
 
 def _one_of(names: tuple[str, ...], known: set[str], path: Path) -> str | None:

@@ -19,7 +19,7 @@ class ImageData:
     """Images, labels, and where they come from.
 
     Attributes:
-        pixels: ``[N, C, H, W]``: uint8, or floating as the network takes them (latents).
+        pixels: ``[N, C, H, W]``: uint8, or floating as the network takes them (latents). Of sequences ``[N, T, D]`` floating.
         labels: ``[N]`` int64, or None. num_classes: 0 without labels.
         source: in words.
         deviations: of latents that are an autoencoder's posteriors: ``pixels`` are then the means, these the standard
@@ -46,9 +46,9 @@ class ImageData:
         return to_float(self.pixels)
 
     @property
-    def shape(self) -> tuple[int, int, int]:
-        """(channels, height, width) of one image."""
-        return tuple(self.pixels.shape[1:])  # type: ignore[return-value]
+    def shape(self) -> tuple[int, ...]:
+        """(channels, height, width) of one image, (tokens, features) of one sequence."""
+        return tuple(self.pixels.shape[1:])
 
 
 def to_float(pixels: Tensor) -> Tensor:
@@ -114,6 +114,21 @@ def load(
         )
 
 
+def load_tokens(source: str) -> ImageData:
+    """Sequences of continuous tokens from an .npy file, or from an .npz file with ``tokens`` and perhaps ``labels``.
+
+    Raises:
+        ValueError, FileNotFoundError: with what was expected and what came.
+    """
+    path = Path(source)
+    if not path.exists():
+        raise FileNotFoundError(f"tokens: expected an .npy or .npz file, found nothing at {source}")
+    if path.suffix not in (".npy", ".npz") or not path.is_file():
+        raise ValueError(f"tokens: expected an .npy or .npz file, got {source}")
+    found = arrays.read_tokens(path)
+    return _of_arrays(found, f"{len(found.values)} sequences in {path}")
+
+
 def check_channels(channels: int | None) -> None:
     """Raise ValueError for a number of channels that images do not have."""
     if channels not in (None, 1, 3):
@@ -140,7 +155,10 @@ def _load_latents(found: arrays.Arrays, path: Path, resolution: int | None, spli
             f"resolution: expected {found.values.shape[2]} or none, latents cannot be resized, got {resolution} ({path})"
         )
     kind = "latents" if found.deviations is None else "posteriors of latents"
-    description = f"{len(found.values)} {kind} in {path}"
+    return _of_arrays(found, f"{len(found.values)} {kind} in {path}")
+
+
+def _of_arrays(found: arrays.Arrays, description: str) -> ImageData:
     return ImageData(
         torch.from_numpy(found.values),
         None if found.labels is None else torch.from_numpy(found.labels),

@@ -18,9 +18,9 @@ _PART = 1000  # images at a time
 def digest(data: ImageData | Tensor | NDArray[np.uint8], labels: Tensor | NDArray[np.integer] | None = None) -> str:
     """A sha256 of decoded pixels and labels, in their order: the same for the same images in any layout, file or storage.
 
-    Hashed are the line ``imm-data 1 DTYPE N C H W``, the values of ``[N, C, H, W]`` (the last index runs fastest), the line
-    ``labels`` or ``no labels``, and the labels as int64; numbers are little-endian. An ImageData with deviations has the line
-    ``deviations`` and these before the labels.
+    Hashed are the line ``imm-data 1 DTYPE N C H W`` (of sequences ``N T D``), the values (the last index runs fastest), the
+    line ``labels`` or ``no labels``, and the labels as int64; numbers are little-endian. An ImageData with deviations has the
+    line ``deviations`` and these before the labels.
 
     Args:
         data: an ImageData, or images ``[N, C, H, W]`` (uint8 with C = 1 or 3, or floating).
@@ -42,7 +42,9 @@ def digest(data: ImageData | Tensor | NDArray[np.uint8], labels: Tensor | NDArra
 def _digest(data: Tensor | NDArray[np.uint8], deviations: Tensor | None, labels: Tensor | NDArray[np.integer] | None) -> str:
     pixels = torch.as_tensor(data)
     is_bytes = pixels.dtype == torch.uint8
-    if pixels.dim() != 4 or not (is_bytes or pixels.is_floating_point()) or (is_bytes and pixels.shape[1] not in (1, 3)):
+    sequences = pixels.dim() == 3 and pixels.is_floating_point()
+    pictures = pixels.dim() == 4 and (pixels.is_floating_point() or (is_bytes and pixels.shape[1] in (1, 3)))
+    if not (sequences or pictures):
         raise ValueError(f"data: expected images [N, C, H, W] of uint8 or floating, got {list(pixels.shape)} of {pixels.dtype}")
     dtype = str(pixels.dtype).removeprefix("torch.")
     out = hashlib.sha256(f"imm-data 1 {dtype} {' '.join(map(str, pixels.shape))}\n".encode())

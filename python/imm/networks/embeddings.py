@@ -52,11 +52,11 @@ def ignore_second_time(network: nn.Module) -> None:
     A velocity, which has seen no other, becomes the start of a flow map: the layer that takes the second time has weights 0 and
     learns from there.
     """
-    zero, own = torch.zeros(1, dtype=torch.float64), cast(Any, network)
+    zero, own = torch.zeros(1, dtype=torch.float64), cast(Any, getattr(network, "head", network))
     with torch.no_grad():
-        if isinstance(getattr(network, "s_embedder", None), TimestepEmbedder):
+        if isinstance(getattr(own, "s_embedder", None), TimestepEmbedder):
             layer, features = own.s_embedder.mlp[0], sinusoids(zero, own.s_embedder.frequencies)
-        elif hasattr(network, "map_layer0_s"):
+        elif hasattr(own, "map_layer0_s"):
             layer, features = own.map_layer0_s, own._sinusoids(zero)
         else:
             raise ValueError(f"network: expected one of imm.networks, got {type(network).__name__}")

@@ -10,6 +10,7 @@ from imm.objectives.flow_matching import FlowMatching
 from imm.objectives.imm import IMM
 from imm.objectives.meanflow import MeanFlow
 from imm.objectives.self_distillation import SelfDistillation
+from imm.objectives.sequences import TRAIN_BACKBONE, AnyDraws, AnyObjective, SequenceObjective
 from imm.objectives.shortcut import Shortcut
 
 #: ``imm train --loss`` -> what makes the objective of a flow map.
@@ -31,7 +32,10 @@ __all__ = [
     "IMM",
     "OBJECTIVES",
     "SAMPLED_BY",
+    "TRAIN_BACKBONE",
     "T_BINS",
+    "AnyDraws",
+    "AnyObjective",
     "Batch",
     "Consistency",
     "Draws",
@@ -40,5 +44,6 @@ __all__ = [
     "MeanFlow",
     "Objective",
     "SelfDistillation",
+    "SequenceObjective",
     "Shortcut",
 ]

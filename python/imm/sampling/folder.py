@@ -24,6 +24,7 @@ from imm.evaluation.sets import GENERATION_FILE
 from imm.files import lock_folder, remove_part, replacing, write_text
 from imm.pictures import save_picture, to_picture
 from imm.sampling.sampler import Sampler
+from imm.sampling.tokens import TokenSampler
 
 if TYPE_CHECKING:
     from filelock import FileLock
@@ -126,7 +127,7 @@ class ImageFolder:
             self._lock.release()
 
     def write(self, seed: int, image: Tensor) -> None:
-        """Write one image ``[C, H, W]``, atomically."""
+        """Write one image ``[C, H, W]``, or sequence ``[T, D]``, atomically."""
         path = self.path(seed)
         if self.pictures:
             save_picture(to_picture(image, decoded=self.decoded), path)
@@ -135,7 +136,7 @@ class ImageFolder:
             np.save(part, image.numpy())
 
     def read(self, seed: int) -> np.ndarray[Any, Any]:
-        """A written image: uint8 ``[H, W, C]`` of a picture, else float32 ``[C, H, W]``."""
+        """A written image: uint8 ``[H, W, C]`` of a picture, else float32 ``[C, H, W]``; of a sequence ``[T, D]``."""
         if not self.pictures:
             return np.load(self.path(seed), allow_pickle=False)
         from PIL import Image
@@ -146,7 +147,8 @@ class ImageFolder:
 
     def write_npz(self, path: Path, seeds: Sequence[int], labels: Tensor | None) -> None:
         """All images as one array, in the layout that the ADM evaluator reads: ``arr_0`` ``[N, H, W, C]`` uint8 and, with
-        classes, ``arr_1`` ``[N]`` int64. Images that are not pictures are ``[N, C, H, W]`` float32."""
+        classes, ``arr_1`` ``[N]`` int64. Latents are ``[N, C, H, W]`` float32; sequences are ``tokens`` ``[N, T, D]`` float32
+        and ``labels``, as ``imm train`` reads them."""
         first = self.read(seeds[0])
         with replacing(path) as part:
             # On disk: 50,000 images of 256 x 256 are 10 GB.
@@ -155,8 +157,8 @@ class ImageFolder:
             for i, seed in enumerate(seeds):
                 array[i] = self.read(seed)
             array.flush()
-            arrays = {"arr_0": array} if labels is None else {"arr_0": array, "arr_1": labels.numpy()}
-            np.savez(part, **arrays)
+            values, classes = ("tokens", "labels") if array.ndim == 3 else ("arr_0", "arr_1")
+            np.savez(part, **({values: array} if labels is None else {values: array, classes: labels.numpy()}))
 
 
 def _write_json(path: Path, value: Mapping[str, Any]) -> None:
@@ -194,7 +196,7 @@ def batches(count: int, size: int, where: Processes) -> Iterator[slice]:
 
 
 def generate(
-    sampler: Sampler,
+    sampler: Sampler | TokenSampler,
     seeds: Sequence[int],
     labels: Tensor | None,
     folder: ImageFolder,

@@ -17,8 +17,10 @@ from torch import nn
 from imm.backends import PRECISIONS
 from imm.checkpoints.format import describe
 from imm.data import ImageData, augmentation, digest
-from imm.objectives import Objective
+from imm.networks import TokenModel
+from imm.objectives import AnyObjective
 from imm.training.ema import gamma_of
+from imm.weights import unwrapped
 
 #: In torch's fused form where there is one: weights, gradient and moments pass through memory once.
 OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
@@ -134,16 +136,14 @@ class TrainConfig:
         return rate
 
 
-def check_fit(config: TrainConfig, objective: Objective, data: ImageData, world: int) -> None:
+def check_fit(config: TrainConfig, objective: AnyObjective, data: ImageData, world: int) -> None:
     """Raise ValueError where settings, network, data and the number of processes do not fit each other."""
     network, particles, classes = objective.flow_map.network, objective.particles, objective.flow_map.num_classes
     if len(data) == 0:
         raise ValueError(f"data: expected images, got none in {data.source}")
     if next(network.parameters(), None) is None:
         raise ValueError("network: expected parameters to train, got none")
-    wanted = [getattr(network, name, size) for name, size in zip(_SHAPE, data.shape, strict=False)]
-    if wanted != list(data.shape[:2]):
-        raise ValueError(f"data: expected images of {wanted} ({', '.join(_SHAPE)}), got {list(data.shape)} ({data.source})")
+    _check_shape(network, data)
     if config.batch % (particles * world):
         many = f" x {world} processes" if world > 1 else ""
         raise ValueError(f"batch: expected a multiple of particles = {particles}{many}, got {config.batch}")
@@ -162,6 +162,17 @@ def check_fit(config: TrainConfig, objective: Objective, data: ImageData, world:
         if not objective.compiles:
             raise ValueError(f"compile: expected a loss without tangents of the network, got {objective.name}")
         _check_compiler()
+
+
+def _check_shape(network: Any, data: ImageData) -> None:
+    if isinstance(unwrapped(network), TokenModel):
+        T, D = network.max_tokens, network.token_dim
+        if len(data.shape) != 2 or data.shape[0] > T or data.shape[1] != D:
+            raise ValueError(f"data: expected sequences [1..{T}, {D}], got {list(data.shape)} ({data.source})")
+        return
+    wanted = [getattr(network, name, size) for name, size in zip(_SHAPE, data.shape, strict=False)]
+    if len(data.shape) != 3 or wanted != list(data.shape[:2]):
+        raise ValueError(f"data: expected images of {wanted} ({', '.join(_SHAPE)}), got {list(data.shape)} ({data.source})")
 
 
 def _check_compiler() -> None:
@@ -185,7 +196,7 @@ def _check_augmentation(network: nn.Module, data: ImageData) -> None:
         )
 
 
-def settings_of(config: TrainConfig, objective: Objective, data: ImageData, init: str | None) -> dict[str, Any]:
+def settings_of(config: TrainConfig, objective: AnyObjective, data: ImageData, init: str | None) -> dict[str, Any]:
     """What a run's files keep of its settings, as JSON has it: all that changes the result, and what the data are called."""
     named = {} if data.class_names is None else {"class_names": list(data.class_names)}
     settings = {

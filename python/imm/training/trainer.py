@@ -18,7 +18,7 @@ from imm.data import ImageData
 from imm.distributed import Exchange, Processes
 from imm.files import lock_folder
 from imm.flow_map import FlowMap
-from imm.objectives import Draws, Objective
+from imm.objectives import AnyDraws, AnyObjective
 from imm.training.batches import Batches, mix
 from imm.training.config import OPTIMIZERS, TrainConfig, check_changeable, check_fit, settings_of
 from imm.training.ema import EMA, PowerEMA
@@ -37,10 +37,10 @@ class TrainingError(RuntimeError):
 
 
 class Trainer:
-    """Trains an objective's network on images or latents in memory.
+    """Trains an objective's network on images, latents or sequences in memory.
 
     Args:
-        objective: on the device to train on. data: whose classes fit the network's.
+        objective: on the device to train on; a SequenceObjective for sequences. data: whose classes fit the network's.
         out: gets ``stats.jsonl``, ``training-state.safetensors`` and ``snapshot-STEP.safetensors``; made if absent.
         config: see :class:`TrainConfig`. init: sha256 of the file that the network's weights came from, to be kept among the
             settings; None for fresh weights. The average begins at the network's weights in either case.
@@ -62,7 +62,7 @@ class Trainer:
 
     def __init__(
         self,
-        objective: Objective,
+        objective: AnyObjective,
         data: ImageData,
         out: str | os.PathLike[str],
         config: TrainConfig,
@@ -249,7 +249,7 @@ class Trainer:
         images: Tensor,
         labels: Tensor | None,
         told: Tensor | None = None,
-        draws: Draws | None = None,
+        draws: AnyDraws | None = None,
         *,
         pairs: bool = False,
     ) -> tuple[dict[str, Tensor], Tensor]:
@@ -305,7 +305,7 @@ class Trainer:
         return stats, norm
 
     def _accumulate(
-        self, images: Tensor, labels: Tensor | None, told: Tensor | None, draws: Draws | None, share: float, pairs: bool
+        self, images: Tensor, labels: Tensor | None, told: Tensor | None, draws: AnyDraws | None, share: float, pairs: bool
     ) -> dict[str, Tensor]:
         """Add ``share`` times the gradient of the images' loss; return the objective's statistics."""
         dtype = PRECISIONS[self.config.precision]
