@@ -177,8 +177,9 @@ def register_tangents(
         ctx.like = [(v.shape, v.dtype, v.device) for v in output[:results]]
 
     def backward_of_results(ctx: Any, *grads: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
-        if any(grad is not None for grad in grads[results:]):
-            raise RuntimeError(f"imm::{op}_jvp: a tangent has no derivative: second derivatives are not supported")
+        for grad in grads[results:]:
+            if grad is not None:
+                _refuse_unless_zero(grad, f"imm::{op}_jvp: a tangent has no derivative: second derivatives are not supported")
         given = [
             torch.zeros(shape, dtype=dtype, device=device) if grad is None else grad
             for grad, (shape, dtype, device) in zip(grads, ctx.like, strict=False)
@@ -187,6 +188,16 @@ def register_tangents(
 
     register(f"{op}_jvp", check=check_all, reference=reference, fake=fake_all, native=native, triton=triton)
     register_autograd(f"{op}_jvp", backward_of_results, setup)
+
+
+def _refuse_unless_zero(grad: torch.Tensor, message: str) -> None:
+    """Raise RuntimeError for a gradient; zeros are what an autograd function around the op, such as FSDP's, makes of none. On
+    CUDA the device raises, so that nothing waits for it."""
+    if grad.device.type == "cpu":
+        if bool(grad.any()):
+            raise RuntimeError(message)
+    else:
+        torch._assert_async(~grad.any(), message)
 
 
 def only(ctx: Any, arguments: NamedTuple, learning: set[str], refusal: str) -> None:
