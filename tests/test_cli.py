@@ -26,6 +26,7 @@ from imm.cli import options, progress
 from imm.cli.options import process_device, writable_folder
 from imm.distributed import Processes
 from imm.networks import DiT, UNet
+from imm.training.state import read_state, states_in
 
 IMM = [sys.executable, "-c", "from imm.cli import main; main()"]
 
@@ -207,7 +208,7 @@ def test_train_from_a_checkpoint(digits, tmp_path) -> None:
         assert tuned.network_dtype == torch.float32
         for mine, theirs in zip(tuned.parameters(), first.float().parameters(), strict=True):  # the average begins there too
             torch.testing.assert_close(mine, theirs, rtol=0, atol=1e-6)
-    state = checkpoints.read_file(tmp_path / "tuned" / "training-state.safetensors", "training")[1]["settings"]
+    state = read_state(tmp_path / "tuned")[1]["settings"]
     assert state["init"] == {"sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
     call(*base, tmp_path / "tuned", "--init", path, "--lr", "1e-30", "-k", "10", "--steps", "3")
     refusal = refused(*base, tmp_path / "tuned", "--init", half, "--lr", "1e-30", "-k", "10")
@@ -288,7 +289,7 @@ def test_a_signal_stops_training_and_the_same_command_goes_on(number, digits, tm
         [*IMM, *arguments, "--steps", "100000"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
     deadline = time.monotonic() + 60
-    while not (tmp_path / "run" / "training-state.safetensors").exists():
+    while not states_in(tmp_path / "run"):
         assert time.monotonic() < deadline
         time.sleep(0.05)
     process.send_signal(number)
@@ -375,15 +376,17 @@ def test_demo_leaves_other_files_alone(digits, tmp_path, monkeypatch) -> None:
     call("train", "--data", digits, "--out", out, "--steps", "4", *TRAIN)
     call("train", "--data", digits, "--out", tmp_path / "demo" / "training", "--steps", "4", *TRAIN)
     (tmp_path / "demo" / "demo-training").mkdir()
-    for name in ("notes.txt", "training-state.safetensors"):  # mine, and what a demo left that was killed
-        (tmp_path / "demo" / "demo-training" / name).write_text("mine")
+    own = tmp_path / "demo" / "demo-training"
+    (own / "training-state-0000001").mkdir()  # what a demo left that was killed
+    for name in ("notes.txt", "training-state-0000001/settings.json"):
+        (own / name).write_text("mine")
     read = lambda: {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
     before = read()
     assert "out: expected a folder without a training run" in refused("demo", "--steps", "1", "--out", out)
     assert read() == before
     call("demo", "--steps", "1", "--out", tmp_path / "demo", ok=False)
     after = read()
-    assert {path.name for path, content in before.items() if after[path] != content} == {"training-state.safetensors"}
+    assert {path.name for path, content in before.items() if after[path] != content} == {"settings.json"}
 
 
 def test_demo_verdict() -> None:

@@ -81,8 +81,9 @@ def test_runs_follow_each_other(form, tmp_path) -> None:
     for first, second, folder in ((form, none, tmp_path / "a"), (none, form, tmp_path / "b"), (none, none, tmp_path / "c")):
         train(first(unet()), folder, 1)
         train(second(unet()), folder, 2)
-    plain = {path.name: load_file(path) for path in sorted((tmp_path / "c").glob("*.safetensors"))}
-    assert list(plain) == ["snapshot-0000002.safetensors", "training-state.safetensors"]
+    files = sorted(path.relative_to(tmp_path / "c") for path in (tmp_path / "c").rglob("*.safetensors"))
+    plain = {path: load_file(tmp_path / "c" / path) for path in files}
+    assert [path.parts[0] for path in files] == ["snapshot-0000002.safetensors", "training-state-0000002"]
     for other in ("a", "b"):
         for name, tensors in plain.items():
             found = load_file(tmp_path / other / name)

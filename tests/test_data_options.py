@@ -17,7 +17,7 @@ from test_data_layouts import write_folder
 from imm import checkpoints
 from imm.data import load
 from imm.evaluation.sets import load_set
-from imm.training.state import STATE_FILE
+from imm.training.state import SETTINGS_FILE, states_in
 
 RANDOM = np.random.default_rng(0)
 TRAIN = ("--steps", 1, "--batch", 4, "--width", 8)
@@ -178,9 +178,10 @@ def test_class_names_reach_the_checkpoint_and_imm_sample(tmp_path) -> None:
     assert not (tmp_path / "no").exists()
 
     # A state from before there were names is gone on from, and so is one whose folders were renamed in the same order.
-    tensors, settings = checkpoints.read_file(run / STATE_FILE, "training")
+    path_of_settings = states_in(run)[0] / SETTINGS_FILE
+    settings = json.loads(path_of_settings.read_text())
     del settings["settings"]["data"]["class_names"]
-    checkpoints.write_file(run / STATE_FILE, tensors, {k: v for k, v in settings.items() if k != "format_version"})
+    path_of_settings.write_text(json.dumps(settings))
     (path / "dog").rename(path / "fox")
     two = ("--steps", 2, *TRAIN[2:])
     assert "resuming at step 1" in said("train", "--data", path, "--out", run, *two)

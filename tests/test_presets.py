@@ -15,6 +15,7 @@ from imm.networks import DDPMpp, DiT, dit
 from imm.objectives import OBJECTIVES
 from imm.presets import PRESETS
 from imm.training import TrainConfig
+from imm.training.state import read_state
 
 OTHERS = ["imagenet256-meanflow-b-4", "celebahq256-shortcut"]
 SIZES = [f"dit-{size}-{patch}" for size in ("s", "b", "l", "xl") for patch in (2, 4, 8)]
@@ -154,7 +155,7 @@ def test_train_with_a_preset(pixels, tmp_path) -> None:
     assert flow_map.network.settings["width"] == 8
     assert flow_map.network.settings["dropout"] == 0.2  # the preset's, not the option's default
     assert flow_map.settings == presets.flow_map("cifar10").settings
-    _, settings = checkpoints.read_file(tmp_path / "run" / "training-state.safetensors", "training")
+    _, settings = read_state(tmp_path / "run")
     objective = settings["settings"]["objective"]
     assert (objective["particles"], objective["k"], objective["a"], objective["b"]) == (2, 15, 1, 4.0)
     call("sample", "--net", tmp_path / "run" / "snapshot-0000001.safetensors", "--seeds", "0", "--out", tmp_path / "samples")
@@ -172,7 +173,7 @@ def test_train_takes_the_training_settings_of_a_preset(pixels, tmp_path, monkeyp
     assert asked == [400_000, 10_000]
 
     def config(name: str) -> dict:
-        return checkpoints.read_file(tmp_path / name / "training-state.safetensors", "training")[1]["settings"]["config"]
+        return read_state(tmp_path / name)[1]["settings"]["config"]
 
     paper = {**PRESETS["cifar10"].training, "betas": [0.9, 0.999], "warmup": 0, "seed": 0, "compile": False}
     paper |= {"decay": "none", "decay_steps": None, "clip": None, "max_skipped": 0, "ema_lengths": []}
@@ -205,7 +206,7 @@ def test_augmentation_of_a_preset(pixels, small_cifar10, tmp_path) -> None:
     def result(name: str, *options: str) -> tuple[int, float]:
         call(*train(pixels, tmp_path / name, *small, *options))
         flow_map = checkpoints.load(tmp_path / name / "snapshot-0000001.safetensors")
-        settings = checkpoints.read_file(tmp_path / name / "training-state.safetensors", "training")[1]["settings"]
+        settings = read_state(tmp_path / name)[1]["settings"]
         return flow_map.network.settings["augment_dim"], settings["config"]["augment"]
 
     assert result("paper") == (9, 0.12)

@@ -17,7 +17,7 @@ from imm.cli import progress
 from imm.training import PowerEMA, TrainConfig, Trainer, TrainingError, reconstruct
 from imm.training.config import CHANGEABLE
 from imm.training.ema import gamma_of, mixture, profile
-from imm.training.state import STATE_FILE
+from imm.training.state import states_in
 from imm.training.stats import STATS_FILE, read_rows
 
 
@@ -258,4 +258,4 @@ def test_bad_requests_for_an_average_are_one_line(tmp_path) -> None:
     assert "step: expected one that" in call(*command, "--length=0.1", "--step=3", ok=False).output
     assert "length: expected the length of an average in (0, 0.28], got 0.5" in call(*command, "--length=0.5", ok=False).output
     assert not (tmp_path / "ema.safetensors").exists()
-    assert (tmp_path / "run" / STATE_FILE).exists()
+    assert states_in(tmp_path / "run")

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
-
 import numpy as np
 import pytest
 import torch
@@ -65,16 +63,15 @@ def test_the_loss_is_the_heads_over_all_tokens_and_trains_the_backbone_where_it_
 
 
 @pytest.mark.parametrize("loss", ["energy", "imm"])
-def test_parts_and_processes_have_the_draws_and_the_gradient_of_the_batch(loss, tmp_path) -> None:
+def test_parts_and_processes_have_the_draws_and_the_gradient_of_the_batch(loss, tmp_path, monkeypatch) -> None:
+    for name, instead in (("shard", lambda *arguments: []), ("shard_alike", lambda *networks: None)):
+        monkeypatch.setattr(f"imm.training.trainer.{name}", instead)
     x, labels = sequences(16)
     gradients, draws = [], []
 
     class Alone(Processes):
         def largest(self, number: int) -> int:
             return number
-
-        def exchange(self, device):
-            return SimpleNamespace(take_first=lambda tensors: None, average=lambda tensors: None)
 
     places = [(Processes(), None), (Processes(), 4), (Alone(0, 2), None), (Alone(1, 2), None)]
     for i, (where, batch_gpu) in enumerate(places):

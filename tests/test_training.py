@@ -10,17 +10,19 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from unittest.mock import Mock
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from small import spread
 
 from imm import FlowMap, IMMObjective, checkpoints, files
 from imm.data import ImageData
 from imm.networks import NETWORKS, DDPMpp, UNet
 from imm.training import EMA, TrainConfig, Trainer, TrainingError
-from imm.training.state import STATE_FILE
+from imm.training.state import SETTINGS_FILE, read_state, states_in
 from imm.training.stats import STATS_FILE
 
 CONFIG = TrainConfig(batch=8, lr=1e-3, warmup=3, ema=0.9, log_every=2, snapshot_every=4, seed=3)
@@ -41,7 +43,7 @@ def trainer(folder, config: TrainConfig = CONFIG, data: ImageData | None = None,
 
 
 def state(folder) -> tuple[dict, dict]:
-    return checkpoints.read_file(folder / STATE_FILE, "training")
+    return read_state(folder)
 
 
 def assert_same_state(one, other) -> None:
@@ -248,8 +250,17 @@ def test_snapshots_are_replaced_but_those_to_keep(tmp_path) -> None:
 
 
 @pytest.mark.parametrize(("config", "left"), [(CONFIG, [8]), (dataclasses.replace(CONFIG, keep_every=4), [4, 8])])
-@pytest.mark.parametrize("at", ["imm.checkpoints.save", "pathlib.Path.unlink"])
-def test_killed_within_a_save_its_snapshots_are_as_if_it_had_not_been(at, config, left, tmp_path, monkeypatch) -> None:
+@pytest.mark.parametrize(
+    ("at", "step"),
+    [
+        ("imm.training.state.write_text", 7),
+        ("pathlib.Path.replace", 7),
+        ("imm.checkpoints.write_file", 8),
+        ("pathlib.Path.unlink", 8),
+        ("imm.training.state.State._remove", 8),
+    ],
+)
+def test_killed_within_a_save_its_files_are_as_if_it_had_not_been(at, step, config, left, tmp_path, monkeypatch) -> None:
     def snapshots(folder) -> dict[str, bytes]:
         return {path.name: path.read_bytes() for path in folder.iterdir() if path.name.lstrip(".").startswith("snapshot-")}
 
@@ -261,9 +272,12 @@ def test_killed_within_a_save_its_snapshots_are_as_if_it_had_not_been(at, config
     with pytest.raises(KeyboardInterrupt):
         run.run(8)
     monkeypatch.undo()
-    assert snapshots(tmp_path / "killed") != snapshots(tmp_path / "whole")
-    assert trainer(tmp_path / "killed", config).resumed_from == 8
+    resumed = trainer(tmp_path / "killed", config)
+    assert resumed.resumed_from == step
+    resumed.run(8)
     assert snapshots(tmp_path / "killed") == snapshots(tmp_path / "whole")
+    names = [sorted(path.name for path in (tmp_path / name).iterdir()) for name in ("killed", "whole")]
+    assert names[0] == names[1]
 
 
 def test_fp16_has_a_loss_scale_that_is_kept(tmp_path) -> None:
@@ -315,13 +329,21 @@ def test_a_run_cannot_go_back(tmp_path) -> None:
         trainer(tmp_path).run(2)
 
 
-def test_a_state_of_an_earlier_version_resumes(tmp_path) -> None:
+def test_a_run_of_an_earlier_version_is_refused_with_its_remedy(tmp_path) -> None:
     trainer(tmp_path).run(2)
-    tensors, settings = state(tmp_path)
+    shutil.rmtree(states_in(tmp_path)[0])
+    (tmp_path / "training-state.safetensors").touch()
+    with pytest.raises(ValueError, match=r"got the state of an earlier one, .*--init=.*snapshot-0000002.safetensors begins"):
+        trainer(tmp_path)
+
+
+def test_a_state_without_later_settings_resumes(tmp_path) -> None:
+    trainer(tmp_path).run(2)
+    path = states_in(tmp_path)[0] / SETTINGS_FILE
+    settings = json.loads(path.read_text())
     for name in ("xflip", "augment", "compile"):
         del settings["settings"]["config"][name]
-    del settings["format_version"], settings["replaced_step"]
-    checkpoints.write_file(tmp_path / STATE_FILE, tensors, settings)
+    path.write_text(json.dumps(settings))
     assert trainer(tmp_path).resumed_from == 2
 
 
@@ -378,9 +400,9 @@ def test_a_foreign_stats_file_is_not_touched(tmp_path) -> None:
 
 def test_a_folder_whose_state_is_lost_is_refused_or_its_rows_are_kept(tmp_path) -> None:
     trainer(tmp_path).run(5)
-    (tmp_path / STATE_FILE).unlink()
+    shutil.rmtree(states_in(tmp_path)[0])
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()}
-    with pytest.raises(ValueError, match=rf"out: expected {STATE_FILE} beside snapshot-0000005.safetensors, .*--init="):
+    with pytest.raises(ValueError, match=r"out: expected a state beside snapshot-0000005.safetensors, .*--init="):
         trainer(tmp_path)
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()} == before
     (tmp_path / "snapshot-0000005.safetensors").unlink()  # killed before its first save: rows alone
@@ -417,10 +439,26 @@ def test_other_settings_or_data_do_not_resume(tmp_path) -> None:
 
 def test_a_broken_state_is_refused(tmp_path) -> None:
     trainer(tmp_path).run(2)
-    path = tmp_path / STATE_FILE
-    path.write_bytes(path.read_bytes()[:-10])
-    with pytest.raises(checkpoints.CheckpointError, match="expected a whole safetensors file"):
-        trainer(tmp_path)
+    folder = states_in(tmp_path)[0]
+    (path,), settings = folder.glob("*.safetensors"), folder / SETTINGS_FILE
+    whole, text = path.read_bytes(), settings.read_text()
+    small = {name: value[:1] for name, value in load_file(path).items() if "exp_avg" in name}
+    broken: list[tuple[Callable[[], object], str]] = [
+        (lambda: path.write_bytes(whole[:-10]), "expected whole safetensors files"),
+        (lambda: path.write_bytes(b""), "expected whole safetensors files"),
+        (path.unlink, "missing"),
+        (lambda: save_file({**load_file(path), **small}, path), "exp_avg.*expected"),
+        (lambda: settings.write_text(text[:-10]), f"expected a readable {SETTINGS_FILE}"),
+        (lambda: settings.write_text("[1]"), f"expected a readable {SETTINGS_FILE}"),
+        (lambda: settings.write_text(text.replace('"kind": "training"', '"kind": "other"')), "expected a state of format 1"),
+        (settings.unlink, f"expected a readable {SETTINGS_FILE}"),
+    ]
+    for breaks, message in broken:
+        breaks()
+        with pytest.raises(checkpoints.CheckpointError, match=message):
+            trainer(tmp_path)
+        path.write_bytes(whole), settings.write_text(text)
+    assert trainer(tmp_path).resumed_from == 2
 
 
 @pytest.mark.parametrize(
@@ -473,12 +511,12 @@ run.run(int(sys.argv[1]))
 def test_killed_at_any_moment_it_resumes_exactly(tmp_path) -> None:
     trainer(tmp_path / "whole").run(30)
     code = SCRIPT.format(tests=os.path.dirname(__file__), folder=str(tmp_path / "killed"))
-    path = tmp_path / "killed" / STATE_FILE
+    newest = lambda: max((path.name for path in states_in(tmp_path / "killed")), default="")
     for wait in (0.0, 0.07):
         process = subprocess.Popen([sys.executable, "-c", code, "100000"])
         deadline = time.monotonic() + 60
-        before = path.stat().st_mtime_ns if path.exists() else 0
-        while (path.stat().st_mtime_ns if path.exists() else 0) == before:
+        before = newest()
+        while newest() == before:
             assert time.monotonic() < deadline
             assert process.poll() is None
             time.sleep(0.001)

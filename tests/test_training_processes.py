@@ -3,111 +3,35 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
 import signal
 import socket
-import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
 from pathlib import Path
-from unittest.mock import Mock
 
-import numpy as np
 import pytest
 import torch
-from command_line import call
 from torch import nn
+from torchrun import OPTIONS, assert_alike, command, in_this, rows, run, started, wait_for, workers, write_data
 
 from imm import FlowMap, IMMObjective, checkpoints
 from imm.cli.report import ENVIRONMENT_FILE
 from imm.cli.train import _check_device
 from imm.data import ImageData
-from imm.distributed import Exchange, Processes
+from imm.distributed import Processes
 from imm.networks import DDPMpp, UNet
 from imm.objectives import Draws
 from imm.training import TrainConfig, Trainer
-from imm.training.state import STATE_FILE
+from imm.training.state import read_state, states_in
 from imm.training.stats import STATS_FILE, read_rows
 from imm.training.watch import BEST_FILE, SCORES_FILE
 
-IMM = ["-m", "imm", "train"]
-OPTIONS = ["--batch", "16", "--particles", "2", "--width", "8", "--tick", "1", "--snap", "100", "--device", "cpu"]
 CONFIG = TrainConfig(batch=8, lr=1e-3, log_every=1, snapshot_every=100)
 
 
 @pytest.fixture
-def data(tmp_path):
-    path = tmp_path / "data.npz"
-    pixels = np.random.default_rng(0).integers(0, 256, (40, 8, 8, 3), dtype=np.uint8)
-    np.savez(path, images=pixels, labels=np.arange(40) % 3)
-    return path
-
-
-def command(data, outdir, *options: str, processes: int, common: list[str] = OPTIONS) -> list[str]:
-    launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"] if processes > 1 else []
-    return [sys.executable, *launch, *IMM, "--data", str(data), "--out", str(outdir), *common, *options]
-
-
-def workers(launcher: subprocess.Popen) -> list[int]:
-    """The processes that torchrun started, each in a session of its own."""
-    try:
-        return [int(n) for n in Path(f"/proc/{launcher.pid}/task/{launcher.pid}/children").read_text().split()]
-    except FileNotFoundError:
-        return []
-
-
-@contextmanager
-def started(line: list[str], **options) -> Iterator[subprocess.Popen]:
-    """A command that is there no longer at the end, nor what it started, whatever happens."""
-    with subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, **options) as launcher:
-        try:
-            yield launcher
-        finally:
-            for number in (*workers(launcher), launcher.pid):
-                with suppress(ProcessLookupError):
-                    os.kill(number, signal.SIGKILL)
-
-
-def output_of(line: list[str], ok: bool = True, **options) -> str:
-    with started(line, **options) as launcher:
-        output, _ = launcher.communicate(timeout=240)
-    assert (launcher.returncode == 0) is ok, output
-    return output
-
-
-def run(*arguments, ok: bool = True, **options) -> str:
-    return output_of(command(*arguments, **options), ok)
-
-
-def in_this(*arguments, ok: bool = True, **options) -> str:
-    """The command of one process, in this one."""
-    return call(*command(*arguments, processes=1, **options)[3:], ok=ok).output
-
-
-def wait_for(happened: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 120
-    while not happened():
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
-
-
-def rows(folder) -> list[dict]:
-    return [json.loads(line) for line in (folder / STATS_FILE).read_text().splitlines()]
-
-
-def assert_alike(one, many, rel: float = 1e-4) -> None:
-    """The rows of two runs, to rounding."""
-    ours, theirs = rows(one), rows(many)
-    assert [row["step"] for row in theirs] == [row["step"] for row in ours] == list(range(1, len(ours) + 1))
-    for a, b in zip(ours, theirs, strict=True):
-        for name in ("loss", "grad_norm", "gap", "at_s"):
-            assert b[name] == pytest.approx(a[name], rel=rel), name
-        of_bins = ([float("nan") if v is None else v for v in row["t_bin_loss"]] for row in (b, a))
-        np.testing.assert_allclose(*of_bins, rtol=rel)
-        assert b["nonfinite"] == 0
+def data(tmp_path) -> Path:
+    return write_data(tmp_path / "data.npz")
 
 
 def test_two_processes_are_one_to_rounding(data, tmp_path) -> None:
@@ -124,7 +48,7 @@ def test_two_processes_are_one_to_rounding(data, tmp_path) -> None:
         assert b["metrics"] == pytest.approx(a["metrics"], rel=1e-3)
     files = {p.name for p in (tmp_path / "two").iterdir()}
     watched = {SCORES_FILE, BEST_FILE, ENVIRONMENT_FILE, "samples-0000006.png"}
-    assert files == {".lock", STATE_FILE, STATS_FILE, "snapshot-0000006.safetensors", *watched}
+    assert files == {".lock", "training-state-0000006", STATS_FILE, "snapshot-0000006.safetensors", *watched}
 
 
 def test_in_half_precision_with_a_layer_that_is_not_used(data, tmp_path) -> None:
@@ -142,9 +66,9 @@ def test_in_half_precision_with_a_layer_that_is_not_used(data, tmp_path) -> None
 def test_a_run_of_three_that_is_resumed_or_killed_repeats_an_unbroken_one(data, tmp_path) -> None:
     """With dropout, of which every process has its own; three, whose gradients have more than one order to be added in."""
     options = ("--batch", "24", "--dropout", "0.3")
-    state = lambda name: checkpoints.read_file(tmp_path / name / STATE_FILE, "training")
+    state = lambda name: read_state(tmp_path / name)
     with started(command(data, tmp_path / "parts", "--steps", "100000", "--snap", "3", *options, processes=3)) as killed:
-        wait_for(lambda: (tmp_path / "parts" / STATE_FILE).exists() and rows(tmp_path / "parts")[-1]["step"] >= 5)
+        wait_for(lambda: states_in(tmp_path / "parts") and rows(tmp_path / "parts")[-1]["step"] >= 5)
         assert "where process" in in_this(data, tmp_path / "parts", "--steps", "8", *options, ok=False)  # locked
         assert len(workers(killed)) == 3
     step = state("parts")[1]["step"]
@@ -163,10 +87,10 @@ def test_a_run_of_three_that_is_resumed_or_killed_repeats_an_unbroken_one(data, 
 @pytest.mark.skipif(sys.platform != "linux", reason="finds torchrun's processes in /proc")
 def test_a_signal_to_one_ends_all(data, tmp_path) -> None:
     with started(command(data, tmp_path / "run", "--steps", "100000", "--snap", "2", processes=2)) as stopped:
-        wait_for((tmp_path / "run" / STATE_FILE).exists)
+        wait_for(lambda: bool(states_in(tmp_path / "run")))
         os.kill(workers(stopped)[1], signal.SIGTERM)
         output, _ = stopped.communicate(timeout=60)
-    step = checkpoints.read_file(tmp_path / "run" / STATE_FILE, "training")[1]["step"]
+    step = read_state(tmp_path / "run")[1]["step"]
     assert f"stopped by signal 15 at step {step}; the same command resumes there" in output
 
 
@@ -186,42 +110,13 @@ def test_processes_of_different_commands_are_refused(option, data, tmp_path) -> 
     what = "steps: expected the same number" if option == "--steps" else "settings: expected the same settings and data"
     assert all(what in output for output in outputs), outputs
     assert one.returncode == other.returncode == 1
-    assert not (tmp_path / "run" / STATE_FILE).exists()
+    assert not states_in(tmp_path / "run")
 
 
 def test_a_batch_that_does_not_fit_is_refused(data, tmp_path) -> None:
     output = run(data, tmp_path / "run", "--steps", "2", "--batch", "18", processes=2, ok=False)
     assert "batch: expected a multiple of particles = 2 x 2 processes, got 18" in output
     assert not (tmp_path / "run").exists()
-
-
-EXCHANGE = """
-import torch
-from imm import distributed
-distributed._BUNDLE_BYTES = 100
-with distributed.processes() as where:
-    exchange, rank = where.exchange(torch.device("cpu")), where.rank
-    shapes = [(5,), (40,), (2, 3, 4, 4), (), (0,), (3, 2), (4,)]
-    dtypes = [torch.float32] * 5 + [torch.float64, torch.bfloat16]
-    tensors = [torch.full(s, float(i + rank), dtype=d) for i, (s, d) in enumerate(zip(shapes, dtypes))]
-    tensors[2] = tensors[2].to(memory_format=torch.channels_last)
-    strides = [t.stride() for t in tensors]
-    exchange.average(tensors)
-    for i, tensor in enumerate(tensors):
-        assert bool((tensor == i + 1).all()) and tensor.stride() == strides[i], (i, tensor)
-    numbers = torch.arange(6.0).reshape(2, 3).t() * (rank + 1)
-    exchange.take_first([numbers, counter := torch.tensor(rank)])
-    assert numbers.flatten().tolist() == [0, 3, 1, 4, 2, 5] and counter == 0
-    assert where.alike("one") and not where.alike(str(rank)) and where.any(rank == 1) and where.largest(-rank) == 0
-"""
-
-
-def test_an_exchange_of_all_sorts_of_tensors(tmp_path) -> None:
-    """In several bundles, of several dtypes, of any layout, empty."""
-    script = tmp_path / "exchange.py"
-    script.write_text(EXCHANGE)
-    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=3"]
-    output_of([sys.executable, *launch, str(script)])
 
 
 @pytest.mark.parametrize(("device", "local"), [("cuda", "2"), ("auto", "2"), ("cuda:0", "1")])
@@ -241,17 +136,18 @@ def test_two_processes_on_one_gpu_are_refused(device, local, data, tmp_path, mon
 class _Alone(Processes):
     """One of two processes, whose other is not waited for."""
 
-    def wait(self) -> None:
-        pass
-
     def largest(self, number: int) -> int:
         return number
 
     def sums(self, numbers):
         return numbers
 
-    def exchange(self, device):
-        return Mock(spec=Exchange)
+
+@pytest.fixture
+def unsharded(monkeypatch) -> None:
+    """Networks as they are: one of two processes, whose other is not there."""
+    monkeypatch.setattr("imm.training.trainer.shard", lambda *arguments: [])
+    monkeypatch.setattr("imm.training.trainer.shard_alike", lambda *networks: None)
 
 
 class _Elsewhere(_Alone):
@@ -261,6 +157,7 @@ class _Elsewhere(_Alone):
         return text != "1"
 
 
+@pytest.mark.usefixtures("unsharded")
 def test_a_folder_that_is_not_shared_is_refused(tmp_path) -> None:
     flow_map = FlowMap(UNet(channels=3, resolution=8, num_classes=3, width=8, multipliers=(1,)))
     data = ImageData(torch.zeros(8, 3, 8, 8, dtype=torch.uint8), torch.arange(8) % 3, 3, "made up")
@@ -299,6 +196,7 @@ def one_step(folder, where: Processes, kind: str) -> list:
     return got
 
 
+@pytest.mark.usefixtures("unsharded")
 @pytest.mark.parametrize("kind", ["plain", "posterior", "augment"])
 def test_the_shares_of_a_batch_are_the_batch(kind, tmp_path) -> None:
     whole = one_step(tmp_path / "whole", Processes(), kind)

@@ -27,7 +27,7 @@ from imm.checkpoints import import_published
 from imm.evaluation import networks
 from imm.integrations.autoencoder import load_vae
 from imm.networks import NETWORKS
-from imm.training.state import STATE_FILE
+from imm.training.state import states_in
 from imm.weights import ALIGNMENT, frozen, is_aligned, own_memory
 
 pytestmark = pytest.mark.usefixtures("size_t")
@@ -168,11 +168,12 @@ def test_our_checkpoints(small_flow_map, tmp_path) -> None:
 def test_a_resumed_training(optimizer, tmp_path) -> None:
     config = dataclasses.replace(CONFIG, optimizer=optimizer)
     trainer(tmp_path, config).run(4)
-    misalign_file(tmp_path / STATE_FILE)
+    (file,) = states_in(tmp_path)[0].glob("*.safetensors")
+    misalign_file(file)
     run = trainer(tmp_path, config)
     assert run.resumed_from == 4
     moments = [value for values in run._optimizer.state.values() for value in values.values()]
-    assert_own([*weights(run.objective.flow_map.network), *weights(run.ema.network), *moments], tmp_path / STATE_FILE)
+    assert_own([*weights(run.objective.flow_map.network), *weights(run.ema.network), *moments], file)
 
 
 def test_published_files(small_dit, tmp_path) -> None:

@@ -241,6 +241,13 @@ _TRAIN: dict[str, list[Decorator]] = {
             is_flag=True,
             help="Compile the network (torch.compile): minutes before the first step, faster steps. Needs a C++ compiler.",
         ),
+        _option(
+            "--shard",
+            default=1,
+            type=COUNT,
+            metavar="N",
+            help="Processes that share one replica of weights, average and optimizer (FSDP2), a divisor of their number.",
+        ),
     ],
     "Network": [
         _option(

@@ -30,7 +30,7 @@ from imm.objectives import IMM
 from imm.pictures import grid, save_picture
 from imm.sampling import Sampler
 from imm.training import TrainConfig, Trainer, Watch
-from imm.training.state import STATE_FILE
+from imm.training.state import read_state, states_in
 from imm.training.stats import STATS_FILE
 from imm.training.watch import SAMPLES as PICTURES
 from imm.training.watch import in_steps
@@ -68,7 +68,9 @@ def make_config(seed: int, snapshot_every: int = 500, precision: str = "fp32") -
 
 def _remove_run(folder: Path) -> None:
     """Remove what a trainer wrote there, and nothing else."""
-    for name in (STATE_FILE, STATS_FILE, "snapshot-*.safetensors", f"{PICTURES}-*.png", ENVIRONMENT_FILE):
+    for state in states_in(folder):
+        shutil.rmtree(state)
+    for name in (STATS_FILE, "snapshot-*.safetensors", f"{PICTURES}-*.png", ENVIRONMENT_FILE):
         for path in folder.glob(name):
             path.unlink()
 
@@ -82,7 +84,7 @@ def resume_is_exact(data: ImageData, seed: int, device: torch.device, precision:
                 config = make_config(seed, precision=precision)
                 trainer = Trainer(make_objective(seed, device), data, Path(folder) / name, config)
                 trainer.run(until)
-            states.append(checkpoints.read_file(trainer.out / STATE_FILE, "training"))
+            states.append(read_state(trainer.out))
     (tensors, settings), (other_tensors, other_settings) = states
     for found in (settings, other_settings):
         del found["replaced_step"]  # which saves there were, not what was trained
@@ -137,7 +139,7 @@ def run(out: str, steps: int, minutes: float | None, seed: int, precision: str, 
     target = pick_device(device)
     data = mnist_5k(RESOLUTION)
     folder = writable_folder(out)
-    if (folder / STATE_FILE).exists():
+    if states_in(folder):
         raise ValueError(f"out: expected a folder without a training run, whose {STATS_FILE} the demo would replace, got {out}")
     objective = make_objective(seed, target)
     count = sum(p.numel() for p in objective.flow_map.network.parameters())

@@ -18,10 +18,10 @@ from typing import Any
 import click
 import torch
 
-from imm.checkpoints import CheckpointError, read_settings
+from imm.checkpoints import CheckpointError
 from imm.cli.options import writable_file
 from imm.files import write_text
-from imm.training.state import STATE_FILE
+from imm.training.state import read_settings, states_in
 from imm.training.stats import STATS_FILE, read_rows
 from imm.training.watch import SAMPLES, SCORES_FILE, best_of, in_steps
 from imm.version import __version__
@@ -127,8 +127,8 @@ def image(data: bytes, text: str, css: str = "") -> str:
 
 def _settings(folder: Path) -> dict[str, Any]:
     try:
-        found = read_settings(folder / STATE_FILE, "training")
-    except CheckpointError:  # a run that has saved no state
+        found = read_settings(states_in(folder)[-1])
+    except (CheckpointError, IndexError):  # a run that has saved no state
         return {}
     return {**found["settings"], "changes": found.get("changes", [])}
 

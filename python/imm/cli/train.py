@@ -60,6 +60,7 @@ TRAINING_OPTIONS = (
     "augment",
     "seed",
     "compile",
+    "shard",
 )
 #: Options of :class:`imm.training.Watch`.
 WATCH_OPTIONS = ("log", "grid", "metrics", "eval_every", "eval_images", "eval_steps", "ref", "weights")

@@ -259,6 +259,10 @@ class DDPMpp(nn.Module):
                 h = run_block(self.checkpointing, module, h, condition)
         return h
 
+    def units(self) -> list[nn.Module]:
+        """What is sharded apart: each block, and the network."""
+        return [*(module for module in self.modules() if isinstance(module, Block)), self]
+
     def _sinusoids(self, times: Tensor) -> Tensor:
         """sin then cos of ``width / 2`` frequencies from 1 to 1/10000, both ends included: ``[B, width]``."""
         width = self.map_layer0.in_features

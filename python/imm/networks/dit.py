@@ -250,7 +250,7 @@ class DiT(nn.Module):
         condition = self._embeddings(t, s)
         return F.silu(condition if self.y_embedder is None else condition + self.y_embedder(labels))
 
-    def _projections(self) -> list[Callable[[Tensor], Tensor]]:
+    def _projections(self) -> list[nn.Module]:
         """The linear maps to the modulations, each block's and the last layer's."""
         return [layer.adaLN_modulation[1] for layer in (*self.blocks, self.final_layer)]
 
@@ -265,6 +265,10 @@ class DiT(nn.Module):
         for block, modulation, following in zip(self.blocks, modulations, modulations[1:], strict=False):
             tokens, h = run_block(self.checkpointing, block, tokens, modulation, h, following)
         return full_precision(self.final_layer.linear.weight, self.final_layer, h, None)
+
+    def units(self) -> list[nn.Module]:
+        """What is sharded apart: each block, its modulation, which :meth:`forward` calls before it, and the network."""
+        return [*self._projections(), *self.blocks, self]
 
     def conditioner(self, times: Tensor) -> Conditioner:
         """The modulations of a sampling run's steps, as a function of the class: :class:`Conditioner`."""
@@ -297,7 +301,7 @@ class Conditioner:
             raise ValueError(f"times: expected t and s of each step, [N, 2], got {list(times.shape)} of {times.dtype}")
         self.classes = network.y_embedder
         self.times = network._embeddings(times[:, 0], times[:, 1])[:, None]  # [N, 1, C]
-        self.projections = network._projections()
+        self.projections: list[Callable[[Tensor], Tensor]] = list(network._projections())
         if all(is_linear(p) for p in self.projections):
             weight, bias = (torch.cat([getattr(p, name) for p in self.projections]) for name in ("weight", "bias"))
             self.projections = [partial(F.linear, weight=weight, bias=bias)]

@@ -34,3 +34,7 @@ class TokenModel(nn.Module):
     def forward(self, x: Tensor, t: Tensor, s: Tensor, labels: Tensor | None = None, *, cond: Tensor) -> Tensor:
         """The head's output for tokens ``[B, D]`` and z, as :meth:`TokenHead.forward`; z has what is known of the labels."""
         return self.head(x, t, s, cond=cond)
+
+    def units(self) -> list[nn.Module]:
+        """What is sharded apart: the backbone's blocks, the backbone and the head, which losses call one by one."""
+        return [*self.backbone.blocks, self.backbone, self.head]

@@ -130,6 +130,10 @@ class UNet(nn.Module):
             h = module(torch.cat([h, skips.pop()], dim=1), condition) if isinstance(module, ResidualBlock) else module(h)
         return full_precision(weight, self._end, h)
 
+    def units(self) -> list[nn.Module]:
+        """What is sharded apart: each residual block, and the network."""
+        return [*(module for module in self.modules() if isinstance(module, ResidualBlock)), self]
+
     def _condition(self, t: Tensor, s: Tensor, labels: Tensor | None) -> Tensor:
         condition = self.t_embedder(t) + self.s_embedder(s)
         if self.y_embedder is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
@@ -82,7 +83,8 @@ class Objective(nn.Module, ABC):
         recorded: names of the arguments that :attr:`settings` has.
         needs_second_time: whether the network has to see s. forwards: what an image costs in forwards of the network, with two
             for a backward. compiles: whether the loss is one of a compiled network: torch.compile has no tangents.
-        takes_latent: whether the network may have noise of its own (``latent_dim``).
+        least_part: images of which every part of a batch has both kinds, of those that jump and those that do not, where a loss
+            has two. takes_latent: whether the network may have noise of its own (``latent_dim``).
 
     Raises:
         ValueError, TypeError: for any value other than these.
@@ -95,6 +97,7 @@ class Objective(nn.Module, ABC):
     needs_second_time = True
     forwards = 4.0
     compiles = True
+    least_part = 1
     takes_latent = False
 
     def __init__(self, flow_map: FlowMap, *, label_dropout: float = 0.1, share_dropout: bool = True) -> None:
@@ -313,6 +316,12 @@ def evenly(groups: int, share: float) -> Tensor:
     """Which groups are of a share of the batch, ``[groups]`` bool: spread evenly, so that parts of a batch have it too."""
     place = torch.arange(groups, dtype=torch.float64)
     return ((place + 1) * share).floor() > (place * share).floor()
+
+
+def least_part(share: float) -> int:
+    """The least number of images in a row of which some are of the share (:func:`evenly`) and some are not."""
+    rarer = min(share, 1.0 - share)
+    return math.ceil(1.0 / rarer) if rarer else 1
 
 
 def check_share(name: str, value: float) -> float:

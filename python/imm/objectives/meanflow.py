@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from imm.flow_map import FlowMap
-from imm.objectives.base import Batch, Objective, apart, check_share, check_times, evenly, per_image, without_wait
+from imm.objectives.base import Batch, Objective, apart, check_share, check_times, evenly, least_part, per_image, without_wait
 from imm.objectives.flow_matching import velocity_of
 
 DERIVATIVES = ("jvp", "difference")
@@ -61,6 +61,7 @@ class MeanFlow(Objective):
         self.derivative, self.step_size, self.improved = derivative, float(step_size), improved
         self.fm_share, self.times = check_share("fm_share", fm_share), check_times(times)
         self.power, self.floor = float(power), float(floor)
+        self.least_part = least_part(self.fm_share)
         self.forwards = 3.0 + ((1.0 if derivative == "jvp" else 2.0) + improved) * (1.0 - self.fm_share)
         self.compiles = derivative == "difference"
 

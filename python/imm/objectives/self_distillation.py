@@ -14,7 +14,18 @@ import torch
 from torch import Tensor
 
 from imm.flow_map import FlowMap
-from imm.objectives.base import Batch, Objective, apart, check_share, check_times, evenly, mean_square, per_image, without_wait
+from imm.objectives.base import (
+    Batch,
+    Objective,
+    apart,
+    check_share,
+    check_times,
+    evenly,
+    least_part,
+    mean_square,
+    per_image,
+    without_wait,
+)
 from imm.objectives.flow_matching import velocity_loss
 
 KINDS = ("progressive", "lagrangian")
@@ -49,6 +60,7 @@ class SelfDistillation(Objective):
         self.name = self.kind = kind
         self.fm_share, self.times = check_share("fm_share", fm_share), check_times(times)
         # A tangent costs a forward, and the gradient through both four.
+        self.least_part = least_part(self.fm_share)
         self.forwards = 3.0 + (2.0 if kind == "progressive" else 4.0) * (1.0 - self.fm_share)
         self.compiles = kind != "lagrangian"
         if kind == "lagrangian":

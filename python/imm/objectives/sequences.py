@@ -51,7 +51,7 @@ class SequenceObjective(nn.Module):
             raise TypeError(f"network: expected a TokenModel, got {type(objective.flow_map.network).__name__}")
         self.objective, self.flow_map = objective, objective.flow_map
         self.particles, self.name, self.forwards = objective.particles, objective.name, objective.forwards
-        self.compiles, self.step = objective.compiles, 0
+        self.compiles, self.step, self.least_part = objective.compiles, 0, objective.least_part
 
     @property
     def settings(self) -> dict[str, Any]:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from imm.flow_map import FlowMap
-from imm.objectives.base import Batch, Objective, check_share, evenly, without_wait
+from imm.objectives.base import Batch, Objective, check_share, evenly, least_part, without_wait
 from imm.objectives.self_distillation import jump_loss
 
 
@@ -40,6 +40,7 @@ class Shortcut(Objective):
         if type(depth) is not int or not 1 <= depth <= 20:
             raise ValueError(f"depth: expected a whole number from 1 to 20, got {depth}")
         self.depth = depth
+        self.least_part = least_part(self.bootstrap)
         self.forwards = 3.0 + 2.0 * self.bootstrap
 
     def sample_times(

@@ -20,6 +20,7 @@ from imm.data import ImageData, augmentation, digest
 from imm.networks import TokenModel
 from imm.objectives import AnyObjective
 from imm.training.ema import gamma_of
+from imm.training.sharding import takes_tangents
 from imm.weights import unwrapped
 
 #: In torch's fused form where there is one: weights, gradient and moments pass through memory once.
@@ -31,7 +32,7 @@ _SHAPE = ("channels", "resolution")
 #: How the learning rate falls: not at all, to 0 along half a cosine, or as 1 / sqrt(step).
 DECAYS = ("none", "cosine", "rsqrt")
 #: Settings of a TrainConfig that do not change the result, or as rounding does.
-_FREE = ("log_every", "snapshot_every", "keep_every", "batch_gpu", "mfu")
+_FREE = ("log_every", "snapshot_every", "keep_every", "batch_gpu", "mfu", "shard")
 #: Settings that a resumed run may change if asked to: what the tensors of the state mean does not depend on them.
 CHANGEABLE = ("lr", "warmup", "decay", "decay_steps", "betas", "weight_decay", "clip", "max_skipped", "ema", "compile")
 
@@ -66,7 +67,8 @@ class TrainConfig:
             measures the rate first.
         compile: the network is compiled (torch.compile), in both branches and in the backward, and stays so after the run: a
             start of minutes, another rounding. Needs a C++ compiler, and a network that compiles to one graph: any other is an
-            error at the first step, not a plain network.
+            error at the first step, not a plain network. Of several processes each unit is compiled.
+        shard: processes that share one replica of weights, averages and optimizer, a divisor of their number; 1: each has all.
     """
 
     batch: int = 64
@@ -91,6 +93,7 @@ class TrainConfig:
     augment: float = 0.0
     mfu: bool = False
     compile: bool = False
+    shard: int = 1
 
     def __post_init__(self) -> None:
         for name, known in (("optimizer", OPTIMIZERS), ("precision", PRECISIONS), ("decay", DECAYS)):
@@ -100,7 +103,7 @@ class TrainConfig:
             raise ValueError(f"warmup: expected at least 0, got {self.warmup}")
         if not 0.0 <= self.ema < 1.0:
             raise ValueError(f"ema: expected beta in [0, 1), got {self.ema}")
-        for name in ("batch", "log_every", "snapshot_every", "batch_gpu", "keep_every", "decay_steps"):
+        for name in ("batch", "log_every", "snapshot_every", "batch_gpu", "keep_every", "decay_steps", "shard"):
             number = getattr(self, name)
             if number is not None and number < 1:
                 raise ValueError(f"{name}: expected at least 1, got {number}")
@@ -147,6 +150,10 @@ def check_fit(config: TrainConfig, objective: AnyObjective, data: ImageData, wor
     if config.batch % (particles * world):
         many = f" x {world} processes" if world > 1 else ""
         raise ValueError(f"batch: expected a multiple of particles = {particles}{many}, got {config.batch}")
+    if world % config.shard:
+        raise ValueError(f"shard: expected a divisor of the number of processes, {world}, got {config.shard}")
+    if world > 1:
+        _check_parts(config, objective, world)
     if (config.batch_gpu or 0) % particles:
         raise ValueError(f"batch_gpu: expected a multiple of particles = {particles}, got {config.batch_gpu}")
     for values in (data.pixels, data.deviations):
@@ -162,6 +169,21 @@ def check_fit(config: TrainConfig, objective: AnyObjective, data: ImageData, wor
         if not objective.compiles:
             raise ValueError(f"compile: expected a loss without tangents of the network, got {objective.name}")
         _check_compiler()
+
+
+def _check_parts(config: TrainConfig, objective: AnyObjective, world: int) -> None:
+    """Refuse what would have processes exchange gradients a different number of times, and tangents that torch cannot take."""
+    parts = min(config.batch // world, config.batch_gpu or config.batch)
+    if parts < objective.least_part:
+        raise ValueError(
+            f"batch: expected {objective.least_part} images or more a micro-batch of a process for the loss {objective.name}, "
+            f"whose kinds of images each process has then, got {parts}"
+        )
+    if not objective.compiles and not takes_tangents():
+        raise ValueError(
+            f"loss: expected one without tangents of the network on several processes, which FSDP of torch {torch.__version__} "
+            f"does not have, got {objective.name} (meanflow: --derivative=difference)"
+        )
 
 
 def _check_shape(network: Any, data: ImageData) -> None:

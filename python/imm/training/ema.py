@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from imm import checkpoints
+from imm.training.sharding import local
 
 #: The kind of the files that hold power-function averages, what their names begin with, and the names of a state's tensors.
 AVERAGES = "averages"
@@ -27,9 +28,10 @@ class _Average:
     @torch.no_grad()
     def _towards(self, live: nn.Module, share: float) -> None:
         """Move the parameters this share of the way to the live ones; buffers are copied."""
-        torch._foreach_lerp_(list(self.network.parameters()), list(live.parameters()), share)
-        for mine, other in zip(self.network.buffers(), live.buffers(), strict=True):
-            mine.copy_(other)
+        mine = [local(parameter) for parameter in self.network.parameters()]
+        torch._foreach_lerp_(mine, [local(parameter) for parameter in live.parameters()], share)
+        for buffer, other in zip(self.network.buffers(), live.buffers(), strict=True):
+            buffer.copy_(other)
 
 
 class EMA(_Average):

@@ -11,17 +11,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from imm.backends import PRECISIONS, deterministic
 from imm.data import ImageData
-from imm.distributed import Exchange, Processes
+from imm.distributed import Processes
 from imm.files import lock_folder
 from imm.flow_map import FlowMap
 from imm.objectives import AnyDraws, AnyObjective
 from imm.training.batches import Batches, mix
 from imm.training.config import OPTIMIZERS, TrainConfig, check_changeable, check_fit, settings_of
 from imm.training.ema import EMA, PowerEMA
+from imm.training.sharding import exchanges, local, shard, shard_alike, whole
 from imm.training.speed import Clock, flops_of, matmul_rate
 from imm.training.state import State
 from imm.training.stats import STATS_FILE, Window, append, combined, trim
@@ -41,17 +42,20 @@ class Trainer:
 
     Args:
         objective: on the device to train on; a SequenceObjective for sequences. data: whose classes fit the network's.
-        out: gets ``stats.jsonl``, ``training-state.safetensors`` and ``snapshot-STEP.safetensors``; made if absent.
+        out: gets ``stats.jsonl``, the folder ``training-state-STEP`` and ``snapshot-STEP.safetensors``; made if absent.
         config: see :class:`TrainConfig`. init: sha256 of the file that the network's weights came from, to be kept among the
             settings; None for fresh weights. The average begins at the network's weights in either case.
         where: which of several processes this is (:func:`imm.distributed.processes`), each with the whole data and a trainer
             of the same settings. They share a batch, times and noise of which are those of one process; so is the result, to
-            rounding, but for a network's dropout. The first process writes. All make a trainer, run and save together.
+            rounding, but for a network's dropout. Weights, averages and optimizer are sharded over ``config.shard`` of them
+            (FSDP2). Rank 0 logs and writes snapshots. All make a trainer, run and save together.
         watch: what else is made of the run as it goes (:class:`imm.training.Watch`), or None.
         allow_change: names of settings that may differ from those of the state found: lr, warmup, decay, decay_steps, betas,
             weight_decay, clip, max_skipped, ema, compile. What changed, and when, is kept in states and snapshots.
+        units: classes of modules that are gathered one at a time (FSDP2), for a network of several processes that has no method
+            ``units``; each is called as a module in the network's forward. Without: the network as one.
 
-    A state file in ``out`` is resumed, with the same settings only. The folder is locked against other processes until
+    A state in ``out`` is resumed, with the same settings only. The folder is locked against other processes until
     :meth:`close`, the end of the trainer, or of its process. Each step seeds torch's default generators from
     (seed, step).
 
@@ -71,28 +75,32 @@ class Trainer:
         where: Processes | None = None,
         watch: Watch | None = None,
         allow_change: Collection[str] = (),
+        units: Collection[type[nn.Module]] = (),
     ) -> None:
         self._where = where = Processes() if where is None else where
         check_changeable(allow_change)
         check_fit(config, objective, data, where.world)
         self.objective, self.config, self.out = objective, config, Path(out)
         network = objective.flow_map.network
-        self._parameters = list(network.parameters())
-        self.device = self._parameters[0].device
+        self.device = next(network.parameters()).device
         self.stop = False  # set it to end the run after the step under way; of several processes, in one of them
-        self._exchange: Exchange | None = None
-        if where.world > 1:
-            self._exchange = where.exchange(self.device)
-            self._exchange.take_first(network.state_dict().values())
+        settings = settings_of(config, objective, data, init)
+        self._clock, self._matmul_rate = Clock(self.device), 0.0
+        self._flops = flops_of(objective.flow_map, data.shape) if config.mfu else 0
         self.ema = EMA(network, config.ema)
         self.averages = [PowerEMA(network, length) for length in config.ema_lengths]
-        self._clock, self._matmul_rate, self._flops = Clock(self.device), 0.0, 0
+        self._units: list[Any] = []
+        if where.world > 1:
+            self._units = shard(network, self.device, where, config.shard, units)
+            for average in (self.ema, *self.averages):
+                shard_alike(average.network, network)
+        self._parameters = list(network.parameters())
         self._optimizer = OPTIMIZERS[config.optimizer](
             self._parameters, lr=config.lr, betas=config.betas, weight_decay=config.weight_decay
         )
         self._scaler = torch.amp.GradScaler(self.device.type, enabled=config.precision == "fp16")
         if config.compile:
-            network.compile(fullgraph=True, dynamic=False, options=_COMPILER)  # in place: the weights keep their names
+            _compile(network, self._units)
         self._watch = watch
         if watch is not None:
             watch.check(self)
@@ -100,9 +108,8 @@ class Trainer:
         refusal = f"out: expected a folder that the first process can write to, got {out}"
         self._lock = where.in_first(lambda: lock_folder(self.out, shared=True), refusal)
         self._batches = Batches(data, config, self.device, where, labelled=objective.flow_map.num_classes > 0)
-        settings = settings_of(config, objective, data, init)
         kept = self.out, objective.flow_map, self.ema, self.averages, self._optimizer, self._scaler
-        self._state = State(*kept, settings, config.keep_every, writes=where.first)
+        self._state = State(*kept, settings, config.keep_every, where)
         self.resumed_from = self._state.resume(allow_change)
         self.step = self.resumed_from or 0
         if not where.alike(str(self.step)):
@@ -118,6 +125,7 @@ class Trainer:
 
     def close(self) -> None:
         """Let other processes write to the folder; this trainer no longer may."""
+        self._state.finish()
         if self._lock is not None:
             self._lock.release(force=True)
             self._lock = None  # else it would be another trainer's, made later, as long as this one
@@ -144,8 +152,8 @@ class Trainer:
 
     @property
     def ema_flow_map(self) -> FlowMap:
-        """The flow map around the averaged weights."""
-        return self._state.average
+        """The flow map around the averaged weights. Collective."""
+        return self._state.average()
 
     @property
     def snapshot_path(self) -> Path:
@@ -175,7 +183,6 @@ class Trainer:
         end = math.inf if max_seconds is None else time.perf_counter() + max_seconds
         with deterministic(tf32=self.config.precision == "tf32"):
             if self.config.mfu and not self._matmul_rate:
-                self._flops = flops_of(self.objective.flow_map, self._batches.shape)
                 self._matmul_rate = matmul_rate(self.device, self.config.precision)
             window = Window()
             self._clock.start()
@@ -194,7 +201,7 @@ class Trainer:
                     if self._watch is not None:
                         self._watch.saving(self, last=self.step == steps)
                     self._clock.mark("watch")
-                    self.save()
+                    self._save()
                     self._clock.mark("save")
             if window.count:
                 self._log(window, on_log)
@@ -206,14 +213,26 @@ class Trainer:
         return step % self.config.snapshot_every == 0 or self._state.stays(step) or step == steps
 
     def save(self) -> None:
-        """Write the state to resume from and the averaged flow map as a snapshot, each atomically; those before go."""
-        if self.step != self._state.saved_step:
-            if self._watch is not None:
-                self._watch.flush()
-            self._state.write(self.step)
+        """Write the state to resume from and the averaged flow map as a snapshot, each atomically; those before go. Collective.
+
+        Raises:
+            CheckpointError: they cannot be written.
+        """
+        self._save()
+        self._state.finish()
+        self._where.wait()
+
+    def _save(self) -> None:
+        """Begin what :meth:`save` does; it ends while training continues."""
+        if self.step == self._state.saved_step:
+            return
+        if self._watch is not None:
+            self._watch.flush()
+        self._state.write(self.step)
+        if self._watch is not None and self._watch.scores:
+            self._state.finish()  # the best snapshot is copied
             self._where.wait()
-            if self._watch is not None:
-                self._watch.saved(self)
+            self._watch.saved(self)
 
     def _skips(self, norm: Tensor) -> bool:
         """Whether a step whose gradient has this norm is skipped; waits for the device only where one may be."""
@@ -271,6 +290,7 @@ class Trainer:
         self._optimizer.zero_grad(set_to_none=True)  # before the forward, whose memory grows towards its end
         size = self.config.batch_gpu
         if size is None or size >= len(images):
+            exchanges(self._units, True)
             stats = self._accumulate(images, labels, told, draws, 1.0, pairs)
         else:
             particles = self.objective.particles
@@ -281,21 +301,21 @@ class Trainer:
                 share = len(images[part]) / len(images)
                 some = draws.part(start // particles, (start + size) // particles)
                 of_labels, of_told = (None if given is None else given[part] for given in (labels, told))
+                exchanges(self._units, start + size >= len(images))
                 parts.append((share, self._accumulate(images[part], of_labels, of_told, some, share, pairs)))
             stats = combined(parts)
-        if self._exchange is not None:
-            self._exchange.average(p.grad for p in self._parameters if p.grad is not None)
-            self._clock.mark("exchange")
         self._scaler.unscale_(self._optimizer)
         learning = [p for p in self._parameters if p.grad is not None]
-        norm = torch.nn.utils.get_total_norm([p.grad for p in learning if p.grad is not None])
+        norm = whole(torch.nn.utils.get_total_norm([p.grad for p in learning if p.grad is not None]))
         if self._skips(norm):
             self._state.skipped += 1
             if self._state.skipped > self.config.max_skipped:
                 raise self._error(f"gradient not finite in step {self.step + 1}, after {self.config.max_skipped} skipped steps")
         else:
             if self.config.clip is not None:
-                torch.nn.utils.clip_grads_with_norm_(learning, self.config.clip, norm)
+                # As torch.nn.utils.clip_grads_with_norm_, of what this process has.
+                factor = torch.clamp(self.config.clip / (norm + 1e-6), max=1.0)
+                torch._foreach_mul_([local(p.grad) for p in learning if p.grad is not None], factor)
             self._scaler.step(self._optimizer)
             self._scaler.update()
         self.ema.update(self.objective.flow_map.network)
@@ -355,6 +375,18 @@ class Trainer:
             raise self._error(f"loss or gradient not finite before step {self.step} ({row['nonfinite']} groups)")
 
     def _error(self, what: str) -> TrainingError:
+        self._state.finish()
         saved = self._state.saved_step
         state = "no state was saved" if saved is None else f"the saved state of step {saved} is good"
         return TrainingError(f"{what}; {state}; a new run in another folder may want a smaller lr")
+
+
+def _compile(network: nn.Module, units: list[Any]) -> None:
+    """Compile a network in place, so that its weights keep their names: as a whole, or, where it is sharded, each unit but a
+    layer or the network itself, because what gathers a unit's weights is not compiled."""
+    settings: dict[str, Any] = {"fullgraph": True, "dynamic": False, "options": _COMPILER}
+    if not units:
+        network.compile(**settings)
+    for unit in units:
+        if unit is not network and not isinstance(unit, nn.Linear):
+            unit.forward = torch.compile(unit.forward, **settings)

@@ -19,6 +19,7 @@ from imm.checkpoints.format import CheckpointError, read_settings
 from imm.evaluation.evaluate import METRICS, Features, ReferenceStatistics, check, evaluate, gathered, load_networks, split_of
 from imm.evaluation.sets import PictureSet, picture_set
 from imm.files import replacing
+from imm.flow_map import FlowMap
 from imm.objectives import SAMPLED_BY
 from imm.sampling import Sampler
 from imm.training.log import Log, check_log, open_log, scalars_of
@@ -79,6 +80,11 @@ class Watch:
         self._steps, self._batch, self._say = list(steps), batch, say
         self._log: Log | None = None
         self._of_reference: dict[str, Features] = {}
+
+    @property
+    def scores(self) -> bool:
+        """Whether the average is scored."""
+        return self._scoring is not None
 
     def check(self, trainer: Trainer) -> None:
         """Look at what is asked for before the run begins, in each of its processes.
@@ -141,10 +147,14 @@ class Watch:
     def saving(self, trainer: Trainer, *, last: bool) -> None:
         """A state is about to be written, the ``last`` of the run or not: pictures and scores come before it, so that a resumed
         run makes again what a killed one did not."""
+        scoring = self._scoring if self._scoring is not None and (trainer.step % self._scoring.every == 0 or last) else None
+        if self._grid is None and scoring is None:
+            return
+        average = trainer.ema_flow_map
         if self._grid is not None and trainer.writes:
-            self._draw(trainer, *self._grid)
-        if self._scoring is not None and (trainer.step % self._scoring.every == 0 or last):
-            self._score(trainer, self._scoring)
+            self._draw(trainer, average, *self._grid)
+        if scoring is not None:
+            self._score(trainer, average, scoring)
 
     def flush(self) -> None:
         """Hand everything to the log: a run that is killed from here on resumes after it."""
@@ -162,19 +172,19 @@ class Watch:
             self._log.close()
             self._log = None
 
-    def _draw(self, trainer: Trainer, columns: int, lines: int) -> None:
+    def _draw(self, trainer: Trainer, average: FlowMap, columns: int, lines: int) -> None:
         rows: list[tuple[str, Tensor]] = []
         for steps in self._steps:
-            images = self._sample(trainer, steps, range(columns * lines))
+            images = self._sample(trainer, average, steps, range(columns * lines))
             rows += [(in_steps(steps) if i == 0 else "", part) for i, part in enumerate(images.split(columns))]
         picture = pictures.grid(rows)
         if self._log is not None:
             self._log.picture(trainer.step, SAMPLES, picture)
         pictures.save_picture(picture, _picture_path(trainer.out, trainer.step))
 
-    def _sample(self, trainer: Trainer, steps: int, seeds: range, of: int | None = None) -> Tensor:
+    def _sample(self, trainer: Trainer, flow_map: FlowMap, steps: int, seeds: range, of: int | None = None) -> Tensor:
         """Images of seeds, the classes in turn, in the batches of ``imm sample``; ``of``: how many all processes make."""
-        flow_map, method = trainer.ema_flow_map, SAMPLED_BY.get(trainer.objective.name, "pushforward")
+        method = SAMPLED_BY.get(trainer.objective.name, "pushforward")
         rows = min(self._batch, of or len(seeds))
         classes = flow_map.num_classes
         parts = []
@@ -186,12 +196,12 @@ class Watch:
                 parts.append(sampler.sample(some, labels).cpu())
         return torch.cat(parts) if parts else torch.empty(0, *flow_map.image_shape)
 
-    def _score(self, trainer: Trainer, scoring: Scoring) -> None:
+    def _score(self, trainer: Trainer, average: FlowMap, scoring: Scoring) -> None:
         flow_map = trainer.objective.flow_map
         for steps in self._steps:
             start = time.perf_counter()
             share = split_of(scoring.images, *trainer.place)
-            own = pictures.to_uint8(self._sample(trainer, steps, range(share.start, share.stop), scoring.images))
+            own = pictures.to_uint8(self._sample(trainer, average, steps, range(share.start, share.stop), scoring.images))
             pixels = gathered(own, scoring.images) if trainer.place[1] > 1 else own
             classes = flow_map.num_classes
             labels = torch.arange(scoring.images) % classes if classes else None

@@ -1,0 +1,114 @@
+"""The weights of a network over the processes of a run: torch's FSDP2 on a mesh of replicas and shards."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Collection, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from imm.distributed import Processes
+
+#: Bytes of weights below which a network is gathered and its gradients exchanged at once: a unit costs a fraction of a
+#: millisecond each time it is called.
+SMALL = 16 * 2**20
+
+
+def shard(
+    network: nn.Module, device: torch.device, where: Processes, size: int, classes: Collection[type[nn.Module]] = ()
+) -> list[Any]:
+    """Shard a network in place over ``size`` processes a replica, with the weights of rank 0; the backward averages gradients
+    over all processes. Collective.
+
+    Args:
+        classes: modules of these are units, gathered one at a time, for a network that does not say what its units are.
+
+    Returns:
+        The units, FSDP modules, in the order of the backward's end.
+    """
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    if device.type == "cuda":
+        torch.cuda.set_device(device)  # where NCCL allocates
+    where.take_first([*network.parameters(), *network.buffers()])
+    mesh = init_device_mesh(device.type, (where.world // size, size), mesh_dim_names=("replicate", "shard"))
+    if getattr(network, "channels_last", False):  # FSDP takes contiguous weights only; what lies between layers stays fast
+        network.register_forward_pre_hook(_channels_last)
+    network.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
+    units = units_of(network, classes)
+    if sum(parameter.nbytes for parameter in network.parameters()) < SMALL:
+        units = [unit for unit in units if not any(unit in other.modules() for other in units if other is not unit)]
+    for unit in units:
+        # With one process a replica nothing is gathered anew for the target branch and the backward.
+        fully_shard(unit, mesh=mesh, reshard_after_forward=None if size > 1 else False)
+    return units
+
+
+def units_of(network: nn.Module, classes: Collection[type[nn.Module]] = ()) -> list[nn.Module]:
+    """The modules to shard, inner ones first, each called as a module in the network's forward.
+
+    Args:
+        network: with a method ``units``; else all its modules of these classes are units, and itself.
+
+    Raises:
+        ValueError: classes of which the network has no module.
+    """
+    own: Any = network
+    if not classes and hasattr(network, "units"):
+        return list(own.units())
+    found = [module for module in network.modules() if isinstance(module, tuple(classes))]
+    for one in classes:
+        if not any(isinstance(module, one) for module in found):
+            raise ValueError(f"units: expected classes of the network's modules, got {one.__name__}")
+    return [*reversed([module for module in found if module is not network]), network]
+
+
+def _channels_last(network: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+    return args[0].contiguous(memory_format=torch.channels_last), *args[1:]
+
+
+def exchanges(units: Sequence[Any], flag: bool) -> None:
+    """Whether the next backward exchanges gradients; else it adds to those of the process."""
+    for unit in units:
+        unit.set_requires_gradient_sync(flag, recurse=False)
+
+
+def local(tensor: Tensor) -> Tensor:
+    """What this process has of a tensor."""
+    return getattr(tensor, "to_local", lambda: tensor)()
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """A tensor in one piece. Collective."""
+    return getattr(tensor, "full_tensor", lambda: tensor)()
+
+
+def whole_network(network: nn.Module) -> nn.Module:
+    """A network, or a copy of it in one piece where its parameters are sharded. Collective."""
+    if not any(hasattr(parameter, "full_tensor") for parameter in network.parameters()):
+        return network
+    memo: dict[int, Any] = {id(p): nn.Parameter(whole(p.detach()), requires_grad=False) for p in network.parameters()}
+    copied = copy.deepcopy(network, memo)
+    if getattr(copied, "channels_last", False):
+        copied.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    return copied
+
+
+def shard_alike(network: nn.Module, sharded: nn.Module) -> None:
+    """Give a network of the same weights the shards of another, as copies."""
+    made: dict[int, nn.Parameter] = {}
+    for name, parameter in list(sharded.named_parameters(remove_duplicate=False)):
+        if id(parameter) not in made:
+            made[id(parameter)] = nn.Parameter(parameter.detach().clone(), requires_grad=False)
+        module, _, leaf = name.rpartition(".")
+        setattr(network.get_submodule(module), leaf, made[id(parameter)])
+
+
+def takes_tangents() -> bool:
+    """Whether FSDP's hooks have forward-mode tangents, which it has from torch 2.12 or so on."""
+    from torch.distributed.fsdp._fully_shard import _fsdp_param_group
+
+    return "jvp" in vars(_fsdp_param_group.RegisterPostBackwardFunction)
