@@ -467,7 +467,7 @@ def test_an_npz_header_cannot_ask_for_memory(pictures, tmp_path) -> None:
     refused(path, "expected a whole .npz file of numbers")
     write_zip(path, [("images.npy", header.getvalue().replace(b"3), }", b"3 , }"))])  # Python source that has no end
     refused(path, "expected a whole .npz file of numbers")
-    with zipfile.ZipFile(path, "w") as archive:
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
         archive.writestr("images.npy", b"")
         archive.infolist()[0].file_size = MAX_ARRAY + 1
     refused(path, "images.npy is larger than")

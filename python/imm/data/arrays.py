@@ -9,7 +9,7 @@ import tokenize
 import zipfile
 import zlib
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -18,6 +18,7 @@ from typing import IO
 import numpy as np
 from numpy.typing import NDArray
 
+from imm.data import lazy
 from imm.data.listing import MAX_ARRAY, MAX_CLASSES, MAX_FILE, Files, gunzip
 
 _IDX = re.compile(r"(?P<folder>.*/)?(?P<split>train|t10k|test)-images[.-]idx3-ubyte(\.gz)?")
@@ -34,6 +35,8 @@ _BROKEN = (
     *(SyntaxError, tokenize.TokenError),
 )
 _PART = 1000  # images at a time
+#: Of a member of a zip, which its name and its extra field follow.
+_LOCAL = struct.Struct("<4s5H3I2H")
 
 
 @dataclass(frozen=True)
@@ -153,7 +156,9 @@ def read_tokens(path: Path) -> Arrays:
     for start in range(0, len(values), _PART):
         if not np.isfinite(values[start : start + _PART]).all():
             raise ValueError(f"tokens: expected finite values, got NaN or infinity in {start} to {start + _PART} ({path})")
-    return Arrays(np.array(values), _checked_labels(labels, len(values), path), class_names, unread)
+    if path.suffix == ".npy" and values.nbytes <= lazy.LARGE:
+        values = np.array(values)
+    return Arrays(values, _checked_labels(labels, len(values), path), class_names, unread)
 
 
 def _one_of(names: tuple[str, ...], known: set[str], path: Path) -> str | None:
@@ -198,19 +203,43 @@ def names_in(path: Path) -> set[str]:
 
 
 def read_arrays(path: Path, names: tuple[str, ...]) -> dict[str, np.ndarray]:
-    """Those of the arrays that are there. Raises ValueError for a broken file or a large one; no pickle is run."""
+    """Those of the arrays that are there; large ones are mapped where they are not compressed. Raises ValueError for a broken
+    file, and for an array too large that cannot be mapped; no pickle is run."""
     try:
-        with zipfile.ZipFile(path) as archive:
-            large = [info.filename for info in archive.infolist() if info.file_size > MAX_ARRAY]
-        if large:
-            raise ValueError(f"{large[0]} is larger than {MAX_ARRAY} bytes")
         with np.load(path, allow_pickle=False) as file:
-            there = [name for name in names if name in file.files]
-            for name in there:
-                _check_header(path, name)
-            return {name: file[f"{name}.npy"] for name in there}
+            return {name: _read_array(path, name, file) for name in names if name in file.files}
     except _BROKEN as error:
         raise ValueError(f"data: expected a whole .npz file of numbers, got {path}: {error}") from error
+
+
+def _read_array(path: Path, name: str, file: Mapping[str, np.ndarray]) -> np.ndarray:
+    with zipfile.ZipFile(path) as archive:
+        info = archive.getinfo(f"{name}.npy")
+    too_large = ValueError(f"{info.filename} is larger than {MAX_ARRAY} bytes, and compressed or not aligned")
+    if info.file_size > MAX_ARRAY and info.compress_type != zipfile.ZIP_STORED:
+        raise too_large
+    _check_header(path, name)
+    mapped = _mapped(path, info) if info.file_size > lazy.LARGE else None
+    if mapped is None and info.file_size > MAX_ARRAY:
+        raise too_large
+    return file[info.filename] if mapped is None else mapped
+
+
+def _mapped(path: Path, info: zipfile.ZipInfo) -> np.ndarray | None:
+    """An array of an npz file that is not read but mapped: its pages are shared by all processes, and leave memory when it is
+    short. None where it is compressed, or of another order or alignment than the processor's."""
+    if info.compress_type != zipfile.ZIP_STORED or info.flag_bits & 1:
+        return None
+    with path.open("rb") as raw:
+        raw.seek(info.header_offset)
+        head = raw.read(_LOCAL.size)
+        *_, name_size, extra_size = _LOCAL.unpack(head)
+        raw.seek(info.header_offset + _LOCAL.size + name_size + extra_size)
+        shape, columns, dtype = read_header(raw)
+        start = raw.tell()
+    if columns or dtype.hasobject or not dtype.isnative or start % dtype.itemsize:
+        return None
+    return np.memmap(path, dtype, "r", start, shape)
 
 
 def _checked_labels(labels: np.ndarray | None, count: int, path: Path) -> NDArray[np.int64] | None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import struct
 import zipfile
 from collections.abc import Callable, Sequence
 from itertools import islice
@@ -25,6 +26,9 @@ from imm.latents import encode as encode_latents
 from imm.latents import fingerprint
 from imm.pictures import TRANSFORMS, Picture, decode, encode
 from imm.version import __version__
+
+#: Bytes before a member's name, and of the extra field of one that may be large; what says that another is padding.
+_LOCAL_HEADER, _ZIP64_EXTRA, _PADDING_ID = 30, 20, 0xD935
 
 
 def check_request(out: str, resolution: int | None, transform: str, source: str | None = None) -> None:
@@ -215,7 +219,7 @@ def _write_npz(
     """Arrays of those names, of which ``rows`` gives the values of a picture; one after the other, nothing in memory."""
     with zipfile.ZipFile(path, "w") as archive:
         for position, name in enumerate(names):
-            with archive.open(member(f"{name}.npy"), "w", force_zip64=True) as file:
+            with archive.open(_aligned(f"{name}.npy", archive.start_dir), "w", force_zip64=True) as file:
                 for index in range(len(parts.kept)):
                     row = rows(index)[position]
                     row = row.astype(row.dtype.newbyteorder("<"), copy=False)
@@ -228,6 +232,14 @@ def _write_npz(
                 with archive.open(member(f"{name}.npy"), "w") as file:
                     _write_header(file, array.shape, array.dtype.str)
                     file.write(array.tobytes())
+
+
+def _aligned(name: str, offset: int) -> zipfile.ZipInfo:
+    """A member at this offset whose bytes begin at a multiple of 64, as an array's do within them, so that it can be mapped."""
+    info = member(name)
+    padding = -(offset + _LOCAL_HEADER + len(name) + _ZIP64_EXTRA + 4) % 64
+    info.extra = struct.pack("<HH", _PADDING_ID, padding) + bytes(padding)
+    return info
 
 
 def _write_header(file: IO[bytes], shape: tuple[int, ...], dtype: str) -> None:

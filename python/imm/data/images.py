@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from imm.data import arrays, mean_std
-from imm.data.sources import MNIST_5K, NoSplitsError, array_notes, class_notes, count_classes, open_source
+from imm.data import arrays, lazy, mean_std
+from imm.data.sources import MNIST_5K, NoSplitsError, Source, array_notes, class_notes, count_classes, open_source
+from imm.pictures import Picture
 
 
 @dataclass(frozen=True)
@@ -20,6 +24,7 @@ class ImageData:
 
     Attributes:
         pixels: ``[N, C, H, W]``: uint8, or floating as the network takes them (latents). Of sequences ``[N, T, D]`` floating.
+            Mapped from an .npz file that is not compressed; of a large set of pictures :class:`imm.data.lazy.LazyPixels`.
         labels: ``[N]`` int64, or None. num_classes: 0 without labels.
         source: in words.
         deviations: of latents that are an autoencoder's posteriors: ``pixels`` are then the means, these the standard
@@ -28,7 +33,7 @@ class ImageData:
         notes: lines on what was left out or changed. left_out: the pictures that ``skip_broken`` left out, a line each.
     """
 
-    pixels: Tensor
+    pixels: Any
     labels: Tensor | None
     num_classes: int
     source: str
@@ -43,7 +48,7 @@ class ImageData:
     @property
     def images(self) -> Tensor:
         """All images as the network takes them, float32: four times the memory of uint8 ``pixels``. Of posteriors the means."""
-        return to_float(self.pixels)
+        return to_float(self.pixels[:])
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -91,14 +96,21 @@ def load(
             if given is not None:
                 raise ValueError(f"{name}: expected none for latents, got {given} ({path})")
         return _load_latents(found, path, resolution, split)
-    with open_source(source, split) as opened:
-        pixels = np.empty(0, np.uint8)
+    with ExitStack() as stack:
+        opened = stack.enter_context(open_source(source, split))
+        pixels: Any = np.empty(0, np.uint8)
         left_out: dict[int, str] = {}
         kept: list[int] = []
+        if opened.values is not None and opened.values.nbytes > lazy.LARGE:
+            values = _as_stored(opened, resolution, transform, channels)
+            if values is not None:
+                return values
         on_broken = left_out.__setitem__ if skip_broken else None
         for number, picture in opened.pictures(resolution, transform, channels=channels, on_broken=on_broken):
             planes = picture.transpose(2, 0, 1)
             if not kept:
+                if opened.count * planes.size > lazy.LARGE and not skip_broken:
+                    return _lazy(opened, picture, resolution, transform, channels, stack.pop_all())
                 pixels = np.empty((opened.count, *planes.shape), np.uint8)
             pixels[len(kept)] = planes
             kept.append(number)
@@ -112,6 +124,44 @@ def load(
             notes=tuple(opened.said()),
             left_out=tuple(left_out.values()),
         )
+
+
+def _as_stored(opened: Source, resolution: int | None, transform: str, channels: int | None) -> ImageData | None:
+    """A large array of images as it is; None where it is to be changed."""
+    values = opened.values
+    assert values is not None
+    height, width, own = values.shape[1:]
+    if height != width or transform != "none" or resolution not in (None, height) or channels not in (None, own):
+        return None
+    labels = None if opened.labels is None else torch.from_numpy(opened.labels)
+    pixels = _tensor(values).permute(0, 3, 1, 2)
+    return ImageData(
+        pixels, labels, opened.num_classes, opened.description, class_names=opened.class_names, notes=tuple(opened.said())
+    )
+
+
+def _tensor(array: np.ndarray[Any, Any]) -> Tensor:
+    """An array as a tensor, which nobody writes to where it is mapped."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
+        return torch.from_numpy(array)
+
+
+def _lazy(
+    opened: Source, like: Picture, resolution: int | None, transform: str, channels: int | None, held: ExitStack
+) -> ImageData:
+    """A set whose pictures are decoded when they are asked for."""
+
+    def read(number: int) -> Picture:
+        pictures = opened.pictures(resolution, transform, [number], channels=channels, like=like)
+        return next(picture for _, picture in pictures).transpose(2, 0, 1)
+
+    labels = None if opened.labels is None else torch.from_numpy(opened.labels)
+    shape = opened.count, like.shape[2], *like.shape[:2]
+    pixels = lazy.LazyPixels(read, shape, lambda number: f"{opened.name(number)} {opened.stamp(number)}", held)
+    remedy = "a large set: its pictures are decoded as they are needed (imm data convert --out=x.npz makes one that is mapped)"
+    notes = (*opened.said(), remedy)
+    return ImageData(pixels, labels, opened.num_classes, opened.description, class_names=opened.class_names, notes=notes)
 
 
 def load_tokens(source: str) -> ImageData:
@@ -160,11 +210,11 @@ def _load_latents(found: arrays.Arrays, path: Path, resolution: int | None, spli
 
 def _of_arrays(found: arrays.Arrays, description: str) -> ImageData:
     return ImageData(
-        torch.from_numpy(found.values),
+        _tensor(found.values),
         None if found.labels is None else torch.from_numpy(found.labels),
         count_classes(found.labels, found.class_names, description),
         description,
-        None if found.deviations is None else torch.from_numpy(found.deviations),
+        None if found.deviations is None else _tensor(found.deviations),
         None if found.labels is None else found.class_names,
         tuple(array_notes(found.unread) + class_notes(found.labels, found.class_names)),
     )

@@ -11,6 +11,7 @@ import lzma
 import os
 import stat
 import tarfile
+import threading
 import zipfile
 import zlib
 from collections.abc import Callable, Iterable, Iterator
@@ -210,7 +211,7 @@ def _tar(path: Path) -> Iterator[Files]:
         members: dict[str, tarfile.TarInfo] = {}
         originals: dict[str, tarfile.TarInfo] = {}  # of hard links, hidden ones too
         folders: set[str] = set()
-        total = 0
+        total, one_at_a_time = 0, threading.Lock()
         try:
             archive = tarfile.open(fileobj=stream, mode="r:")  # noqa: SIM115  (holds nothing but the stream)
             for count, member in enumerate(archive):
@@ -241,9 +242,10 @@ def _tar(path: Path) -> Iterator[Files]:
         def read(name: str) -> bytes:
             _check_size(members[name].size, f"{name} of {path}")
             try:
-                file = archive.extractfile(members[name])
-                assert file is not None  # only regular files are kept
-                content = file.read()
+                with one_at_a_time:  # they share the stream
+                    file = archive.extractfile(members[name])
+                    assert file is not None  # only regular files are kept
+                    content = file.read()
             except _BROKEN as error:
                 raise ValueError(f"data: expected a whole tar file, got {path}: {name}: {error}") from error
             if len(content) != members[name].size:

@@ -52,6 +52,7 @@ class Source:
         labels: [count], or None. num_classes: 0 without labels. class_names: of every class, or None.
         read: the picture of a number; ValueError for one that is broken.
         names: of the pictures, for messages. stamp: of a number, what tells whether it is still the same picture.
+        values: of all pictures, ``[N, H, W, C]``, where they are one array; else None.
         default_resolution: the side of the images where none is asked for; None leaves them as they are.
         notes: lines on what was found. remarks: the same of pictures, which grow as they are read.
     """
@@ -65,6 +66,7 @@ class Source:
     default_resolution: int | None = None
     class_names: tuple[str, ...] | None = None
     stamp: Callable[[int], str] = lambda number: ""
+    values: NDArray[np.uint8] | None = None
     notes: list[str] = field(default_factory=list)
     remarks: Remarks = field(default_factory=Remarks)
 
@@ -238,6 +240,7 @@ def _of_arrays(
         lambda number: Decoded(images[number], images.shape[3] == 1),
         class_names=None if labels is None else class_names,
         stamp=lambda number: stamp,
+        values=images,
     )
 
 

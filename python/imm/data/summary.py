@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from imm.data.images import ImageData
+from imm.data.lazy import LazyPixels
 
 _PART = 1000  # images at a time
 
@@ -39,8 +40,10 @@ def digest(data: ImageData | Tensor | NDArray[np.uint8], labels: Tensor | NDArra
     return _digest(data, None, labels)
 
 
-def _digest(data: Tensor | NDArray[np.uint8], deviations: Tensor | None, labels: Tensor | NDArray[np.integer] | None) -> str:
-    pixels = torch.as_tensor(data)
+def _digest(
+    data: Tensor | NDArray[np.uint8] | LazyPixels, deviations: Tensor | None, labels: Tensor | NDArray[np.integer] | None
+) -> str:
+    pixels: Any = data if isinstance(data, LazyPixels) else torch.as_tensor(data)
     is_bytes = pixels.dtype == torch.uint8
     sequences = pixels.dim() == 3 and pixels.is_floating_point()
     pictures = pixels.dim() == 4 and (pixels.is_floating_point() or (is_bytes and pixels.shape[1] in (1, 3)))
@@ -63,7 +66,7 @@ def _digest(data: Tensor | NDArray[np.uint8], deviations: Tensor | None, labels:
     return out.hexdigest()
 
 
-def _update(out: hashlib._Hash, values: Tensor) -> None:
+def _update(out: hashlib._Hash, values: Tensor | LazyPixels) -> None:
     for part in values.split(_PART):
         out.update(_little_endian(part.view(torch.int16) if part.dtype == torch.bfloat16 else part))
 

@@ -122,7 +122,7 @@ def extract(
     with repeatable(tf32=False):  # published numbers are float32 throughout; TF32 would be cuDNN's default
         for start in range(0, len(mine), batch):
             rows = range(start, min(start + batch, len(mine)))
-            got, scores = network(pictures.pixels[mine.start + rows.start : mine.start + rows.stop].to(device))
+            got, scores = network(pictures.pixels[mine.start + rows.start : mine.start + rows.stop].contiguous().to(device))
             statistics.update(got)
             if keep:
                 features[rows.start : rows.stop] = got.cpu()
@@ -151,11 +151,15 @@ def gathered(part: Tensor, count: int) -> Tensor:
 def reference_protocol(pictures: PictureSet, split: str | None, used: Iterable[FeatureNetwork]) -> dict[str, Any]:
     """What must be written beside anything measured on the reference."""
     return {
-        "reference": {**_about(pictures), "split": split},
-        "features": {
-            network.name: {"sha256": network.sha256, "preprocessing": network.preprocessing, "package": network.package}
-            for network in used
-        },
+        "reference": {**_about(pictures), "digest": pictures.digest, "split": split},
+        "features": _about_networks(used),
+    }
+
+
+def _about_networks(used: Iterable[FeatureNetwork]) -> dict[str, Any]:
+    return {
+        network.name: {"sha256": network.sha256, "preprocessing": network.preprocessing, "package": network.package}
+        for network in used
     }
 
 
@@ -165,7 +169,6 @@ def _about(pictures: PictureSet) -> dict[str, Any]:
         "count": len(pictures),
         "shape": list(pictures.shape),
         "resize": pictures.resize,
-        "digest": pictures.digest,
     }
 
 
@@ -265,10 +268,6 @@ def evaluate(
     moments = _moments(names, reference, used)
     if isinstance(reference, ReferenceStatistics):
         _check_networks(reference, used)
-        about = {"reference": reference.protocol["reference"]}
-    else:
-        about = reference_protocol(reference, split, ())
-    about["features"] = reference_protocol(pictures, None, used.values())["features"]
     chosen, ours = {name: METRICS[name] for name in names}, dict[str, Features]()
     theirs: dict[str, Features] = {} if of_reference is None else of_reference
     for name, network in used.items():
@@ -280,6 +279,11 @@ def evaluate(
             theirs |= {} if found is None else {name: found}
     if dist.is_initialized() and dist.get_rank() != 0:
         return None
+    about = {"features": _about_networks(used.values())}
+    if isinstance(reference, ReferenceStatistics):
+        about["reference"] = reference.protocol["reference"]
+    else:
+        about |= {"reference": reference_protocol(reference, split, ())["reference"]}
     values: dict[str, float] = {}
     settings: dict[str, Any] = {}
     for name, metric in chosen.items():
@@ -294,8 +298,9 @@ def evaluate(
         if metric.kind == "fd" and metric.features == INCEPTION and moments is not None:
             settings[name]["reference"] = {"statistics": "mu and sigma of the file", "sha256": moments.digest()}
     versions = {"imm": __version__, "python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__}
+    seeds = None if pictures.seeds is None else format_integers(pictures.seeds)
     protocol = {
-        "images": {**_about(pictures), "seeds": None if pictures.seeds is None else format_integers(pictures.seeds)},
+        "images": {**_about(pictures), "digest": pictures.digest, "seeds": seeds},
         "generation": pictures.generation,
         **about,
         "quantisation": pictures.quantisation,
@@ -364,7 +369,7 @@ def _on_features(
 
 
 def _on_pixels(name: str, kind: str, pictures: PictureSet, reference: PictureSet) -> tuple[dict[str, float], dict[str, Any]]:
-    x, y = pictures.pixels.flatten(1), reference.pixels.flatten(1)
+    x, y = (one.pixels[:].flatten(1) for one in (pictures, reference))  # all of them in memory
     if kind == "mmd":
         return _mmd(name, x, y)
     assert reference.labels is not None

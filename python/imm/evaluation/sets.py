@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import json
+import math
 import re
 from dataclasses import dataclass, replace
 from functools import partial
@@ -13,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from imm.data import ImageData, digest, load
+from imm.data import ImageData, digest, lazy, load
 from imm.data.arrays import MOMENTS
 from imm.data.listing import open_files
 from imm.data.sources import NoSplitsError, array_notes
@@ -34,8 +36,8 @@ class PictureSet:
     """Pictures to evaluate, or to compare with.
 
     Attributes:
-        pixels: ``[N, 1 or 3, H, W]`` uint8. labels: ``[N]`` int64 or None. num_classes: 0 without labels.
-        source: where they come from, in words. digest: :func:`imm.data.digest` of pixels and labels.
+        pixels: ``[N, 1 or 3, H, W]`` uint8, of large sets mapped or decoded as they are read (:class:`imm.data.ImageData`).
+        labels: ``[N]`` int64 or None. num_classes: 0 without labels. source: where they come from, in words.
         moments: Inception statistics that the file has beside its images (``mu``, ``sigma``), which are the FID's, or None.
         quantisation: how floats became eight bits, in words.
         resize: how they were resized, in words, or None.
@@ -43,11 +45,10 @@ class PictureSet:
         notes, left_out: see :class:`imm.data.ImageData`.
     """
 
-    pixels: Tensor
+    pixels: Any
     labels: Tensor | None
     num_classes: int
     source: str
-    digest: str
     resize: str | None = None
     seeds: tuple[int, ...] | None = None
     generation: dict[str, Any] | None = None
@@ -59,14 +60,19 @@ class PictureSet:
     def __len__(self) -> int:
         return len(self.pixels)
 
+    @functools.cached_property
+    def digest(self) -> str:
+        """:func:`imm.data.digest` of pixels and labels, which reads all of them."""
+        return digest(self.pixels, self.labels)
+
     @property
     def shape(self) -> tuple[int, int, int]:
         """(channels, height, width) of one picture."""
-        return tuple(self.pixels.shape[1:])  # type: ignore[return-value]
+        return tuple(self.pixels.shape[1:])
 
 
-def picture_set(images: Tensor, labels: Tensor | None = None, source: str = "a tensor", *, decoded: bool = False) -> PictureSet:
-    """A set from images in memory.
+def picture_set(images: Any, labels: Tensor | None = None, source: str = "a tensor", *, decoded: bool = False) -> PictureSet:
+    """A set from images.
 
     Args:
         images: ``[N, 1 or 3, H, W]``, uint8, or floating in [-1, 1], which is quantised as :func:`to_uint8` does.
@@ -83,11 +89,12 @@ def picture_set(images: Tensor, labels: Tensor | None = None, source: str = "a t
         raise ValueError(f"images: expected uint8 or floating values in [-1, 1], got {images.dtype}")
     if labels is not None and labels.shape != images.shape[:1]:
         raise ValueError(f"labels: expected [{len(images)}], got {list(labels.shape)}")
-    pixels = (to_uint8(images, decoded=decoded) if images.is_floating_point() else images).cpu().contiguous()
+    pixels = to_uint8(images, decoded=decoded).cpu() if images.is_floating_point() else images
+    pixels = pixels.cpu() if isinstance(pixels, Tensor) else pixels
     labels = None if labels is None else labels.cpu().long()
     classes = 0 if labels is None else int(labels.max()) + 1
     rule = DECODED if decoded and images.is_floating_point() else STORED
-    return PictureSet(pixels, labels, classes, source, digest(pixels, labels), quantisation=rule)
+    return PictureSet(pixels, labels, classes, source, quantisation=rule)
 
 
 def load_set(
@@ -178,23 +185,28 @@ def seed_files(folder: Path) -> dict[int, Path]:
 def _generated(folder: Path, files: dict[int, Path], resolution: int | None) -> PictureSet:
     seeds = tuple(files)
     generation, labels = _read_generation(folder, seeds)
-    pixels: np.ndarray[Any, Any] = np.empty(0, np.uint8)
-    for number, file in enumerate(files.values()):
+    paths = list(files.values())
+
+    def read(number: int) -> np.ndarray[Any, Any]:
+        file = paths[number]
         try:
             content = file.read_bytes()
         except OSError as error:
             raise ValueError(f"images: expected a file that can be read, got {file}: {error.strerror}") from error
         picture = decode(content, str(file)).transpose(2, 0, 1)
-        if number == 0:  # one array for all, and no other copy: 50,000 pictures of 256 x 256 are 10 GB
-            pixels = np.empty((len(files), *picture.shape), np.uint8)
-        if picture.shape != pixels.shape[1:]:
-            raise ValueError(f"images: expected one size, got {list(pixels.shape[1:])} and {list(picture.shape)} ({file})")
-        pixels[number] = picture
-    if resolution is not None and pixels.shape[2:] != (resolution, resolution):
-        size = f"{pixels.shape[3]}x{pixels.shape[2]}"
+        if picture.shape != shape:
+            raise ValueError(f"images: expected one size, got {list(shape)} and {list(picture.shape)} ({file})")
+        return picture
+
+    shape = decode(paths[0].read_bytes(), str(paths[0])).transpose(2, 0, 1).shape
+    if resolution is not None and shape[1:] != (resolution, resolution):
+        size = f"{shape[2]}x{shape[1]}"
         raise ValueError(f"resolution: expected that of the generated images, {size}, got {resolution}")
-    out = picture_set(torch.from_numpy(pixels), labels, f"{len(seeds)} images in {folder}")
-    return PictureSet(out.pixels, out.labels, out.num_classes, out.source, out.digest, None, seeds, generation)
+    pixels = lazy.LazyPixels(read, (len(paths), *shape), lambda number: paths[number].name)
+    # 50,000 pictures of 256 x 256 are 10 GB, of which each process decodes its share.
+    large = len(paths) * math.prod(shape) > lazy.LARGE
+    out = picture_set(pixels if large else pixels[:], labels, f"{len(seeds)} images in {folder}")
+    return replace(out, seeds=seeds, generation=generation)
 
 
 def _read_generation(folder: Path, seeds: tuple[int, ...]) -> tuple[dict[str, Any] | None, Tensor | None]:

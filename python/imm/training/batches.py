@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -12,39 +14,67 @@ from imm.distributed import Processes
 from imm.training.config import TrainConfig
 
 
+class _Rows(NamedTuple):
+    pixels: Any
+    deviations: Any
+    labels: Any
+    mirrored: Any
+
+
 class Batches:
-    """The batches of a run on data that lie on ``device``; ``labelled``: whether the network takes labels."""
+    """The batches of a run, on ``device``; ``labelled``: whether the network takes labels. The data stay where they are: in the
+    host's memory, a mapped file, or files of pictures."""
 
     def __init__(self, data: ImageData, config: TrainConfig, device: torch.device, where: Processes, *, labelled: bool) -> None:
-        self._config, self._where = config, where
-        self._pixels = data.pixels.to(device)
-        self._deviations = None if data.deviations is None else data.deviations.to(device)
-        self._labels = data.labels.to(device) if labelled and data.labels is not None else None
+        self._config, self._where, self._device = config, where, device
+        self._pixels, self._deviations = data.pixels, data.deviations
+        self._labels = data.labels if labelled else None
         self.shape = data.shape
         self._permutation: tuple[int, Tensor] | None = None
+        # On the CPU another thread would take from training what it gives; decoding pictures has threads of its own.
+        self._ahead = ThreadPoolExecutor(1) if device.type == "cuda" else None
+        self._next: tuple[int, Future[_Rows]] | None = None
 
     def take(self, step: int) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """This process's images; the labels of the whole batch; how this process's images were augmented.
 
         Seeds torch's default generators. What is random is drawn for the whole batch, whatever the processes.
         """
-        config, where = self._config, self._where
+        config, mine = self._config, self._where.share(self._config.batch)
         torch.manual_seed(mix(config.seed, step))
-        index = self.indices(step)
-        mirrored, index = index >= len(self._pixels), index % len(self._pixels)
-        mine = where.share(len(index))
-        images = to_float(self._pixels[index[mine]])
-        labels = None if self._labels is None else self._labels[index]
+        rows = self._take_ahead(step)
+        images, labels = to_float(rows.pixels.to(self._device, non_blocking=True)), rows.labels
+        if labels is not None:
+            labels = labels.to(self._device, non_blocking=True)
         if config.xflip:
-            images = torch.where(mirrored[mine, None, None, None], images.flip(3), images)
-        if self._deviations is not None:  # a new sample of the posterior at every step, as in the paper (section I.1)
-            noise = torch.randn(len(index), *images.shape[1:], dtype=images.dtype, device=images.device)
-            images = torch.addcmul(images, to_float(self._deviations[index[mine]]), noise[mine])
+            mirrored = rows.mirrored[mine, None, None, None].to(self._device, non_blocking=True)
+            images = torch.where(mirrored, images.flip(3), images)
+        if rows.deviations is not None:  # a new sample of the posterior at every step, as in the paper (section I.1)
+            noise = torch.randn(config.batch, *images.shape[1:], dtype=images.dtype, device=images.device)
+            images = torch.addcmul(images, to_float(rows.deviations.to(self._device, non_blocking=True)), noise[mine])
         told = None
         if config.augment:
-            transforms = augmentation.draw(len(index), config.augment, images.device)[mine]
+            transforms = augmentation.draw(config.batch, config.augment, images.device)[mine]
             images, told = augmentation.transform(images, transforms), augmentation.labels(transforms)
         return images, labels, told
+
+    def _take_ahead(self, step: int) -> _Rows:
+        """The rows of a step, and the next step's begun: they are read while the device trains."""
+        if self._ahead is None:
+            return self._rows(self.indices(step))
+        known, self._next = self._next, None
+        rows = known[1].result() if known is not None and known[0] == step else self._rows(self.indices(step))
+        self._next = step + 1, self._ahead.submit(self._rows, self.indices(step + 1))
+        return rows
+
+    def _rows(self, index: Tensor) -> _Rows:
+        """What the data have of a step: this process's pixels and deviations; labels, and what is mirrored, of the batch."""
+        mirrored, index = index >= len(self._pixels), index % len(self._pixels)
+        own = index[self._where.share(len(index))]
+        deviations = None if self._deviations is None else self._deviations[own]
+        labels = None if self._labels is None else self._labels[index]
+        rows = _Rows(self._pixels[own].contiguous(), deviations, labels, mirrored)
+        return rows if self._ahead is None else _Rows(*(None if v is None else v.pin_memory() for v in rows))
 
     def indices(self, step: int) -> Tensor:
         """The images of a step: positions step * batch, ... of the epochs' permutations, one after the other.
@@ -61,7 +91,7 @@ class Batches:
                 self._permutation = epoch, torch.randperm(count, generator=generator)
             parts.append(self._permutation[1][offset : offset + left])
             position, left = position + len(parts[-1]), left - len(parts[-1])
-        return torch.cat(parts).to(self._pixels.device)
+        return torch.cat(parts)
 
 
 def mix(seed: int, step: int) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import hashlib
 import math
 import os
 import shutil
@@ -17,6 +18,7 @@ from torch import nn
 from imm.backends import PRECISIONS
 from imm.checkpoints.format import describe
 from imm.data import ImageData, augmentation, digest
+from imm.data.lazy import LazyPixels
 from imm.networks import TokenModel
 from imm.objectives import AnyObjective
 from imm.training.ema import gamma_of
@@ -225,11 +227,20 @@ def settings_of(config: TrainConfig, objective: AnyObjective, data: ImageData, i
         **describe(objective.flow_map),
         "objective": objective.settings,
         "config": {name: value for name, value in dataclasses.asdict(config).items() if name not in _FREE},
-        "data": {"source": data.source, "count": len(data), "sha256": digest(data), **named},
+        "data": {"source": data.source, "count": len(data), "sha256": _digest(data), **named},
     }
     for name in ("betas", "ema_lengths"):
         settings["config"][name] = list(settings["config"][name])
     return settings if init is None else {**settings, "init": {"sha256": init}}
+
+
+def _digest(data: ImageData) -> str:
+    """Of the data, or, where reading all of them would take long, of what tells their files apart."""
+    if not isinstance(data.pixels, LazyPixels):
+        return digest(data)
+    labels = b"" if data.labels is None else data.labels.numpy().tobytes()
+    about = f"files {list(data.pixels.shape)} {data.pixels.stamp()} "
+    return hashlib.sha256(about.encode() + labels).hexdigest()
 
 
 def differences(kept: Any, settings: dict[str, Any], allowed: Collection[str] = ()) -> tuple[list[str], list[str]]:

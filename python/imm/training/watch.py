@@ -105,7 +105,7 @@ class Watch:
             classes = flow_map.num_classes
             labels = torch.arange(scoring.images) % classes if classes else None
             some = torch.zeros((), dtype=torch.uint8).expand(scoring.images, *flow_map.image_shape)
-            check(scoring.metrics, PictureSet(some, labels, classes, "samples", ""), scoring.reference)
+            check(scoring.metrics, PictureSet(some, labels, classes, "samples"), scoring.reference)
             self._networks = load_networks(scoring.metrics, scoring.weights, trainer.device)
 
     def begin(self, trainer: Trainer) -> None:
