@@ -14,6 +14,7 @@ from imm.distributed import Processes
 from imm.networks import NETWORKS, TokenModel, UNet
 from imm.objectives import OBJECTIVES, TRAIN_BACKBONE, SequenceObjective
 from imm.training import TrainConfig, Trainer
+from imm.training.sharding import Shards
 
 T, D = 6, 4
 BACKBONE = {"token_dim": D, "features": 16, "depth": 1, "heads": 2, "max_tokens": T, "num_classes": 3}
@@ -64,8 +65,7 @@ def test_the_loss_is_the_heads_over_all_tokens_and_trains_the_backbone_where_it_
 
 @pytest.mark.parametrize("loss", ["energy", "imm"])
 def test_parts_and_processes_have_the_draws_and_the_gradient_of_the_batch(loss, tmp_path, monkeypatch) -> None:
-    for name, instead in (("shard", lambda *arguments: []), ("shard_alike", lambda *networks: None)):
-        monkeypatch.setattr(f"imm.training.trainer.{name}", instead)
+    monkeypatch.setattr("imm.training.trainer.shard", lambda network, *arguments: Shards(network))
     x, labels = sequences(16)
     gradients, draws = [], []
 

@@ -106,8 +106,8 @@ def test_a_resumed_state_lies_in_memory_as_the_weights_do(tmp_path) -> None:
     made().run(2)
     resumed = made()
     assert resumed.resumed_from == 2
-    assert not all(parameter.is_contiguous() for parameter in resumed._parameters)
-    for parameter in resumed._parameters:
+    assert not all(parameter.is_contiguous() for parameter in resumed._shards.parameters)
+    for parameter in resumed._shards.parameters:
         moments = [value for value in resumed._optimizer.state[parameter].values() if value.shape == parameter.shape]
         assert len(moments) == 2
         assert all(moment.stride() == parameter.stride() for moment in moments)
@@ -179,7 +179,7 @@ def test_a_batch_in_parts_has_the_gradient_of_the_whole(precision, batch_gpu, tm
         run.objective.forward = lambda x, *more, _f=forward, _c=calls, **options: _c.append(len(x)) or _f(x, *more, **options)
         stats, norm = run._step()
         assert calls == ([32] if size is None or size > 32 else [size] * (32 // size) + [32 % size] * bool(32 % size))
-        found.append((stats, norm, [p.grad for p in run._parameters]))
+        found.append((stats, norm, [p.grad for p in run._shards.parameters]))
     (stats, norm, gradients), (part_stats, part_norm, part_gradients) = found
     tolerance = {"rtol": 1e-4, "atol": 1e-6} if precision == "fp32" else {"rtol": 5e-2, "atol": 1e-4}
     torch.testing.assert_close(part_stats, stats, equal_nan=True, check_dtype=False, **tolerance)

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from test_training import CONFIG, assert_same_state, images, trainer, unet
-from test_training_processes import output_of
+from torchrun import output_of
 
 from imm import FlowMap, IMMObjective, checkpoints
 from imm.training import TrainConfig, Trainer
@@ -110,7 +110,7 @@ def test_a_compiled_step_is_the_plain_one_to_rounding(tmp_path) -> None:
         config = dataclasses.replace(CONFIG, compile=compiled)
         run = Trainer(IMMObjective(FlowMap(network)), images(), tmp_path / str(compiled), config)
         run.run(1)
-        gradients.append([p.grad for p in run._parameters])
+        gradients.append([p.grad for p in run._shards.parameters])
     torch.testing.assert_close(gradients[1], gradients[0], rtol=1e-4, atol=1e-7)
 
 

@@ -22,6 +22,7 @@ from imm.distributed import Processes
 from imm.networks import DDPMpp, UNet
 from imm.objectives import Draws
 from imm.training import TrainConfig, Trainer
+from imm.training.sharding import Shards
 from imm.training.state import read_state, states_in
 from imm.training.stats import STATS_FILE, read_rows
 from imm.training.watch import BEST_FILE, SCORES_FILE
@@ -146,8 +147,7 @@ class _Alone(Processes):
 @pytest.fixture
 def unsharded(monkeypatch) -> None:
     """Networks as they are: one of two processes, whose other is not there."""
-    monkeypatch.setattr("imm.training.trainer.shard", lambda *arguments: [])
-    monkeypatch.setattr("imm.training.trainer.shard_alike", lambda *networks: None)
+    monkeypatch.setattr("imm.training.trainer.shard", lambda network, *arguments: Shards(network))
 
 
 class _Elsewhere(_Alone):

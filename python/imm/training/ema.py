@@ -28,8 +28,8 @@ class _Average:
     @torch.no_grad()
     def _towards(self, live: nn.Module, share: float) -> None:
         """Move the parameters this share of the way to the live ones; buffers are copied."""
-        mine = [local(parameter) for parameter in self.network.parameters()]
-        torch._foreach_lerp_(mine, [local(parameter) for parameter in live.parameters()], share)
+        mine, theirs = ([local(parameter) for parameter in module.parameters()] for module in (self.network, live))
+        torch._foreach_lerp_(mine, theirs, share)
         for buffer, other in zip(self.network.buffers(), live.buffers(), strict=True):
             buffer.copy_(other)
 

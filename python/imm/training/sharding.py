@@ -7,7 +7,7 @@ from collections.abc import Collection, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 
 from imm.distributed import Processes
 
@@ -16,18 +16,76 @@ from imm.distributed import Processes
 SMALL = 16 * 2**20
 
 
+class Shards:
+    """The weights of a network as this process keeps and learns them.
+
+    Attributes:
+        units: FSDP modules, gathered one at a time; none of one process, whose network stays as it is.
+        parameters: what the optimizer steps, in the order of the network's: this process's part of each, in the same memory.
+    """
+
+    def __init__(self, network: nn.Module, units: Sequence[Any] = (), mesh: Any = None) -> None:
+        self.units = list(units)
+        self._group = None if mesh is None or mesh["shard"].size() == 1 else mesh["shard"].get_group()
+        self._whole = self.parameters = list(network.parameters())
+        if self.units:  # plain tensors: an optimizer of DTensors takes 50 us more for each
+            self.parameters = [nn.Parameter(local(p.detach()), requires_grad=p.requires_grad) for p in self._whole]
+
+    def exchanges(self, flag: bool) -> None:
+        """Whether the next backward exchanges gradients; else it adds to those of the process."""
+        for unit in self.units:
+            unit.set_requires_gradient_sync(flag, recurse=False)
+
+    def forget_gradients(self) -> None:
+        """Free all gradients."""
+        for parameter in (*self._whole, *self.parameters):
+            parameter.grad = None
+
+    def gradients(self) -> list[Tensor]:
+        """This process's part of every gradient that there is; the optimizer's parameters have them."""
+        if self.units:
+            for own, parameter in zip(self.parameters, self._whole, strict=True):
+                own.grad = None if parameter.grad is None else local(parameter.grad)
+        return [parameter.grad for parameter in self.parameters if parameter.grad is not None]
+
+    def norm(self, gradients: Sequence[Tensor]) -> Tensor:
+        """Of the gradient, all processes' parts. Collective."""
+        norm = torch.nn.utils.get_total_norm(gradients)
+        if self._group is None:
+            return norm
+        square = norm.square()
+        distributed.all_reduce(square, group=self._group)
+        return square.sqrt()
+
+    def share_nonfinite(self, gradients: Sequence[Tensor]) -> None:
+        """Where one process's part of the gradient is not finite, make all so: a loss scale then skips the step in each."""
+        if self._group is not None:
+            unit = 0.0 * self.norm(gradients)
+            for gradient in gradients[:1]:
+                gradient.add_(unit)
+
+    def like(self, index: int, value: Tensor) -> Tensor:
+        """A part of a parameter's size, such as a moment of the optimizer, as a part of the whole."""
+        parameter: Any = self._whole[index]
+        if not self.units or not value.dim():
+            return value
+        from torch.distributed.tensor import DTensor
+
+        placed = {"shape": parameter.shape, "stride": parameter.stride(), "run_check": False}
+        return DTensor.from_local(value, parameter.device_mesh, parameter.placements, **placed)
+
+
 def shard(
     network: nn.Module, device: torch.device, where: Processes, size: int, classes: Collection[type[nn.Module]] = ()
-) -> list[Any]:
+) -> Shards:
     """Shard a network in place over ``size`` processes a replica, with the weights of rank 0; the backward averages gradients
-    over all processes. Collective.
+    over all processes. One process wraps nothing. Collective.
 
     Args:
         classes: modules of these are units, gathered one at a time, for a network that does not say what its units are.
-
-    Returns:
-        The units, FSDP modules, in the order of the backward's end.
     """
+    if where.world == 1:
+        return Shards(network)
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
@@ -44,7 +102,7 @@ def shard(
     for unit in units:
         # With one process a replica nothing is gathered anew for the target branch and the backward.
         fully_shard(unit, mesh=mesh, reshard_after_forward=None if size > 1 else False)
-    return units
+    return Shards(network, units, mesh)
 
 
 def units_of(network: nn.Module, classes: Collection[type[nn.Module]] = ()) -> list[nn.Module]:
@@ -70,12 +128,6 @@ def _channels_last(network: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]
     return args[0].contiguous(memory_format=torch.channels_last), *args[1:]
 
 
-def exchanges(units: Sequence[Any], flag: bool) -> None:
-    """Whether the next backward exchanges gradients; else it adds to those of the process."""
-    for unit in units:
-        unit.set_requires_gradient_sync(flag, recurse=False)
-
-
 def local(tensor: Tensor) -> Tensor:
     """What this process has of a tensor."""
     return getattr(tensor, "to_local", lambda: tensor)()
@@ -97,8 +149,10 @@ def whole_network(network: nn.Module) -> nn.Module:
     return copied
 
 
-def shard_alike(network: nn.Module, sharded: nn.Module) -> None:
+def shard_alike(network: nn.Module, sharded: nn.Module, shards: Shards) -> None:
     """Give a network of the same weights the shards of another, as copies."""
+    if not shards.units:
+        return
     made: dict[int, nn.Parameter] = {}
     for name, parameter in list(sharded.named_parameters(remove_duplicate=False)):
         if id(parameter) not in made:

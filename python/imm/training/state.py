@@ -27,7 +27,7 @@ from imm.files import remove_part, write_text
 from imm.flow_map import FlowMap
 from imm.training.config import CHANGEABLE, differences
 from imm.training.ema import AVERAGES, EMA, PowerEMA
-from imm.training.sharding import whole_network
+from imm.training.sharding import Shards, local, whole_network
 from imm.weights import plain_names
 
 #: What a state's folder is called, before its step; the file in it that has what is not a tensor.
@@ -50,6 +50,7 @@ class State:
 
     folder: Path
     flow_map: FlowMap
+    shards: Shards
     ema: EMA
     averages: list[PowerEMA]
     optimizer: torch.optim.Optimizer
@@ -153,9 +154,9 @@ class State:
         tensors: dict[str, Tensor] = {}
         for prefix, module in self._modules().items():
             tensors |= {f"{prefix}.{name}": value for name, value in plain_names(module.state_dict()).items()}
-        for index, parameter in enumerate(self.flow_map.network.parameters()):
-            for key, value in self.optimizer.state[parameter].items():
-                tensors[f"optimizer.{index}.{key}"] = value
+        for index, parameter in enumerate(self.shards.parameters):
+            for key, value in self.optimizer.state.get(parameter, {}).items():
+                tensors[f"optimizer.{index}.{key}"] = self.shards.like(index, value)
         return tensors
 
     def _modules(self) -> dict[str, nn.Module]:
@@ -243,7 +244,7 @@ class State:
             if part == "optimizer" and index.isdecimal() and int(index) < len(parameters):
                 like = parameters[int(index)]
                 made = torch.zeros_like(like, dtype=dtype) if len(size) else torch.zeros((), dtype=dtype)
-                moments.setdefault(int(index), {})[key] = tensors[name] = made
+                tensors[name], moments.setdefault(int(index), {})[key] = made, local(made)
         check_state(tensors, {name: torch.empty(size, device="meta") for name, (size, _) in sizes.items()}, str(path))
         _load(path, tensors, alone=self.where.world == 1)
         self.optimizer.load_state_dict({"state": moments, "param_groups": self.optimizer.state_dict()["param_groups"]})

@@ -22,7 +22,7 @@ from imm.objectives import AnyDraws, AnyObjective
 from imm.training.batches import Batches, mix
 from imm.training.config import OPTIMIZERS, TrainConfig, check_changeable, check_fit, settings_of
 from imm.training.ema import EMA, PowerEMA
-from imm.training.sharding import exchanges, local, shard, shard_alike, whole
+from imm.training.sharding import shard, shard_alike
 from imm.training.speed import Clock, flops_of, matmul_rate
 from imm.training.state import State
 from imm.training.stats import STATS_FILE, Window, append, combined, trim
@@ -89,18 +89,15 @@ class Trainer:
         self._flops = flops_of(objective.flow_map, data.shape) if config.mfu else 0
         self.ema = EMA(network, config.ema)
         self.averages = [PowerEMA(network, length) for length in config.ema_lengths]
-        self._units: list[Any] = []
-        if where.world > 1:
-            self._units = shard(network, self.device, where, config.shard, units)
-            for average in (self.ema, *self.averages):
-                shard_alike(average.network, network)
-        self._parameters = list(network.parameters())
+        self._shards = shard(network, self.device, where, config.shard, units)
+        for average in (self.ema, *self.averages):
+            shard_alike(average.network, network, self._shards)
         self._optimizer = OPTIMIZERS[config.optimizer](
-            self._parameters, lr=config.lr, betas=config.betas, weight_decay=config.weight_decay
+            self._shards.parameters, lr=config.lr, betas=config.betas, weight_decay=config.weight_decay
         )
         self._scaler = torch.amp.GradScaler(self.device.type, enabled=config.precision == "fp16")
         if config.compile:
-            _compile(network, self._units)
+            _compile(network, self._shards.units)
         self._watch = watch
         if watch is not None:
             watch.check(self)
@@ -108,7 +105,7 @@ class Trainer:
         refusal = f"out: expected a folder that the first process can write to, got {out}"
         self._lock = where.in_first(lambda: lock_folder(self.out, shared=True), refusal)
         self._batches = Batches(data, config, self.device, where, labelled=objective.flow_map.num_classes > 0)
-        kept = self.out, objective.flow_map, self.ema, self.averages, self._optimizer, self._scaler
+        kept = self.out, objective.flow_map, self._shards, self.ema, self.averages, self._optimizer, self._scaler
         self._state = State(*kept, settings, config.keep_every, where)
         self.resumed_from = self._state.resume(allow_change)
         self.step = self.resumed_from or 0
@@ -287,10 +284,10 @@ class Trainer:
             TrainingError: a gradient that is not finite, when ``max_skipped`` steps were skipped before. With ``max_skipped`` =
                 0 there is no look at the gradient; :meth:`run` finds out at its next row.
         """
-        self._optimizer.zero_grad(set_to_none=True)  # before the forward, whose memory grows towards its end
+        self._shards.forget_gradients()  # before the forward, whose memory grows towards its end
         size = self.config.batch_gpu
         if size is None or size >= len(images):
-            exchanges(self._units, True)
+            self._shards.exchanges(True)
             stats = self._accumulate(images, labels, told, draws, 1.0, pairs)
         else:
             particles = self.objective.particles
@@ -301,21 +298,21 @@ class Trainer:
                 share = len(images[part]) / len(images)
                 some = draws.part(start // particles, (start + size) // particles)
                 of_labels, of_told = (None if given is None else given[part] for given in (labels, told))
-                exchanges(self._units, start + size >= len(images))
+                self._shards.exchanges(start + size >= len(images))
                 parts.append((share, self._accumulate(images[part], of_labels, of_told, some, share, pairs)))
             stats = combined(parts)
+        gradients = self._shards.gradients()
+        if self._scaler.is_enabled():
+            self._shards.share_nonfinite(gradients)
         self._scaler.unscale_(self._optimizer)
-        learning = [p for p in self._parameters if p.grad is not None]
-        norm = whole(torch.nn.utils.get_total_norm([p.grad for p in learning if p.grad is not None]))
+        norm = self._shards.norm(gradients)
         if self._skips(norm):
             self._state.skipped += 1
             if self._state.skipped > self.config.max_skipped:
                 raise self._error(f"gradient not finite in step {self.step + 1}, after {self.config.max_skipped} skipped steps")
         else:
             if self.config.clip is not None:
-                # As torch.nn.utils.clip_grads_with_norm_, of what this process has.
-                factor = torch.clamp(self.config.clip / (norm + 1e-6), max=1.0)
-                torch._foreach_mul_([local(p.grad) for p in learning if p.grad is not None], factor)
+                torch.nn.utils.clip_grads_with_norm_(self._shards.parameters, self.config.clip, norm)
             self._scaler.step(self._optimizer)
             self._scaler.update()
         self.ema.update(self.objective.flow_map.network)
