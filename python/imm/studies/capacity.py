@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from imm.evaluation import energy_distance
 from imm.flow_map import FlowMap
 from imm.sampling import pushforward, time_grid
-from imm.studies.study import Criterion, Result, Study, markdown
+from imm.studies.study import Criterion, Result, Study, markdown, plots
 
 STEPS = (1, 2, 4, 8, 16, 32, 64, 128)
 POINTS, SUBSTEPS, SIGMA, DEVIATION = 4000, 400, 0.5, 0.05
@@ -169,13 +169,9 @@ def summary(rows: list[dict[str, Any]]) -> str:
 
 
 def _figures(folder: Path, rows: list[dict[str, Any]], shown: dict[str, Tensor]) -> list[tuple[Path, str]]:
-    try:
-        import matplotlib
-    except ImportError:
+    pyplot = plots()
+    if pyplot is None:
         return []
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
     ring = next(iter(mixtures()))
     picked = [f"{ring}, DDIM, {n}" for n in (1, 2, 4, 16)] + [f"{ring}, flow map, 1"]
     figure, axes = pyplot.subplots(1, len(picked), figsize=(15, 3.2), constrained_layout=True)

@@ -69,10 +69,24 @@ def markdown(header: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
 
 @dataclass(frozen=True)
 class Study:
-    """A title and what runs the study: (folder, quick, device, say) -> :class:`Result`. A stopped one resumes in its folder."""
+    """A title and what runs the study: (folder, quick, device, say) -> :class:`Result`. One with a ``short`` form, which
+    ``imm study all`` runs, is long: stopped, it resumes in its folder."""
 
     title: str
     run: Callable[[Path, bool, Any, Callable[[str], None]], Result]
+    short: Callable[[Path, Any, Callable[[str], None]], Result] | None = None
+
+
+def plots() -> Any:
+    """matplotlib's pyplot, which writes to files; None where it is not installed (the extra plots)."""
+    try:
+        import matplotlib
+    except ImportError:
+        return None
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    return pyplot
 
 
 def _cell(value: Any) -> str:
