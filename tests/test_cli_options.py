@@ -72,7 +72,7 @@ def test_the_words_of_choices_are_those_of_the_library() -> None:
         "times": base.TIMES,
         "distance": consistency.DISTANCES,
         "derivative": meanflow.DERIVATIVES,
-        "name": STUDIES,
+        "name": ("all", *STUDIES),
         "log": LOGS,
         "transform": pictures.TRANSFORMS,
         "split": sources.SPLITS,

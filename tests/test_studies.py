@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import re
@@ -11,7 +12,27 @@ import torch
 from command_line import call
 
 from imm.cli import commands
-from imm.studies import STUDIES, Criterion, axes, capacity, losses
+from imm.studies import (
+    STUDIES,
+    TOYS,
+    Criterion,
+    Result,
+    Study,
+    axes,
+    capacity,
+    factorisation,
+    losses,
+    particles,
+    second_time,
+    toys,
+)
+
+CPU = torch.device("cpu")
+
+
+def failed(result: Result) -> list[str]:
+    """The claims that do not hold."""
+    return [one.claim for one in result.criteria if not one.holds]
 
 
 def test_a_criterion_says_its_figure_and_fails_outside_its_bounds() -> None:
@@ -51,7 +72,7 @@ def test_the_study_of_losses_runs_resumes_and_fails_where_a_premise_is_broken(tm
     assert [one.claim for one in losses.criteria(sharp, losses.FULL) if not one.holds] == [
         "fm, one step is the class blur: spread"
     ]
-    assert STUDIES.keys() == set(commands.STUDIES)
+    assert {"all", *STUDIES} == set(commands.STUDIES)
 
 
 def test_the_study_of_two_axes_runs_resumes_and_fails_where_a_premise_is_broken(tmp_path, monkeypatch) -> None:
@@ -125,6 +146,48 @@ def test_the_documentations_tables_are_those_of_the_committed_rows() -> None:
     assert all(one.holds for one in axes.criteria(rows, axes.FULL))
 
 
+def test_all_runs_the_short_forms_and_quick_the_toys_and_fails_where_one_criterion_does(tmp_path, monkeypatch) -> None:
+    ran: list[tuple[str, str, bool]] = []
+
+    def study(name: str) -> Study:
+        result = lambda holds=True: Result([{"a": 1.5}], [Criterion(f"{name} holds", float(holds), low=1)], [("a", "figure")])
+
+        def run(folder: Path, quick: bool, device: torch.device, say: object) -> Result:
+            ran.append((name, folder.name, quick))
+            return result(name != "axes")
+
+        def short(folder: Path, device: torch.device, say: object) -> Result:
+            ran.append((name, folder.name, True))
+            return result()
+
+        return Study(f"Title of {name}", run, short if name == "losses" else None)
+
+    for name in STUDIES:
+        monkeypatch.setitem(STUDIES, name, study(name))
+    call("study", "all", "--quick", f"--out={tmp_path / 'quick'}")
+    assert ran == [(name, name, True) for name in TOYS]
+    page = (tmp_path / "quick" / "report.html").read_text()
+    assert [name for name in STUDIES if f"Title of {name}" in page and f"{name} holds" in page] == list(TOYS)
+    assert json.loads((tmp_path / "quick" / "particles" / "rows.json").read_text()) == [{"a": 1.5}]
+    ran.clear()
+    output = call("study", "all", f"--out={tmp_path / 'long'}", ok=False).output  # that of axes
+    assert ran == [(name, name, name == "losses") for name in STUDIES]
+    assert output.count("PASSED") == len(STUDIES) - 1
+    ran.clear()
+    call("study", "losses", f"--out={tmp_path / 'losses'}")
+    assert ran == [("losses", "losses", False)]
+
+
+def test_the_short_form_of_the_losses_fails_where_flow_matching_needs_no_steps() -> None:
+    good = {"step": losses.SHORT.steps, "seed": 0, "spread": 0.8}
+    table = [{**good, "loss": "imm", "evaluations": n, "mmd": 0.005} for n in (1, 2, 4, 8)]
+    table += [{**good, "loss": "fm", "evaluations": n, "mmd": 0.08 / n} for n in (1, 2, 4, 8)]
+    table[4]["spread"] = 0.2
+    assert [one.claim for one in losses.criteria(table, losses.SHORT) if not one.holds] == []
+    table[4:] = [{**row, "loss": "fm"} for row in table[:4]]
+    assert len([one for one in losses.criteria(table, losses.SHORT) if not one.holds]) == 2
+
+
 def test_the_exact_velocity_and_map_of_a_mixture_agree() -> None:
     mixture = capacity.mixtures()["ring of 8"]
     generator = torch.Generator().manual_seed(0)
@@ -154,3 +217,82 @@ def test_the_study_of_capacity_holds_and_fails_where_the_map_does_not_see_s(tmp_
     broken = capacity.run(tmp_path, True, torch.device("cpu"), lambda line: None)
     failed = [one.claim for one in broken.criteria if not one.holds]
     assert sum("one step of the flow map" in claim for claim in failed) == 2
+
+
+def test_the_study_of_the_second_time_fails_where_s_is_hidden_in_the_run_that_is_given_it(tmp_path, monkeypatch) -> None:
+    plan = second_time._Plan({second_time.SQUARES: 900}, 2048, 500)
+    monkeypatch.setattr(second_time, "QUICK", plan)
+    monkeypatch.setattr(second_time, "BATCH", 256)
+    assert failed(second_time.run(tmp_path, True, CPU, print)) == []
+    monkeypatch.setattr(second_time, "plots", lambda: None)
+    monkeypatch.setattr(toys, "flow_map", lambda dim, given_s=True, make=toys.flow_map: make(dim, given_s=False))
+    broken = failed(second_time.run(tmp_path, True, CPU, print))
+    assert broken[0] == "least squares: energy distance of one step, s hidden over s given"
+
+
+def test_one_particle_is_a_consistency_loss_and_more_are_not() -> None:
+    assert particles.consistency_gap() < 1e-12
+    assert particles.consistency_gap(4) > 0.01
+
+
+def test_the_study_of_particles_fails_where_m_is_ignored(tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(particles, "QUICK", particles._Plan({3: (0,)}, (1, 4, 16), 800))
+    monkeypatch.setattr(particles, "BATCH", 128)
+    monkeypatch.setattr(particles, "POINTS", 500)
+    assert failed(particles.run(tmp_path, True, CPU, print)) == []
+    monkeypatch.setattr(particles, "objective_of", lambda model, m, k, make=particles.objective_of: make(model, 1, k))
+    monkeypatch.setattr(particles, "plots", lambda: None)
+    broken = failed(particles.run(tmp_path, True, CPU, print))
+    assert broken[:2] == [f"k = 3: energy distance of one step, M = {few} over M = {many}" for few, many in ((1, 4), (4, 16))]
+
+
+def test_masked_diffusion_at_its_optimum_is_exact_one_token_at_a_time_and_a_product_in_one_step() -> None:
+    generator = torch.Generator().manual_seed(0)
+    for make, share in ((factorisation.hands, 13 / 18), (factorisation.mirror, 1 - 4**-4), (factorisation.walk, 1 - 0.4**7)):
+        language = make()
+        length = language.strings.shape[1]
+        assert math.isclose(factorisation.independent(language), share, rel_tol=1e-12)
+        for order in (None, torch.arange(length), torch.arange(length).flip(0)):
+            one_by_one = factorisation.masked(language, factorisation.linear(length, length), 500, generator, order)
+            assert language.scores(one_by_one)["invalid"] == 0
+        at_once = factorisation.masked(language, axes.cosine(length, 1), 4000, generator)
+        assert abs(language.scores(at_once)["invalid"] - share) < 0.03
+        marginals = torch.stack([torch.bincount(column, minlength=len(language.letters)) for column in at_once.T]) / 4000
+        torch.testing.assert_close(marginals.double(), language.one_hot.mean(0), rtol=0, atol=0.04)
+    mirror = factorisation.mirror()
+    halves = factorisation.masked(mirror, [0, 4, 8], 500, generator, torch.arange(8))
+    assert mirror.scores(halves)["invalid"] == 0
+
+
+def test_no_product_of_tokens_is_below_the_proved_bound_and_the_search_is_near_it() -> None:
+    for make, found in ((factorisation.hands, 0.489), (factorisation.mirror, 0.9376)):
+        language = make()
+        least = factorisation.least_variation(language)
+        logits = 3 * torch.randn(2000, *language.one_hot[0].shape, dtype=torch.float64)
+        of_string = sum(logits.log_softmax(2)[:, i, language.strings[:, i]] for i in range(language.strings.shape[1])).exp()
+        variation = 1 - of_string.clamp(max=1 / len(language.strings)).sum(1)
+        tv, product = factorisation.best_product(language, 60, 400)
+        assert least <= tv < found
+        assert least <= variation.min()
+        torch.testing.assert_close(product.sum(1), torch.ones(len(product), dtype=torch.float64))
+    assert math.isclose(factorisation.least_variation(factorisation.mirror()), 15 / 16)
+    assert math.isclose(factorisation.least_variation(factorisation.hands()), 1 - 3**-0.5)
+
+
+def test_the_study_of_factorisation_fails_where_tokens_have_unlike_noise(tmp_path, monkeypatch) -> None:
+    hands = dataclasses.replace(factorisation.hands(), training=400)
+    monkeypatch.setattr(factorisation, "hands", lambda: hands)
+    monkeypatch.setattr(factorisation, "QUICK", factorisation._Plan((factorisation.hands,), 5000, 20))
+    assert failed(factorisation.run(tmp_path, True, CPU, print)) == []
+
+    def unlike(model, language, seeds, steps, drawn=factorisation.drawn):
+        count, length = len(seeds), language.strings.shape[1]
+        whole = drawn(model, language, range(count * length), steps)
+        return torch.stack([whole[i * count : (i + 1) * count, i] for i in range(length)], 1)
+
+    monkeypatch.setattr(factorisation, "drawn", unlike)
+    assert failed(factorisation.run(tmp_path, True, CPU, print)) == [
+        "hands: flow map, one step: total variation over the least of any product",
+        "hands: flow map, one step: invalid",
+        "hands: flow map, one step: total variation",
+    ]

@@ -25,7 +25,7 @@ PRESETS = (
     *("cifar10", "imagenet256-ts-a2", "imagenet256-s-a1", "imagenet256-meanflow-b-4", "celebahq256-shortcut"),
     *(f"dit-{size}-{patch}" for size in ("s", "b", "l", "xl") for patch in (2, 4, 8)),
 )
-STUDIES = ("axes", "capacity", "losses")
+STUDIES = ("all", "axes", "capacity", "factorisation", "losses", "particles", "second-time")
 Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
 COUNT = click.IntRange(min=1)
 
@@ -499,17 +499,26 @@ def report(**options: Any) -> None:
 
 @click.command()
 @click.argument("name", type=_choice(*STUDIES), metavar="NAME")
-@_out("Where to write; a stopped study is resumed there. [default: runs/study-NAME]", "DIR", required=False)
-@_option("--quick", is_flag=True, help="A few steps, to see that it runs; its figures say nothing.")
+@_out("Where to write; axes and losses, stopped, are resumed there. [default: runs/study-NAME]", "DIR", required=False)
+@_option("--quick", is_flag=True, help="Less of it; of axes and losses only to see that they run: their figures say nothing.")
 @DEVICE
 def study(**options: Any) -> None:
-    """Run a study: axes, capacity or losses. Writes rows, figures and one page; exits with 1 where a criterion fails.
+    """Run a study. Writes rows, figures and one page; exits with 1 where a criterion fails.
+
+    all: every study on one page, losses in a short form. About half an hour on two cores; --quick, without axes and losses,
+    takes three minutes.
 
     axes: continuous tokens, a sequence outside and refinement inside. About ten minutes on two cores.
 
     capacity: DDIM with the exact velocity against the exact flow map. About a minute.
 
+    factorisation: strings, by masked diffusion at its optimum and by a flow map whose tokens share their noise. About a minute.
+
     losses: every loss with the same network, data, batch, seeds and protocol. About an hour on two cores.
+
+    particles: IMM with 1 to 16 particles, over the gap between t and r. About five minutes.
+
+    second-time: the same network with and without s, by several losses. About two minutes.
     """
     _run("study", **options)
 

@@ -7,6 +7,7 @@ in which several tokens are drawn at once.
 
 from __future__ import annotations
 
+import itertools
 import math
 import time
 from collections.abc import Callable, Sequence
@@ -30,7 +31,7 @@ from imm.objectives import IMM, EnergyScore, FlowMatching, Objective
 from imm.pictures import grid, save_picture
 from imm.sampling import Sampler, TokenSampler
 from imm.sampling.tokens import HeadSteps
-from imm.studies.study import Criterion, Result, Study, markdown
+from imm.studies.study import Criterion, Result, Study, markdown, plots
 
 SIDE, PATCH, TOKENS, DIM, WIDTH = 16, 4, 16, 16, 96
 #: Mean of the pixels, which is taken off the tokens.
@@ -327,11 +328,19 @@ def _any_order(digits: _Digits, shown: list[tuple[str, Tensor]]) -> list[dict[st
     return rows
 
 
+def cosine(tokens: int, iterations: int) -> list[int]:
+    """Tokens that are visible before each iteration i = 0, 1, ... and at the end: T - T cos(pi/2 i/N), one more each time."""
+    counts = [0]
+    for i in range(1, iterations):
+        counts.append(min(tokens, max(counts[-1] + 1, tokens - int(tokens * math.cos(math.pi / 2 * i / iterations)))))
+    return [*counts, tokens]
+
+
 @torch.no_grad()
 def sample_masked(backbone: Masked, head: FlowMap, count: int, labels: Tensor, iterations: int) -> Tensor:
-    """Sequences of seeds 0 .. ``count`` - 1 in ``iterations`` passes of the backbone, one head step a token.
+    """Sequences of seeds 0 .. ``count`` - 1 in ``iterations`` passes of the backbone, one head step a token, by :func:`cosine`.
 
-    The number of tokens that are still hidden after iteration i of N is T cos(pi/2 i/N); a seed draws its order.
+    A seed draws its order.
     """
     device, seeds = labels.device, torch.arange(count, device=labels.device)
     steps = HeadSteps(head, 1, "uniform", (), "restart", None).eval()
@@ -340,16 +349,13 @@ def sample_masked(backbone: Masked, head: FlowMap, count: int, labels: Tensor, i
     order = functional.noise(seeds, (TOKENS,), 1 << 62).argsort(1)
     tokens = torch.zeros(count, TOKENS, DIM, device=device)
     visible = torch.zeros(count, TOKENS, dtype=torch.bool, device=device)
-    done = 0
-    for i in range(1, iterations + 1):
-        until = max(done + 1, TOKENS - int(TOKENS * math.cos(math.pi / 2 * i / iterations))) if i < iterations else TOKENS
-        now = order[:, done : min(until, TOKENS)]
+    for done, until in itertools.pairwise(cosine(TOKENS, iterations)):
+        now = order[:, done:until]
         take = lambda value, now=now: value.gather(1, now[..., None].expand(*now.shape, value.shape[2])).flatten(0, 1)
         z = take(backbone(tokens, labels, visible))
         drawn = steps(z, torch.cat([take(one) for one in noise], 1)).reshape(*now.shape, DIM)
         tokens.scatter_(1, now[..., None].expand_as(drawn), drawn)
         visible.scatter_(1, now, True)
-        done += now.shape[1]
     return tokens
 
 
@@ -400,13 +406,9 @@ def criteria(rows: Sequence[dict[str, Any]], plan: _Plan) -> list[Criterion]:
 
 
 def _curves(folder: Path, rows: Sequence[dict[str, Any]]) -> list[tuple[Path, str]]:
-    try:
-        import matplotlib
-    except ImportError:
+    pyplot = plots()
+    if pyplot is None:
         return []
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
     figure, axes = pyplot.subplots(1, 2, figsize=(11, 4), constrained_layout=True)
     names = dict.fromkeys(row["head"] for row in rows if row["order"] == "raster")
     for name in names:
