@@ -143,6 +143,14 @@ def test_the_documentations_tables_are_those_of_the_committed_rows() -> None:
             assert cell == f"{row['label_match']:.0%} / {row['spread']:.0%} / {row['mmd'] * 1000:.1f}"
     rows = json.loads((docs / "studies" / "axes.json").read_text())
     assert axes.summary(rows) in (docs / "learn" / "tokens.md").read_text()
+    why = (docs / "learn" / "why.md").read_text()
+    for name, study in (
+        ("capacity", capacity),
+        ("second-time", second_time),
+        ("particles", particles),
+        ("factorisation", factorisation),
+    ):
+        assert study.summary(json.loads((docs / "studies" / f"{name}.json").read_text())) in why
     assert all(one.holds for one in axes.criteria(rows, axes.FULL))
 
 
