@@ -24,6 +24,7 @@ from imm.objectives import OBJECTIVES
 from imm.training import TrainConfig, sharding
 from imm.training.config import check_fit
 from imm.training.state import read_state, states_in
+from imm.training.trainer import _compile
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="finds torchrun's processes in /proc")
 
@@ -149,6 +150,15 @@ def test_a_tangent_on_an_earlier_torch_is_refused_with_its_remedy(monkeypatch) -
     with pytest.raises(ValueError, match=r"loss: expected one without tangents .*, got meanflow \(meanflow: --deriv"):
         fits("meanflow", 2)
     fits("meanflow", 1), fits("imm", 2)
+
+
+def test_every_unit_that_calls_no_other_is_compiled() -> None:
+    compiled = lambda network, units: [unit for unit in units if _compile(network, units) is None and "forward" in vars(unit)]
+    dit, tokens = shards.transformer(), shards.token_model()
+    assert compiled(dit, sharding.units_of(dit)) == list(dit.blocks)
+    small = shards.transformer()
+    assert compiled(small, [small]) == [small]
+    assert compiled(tokens, sharding.units_of(tokens)) == [*tokens.backbone.blocks, tokens.head]
 
 
 def test_units_are_a_networks_own_or_those_of_its_classes() -> None:

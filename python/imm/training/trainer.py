@@ -379,11 +379,12 @@ class Trainer:
 
 
 def _compile(network: nn.Module, units: list[Any]) -> None:
-    """Compile a network in place, so that its weights keep their names: as a whole, or, where it is sharded, each unit but a
-    layer or the network itself, because what gathers a unit's weights is not compiled."""
+    """Compile a network in place, so that its weights keep their names: as a whole, or, where it is sharded, each unit that
+    calls no other, because what gathers a unit's weights is not compiled."""
     settings: dict[str, Any] = {"fullgraph": True, "dynamic": False, "options": _COMPILER}
     if not units:
         network.compile(**settings)
-    for unit in units:
-        if unit is not network and not isinstance(unit, nn.Linear):
+    blocks = [unit for unit in units if not isinstance(unit, nn.Linear)]
+    for unit in blocks:
+        if not any(other in unit.modules() for other in blocks if other is not unit):
             unit.forward = torch.compile(unit.forward, **settings)
