@@ -108,7 +108,7 @@ def test_wrong_files(small_flow_map, tmp_path) -> None:
 
     assert "expected format version 1 or older, got 99" in rewritten(format_version=99)
     assert "expected a checkpoint of kind 'flow_map', got 'other'" in rewritten(kind="other")
-    assert "expected one of ['DDPMpp', 'DiT', 'TokenHead', 'UNet']" in rewritten(network={"name": "os.system"})
+    assert "expected one of ['DDPMpp', 'DiT', 'TokenHead', 'TokenModel', 'UNet']" in rewritten(network={"name": "os.system"})
     assert "expected the settings of a flow map" in rewritten(flow_map={"schedule": "none"})
     assert "expected the settings of a flow map" in rewritten(network={"name": "UNet", "depth": 3})
     assert "names do not fit" in rewritten(network={**settings["network"], "blocks": 2})

@@ -324,11 +324,15 @@ def test_guidance_without_classes_is_refused() -> None:
 
 
 def test_bad_components_are_refused(pipeline, small_flow_map) -> None:
-    with pytest.raises(ValueError, match=r"name: expected one of \['DDPMpp', 'DiT', 'TokenHead', 'UNet'\], got 'Linear'"):
+    with pytest.raises(
+        ValueError, match=r"name: expected one of \['DDPMpp', 'DiT', 'TokenHead', 'TokenModel', 'UNet'\], got 'Linear'"
+    ):
         IMMNetwork(name="Linear", settings={})
     other = torch.nn.Linear(2, 2)
     other.num_classes = 0
-    with pytest.raises(ValueError, match=r"network: expected one of \['DDPMpp', 'DiT', 'TokenHead', 'UNet'\], got Linear"):
+    with pytest.raises(
+        ValueError, match=r"network: expected one of \['DDPMpp', 'DiT', 'TokenHead', 'TokenModel', 'UNet'\], got Linear"
+    ):
         IMMNetwork.around(other)
     for network, scheduler, text in (
         (small_flow_map.network, pipeline.scheduler, "network: expected an imm.integrations.diffusers.IMMNetwork, got UNet"),

@@ -210,7 +210,7 @@ def run(folder: Path, quick: bool, device: torch.device, say: Callable[[str], No
         rows += found
         for row in found:
             say(f"{language.name}, {_name(row)}: total variation {row['tv']:.3f}")
-        if make is hands:
+        if language.name == "hands":
             pictures = samples
     return Result(rows, criteria(rows), _COLUMNS, _figures(folder, rows, pictures), _TEXT, summary(rows))
 
