@@ -505,8 +505,8 @@ def report(**options: Any) -> None:
 def study(**options: Any) -> None:
     """Run a study. Writes rows, figures and one page; exits with 1 where a criterion fails.
 
-    all: every study on one page, losses in a short form. About half an hour on two cores; --quick, without axes and losses,
-    takes three minutes.
+    all: every study on one page, losses in a short form. About a quarter of an hour on one core; --quick, without axes
+    and losses, takes one minute.
 
     axes: continuous tokens, a sequence outside and refinement inside. About ten minutes on two cores.
 
