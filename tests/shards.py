@@ -52,9 +52,9 @@ def transformer(**settings) -> nn.Module:
     return DiT("T", patch=4, channels=3, resolution=8, num_classes=3, **settings)
 
 
-def token_model() -> nn.Module:
+def token_model(latent: int = 4) -> nn.Module:
     backbone = {"token_dim": 4, "features": 16, "depth": 2, "heads": 2, "max_tokens": 6, "num_classes": 3}
-    return TokenModel(backbone, {"width": 16, "depth": 1, "latent_dim": 4, "frequencies": 8})
+    return TokenModel(backbone, {"width": 16, "depth": 1, "latent_dim": latent, "frequencies": 8})
 
 
 def _loss(name: str, network: nn.Module, **settings) -> AnyObjective:
@@ -73,13 +73,15 @@ CASES: dict[str, tuple[Callable[[], AnyObjective], dict]] = {
     "ddpmpp": (lambda: _loss("fm", DDPMpp(3, 8, 3, width=8, multipliers=(1, 2), blocks=1, attention=(4,), dropout=0.0)), {}),
     "own": (lambda: _loss("fm", Own()), {}),
     "tokens": (lambda: _loss("energy", token_model()), {}),
+    "frozen tokens": (lambda: _loss("imm", token_model(latent=0)), {}),
+    "half": (lambda: _loss("imm", transformer()), {"precision": "fp16"}),
     "averages": (lambda: _loss("imm", transformer()), {"ema_lengths": (0.1,), "clip": 0.5, "optimizer": "radam"}),
 }
 
 
 def data_of(name: str) -> ImageData:
     generator = torch.Generator().manual_seed(0)
-    shape = (40, 6, 4) if name == "tokens" else (40, 3, 8, 8)
+    shape = (40, 6, 4) if "tokens" in name else (40, 3, 8, 8)
     return ImageData(0.5 * torch.randn(shape, generator=generator), torch.arange(40) % 3, 3, "made up")
 
 
@@ -88,6 +90,22 @@ def trainer(name: str, folder: Path, where: Processes, shard: int = 1) -> Traine
     torch.manual_seed(where.rank)  # rank 0's weights are all that counts
     config = TrainConfig(batch=BATCH, lr=1e-3, ema=0.9, log_every=1, snapshot_every=100, shard=shard, **settings)
     return Trainer(make(), data_of(name), folder / name, config, where=where, units=(Own.Block,) if name == "own" else ())
+
+
+def overflows(made: Trainer, where: Processes) -> bool:
+    """Whether no process makes a step in which one gradient of the last shard alone is infinite."""
+    kept, gradients = [p.detach().clone() for p in made._shards.parameters], made._shards.gradients
+
+    def poisoned() -> list[Tensor]:
+        found = gradients()
+        if where.rank % made.config.shard == made.config.shard - 1:  # replicas are alike
+            next(g for g in reversed(found) if g.numel()).fill_(torch.inf)
+        return found
+
+    made._shards.gradients = poisoned  # type: ignore[method-assign]
+    made._step()
+    same = all(torch.equal(a, b) for a, b in zip(kept, made._shards.parameters, strict=True))
+    return where.total(int(same)) == where.world
 
 
 def run(names: list[str], folder: Path, where: Processes, shard: int = 1) -> dict[str, Tensor]:
@@ -107,6 +125,8 @@ def run(names: list[str], folder: Path, where: Processes, shard: int = 1) -> dic
                     if parameter.grad is not None:
                         found[f"{name}/grad/{key}"] = sharding.whole(parameter.grad)
         found[f"{name}/losses"] = torch.stack(losses)
+        if name == "half":
+            found["half/skips"] = torch.tensor(overflows(made, where))
         for key, value in made.ema_flow_map.network.state_dict().items():
             found[f"{name}/ema/{key}"] = value.clone()
         tensors = made._state._tensors().values()

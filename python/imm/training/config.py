@@ -175,7 +175,8 @@ def check_fit(config: TrainConfig, objective: AnyObjective, data: ImageData, wor
 
 def _check_parts(config: TrainConfig, objective: AnyObjective, world: int) -> None:
     """Refuse what would have processes exchange gradients a different number of times, and tangents that torch cannot take."""
-    parts = min(config.batch // world, config.batch_gpu or config.batch)
+    own = config.batch // world
+    parts = min(own, config.batch_gpu or own, own % (config.batch_gpu or own) or own)
     if parts < objective.least_part:
         raise ValueError(
             f"batch: expected {objective.least_part} images or more a micro-batch of a process for the loss {objective.name}, "

@@ -43,6 +43,8 @@ class Shards:
 
     def gradients(self) -> list[Tensor]:
         """This process's part of every gradient that there is; the optimizer's parameters have them."""
+        for unit in self.units:
+            unit.reshard()  # one without a gradient, such as a frozen backbone, is still as its forward gathered it
         if self.units:
             for own, parameter in zip(self.parameters, self._whole, strict=True):
                 own.grad = None if parameter.grad is None else local(parameter.grad)
@@ -60,9 +62,11 @@ class Shards:
     def share_nonfinite(self, gradients: Sequence[Tensor]) -> None:
         """Where one process's part of the gradient is not finite, make all so: a loss scale then skips the step in each."""
         if self._group is not None:
-            unit = 0.0 * self.norm(gradients)
-            for gradient in gradients[:1]:
-                gradient.add_(unit)
+            zero = 0.0 * self.norm(gradients)  # NaN where the norm is not finite
+            for gradient in gradients:
+                if gradient.numel():  # a parameter of few rows leaves some processes none
+                    gradient.add_(zero)
+                    break
 
     def like(self, index: int, value: Tensor) -> Tensor:
         """A part of a parameter's size, such as a moment of the optimizer, as a part of the whole."""
@@ -162,7 +166,7 @@ def shard_alike(network: nn.Module, sharded: nn.Module, shards: Shards) -> None:
 
 
 def takes_tangents() -> bool:
-    """Whether FSDP's hooks have forward-mode tangents, which it has from torch 2.12 or so on."""
+    """Whether FSDP's hooks have forward-mode tangents: those of torch 2.13 have, those of 2.11 do not."""
     from torch.distributed.fsdp._fully_shard import _fsdp_param_group
 
     return "jvp" in vars(_fsdp_param_group.RegisterPostBackwardFunction)
