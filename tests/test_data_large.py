@@ -127,6 +127,8 @@ def test_large_sets_are_evaluated_to_the_same_numbers(folder, tmp_path, monkeypa
     call("train", f"--data={folder}", *OPTIONS, f"--out={tmp_path / 'run'}")
     net = tmp_path / "run" / "snapshot-0000003.safetensors"
     call("sample", f"--net={net}", "--seeds=0-9", "--steps=1", f"--out={tmp_path / 'made'}", "--device=cpu")
+    stats = lambda: call("data", "stats", f"--data={folder}").output
+    numbers = stats()
     judge = lambda name: call(
         "eval", f"--data={tmp_path / 'made'}", f"--ref={folder}", "--metrics=mmd-pixels,label-match", f"--out={tmp_path / name}"
     )
@@ -135,6 +137,7 @@ def test_large_sets_are_evaluated_to_the_same_numbers(folder, tmp_path, monkeypa
     for source in (folder, tmp_path / "made"):
         assert isinstance(load_set(str(source)).pixels, LazyPixels)
     judge("large.json")
+    assert stats().partition("\nnote: a large set")[0] == numbers.rstrip()
     assert (tmp_path / "small.json").read_text() == (tmp_path / "large.json").read_text()
 
 

@@ -88,7 +88,7 @@ def summarize(data: ImageData) -> dict[str, Any]:
     Raises:
         ValueError: images that are not uint8.
     """
-    if data.pixels.dtype != torch.uint8 or not data.pixels.numel():
+    if data.pixels.dtype != torch.uint8 or not len(data):
         raise ValueError(f"data: expected uint8 images, got {len(data)} of {data.pixels.dtype}")
     channels = data.shape[0]
     counts = torch.zeros(channels, 256, dtype=torch.int64)  # exact, whatever the number of pixels
