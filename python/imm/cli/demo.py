@@ -30,7 +30,7 @@ from imm.objectives import IMM
 from imm.pictures import grid, save_picture
 from imm.sampling import Sampler
 from imm.training import TrainConfig, Trainer, Watch
-from imm.training.state import read_state, states_in
+from imm.training.state import EARLIER, read_state, states_in
 from imm.training.stats import STATS_FILE
 from imm.training.watch import SAMPLES as PICTURES
 from imm.training.watch import in_steps
@@ -70,7 +70,7 @@ def _remove_run(folder: Path) -> None:
     """Remove what a trainer wrote there, and nothing else."""
     for state in states_in(folder):
         shutil.rmtree(state)
-    for name in (STATS_FILE, "snapshot-*.safetensors", f"{PICTURES}-*.png", ENVIRONMENT_FILE):
+    for name in (EARLIER, STATS_FILE, "snapshot-*.safetensors", f"{PICTURES}-*.png", ENVIRONMENT_FILE):
         for path in folder.glob(name):
             path.unlink()
 
@@ -139,7 +139,7 @@ def run(out: str, steps: int, minutes: float | None, seed: int, precision: str, 
     target = pick_device(device)
     data = mnist_5k(RESOLUTION)
     folder = writable_folder(out)
-    if states_in(folder):
+    if states_in(folder) or (folder / EARLIER).exists():
         raise ValueError(f"out: expected a folder without a training run, whose {STATS_FILE} the demo would replace, got {out}")
     objective = make_objective(seed, target)
     count = sum(p.numel() for p in objective.flow_map.network.parameters())

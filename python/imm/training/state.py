@@ -33,7 +33,7 @@ from imm.weights import plain_names
 #: What a state's folder is called, before its step; the file in it that has what is not a tensor.
 STATE, SETTINGS_FILE = "training-state", "settings.json"
 #: The state of versions before 0.2.
-_EARLIER = "training-state.safetensors"
+EARLIER = "training-state.safetensors"
 _KIND = "training"
 
 
@@ -253,8 +253,8 @@ class State:
         """Raise ValueError for a run's folder whose state is lost, or of an earlier version: a new run would mix with it."""
         found = sorted(self.folder.glob("snapshot-*.safetensors"))
         remedy = f"; a new run wants another folder, and --init={found[-1]} begins with these weights" if found else ""
-        if (self.folder / _EARLIER).exists():
-            raise ValueError(f"out: expected a run of this version, got the state of an earlier one, {_EARLIER}{remedy}")
+        if (self.folder / EARLIER).exists():
+            raise ValueError(f"out: expected a run of this version, got the state of an earlier one, {EARLIER}{remedy}")
         if found:
             raise ValueError(f"out: expected a state beside {found[-1].name}, a folder {STATE}-STEP, got none{remedy}")
 
