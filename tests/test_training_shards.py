@@ -161,6 +161,9 @@ def test_every_unit_that_calls_no_other_is_compiled() -> None:
     compiled = lambda network, units: [unit for unit in units if _compile(network, units) is None and "forward" in vars(unit)]
     dit, tokens = shards.transformer(), shards.token_model()
     assert compiled(dit, sharding.units_of(dit)) == list(dit.blocks)
+    alone = shards.token_model()
+    _compile(alone, [])
+    assert [m for m in alone.modules() if m._compiled_call_impl is not None] == [alone.backbone, alone.head]
     small = shards.transformer()
     assert compiled(small, [small]) == [small]
     assert compiled(tokens, sharding.units_of(tokens)) == [*tokens.backbone.blocks, tokens.head]

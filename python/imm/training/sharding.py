@@ -102,7 +102,7 @@ def shard(
     network.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
     units = units_of(network, classes)
     if sum(parameter.nbytes for parameter in network.parameters()) < SMALL:
-        units = [unit for unit in units if not any(unit in other.modules() for other in units if other is not unit)]
+        units = outermost(units)
     for unit in units:
         # With one process a replica nothing is gathered anew for the target branch and the backward.
         fully_shard(unit, mesh=mesh, reshard_after_forward=None if size > 1 else False)
@@ -126,6 +126,11 @@ def units_of(network: nn.Module, classes: Collection[type[nn.Module]] = ()) -> l
         if not any(isinstance(module, one) for module in found):
             raise ValueError(f"units: expected classes of the network's modules, got {one.__name__}")
     return [*reversed([module for module in found if module is not network]), network]
+
+
+def outermost(units: Sequence[nn.Module]) -> list[nn.Module]:
+    """Those of the units that are in no other."""
+    return [unit for unit in units if not any(unit in other.modules() for other in units if other is not unit)]
 
 
 def _channels_last(network: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:

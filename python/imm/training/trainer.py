@@ -22,7 +22,7 @@ from imm.objectives import AnyDraws, AnyObjective
 from imm.training.batches import Batches, mix
 from imm.training.config import OPTIMIZERS, TrainConfig, check_changeable, check_fit, settings_of
 from imm.training.ema import EMA, PowerEMA
-from imm.training.sharding import shard, shard_alike
+from imm.training.sharding import outermost, shard, shard_alike, units_of
 from imm.training.speed import Clock, flops_of, matmul_rate
 from imm.training.state import State
 from imm.training.stats import STATS_FILE, Window, append, combined, trim
@@ -383,7 +383,8 @@ def _compile(network: nn.Module, units: list[Any]) -> None:
     calls no other, because what gathers a unit's weights is not compiled."""
     settings: dict[str, Any] = {"fullgraph": True, "dynamic": False, "options": _COMPILER}
     if not units:
-        network.compile(**settings)
+        for module in outermost(units_of(network)):
+            module.compile(**settings)
     blocks = [unit for unit in units if not isinstance(unit, nn.Linear)]
     for unit in blocks:
         if not any(other in unit.modules() for other in blocks if other is not unit):
