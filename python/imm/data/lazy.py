@@ -21,8 +21,8 @@ class LazyPixels:
     """Stands for a tensor ``[N, C, H, W]`` uint8 of pictures in files; its rows are decoded at each use.
 
     Args:
-        read: the picture of a number, ``[C, H, W]`` uint8. shape: of all. stamps: of each picture, what tells whether it is
-            still the same. held: what has to stay open.
+        read: decodes a picture by its number, ``[C, H, W]`` uint8. shape: ``[N, C, H, W]``. stamps: a text of each picture that
+            changes when its file does. held: open files to keep.
     """
 
     dtype = torch.uint8
@@ -55,7 +55,7 @@ class LazyPixels:
         return False
 
     def stamp(self) -> str:
-        """A sha256 of what tells the pictures' files apart, without reading them."""
+        """A sha256 of all stamps, which reads no picture."""
         out = hashlib.sha256()
         for number in range(len(self)):
             out.update(f"{self._stamps(number)}\n".encode())

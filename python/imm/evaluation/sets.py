@@ -187,18 +187,20 @@ def _generated(folder: Path, files: dict[int, Path], resolution: int | None) -> 
     generation, labels = _read_generation(folder, seeds)
     paths = list(files.values())
 
-    def read(number: int) -> np.ndarray[Any, Any]:
-        file = paths[number]
+    def picture_of(file: Path) -> np.ndarray[Any, Any]:
         try:
             content = file.read_bytes()
         except OSError as error:
             raise ValueError(f"images: expected a file that can be read, got {file}: {error.strerror}") from error
-        picture = decode(content, str(file)).transpose(2, 0, 1)
+        return decode(content, str(file)).transpose(2, 0, 1)
+
+    def read(number: int) -> np.ndarray[Any, Any]:
+        picture = picture_of(paths[number])
         if picture.shape != shape:
-            raise ValueError(f"images: expected one size, got {list(shape)} and {list(picture.shape)} ({file})")
+            raise ValueError(f"images: expected one size, got {list(shape)} and {list(picture.shape)} ({paths[number]})")
         return picture
 
-    shape = decode(paths[0].read_bytes(), str(paths[0])).transpose(2, 0, 1).shape
+    shape = picture_of(paths[0]).shape
     if resolution is not None and shape[1:] != (resolution, resolution):
         size = f"{shape[2]}x{shape[1]}"
         raise ValueError(f"resolution: expected that of the generated images, {size}, got {resolution}")

@@ -83,8 +83,8 @@ class Objective(nn.Module, ABC):
         recorded: names of the arguments that :attr:`settings` has.
         needs_second_time: whether the network has to see s. forwards: what an image costs in forwards of the network, with two
             for a backward. compiles: whether the loss is one of a compiled network: torch.compile has no tangents.
-        least_part: images of which every part of a batch has both kinds, of those that jump and those that do not, where a loss
-            has two. takes_latent: whether the network may have noise of its own (``latent_dim``).
+        least_part: the smallest micro-batch that holds both kinds of images, those that jump and those that do not, for a loss
+            that has two. takes_latent: whether the network may have noise of its own (``latent_dim``).
 
     Raises:
         ValueError, TypeError: for any value other than these.

@@ -17,11 +17,11 @@ SMALL = 16 * 2**20
 
 
 class Shards:
-    """The weights of a network as this process keeps and learns them.
+    """This process's shards of a network's weights and gradients.
 
     Attributes:
-        units: FSDP modules, gathered one at a time; none of one process, whose network stays as it is.
-        parameters: what the optimizer steps, in the order of the network's: this process's part of each, in the same memory.
+        units: FSDP modules, each gathered and resharded as a whole; empty for a single process.
+        parameters: the local shard of each parameter, in the network's order and the same memory; what the optimizer updates.
     """
 
     def __init__(self, network: nn.Module, units: Sequence[Any] = (), mesh: Any = None) -> None:
@@ -32,7 +32,7 @@ class Shards:
             self.parameters = [nn.Parameter(local(p.detach()), requires_grad=p.requires_grad) for p in self._whole]
 
     def exchanges(self, flag: bool) -> None:
-        """Whether the next backward exchanges gradients; else it adds to those of the process."""
+        """Set whether the next backward reduces gradients over the processes, or only accumulates them locally."""
         for unit in self.units:
             unit.set_requires_gradient_sync(flag, recurse=False)
 
@@ -42,7 +42,7 @@ class Shards:
             parameter.grad = None
 
     def gradients(self) -> list[Tensor]:
-        """This process's part of every gradient that there is; the optimizer's parameters have them."""
+        """The local shards of all gradients, which become those of :attr:`parameters`."""
         for unit in self.units:
             unit.reshard()  # one without a gradient, such as a frozen backbone, is still as its forward gathered it
         if self.units:
@@ -51,7 +51,7 @@ class Shards:
         return [parameter.grad for parameter in self.parameters if parameter.grad is not None]
 
     def norm(self, gradients: Sequence[Tensor]) -> Tensor:
-        """Of the gradient, all processes' parts. Collective."""
+        """The norm of the whole gradient. Collective."""
         norm = torch.nn.utils.get_total_norm(gradients)
         if self._group is None:
             return norm
@@ -60,7 +60,7 @@ class Shards:
         return square.sqrt()
 
     def share_nonfinite(self, gradients: Sequence[Tensor]) -> None:
-        """Where one process's part of the gradient is not finite, make all so: a loss scale then skips the step in each."""
+        """Make every process's gradient non-finite if one shard's is: the loss scale then skips the step in all. Collective."""
         if self._group is not None:
             zero = 0.0 * self.norm(gradients)  # NaN where the norm is not finite
             for gradient in gradients:
@@ -69,7 +69,7 @@ class Shards:
                     break
 
     def like(self, index: int, value: Tensor) -> Tensor:
-        """A part of a parameter's size, such as a moment of the optimizer, as a part of the whole."""
+        """A moment of the optimizer as a DTensor sharded like its parameter; a scalar as it is."""
         parameter: Any = self._whole[index]
         if not self.units or not value.dim():
             return value
@@ -138,17 +138,17 @@ def _channels_last(network: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]
 
 
 def local(tensor: Tensor) -> Tensor:
-    """What this process has of a tensor."""
+    """The local shard of a DTensor; any other tensor as it is."""
     return getattr(tensor, "to_local", lambda: tensor)()
 
 
 def whole(tensor: Tensor) -> Tensor:
-    """A tensor in one piece. Collective."""
+    """A DTensor, gathered; any other tensor as it is. Collective."""
     return getattr(tensor, "full_tensor", lambda: tensor)()
 
 
 def whole_network(network: nn.Module) -> nn.Module:
-    """A network, or a copy of it in one piece where its parameters are sharded. Collective."""
+    """A network, or an unsharded copy where its parameters are sharded. Collective."""
     if not any(hasattr(parameter, "full_tensor") for parameter in network.parameters()):
         return network
     memo: dict[int, Any] = {id(p): nn.Parameter(whole(p.detach()), requires_grad=False) for p in network.parameters()}
@@ -159,7 +159,7 @@ def whole_network(network: nn.Module) -> nn.Module:
 
 
 def shard_alike(network: nn.Module, sharded: nn.Module, shards: Shards) -> None:
-    """Give a network of the same weights the shards of another, as copies."""
+    """Replace the parameters of a network by copies of another's shards."""
     if not shards.units:
         return
     made: dict[int, nn.Parameter] = {}

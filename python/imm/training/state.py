@@ -30,7 +30,7 @@ from imm.training.ema import AVERAGES, EMA, PowerEMA
 from imm.training.sharding import Shards, local, whole_network
 from imm.weights import plain_names
 
-#: What a state's folder is called, before its step; the file in it that has what is not a tensor.
+#: A state's folder is STATE-STEP; SETTINGS_FILE in it holds everything that is not a tensor.
 STATE, SETTINGS_FILE = "training-state", "settings.json"
 #: The state of versions before 0.2.
 EARLIER = "training-state.safetensors"
@@ -70,7 +70,7 @@ class State:
             warnings.filterwarnings("ignore", message=message)
 
     def average(self) -> FlowMap:
-        """The flow map around the averaged weights, in one piece. Collective."""
+        """The flow map around the averaged weights, gathered. Collective."""
         return build(self.settings, whole_network(self.ema.network))
 
     def snapshot_path(self, step: int) -> Path:
@@ -87,7 +87,7 @@ class State:
     def write(self, step: int) -> None:
         """Begin to write the state and then the snapshot, each atomically, and to remove those that they replace. Collective.
 
-        :meth:`finish` waits for it. What is written are the weights of now, whatever becomes of them.
+        The tensors are copied before this returns, so that training may continue. :meth:`finish` waits for the files.
 
         Raises:
             CheckpointError: the state before could not be written.
@@ -121,7 +121,7 @@ class State:
     def _complete(
         self, written: Any, part: Path, target: Path, settings: dict[str, Any], snapshots: list[tuple[Path, Any, Any]]
     ) -> None:
-        """Name the state, which all processes have written by then, and write the snapshots; in rank 0."""
+        """Wait for all processes' shards; on rank 0, rename the state and write the snapshots."""
         from torch.distributed.checkpoint.api import CheckpointException
 
         try:
