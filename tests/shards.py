@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from unittest.mock import patch
 
 import torch
 from small import spread
@@ -17,7 +18,6 @@ from imm.networks import DDPMpp, DiT, TokenModel, UNet, dit
 from imm.objectives import OBJECTIVES, AnyObjective, SequenceObjective
 from imm.training import TrainConfig, Trainer, sharding
 
-dit.SIZES["T"] = (32, 2, 2)
 BATCH = 24
 
 
@@ -49,7 +49,8 @@ class Own(nn.Module):
 
 
 def transformer(**settings) -> nn.Module:
-    return DiT("T", patch=4, channels=3, resolution=8, num_classes=3, **settings)
+    with patch.dict(dit.SIZES, T=(32, 2, 2)):
+        return DiT("T", patch=4, channels=3, resolution=8, num_classes=3, **settings)
 
 
 def token_model(latent: int = 4) -> nn.Module:

@@ -26,7 +26,10 @@ from imm.training.config import check_fit
 from imm.training.state import read_state, states_in
 from imm.training.trainer import _compile
 
-pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="finds torchrun's processes in /proc")
+pytestmark = [
+    pytest.mark.skipif(sys.platform != "linux", reason="finds torchrun's processes in /proc"),
+    pytest.mark.usefixtures("size_t"),
+]
 
 
 @pytest.fixture

@@ -40,8 +40,12 @@ class LazyPixels:
         """Rows of a slice or of ``[n]`` int64. Raises ValueError for a broken picture, which it names."""
         numbers = range(len(self))[index] if isinstance(index, slice) else index.tolist()
         out = np.empty((len(numbers), *self.shape[1:]), np.uint8)
-        for place, picture in enumerate(self._pool.map(self._read, numbers)):
-            out[place] = picture
+
+        def fill(place: int) -> None:  # in the thread: no decoded picture waits for its copy
+            out[place] = self._read(numbers[place])
+
+        for _ in self._pool.map(fill, range(len(numbers))):
+            pass
         return torch.from_numpy(out)
 
     def split(self, size: int) -> Iterator[Tensor]:
