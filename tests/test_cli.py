@@ -23,6 +23,7 @@ from PIL import Image
 
 from imm import FlowMap, checkpoints
 from imm.cli import options, progress
+from imm.cli.commands import COMMANDS
 from imm.cli.options import process_device, writable_folder
 from imm.distributed import Processes
 from imm.networks import DiT, UNet
@@ -40,7 +41,7 @@ def net(small_flow_map, tmp_path):
 
 def test_help() -> None:
     output = call("--help").output
-    for command in ("demo", "train", "sample", "doctor"):
+    for command in (*COMMANDS, "bench"):
         assert f"\n  {command} " in output
         assert "--help" in call(command, "--help").output
     assert "No such command" in refused("dream")
@@ -155,7 +156,11 @@ def test_train_snapshots_and_resume(digits, tmp_path) -> None:
     assert (out / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
     rows = [json.loads(line) for line in (out / "stats.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows] == [2, 4, 5, 6, 8, 9]
-    call("sample", "--net", out / name, "--seeds", "0-3", "--out", tmp_path / "samples")
+    call("sample", "--net", out, "--seeds", "0-3", "--out", tmp_path / "samples")
+    assert json.loads((tmp_path / "samples" / "generation.json").read_text())["net"]["name"] == name
+    (tmp_path / "empty").mkdir()
+    message = refused("sample", "--net", tmp_path / "empty", "--seeds", "0", "--out", tmp_path / "other")
+    assert "expected a checkpoint or the folder of a run with a snapshot" in message
 
 
 @pytest.mark.parametrize(

@@ -47,7 +47,7 @@ def options() -> Iterator[tuple[str, click.Parameter]]:
 
 def test_every_path_option_expands_and_every_number_refuses_nan() -> None:
     """An option that names a path says so by its metavar, and one of a number by its type."""
-    paths = ("DIR", "FILE", "PATH", "PATH|ID", "A", "B", "A.json", "B.json", "[OP | compare A B]")
+    paths = ("DIR", "FILE", "PATH", "PATH|ID", "A", "B", "A.json", "B.json", "RUN", "[OP | compare A B]")
     found = dict(options())
     assert sum(isinstance(option.type, type(PATH)) for option in found.values()) > 20
     for name, option in found.items():
@@ -113,6 +113,7 @@ def test_one_vocabulary() -> None:
         "eval stats",
         "ema",
         "report",
+        "study",
         "import",
         "export",
         "demo",

@@ -12,7 +12,7 @@ from typing import Any
 
 import click
 
-from imm.cli.options import PATH, Number, grid_of, parse_counts, parse_floats
+from imm.cli.options import CHECKPOINT, PATH, Number, grid_of, parse_counts, parse_floats
 
 PRECISIONS = ("fp32", "tf32", "bf16", "fp16")
 DEFAULT_METRICS = "fd-efficientnet-lite0,kid-efficientnet-lite0,mmd-pixels"
@@ -74,8 +74,13 @@ def _out(what: str, metavar: str = "FILE", required: bool = True) -> Decorator:
     return _option("--out", required=required, type=PATH, metavar=metavar, help=what)
 
 
-def _net(what: str = "Checkpoint (.safetensors).") -> Decorator:
-    return _option("--net", required=True, type=PATH, metavar="FILE", help=what)
+NET = _option(
+    "--net",
+    required=True,
+    type=CHECKPOINT,
+    metavar="FILE",
+    help="Checkpoint (.safetensors), or the folder of a run: its newest.",
+)
 
 
 def _batch(default: int, what: str) -> Decorator:
@@ -259,7 +264,7 @@ _TRAIN: dict[str, list[Decorator]] = {
         ),
         _option(
             "--init",
-            type=PATH,
+            type=CHECKPOINT,
             metavar="FILE",
             help="Start from this checkpoint, with its network and flow map.",
         ),
@@ -337,7 +342,7 @@ class _Class(click.ParamType):
 
 
 @click.command()
-@_net()
+@NET
 @_out("Where to write the images; a run that was stopped is resumed there.", "DIR")
 @_option("--seeds", default="0-63", metavar="LIST", help="Image seeds, such as 0-49999 or 0-63,70.")
 @_option("--labels", metavar="LIST", help="Classes, repeated over the seeds. [default: all classes in turn]")
@@ -524,7 +529,7 @@ def study(**options: Any) -> None:
 
 
 @click.command("import")
-@_net("Published snapshot (.pkl).")
+@_option("--net", required=True, type=PATH, metavar="FILE", help="Published snapshot (.pkl).")
 @_out("Checkpoint to write (.safetensors).")
 @_option("--second-time", type=_choice("stride", "identity", "none"), help="Of the network. [default: what the snapshot says]")
 def import_(**options: Any) -> None:
@@ -533,7 +538,7 @@ def import_(**options: Any) -> None:
 
 
 @click.command()
-@_net()
+@NET
 @_out("Package to write (.pt2).")
 @_batch(1, "Images a call of the package.")
 @_option("--guided", is_flag=True, help="For runs with a guidance scale.")

@@ -31,7 +31,22 @@ class _Path(click.ParamType):
         return os.path.expanduser(value)
 
 
-PATH = _Path()
+class _Checkpoint(_Path):
+    """A checkpoint, or the folder of a run: its newest snapshot."""
+
+    def convert(self, value: str, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        path = super().convert(value, param, ctx)
+        if not os.path.isdir(path):
+            return path
+        snapshots = {int(found[1]): name for name in os.listdir(path) if (found := SNAPSHOT.fullmatch(name))}
+        if not snapshots:
+            self.fail(f"expected a checkpoint or the folder of a run with a snapshot, got {path}", param, ctx)
+        return os.path.join(path, snapshots[max(snapshots)])
+
+
+#: The name of a run's snapshot, with its step.
+SNAPSHOT = re.compile(r"snapshot-(\d+)\.safetensors")
+PATH, CHECKPOINT = _Path(), _Checkpoint()
 
 
 class Number(click.FloatRange):
