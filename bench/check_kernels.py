@@ -4,9 +4,9 @@
     compute-sanitizer --tool memcheck python bench/check_kernels.py
     compute-sanitizer --tool racecheck python bench/check_kernels.py --small
 
-``--repeat 100`` launches each op that often and expects the same bits. ``--ptxas toolkit`` assembles Triton's kernels with the
-assembler of nvcc's toolkit instead of Triton's own: right with one and wrong with the other is a fault of the assembler. Some
-sizes of the attention are picked at random; ``--seed`` picks them again.
+``--repeat 100`` launches each op that often and expects bitwise identical results. ``--ptxas toolkit`` assembles Triton's
+kernels with the assembler of nvcc's toolkit instead of Triton's own: right with one and wrong with the other is a fault of the
+assembler. Some sizes of the attention are picked at random; ``--seed`` picks them again.
 """
 
 from __future__ import annotations

@@ -10,7 +10,7 @@ namespace {
 
 using at::Tensor;
 
-// Elements do not depend on each other, so any split over threads gives the same bits.
+// Elements do not depend on each other, so any split over threads gives bitwise identical results.
 template <typename Args>
 void run_pieces(void (*loop)(const Args&, int64_t, int64_t), const Args& args, int64_t images, int64_t grain) {
   at::parallel_for(0, images * at::divup(args.numel, kFlowBlock), grain,

@@ -154,7 +154,7 @@ class Workspace {
   Tensor values_, slopes_, coefficient_, rows_, next_rows_, gathered_rows_, partial_, packed_, gathered_, grad_;
 };
 
-// Runs loop(groups) over threads. Groups do not depend on each other, so any split gives the same bits.
+// Runs loop(groups) over threads. Groups do not depend on each other, so any split gives bitwise identical results.
 template <typename Args>
 void run_groups(void (*loop)(const Args&, const MmdWork&, int64_t, int64_t), const Args& args,
                 const Workspace& workspace, int64_t G, double work_per_group) {

@@ -52,7 +52,7 @@ struct MmdPlan {
   int64_t stride;
   bool products;     // a loss takes distances by products where it can
   bool gather;       // rows, for the gradient: more than are read where they lie
-  bool stream;       // the gradient goes around the caches, which it exceeds
+  bool stream;       // non-temporal stores: the gradient exceeds the caches
   int64_t features;  // whose distances are worked on at a time
 };
 

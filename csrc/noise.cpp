@@ -9,7 +9,7 @@ namespace imm {
 namespace {
 
 struct Cpu {
-  // Every piece is drawn from its own counters, so any split over threads gives the same bits.
+  // Every piece is drawn from its own counters, so any split over threads gives bitwise identical results.
   static void run(const at::Tensor& seeds, int64_t numel, int64_t step, double scale, const at::Tensor& normal) {
     if (normal.numel() == 0) return;
     const NoiseArgs args{per_image<int64_t>(seeds), numel, step, static_cast<float>(scale),

@@ -27,7 +27,7 @@ Tensor frequencies_of(int64_t half, double max_period) {
 
 TimestepTimes times_of(const Tensor& value) { return {value.scalar_type(), value.const_data_ptr(), value.stride(0)}; }
 
-// Rows do not depend on each other, so any split over threads gives the same bits.
+// Rows do not depend on each other, so any split over threads gives bitwise identical results.
 template <typename Args>
 void run(void (*loop)(const Args&, double*, int64_t, int64_t), const Args& args) {
   at::parallel_for(0, 2 * args.images, std::max<int64_t>(1, 1024 / args.half), [&](int64_t begin, int64_t end) {

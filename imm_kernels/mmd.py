@@ -2,7 +2,7 @@
 
 Which kernels run is chosen here, by shape: up to 8 particles (6 of a flow map) are compared pair by pair, whole groups to a
 program where their rounds fill the device (resident) and slices of groups where they do not (split); larger M
-takes matmuls on tensor cores (mmd_dot.py). All are deterministic. Rooflines, resources and figures: docs/mmd.md.
+takes matmuls on tensor cores (mmd_dot.py). All are deterministic. Rooflines, resources and figures: docs/internals/mmd.md.
 """
 
 # mypy: allow-untyped-defs

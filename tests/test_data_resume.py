@@ -1,4 +1,4 @@
-"""Conversions that fail, are killed or run out of disk: how far they came, and the same command goes on from there."""
+"""Conversions that fail, are killed or run out of disk: how far they came, and the same command resumes."""
 
 from __future__ import annotations
 
@@ -80,9 +80,7 @@ def test_a_broken_picture(dest, source, read, tmp_path) -> None:
     broken.write_bytes(b"broken")
     line = refused(*convert)
     assert line.startswith("Error: data: expected an image, got ")
-    assert line.endswith(
-        "b/07.png: no BMP, JPEG, PNG or WebP file; 9 of 12 images are done and kept; the same command goes on from there"
-    )
+    assert line.endswith("b/07.png: no BMP, JPEG, PNG or WebP file; 9 of 12 images are done and kept; the same command resumes")
     assert not path.exists()
     assert hidden(path) == [f".{dest}.part.jsonl", f".{dest}.part.zip"]
     broken.write_bytes(png(7))
@@ -134,7 +132,7 @@ def test_a_full_disk_and_signals(dest, source, tmp_path) -> None:
         stopped_after(4, patch, OSError(errno.ENOSPC, "No space left on device"))
         line = refused(*convert)
         assert "out: cannot write" in line
-        assert "No space left on device; 4 of 12 images are done and kept; the same command goes on from there" in line
+        assert "No space left on device; 4 of 12 images are done and kept; the same command resumes" in line
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         before = signal.getsignal(number)
         with pytest.MonkeyPatch.context() as patch:
@@ -282,7 +280,7 @@ def test_a_real_kill(number, source, tmp_path) -> None:
     _, errors = process.communicate(timeout=60)
     assert process.returncode != 0
     if number == signal.SIGTERM:
-        assert "of 12 images are done and kept; the same command goes on from there" in errors
+        assert "of 12 images are done and kept; the same command resumes" in errors
     assert not path.exists()
     assert "going on after " in said(*options)
     assert content(path) == expected

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -369,11 +368,3 @@ def test_without_diffusers() -> None:
     code = "import sys; sys.modules['diffusers'] = None; import imm; import imm.integrations.diffusers"
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert "ImportError: imm.integrations.diffusers: expected the diffusers library for it; run: pip install" in run.stderr
-
-
-def test_the_example_of_the_page_runs(tmp_path) -> None:
-    text = (Path(__file__).parents[1] / "docs" / "diffusers.md").read_text()
-    code = text.split("```python\n")[1].split("```")[0]
-    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path)
-    assert run.returncode == 0, run.stderr
-    assert (tmp_path / "image.png").is_file()

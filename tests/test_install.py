@@ -18,6 +18,7 @@ import pytest
 import torch
 
 from imm.ops.native import refusal
+from imm.version import __version__
 
 ROOT = Path(__file__).parent.parent
 
@@ -55,18 +56,18 @@ def distributions(native, tmp_path_factory) -> Path:
 
 def test_contents(native, distributions) -> None:
     (wheel,), (sdist,) = distributions.glob("*.whl"), distributions.glob("*.tar.gz")
-    assert wheel.name.startswith("imm_kernels-0.1.0-")
+    assert wheel.name.startswith(f"imm_kernels-{__version__}-")
     with zipfile.ZipFile(wheel) as archive:
         names = archive.namelist()
     for name in ("imm/__init__.py", "imm/ops/mmd.py", "imm/cli/demo.py", "imm_kernels/__init__.py"):
         assert name in names
     assert any(name.endswith(".so") for name in names) == (native == "1")
     tops = {name.split("/")[0] for name in names}
-    assert tops == {"imm", "imm_kernels", "imm_kernels-0.1.0.dist-info"}
+    assert tops == {"imm", "imm_kernels", f"imm_kernels-{__version__}.dist-info"}
     with tarfile.open(sdist) as archive:
         members = archive.getnames()
     for name in ("LICENSE", "pyproject.toml", "setup.py", "python/imm/__init__.py", "imm_kernels/__init__.py"):
-        assert f"imm_kernels-0.1.0/{name}" in members
+        assert f"imm_kernels-{__version__}/{name}" in members
 
 
 @pytest.fixture(scope="module")
@@ -81,7 +82,7 @@ def test_install_in_a_clean_environment(pattern, native, distributions, programs
     run = lambda name, *arguments, **variables: builds.run(programs / name, *arguments, cwd=tmp_path, **variables)
     options = ["--quiet", "--no-deps", "--no-build-isolation", "--force-reinstall"]
     run("python", "-m", "pip", "install", *options, distribution, IMM_BUILD_NATIVE=native)
-    assert run("python", "-c", PROGRAM).strip().endswith("0.1.0")
+    assert run("python", "-c", PROGRAM).strip().endswith(__version__)
     assert (tmp_path / "net.safetensors").exists()
     assert "mmd_loss: " in run("imm", "doctor")
 

@@ -111,7 +111,7 @@ def test_float32_is_taken_by_every_op() -> None:
         (40, 256, 72, torch.bfloat16),  # two blocks a program
         (130, 256, 72, torch.float16),  # a head a program
         (130, 250, 64, torch.bfloat16),
-        (1, 300, 64, torch.bfloat16),  # keys in turns
+        (1, 300, 64, torch.bfloat16),  # keys in blocks
         (1, 1, 16, torch.float16),
         (1, 1, 8, torch.float32),
     ],

@@ -411,7 +411,7 @@ def test_bits_do_not_depend_on_the_threads() -> None:
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(("M", "D"), [(4, 1024), (4, 1029), (8, 1024), (32, 1024)])
 def test_a_gradient_beyond_the_caches_has_the_bits_of_a_small_one(M: int, D: int, dtype: torch.dtype) -> None:
-    """It is stored around the caches where it is aligned."""
+    """It is stored with non-temporal stores if it is aligned."""
     groups, small = 9_000_000 // (M * D * 4), 5
     y_t, y_r = (torch.randn(groups, M, D).to(dtype) for _ in range(2))
     slopes = OPS.mmd_loss(y_t, y_r, torch.ones(groups), None, *LAPLACE, False)[1]

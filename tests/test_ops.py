@@ -57,7 +57,7 @@ def test_every_op_has_samples_and_an_implementation() -> None:
 
 
 def test_the_documented_table_is_the_dispatch_table() -> None:
-    text = (Path(__file__).parents[1] / "docs" / "architecture.md").read_text()
+    text = (Path(__file__).parents[1] / "docs" / "internals" / "architecture.md").read_text()
     rows = re.findall(r"^\| `imm::(\w+)` \|.*\| ([\w, ]+) \|$", text, re.MULTILINE)
     documented = {name: implementations.split(", ") for name, implementations in rows}
     request = dispatch.Request(torch.device("cpu"), torch.float32)

@@ -1,6 +1,6 @@
 """Gradients in half precision: of a network half way through training, whose two branches differ by little, against float64.
 
-    python tests/test_precision.py      prints the table of docs/training.md
+    python tests/test_precision.py      prints the table of docs/howto/precision.md
 
 Each cell is |g - g64| / |g64| over all parameters, and their cosine, for the same images, times and noise. Half precision is
 autocast, on the CPU; TF32 is emulated by rounding the operands of matmuls and convolutions to 10 bits of mantissa. Random

@@ -129,11 +129,11 @@ def test_the_masked_order_draws_every_token_once_and_more_passes_see_more() -> N
 def test_the_documentations_tables_are_those_of_the_committed_rows() -> None:
     docs = Path(__file__).parent.parent / "docs"
     rows = json.loads((docs / "studies" / "losses.json").read_text())
-    assert losses.summary(rows) in (docs / "losses.md").read_text()
+    assert losses.summary(rows) in (docs / "learn" / "losses.md").read_text()
     assert {"imm", "fm", "consistency", "shortcut", "progressive"} <= {row["loss"] for row in rows}
     held = [one for one in losses.criteria(rows, losses.FULL) if one.holds]
     assert len(held) == 6
-    section = (docs / "losses.md").read_text().split("At equal seconds")[1]
+    section = (docs / "learn" / "losses.md").read_text().split("At equal seconds")[1]
     found = re.findall(r"^\| `(\w+)` \| (\d+) \| (.+) \| (.+) \|$", section, re.MULTILINE)
     assert [line[0] for line in found] == losses.FULL.losses
     for loss, step, *cells in found:

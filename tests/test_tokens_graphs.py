@@ -55,7 +55,7 @@ def test_a_stream_replays_what_a_call_does_and_the_processor_gives_the_same_to_r
     for chunk in (1, 5, T):
         assert torch.equal(torch.cat(list(by_graph.stream(SEEDS, LABELS, chunk=chunk)), 1), whole)
     streams = [by_graph.stream(SEEDS, LABELS, chunk=3), by_graph.stream(SEEDS, LABELS, chunk=3)]
-    pairs = list(zip(*streams, strict=True))  # in turns, each with a cache of its own
+    pairs = list(zip(*streams, strict=True))  # interleaved, each with a cache of its own
     assert all(torch.equal(a, b) for a, b in pairs)
     on_cpu = TokenSampler(by_graph.backbone.cpu(), by_graph.flow_map.cpu(), steps=2, max_tokens=T)
     torch.testing.assert_close(on_cpu.sample(SEEDS, LABELS), whole.cpu(), rtol=1e-2, atol=1e-2)

@@ -21,7 +21,7 @@ pytest.importorskip("triton")
 # The interpreter's products of bfloat16 are wrong.
 DTYPES = [torch.float32, torch.float16, *([] if INTERPRETED else [torch.bfloat16])]
 HEADS = 2
-# (d, T): one part and two, each full or not; below, at and above a block; keys at once and in turns.
+# (d, T): one part and two, each full or not; below, at and above a block; keys at once and in blocks.
 SHAPES = [(8, 1), (64, 16), (72, 7), (72, 64), (40, 65), (96, 70), (120, 20), (128, 33)]
 
 
@@ -40,7 +40,7 @@ def projection(d: int, T: int, dtype: torch.dtype, *, B: int = 1, layout: str = 
 
 
 def check(qkv: Tensor, grad_layout: str = "contiguous") -> None:
-    """Forward and backward within the tolerance of float64, and the same bits twice."""
+    """Forward and backward within the tolerance of float64, and bitwise identical twice."""
     B, T, width = qkv.shape
     terms = T + width // (3 * HEADS)
     truth, sums = reference(qkv.double(), HEADS)

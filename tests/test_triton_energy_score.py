@@ -47,7 +47,7 @@ def sets(G: int, N: int, M: int, D: int, dtype: torch.dtype = torch.float32) -> 
 
 
 def check(kernels: Any, x: Tensor, y: Tensor, alpha: float = 1.0, what: tuple[Any, ...] = ENERGY, **numbers: Tensor) -> None:
-    """Loss and gradient against the definition, twice the same bits."""
+    """Loss and gradient against the definition, bitwise identical twice."""
     scale, weight = numbers.get("scale"), numbers.get("weight")
     arguments = x, y, None, None, 0, scale, weight, 1.0, alpha, None, *what
     found, again = kernels.energy_score(*arguments), kernels.energy_score(*arguments)

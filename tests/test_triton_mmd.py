@@ -52,7 +52,7 @@ def inputs(G: int, M: int, D: int, dtype: torch.dtype, apart: float = 0.5, kerne
 
 
 def check(kernels: Any, args: list[Any], kernel: tuple[Any, ...] = KERNEL, unbiased: bool = False, atol: float = 2e-6) -> None:
-    """Loss and gradient, in one launch and by saved slopes, against the reference in float64; the same bits twice."""
+    """Loss and gradient, in one launch and by saved slopes, against the reference in float64; bitwise identical twice."""
     y_t, y_r, scale, weight, upstream = args
     what = kernels.Kernel(kernel[0], tuple(kernel[1]), kernel[2], unbiased)
     truth, slopes = mmd.mmd_loss(*wide(args[:4]), *kernel, unbiased)

@@ -21,7 +21,7 @@ from harness.environment import read as read_environment
 from harness.rows import Row, Visits, beside, duration, flat, interval, joined, ours, quantile, read
 from imm.ops import native
 
-#: How far medians differ at least: less of a difference two processes of the same code show as well (docs/bench.md).
+#: How far medians differ at least: less of a difference two processes of the same code show as well (docs/internals/bench.md).
 LEAST = 0.1
 #: What of an environment makes figures differ with the same code.
 _TOLD = ("torch", "triton", "python", "capability", "dirty")
@@ -189,7 +189,7 @@ def measure(side: Path, op: str, options: Sequence[str], out: Path, changes: Map
 def against(
     revision: str, op: str, options: Sequence[str], out: Path | None, say: Callable[[str], None], root: Path = ROOT
 ) -> Comparison:
-    """Measure an op ("all": every one) at ``revision`` and in the working tree, each twice, in turns. ``options`` of ``imm
+    """Measure an op ("all": every one) at ``revision`` and in the working tree, each twice, interleaved. ``options`` of ``imm
     bench`` are given to both; ``out`` keeps the four results folders.
 
     Raises ValueError for a revision that is not there or cannot be measured, ChildProcessError where a run fails.

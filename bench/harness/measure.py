@@ -1,4 +1,4 @@
-"""Measures a Case: checks every peer against float64, then times the peers in turns (A B C A B C ...).
+"""Measures a Case: checks every peer against float64, then times the peers interleaved (A B C A B C ...).
 
 A shared machine is a faster or a slower one for minutes. So on the CPU the whole list of cases is gone through several times:
 the rounds of a row are of visits that lie as far apart as the run allows, and its spread is that of all of them.

@@ -132,7 +132,7 @@ def _wall_clock(step: Step) -> float:
 
 
 def _cpu(steps: Sequence[Step]) -> Clock:
-    """The sets in turns; where there is one, after calls that let it into the caches again."""
+    """The sets in rotation; a single set after calls that warm the caches."""
     outputs = steps[0]()
     for step in steps[1:]:
         step()  # touches the memory that it keeps

@@ -1,4 +1,4 @@
-// Stores that go around the caches: of results larger than the caches, which would otherwise be read from memory before
+// Non-temporal stores: of results larger than the caches, which would otherwise be read from memory before
 // they are written to it.
 #pragma once
 

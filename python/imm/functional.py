@@ -50,7 +50,7 @@ def mmd_loss(
     Args:
         y_t: particles that learn, ``[G, M, ...]``, floating.
         y_r: target particles, same shape and dtype; no gradient goes to them.
-        scale: kernel scale per group, ``[G]``, >= 0 (1 / |c_out(s, t)| in IMM).
+        scale: kernel scale per group, ``[G]``, >= 0 (``1 / |c_out(s, t)|`` in IMM).
         weight: weight per group, ``[G]``, or None for 1.
         kernel: one of the above.
         bandwidths: k is the mean of the kernels of scale ``factor * scale`` over these positive factors; one for "energy".
@@ -138,7 +138,7 @@ def energy_score(
 
     ``loss_g = weight_g (2 mean_jm d(x_j, y_m) - a sum_{j != k} d(x_j, x_k))`` with ``a = (N - 1 + alpha) / (N^2 (N - 1))`` and
     d the Euclidean distance times scale; for the other kernels k of :func:`mmd_loss`, d is 1 - k. The term of the targets among
-    themselves, which x does not move, is left out. ``docs/energy_score.md`` compares the conventions of others.
+    themselves, which x does not move, is left out. ``docs/howto/ensembles.md`` compares the conventions of others.
 
     Targets are given, as ``y``, or drawn: ``mean + exp(log_std) n`` with n the :func:`noise` of seed + g, element m D + d, step
     0, to 4e-6. The kernels draw them where they use them, and never write them.

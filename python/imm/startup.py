@@ -4,7 +4,7 @@ OpenMP's threads wait briefly, then sleep. By default they spin for milliseconds
 busy process they then keep the core from the thread that everybody waits for, and training runs several times slower.
 
 malloc keeps freed memory. By default glibc gives activations back to the system after every training step and takes them again,
-page by page, a fifth to a third of a step (docs/training.md).
+page by page, a fifth to a third of a step (docs/howto/training.md).
 """
 
 from __future__ import annotations

@@ -18,7 +18,7 @@ BENCH = Path(__file__).resolve().parents[3] / "bench"
 @click.option("--out", type=PATH, metavar="DIR", help="Add to rows.csv there; write environment.json, figures and report.html.")
 @click.option("--quick/--full", help="The first shape of each op, for a few seconds; or every shape, which is the default.")
 @click.option("--threads", type=click.IntRange(min=1), help="CPU threads; by default torch's own number.")
-@click.option("--base", metavar="REV", help="Measure this commit and the working tree, twice each in turns, and compare.")
+@click.option("--base", metavar="REV", help="Measure this commit and the working tree, twice each, and compare.")
 @click.option("--fail-if-slower", is_flag=True, help="With --base or compare: exit with 1 where a peer of ours is slower.")
 @click.option("--predict", metavar="NAME", help="Time nothing: print floors on a machine that need not be there (h100, ...).")
 @click.pass_context

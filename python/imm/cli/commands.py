@@ -91,7 +91,7 @@ def _precision(what: str) -> Decorator:
     return _option("--precision", default="fp32", type=_choice(*PRECISIONS), help=what)
 
 
-SET = '"mnist5k", a folder, .zip, .npz, CIFAR-10 or MNIST (docs/data.md).'
+SET = '"mnist5k", a folder, .zip, .npz, CIFAR-10 or MNIST (docs/howto/data.md).'
 TRANSFORM = _option(
     "--transform",
     default="none",
@@ -147,7 +147,10 @@ def demo(**options: Any) -> None:
 
 _TRAIN: dict[str, list[Decorator]] = {
     "Data": [
-        _data('"mnist5k", a folder of images, .zip, .npz (images or latents), CIFAR-10, MNIST (docs/data.md).', required=False),
+        _data(
+            '"mnist5k", a folder of images, .zip, .npz (images or latents), CIFAR-10, MNIST (docs/howto/data.md).',
+            required=False,
+        ),
         _option("--tokens", type=PATH, metavar="FILE", help="In place of --data: sequences of tokens, .npy or .npz."),
         _option("--resolution", type=click.IntRange(min=4), help="Resize to this side. [default: as they are; mnist5k: 16]"),
         TRANSFORM,
@@ -239,7 +242,9 @@ _TRAIN: dict[str, list[Decorator]] = {
             callback=lambda context, parameter, value: tuple(parse_floats(value, "ema-lengths")),
             help="Also keep power-function averages of these relative lengths, such as 0.05,0.1, for imm ema.",
         ),
-        _precision("Of both branches of the loss; bf16 and fp16 by autocast. docs/training.md has the error of the gradient."),
+        _precision(
+            "Of both branches of the loss; bf16 and fp16 by autocast. docs/howto/precision.md has the error of the gradient."
+        ),
         _option("--checkpointing", is_flag=True, help="DiT, DDPM++: compute blocks again in the backward, for less memory."),
         _option(
             "--compile",
@@ -290,7 +295,9 @@ _TRAIN: dict[str, list[Decorator]] = {
         _option("--t-max", default=0.994, type=Number()),
     ],
     "Objective": [
-        _option("--loss", default="imm", type=_choice(*LOSSES), help="docs/losses.md. Options below belong to some of them."),
+        _option(
+            "--loss", default="imm", type=_choice(*LOSSES), help="docs/learn/losses.md. Options below belong to some of them."
+        ),
         _option("--particles", default=4, type=COUNT, help="M, particles a group."),
         _option("--kernel", default="laplace", type=_choice("laplace", "rbf", "imq", "energy")),
         _option("--mapping", default="eta", type=_choice("eta", "t", "log_snr", "inverse_eta"), help="How r(s, t) is found."),
@@ -440,7 +447,7 @@ _OF_FEATURES = (
 
 @click.group("eval", invoke_without_command=True)
 @_data("Images to judge: a folder that imm sample wrote, or a data set.", required=False)
-@_option("--ref", type=PATH, metavar="PATH", help="What to compare with: a data set, or statistics (docs/evaluation.md).")
+@_option("--ref", type=PATH, metavar="PATH", help="What to compare with: a data set, or statistics (docs/howto/evaluation.md).")
 @_option("--metrics", default=DEFAULT_METRICS, metavar="LIST", help=f"Of {METRICS}.")
 @_out("Where to write the numbers and their protocol (.json).", required=False)
 @_all(_OF_FEATURES)
@@ -448,8 +455,8 @@ _OF_FEATURES = (
 def evaluate(context: click.Context, **options: Any) -> None:
     """Measure how good images are, and write every number with the protocol it was measured by.
 
-    Runs under torchrun as well: the processes share the work, and the numbers stay the same. docs/evaluation.md says what the
-    metrics are.
+    Runs under torchrun as well: the processes share the work, and the numbers stay the same. The metrics are in
+    docs/howto/evaluation.md.
     """
     command_line = click.core.ParameterSource.COMMANDLINE
     given = [p.name for p in context.command.params if context.get_parameter_source(p.name or "") is command_line]
@@ -464,7 +471,7 @@ def evaluate(context: click.Context, **options: Any) -> None:
 
 
 @evaluate.command("stats")
-@_data("The reference images (docs/data.md).")
+@_data("The reference images (docs/howto/data.md).")
 @_out("Where to write (.npz).")
 @_option("--features", default="efficientnet-lite0", metavar="LIST", help="Of inception, efficientnet-lite0.")
 @_all(_OF_FEATURES)

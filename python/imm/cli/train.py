@@ -37,7 +37,7 @@ from imm.weights import unwrapped
 #: Options of each network, under its constructor's names.
 NETWORK_OPTIONS = {"UNet": ("width", "dropout"), "DDPMpp": ("width", "dropout"), "DiT": ("size", "patch")}
 FLOW_MAP_OPTIONS = ("schedule", "parametrization", "second_time", "time_scale", "t_min", "t_max")
-#: Without --time-scale; a derivative in t of a network that sees 1,000 t is too large to learn from (docs/losses.md).
+#: Without --time-scale; a derivative in t of a network that sees 1,000 t is too large to learn from (docs/learn/losses.md).
 TIME_SCALES = {"meanflow": 1.0}
 #: Of a network for sequences, and the options of --data that sequences do not have.
 SEQUENCE_OPTIONS = ("backbone", "head", "latent")
@@ -174,7 +174,7 @@ def _about_time_scale(loss: str, flow_map: FlowMap) -> list[str]:
         return []
     return [
         f"time scale: {flow_map.time_scale:g}, of which {loss} takes a derivative; it learns far better at "
-        f"{TIME_SCALES[loss]:g} (docs/losses.md)"
+        f"{TIME_SCALES[loss]:g} (docs/learn/losses.md)"
     ]
 
 

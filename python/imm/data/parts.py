@@ -1,4 +1,4 @@
-"""What a conversion has done so far, beside its destination, so that the next run goes on from there.
+"""What a conversion has done so far, beside its destination, so that the next run resumes.
 
 Two files: ``.NAME.part.zip``, a zip that lacks its end, with a member for each picture; and ``.NAME.part.jsonl``, the journal,
 with a line for the request and then one for each picture, done or left out. What a run finds there counts as far as the members
@@ -156,7 +156,7 @@ class Parts:
     def how_far(self) -> str:
         """In words; empty where nothing is done."""
         done = len(self.kept) + len(self.left_out)
-        return f"{done} of {self._total} images are done and kept; the same command goes on from there" if self.kept else ""
+        return f"{done} of {self._total} images are done and kept; the same command resumes" if self.kept else ""
 
     def close(self, keep: bool) -> None:
         """Let go of the files, and remove them unless there is something to ``keep``."""

@@ -158,7 +158,7 @@ class NoSplitsError(ValueError):
 
 @contextmanager
 def open_source(source: str, split: str | None = None) -> Iterator[Source]:
-    """Recognise a layout (docs/data.md has the table) and open it.
+    """Recognise a layout (docs/howto/data.md has the table) and open it.
 
     Args:
         source: "mnist5k" or a path. split: "train", "test" or "all"; None is "train" for a source that has splits, "all" for

@@ -252,7 +252,7 @@ def evaluate(
             metrics, which does not compute them again.
 
     Returns:
-        On rank 0 ``{"format_version", "metrics", "protocol"}``, what JSON can hold (docs/evaluation.md has the fields); None on
+        On rank 0 ``{"format_version", "metrics", "protocol"}``, what JSON can hold (fields: docs/howto/evaluation.md); None on
         other ranks.
 
     Raises:

@@ -10,7 +10,7 @@ _ROWS = 1024
 
 
 def energy_distance(x: Tensor, y: Tensor) -> float:
-    """2 E|x - y| - E|x - x'| - E|y - y'| of two sets, unbiased: 0 in the mean for sets of one law (Szekely and Rizzo 2013).
+    """``2 E|x - y| - E|x - x'| - E|y - y'|`` of two sets, unbiased: 0 in the mean for sets of one law (Szekely and Rizzo 2013).
 
     Args:
         x: ``[N, D]``. y: ``[M, D]``. Both with two points or more; computed in float64.
@@ -48,7 +48,7 @@ def sliced_wasserstein(x: Tensor, y: Tensor, directions: int = 128, generator: t
 
 
 def total_variation(p: Tensor, q: Tensor) -> float:
-    """Half the sum of |p - q| of two distributions over the same values, given as shares or as counts of any total.
+    """Half the sum of ``|p - q|`` of two distributions over the same values, given as shares or as counts of any total.
 
     Raises:
         ValueError: shapes that differ, negative numbers, nothing at all.

@@ -49,8 +49,8 @@ def _within_classes(sequences: Tensor, labels: Tensor) -> Tensor:
 
 
 def forced_energy_score(sampler: Sampler, cond: Tensor, tokens: Tensor, samples: int = 2) -> float:
-    """The energy score of a head given the real tokens before, E 2 |x - y| - |x - x'|; lower is better, and the law of the data
-    has the lowest (Gneiting and Raftery 2007). The sum, not the mean, over features.
+    """Energy score ``E 2 |x - y| - |x - x'|`` of a head given the real tokens before. Lower is better, and the data's own
+    distribution has the lowest (Gneiting and Raftery 2007). Norms are over all features.
 
     Args:
         sampler: of the head, seeds from 0 on. cond: z of the real tokens before each token, ``[N, C]``.

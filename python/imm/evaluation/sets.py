@@ -23,7 +23,7 @@ from imm.evaluation.statistics import FeatureStatistics, read_moments
 from imm.pictures import decode, to_uint8
 from imm.seeds import parse_integers
 
-#: What the sampler writes beside its images; the fields that are read are in docs/evaluation.md.
+#: What the sampler writes beside its images; the fields that are read are in docs/howto/evaluation.md.
 GENERATION_FILE = "generation.json"
 GRID_FILE = "grid.png"
 #: How a set's values became eight bits, for the protocol.

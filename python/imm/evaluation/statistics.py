@@ -85,7 +85,7 @@ class FeatureStatistics:
         self.n = total
 
     def all_reduce(self, device: torch.device | str = "cpu") -> None:
-        """Merge what all processes gathered, in the order of their ranks, so that all hold the same bits. Collective.
+        """Merge what all processes gathered, in the order of their ranks, so that all are bitwise identical. Collective.
 
         Args:
             device: what the process group's backend carries: "cpu" for gloo, the rank's CUDA device for nccl.
@@ -124,9 +124,9 @@ def _root(sigma: Tensor) -> Tensor:
 def frechet_distance(mu1: Tensor, sigma1: Tensor, mu2: Tensor, sigma2: Tensor) -> float:
     """Squared 2-Wasserstein distance between two Gaussians (Dowson and Landau 1982; Heusel et al. 2017, eq. 6).
 
-    |mu1 - mu2|^2 + tr(sigma1 + sigma2 - 2 (sigma1 sigma2)^(1/2)). The trace of the root is the sum of the singular values of
-    A1^T A2 with sigma = A A^T, from symmetric eigenvectors. So no root is taken of rounding errors, which would count where a
-    covariance is singular, as it is for fewer vectors than dimensions.
+    ``|mu1 - mu2|^2 + tr(sigma1 + sigma2 - 2 (sigma1 sigma2)^(1/2))``; the trace of the root is the sum of the singular values
+    of A1^T A2 with sigma = A A^T, from symmetric eigenvectors. So rounding errors have no root, which would count where a
+    covariance is singular: with fewer vectors than dimensions it is.
 
     Args:
         mu1, mu2: ``[D]``. sigma1, sigma2: ``[D, D]``, symmetric. All are taken to float64.

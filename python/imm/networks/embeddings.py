@@ -18,7 +18,7 @@ def full_precision(weight: Tensor, function: Callable[..., Tensor], *inputs: Ten
 
     For what must not be rounded in a network that trains in half precision: its first and last layer, what its times go
     through (embeddings, scales and shifts), and what lies beside the residual branches. The loss sees the difference of two
-    outputs at nearby times, in which the same rounding cancels and unlike rounding stays (docs/training.md).
+    outputs at nearby times, in which the same rounding cancels and unlike rounding stays (docs/howto/precision.md).
     """
     device = weight.device.type
     if not autocasts(device):

@@ -142,7 +142,7 @@ class IMM(Objective):
         return numerator / ((odds * sigma.square() + alpha.square()) * (alpha.square() + sigma.square()))
 
     def kernel_scale(self, t: Time, s: Time) -> Tensor:
-        """1 / |c_out(s, t)| in float64: distances are measured in units of the network's output (section 4.2)."""
+        """``1 / |c_out(s, t)|`` in float64: distances are measured in units of the network's output (section 4.2)."""
         t, s = as_time(t), as_time(s)
         _check_order(t, s)
         return 1.0 / self.flow_map.parametrization.c_out(s, t).abs().clamp_min(_MIN_C_OUT)

@@ -22,7 +22,7 @@ class MeanFlow(Objective):
     """MeanFlow for the parametrization "euler_fm", whose u is sigma_d G.
 
     Make the flow map with ``time_scale=1``: the derivative in t of a network that sees 1,000 t is so large that training falls
-    far behind (docs/losses.md).
+    far behind (docs/learn/losses.md).
 
     Args:
         derivative: "jvp" (forward mode) or "difference", two more forwards: (u(+h) - u(-h)) / 2 h along the path.
