@@ -560,6 +560,34 @@ def export(**options: Any) -> None:
 
 
 @click.command()
+@NET
+@_option("--host", default="127.0.0.1", help="Where to listen; 0.0.0.0 for all interfaces.")
+@_option("--port", default=8000, type=click.IntRange(0, 65535), help="0: any that is free.")
+@_option(
+    "--steps",
+    default="1,2,4,8",
+    metavar="LIST",
+    callback=lambda context, parameter, value: parse_counts(value, "steps"),
+    help="Step counts that requests may ask for; the first is the default.",
+)
+@_batch(8, "Images a call of the sampler: every call runs in as many rows.")
+@_option("--max-images", default=64, type=COUNT, help="Images of one request.")
+@_option("--queue", default=256, type=COUNT, help="Images that wait; more get 503.")
+@_option("--max-wait", default=0.0, type=Number(min=0), help="Milliseconds that an idle server waits for a fuller call.")
+@_option("--deadline", default=30.0, type=Number(min=0), help="Seconds that an image may wait before it gets 504.")
+@_option(
+    "--method", type=_choice("pushforward", "restart", "ddim", "heun"), help="[default: what belongs to the checkpoint's loss]"
+)
+@_option("--vae", type=PATH, metavar="PATH|ID", help="Decode latents with this AutoencoderKL.")
+@_precision("Of a copy of the network.")
+@_option("--workers", type=COUNT, help="Processes behind the port. [default: one a GPU; one on the CPU]")
+@DEVICE
+def serve(**options: Any) -> None:
+    """Serve a checkpoint over HTTP: POST /v1/images/generations, and a page to try it. docs/howto/serve.md"""
+    _run("serve", **options)
+
+
+@click.command()
 def doctor() -> None:
     """Say what is installed and which implementation each op uses, and why."""
     _run("doctor")
@@ -576,5 +604,6 @@ COMMANDS: dict[str, click.Command] = {
     "study": study,
     "import": import_,
     "export": export,
+    "serve": serve,
     "doctor": doctor,
 }

@@ -11,9 +11,10 @@ from imm import checkpoints, package
 from imm.backends import PRECISIONS
 from imm.checkpoints import read_settings
 from imm.cli.options import device_line, pick_device
-from imm.cli.sample import method_of, sequence_shape, token_sampler
+from imm.cli.sample import sequence_shape, token_sampler
 from imm.networks import TokenModel
 from imm.ops import native
+from imm.sampling.classes import method_of
 
 
 def run(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import math
 from collections.abc import Callable
 from functools import partial
@@ -24,13 +23,10 @@ from imm.files import sha256_of
 from imm.flow_map import FlowMap
 from imm.integrations.autoencoder import INSTALL, load_vae
 from imm.networks import TokenModel
-from imm.objectives import SAMPLED_BY
 from imm.sampling import Sampler, TokenSampler, step_table, time_grid
+from imm.sampling.classes import NONE, class_names_of, find_class, method_of
 from imm.sampling.folder import ImageFolder, absent, generate, note
 from imm.seeds import format_integers, parse_integers
-
-#: ``--class`` without a class: unconditional images.
-NONE = "none"
 
 
 def run(net: str, out: str, seeds: str, batch: int, device: str, **options: Any) -> None:
@@ -69,7 +65,7 @@ def _run(
     if labels is not None and one_class is not None:
         raise ValueError("class: expected either --class or --labels, got both")
     extra = read_settings(net, "flow_map").get("extra", {})
-    class_names = _class_names(extra)
+    class_names = class_names_of(extra)
     sequences = isinstance(flow_map.network, TokenModel)
     method = method_of(extra, method)
     all_labels = pick_labels(flow_map, labels, len(seed_list))
@@ -83,7 +79,7 @@ def _run(
         raise ValueError(f"guidance: expected a finite number, got {guidance}")
     npz_path = None if npz is None else _new_file(npz, Path(out))
     shape = _shape(flow_map, precision, grid, vae)
-    decode, autoencoder = (None, None) if vae is None else _decoder(vae, shape, device)
+    decode, autoencoder = (None, None) if vae is None else decoder(vae, shape, device)
     drawn = (not sequences and shape[0] in (1, 3)) or decode is not None
     if grid is not None and not drawn:
         raise ValueError(f"grid: expected pictures, got latents of {shape[0]} channels without --vae ({INSTALL})")
@@ -182,7 +178,7 @@ def _new_file(path: str, out: Path) -> Path:
     return target
 
 
-def _decoder(name: str, shape: tuple[int, ...], device: torch.device) -> tuple[Callable[[Tensor], Tensor], dict[str, str]]:
+def decoder(name: str, shape: tuple[int, ...], device: torch.device) -> tuple[Callable[[Tensor], Tensor], dict[str, str]]:
     """Latents to pictures, one image at a time, so that the others do not matter; and what names the autoencoder."""
     if shape[0] in (1, 3):
         raise ValueError(f"vae: expected a checkpoint of latents, got images of {shape[0]} channels")
@@ -190,48 +186,6 @@ def _decoder(name: str, shape: tuple[int, ...], device: torch.device) -> tuple[C
     record = {"name": name, "sha256": latents.fingerprint(model)}
     model = model.to(device)
     return lambda x: latents.decode(x, model, batch=1), record
-
-
-def _class_names(extra: Any) -> list[str]:
-    """The names that a checkpoint keeps; none for one without."""
-    data = extra.get("data") if isinstance(extra, dict) else None
-    names = data.get("class_names") if isinstance(data, dict) else None
-    return [str(name) for name in names] if isinstance(names, list) else []
-
-
-def method_of(extra: Any, given: str | None) -> str:
-    """The sampling method: as given, or what belongs to the loss that a checkpoint's settings name."""
-    if given is not None:
-        return given
-    objective = extra.get("objective") if isinstance(extra, dict) else None
-    loss = objective.get("loss") if isinstance(objective, dict) else None
-    return SAMPLED_BY.get(str(loss), "pushforward")
-
-
-def find_class(name: int | str, classes: int, class_names: list[str], net: Path) -> int:
-    """The label for ``--class``: a class's number, the number of the class of that name, or ``classes`` for "none".
-
-    Raises ValueError for others; for an unknown name with the names that are alike.
-    """
-    if name == NONE:
-        return classes
-    if classes == 0:
-        raise ValueError("class: expected a class-conditional checkpoint, got one without classes")
-    if isinstance(name, int):
-        if name >= classes:
-            raise ValueError(f"class: expected 0..{classes - 1}, a class's name or {NONE}, got {name}")
-        return name
-    found = [number for number, known in enumerate(class_names) if known == name]
-    if len(found) == 1:
-        return found[0]
-    if found:
-        raise ValueError(f"class: expected a name that one class has, got {name!r}, the name of {found}; a number tells")
-    if not class_names:
-        raise ValueError(f"class: expected a number, for {net} keeps no class names, got {name!r}")
-    lowered = {known.lower(): known for known in class_names}
-    close = [lowered[one] for one in difflib.get_close_matches(name.lower(), lowered, n=5)] or class_names[:5]
-    more = ", ..." if len(class_names) > len(close) else ""
-    raise ValueError(f"class: expected a number or a name of {net}, such as {', '.join(close)}{more}, got {name!r}")
 
 
 def pick_labels(flow_map: FlowMap, text: str | None, count: int) -> Tensor | None:

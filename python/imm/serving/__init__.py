@@ -1,0 +1,1 @@
+"""Serving over HTTP: a dynamic batcher above :class:`imm.Sampler`, and the application of ``imm serve`` (extra "serve")."""
