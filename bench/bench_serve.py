@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
+import gc
 import json
 import os
 import random
@@ -19,15 +20,20 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
+import uvicorn
+from fastapi import FastAPI, Response
 
 import imm
+from imm.pictures import to_uint8
 from imm.sampling import Sampler
+from imm.serving.app import Generation, png
 
 SERVERS = ("echo", "one at a time", "diffusers", "imm serve")
 
@@ -44,13 +50,6 @@ def make_network(name: str) -> imm.FlowMap:
 
 def simple_server(kind: str, net: str, steps: int, port: int) -> None:
     """A baseline: the same HTTP server, and one image at a time behind it."""
-    import threading
-
-    import uvicorn
-    from fastapi import FastAPI, Response
-
-    from imm.serving.app import Generation, _png
-
     flow_map = imm.load(net).eval()
     lock = threading.Lock()
     labels = [0] if flow_map.num_classes else None
@@ -59,9 +58,7 @@ def simple_server(kind: str, net: str, steps: int, port: int) -> None:
     pictures = flow_map.image_shape[0] in (1, 3)
 
     def payload(x: torch.Tensor) -> bytes:
-        from imm.pictures import to_uint8
-
-        return _png(to_uint8(x)[0].permute(1, 2, 0).numpy()) if pictures else x.numpy().tobytes()
+        return png(to_uint8(x)[0].permute(1, 2, 0).numpy()) if pictures else x.numpy().tobytes()
 
     pipeline: Any = None
     if kind == "diffusers":
@@ -91,12 +88,12 @@ def simple_server(kind: str, net: str, steps: int, port: int) -> None:
     async def echo(body: Generation) -> Response:
         return Response(fixed)
 
-    uvicorn.run(app, port=port, http="h11", log_level="error", access_log=False)
+    uvicorn.run(app, port=port, http="h11", log_level="error", access_log=False, timeout_keep_alive=30)
 
 
 @contextlib.contextmanager
-def serving(kind: str, net: str, steps: int, rows: int, port: int) -> Iterator[None]:
-    """A server of that kind in a process of its own, once it answers."""
+def serving(kind: str, net: str, steps: int, rows: int, port: int) -> Iterator[int]:
+    """A server of that kind in a process of its own, once it answers: the process's number."""
     if kind == "imm serve":
         command = [
             "-m",
@@ -120,7 +117,7 @@ def serving(kind: str, net: str, steps: int, rows: int, port: int) -> Iterator[N
                 break
             time.sleep(0.1)
         time.sleep(2.0)
-        yield
+        yield process.pid
     finally:
         process.terminate()
         process.wait(20)
@@ -135,6 +132,8 @@ class Clients:
 
     async def ask(self, seed: int) -> int:
         """The status of one request."""
+        while self.free and self.free[-1][0].at_eof():  # the server has closed it
+            self.free.pop()
         reader, writer = self.free.pop() if self.free else await asyncio.open_connection("127.0.0.1", self.port)
         body = json.dumps({"seeds": [seed], "response_format": self.response_format}).encode()
         head = f"POST {self.path} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
@@ -193,7 +192,14 @@ async def open_loop(clients: Clients, rate: float, seconds: float) -> dict[str, 
     return {"offered": rate, "answered": len(latencies) / spent, "p50": p50, "p95": p95, "p99": p99, "refused": refused}
 
 
-async def measure(kind: str, port: int, picture: str, seconds: float, rates: list[float]) -> dict[str, Any]:
+def memory(pid: int) -> float:
+    """MB that a process and its children hold."""
+    pids = [pid, *map(int, Path(f"/proc/{pid}/task/{pid}/children").read_text().split())]
+    lines = [line for one in pids for line in Path(f"/proc/{one}/status").read_text().splitlines()]
+    return sum(int(line.split()[1]) for line in lines if line.startswith("VmRSS")) / 1024
+
+
+async def measure(kind: str, pid: int, port: int, picture: str, seconds: float, rates: list[float]) -> dict[str, Any]:
     clients = Clients(port, "/echo" if kind == "echo" else "/v1/images/generations", picture)
     await closed_loop(clients, 1.0)
     capacity = await closed_loop(clients, seconds)
@@ -201,7 +207,7 @@ async def measure(kind: str, port: int, picture: str, seconds: float, rates: lis
     print(f"{kind}: {capacity:.0f} images/s with eight clients, {1e3 / alone:.2f} ms alone", flush=True)
     rows = []
     for rate in rates or [0.25 * capacity, 0.5 * capacity, 0.8 * capacity]:
-        row = await open_loop(clients, rate, seconds)
+        row = {**await open_loop(clients, rate, seconds), "memory": memory(pid)}
         rows.append(row)
         print(
             "  " + ", ".join(f"{name} {value:.2f}" if name[0] == "p" else f"{name} {value:.0f}" for name, value in row.items()),
@@ -211,6 +217,7 @@ async def measure(kind: str, port: int, picture: str, seconds: float, rates: lis
 
 
 def main() -> None:
+    gc.disable()  # a collection in this process is no latency of the server
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--network", choices=("unet", "dit"), default="unet")
     parser.add_argument("--seconds", type=float, default=10.0, help="of each measurement")
@@ -246,8 +253,8 @@ def main() -> None:
         imm.checkpoints.save(net, flow_map)
         picture = "b64_json" if options.network == "unet" else "safetensors"
         for index, kind in enumerate(SERVERS if options.only is None else [options.only]):
-            with serving(kind, net, options.steps, options.rows, options.port + index):
-                found[kind] = asyncio.run(measure(kind, options.port + index, picture, options.seconds, options.rates))
+            with serving(kind, net, options.steps, options.rows, options.port + index) as pid:
+                found[kind] = asyncio.run(measure(kind, pid, options.port + index, picture, options.seconds, options.rates))
     if options.out is not None:
         options.out.write_text(
             json.dumps({**found, "machine": os.uname().machine, "options": vars(options) | {"out": None}}, indent=2) + "\n"

@@ -166,11 +166,16 @@ def load(path: str | os.PathLike[str], *, network: nn.Module | None = None) -> F
     """Load a flow map that :func:`save` saved, on the CPU and in evaluation mode.
 
     Args:
-        path: the file. network: the network to fill, where it is not one of ``imm.networks``.
+        path: the file, or ``hf://USER/REPO`` on a hub (:func:`imm.checkpoints.hub.fetch`).
+        network: the network to fill, where it is not one of ``imm.networks``.
 
     Raises:
         CheckpointError: a missing, truncated or foreign file, or weights that do not fit the network.
     """
+    if str(path).startswith("hf://"):
+        from imm.checkpoints.hub import fetch
+
+        path = fetch(str(path))
     tensors, settings = read_file(path, "flow_map")
     tensors = plain_names(tensors)  # files of earlier versions may have torch.compile's
     try:

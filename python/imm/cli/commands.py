@@ -79,7 +79,7 @@ NET = _option(
     required=True,
     type=CHECKPOINT,
     metavar="FILE",
-    help="Checkpoint (.safetensors), or the folder of a run: its newest.",
+    help="Checkpoint (.safetensors), folder of a run (its newest), or hf://USER/REPO.",
 )
 
 

@@ -32,10 +32,14 @@ class _Path(click.ParamType):
 
 
 class _Checkpoint(_Path):
-    """A checkpoint, or the folder of a run: its newest snapshot."""
+    """A checkpoint, the folder of a run (its newest snapshot), or hf://USER/REPO on a hub."""
 
     def convert(self, value: str, param: click.Parameter | None, ctx: click.Context | None) -> str:
         path = super().convert(value, param, ctx)
+        if path.startswith("hf://"):
+            from imm.checkpoints.hub import fetch
+
+            return str(fetch(path))
         if not os.path.isdir(path):
             return path
         snapshots = {int(found[1]): name for name in os.listdir(path) if (found := SNAPSHOT.fullmatch(name))}

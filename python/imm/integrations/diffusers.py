@@ -26,6 +26,7 @@ from imm.schedules import Time, as_time
 from imm.weights import is_aligned, own_memory, own_names, plain_names, unwrapped
 
 try:
+    import diffusers
     from diffusers import AutoencoderKL, ConfigMixin, DiffusionPipeline, ImagePipelineOutput, ModelMixin, SchedulerMixin
     from diffusers.configuration_utils import register_to_config
     from diffusers.schedulers.scheduling_utils import SchedulerOutput
@@ -475,3 +476,7 @@ def _drawn(generator: torch.Generator | Sequence[torch.Generator] | None, count:
         device = "cpu" if source is None else source.device
         drawn.append(torch.randint(2**63 - 1, (size,), generator=source, device=device).cpu())
     return torch.cat(drawn)
+
+
+#: ``DiffusionPipeline.from_pretrained`` looks a folder's pipeline up by name in diffusers itself, or runs code from the folder.
+diffusers.IMMPipeline = IMMPipeline

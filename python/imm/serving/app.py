@@ -9,14 +9,13 @@ import logging
 import re
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
-from contextlib import ExitStack, asynccontextmanager
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from importlib import resources
 from typing import Any, Literal
 
 import numpy as np
-import torch
-from torch import Tensor
+from safetensors.numpy import save
 
 try:
     import anyio
@@ -30,10 +29,7 @@ try:
 except ImportError as error:
     raise ImportError('imm serve: expected FastAPI and uvicorn; run: pip install "imm-kernels[serve]"') from error
 
-from imm.backends import repeatable
-from imm.flow_map import FlowMap
-from imm.pictures import to_pillow, to_uint8
-from imm.sampling import Sampler
+from imm.pictures import to_pillow
 from imm.sampling.classes import find_class
 from imm.serving.batcher import Batcher, Full, Image, Late
 
@@ -46,26 +42,23 @@ _BUCKETS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0,
 
 @dataclass(frozen=True)
 class Settings:
-    """How a checkpoint is served.
+    """What is served, and how.
 
-    name: what answers call it. steps: the step counts offered, the first by default. method: of the sampler. rows: most images
-    of a call, and the rows of every call. max_images: of a request. queue, max_wait, deadline: as in
-    :class:`~imm.serving.batcher.Batcher`. class_names: of the labels, or none. dtype: of the network. tf32: whether float32
-    matmuls run in it. decode: latents to pictures, or None.
+    name: what answers call it. classes: number of classes. class_names: their names, or none. pictures: whether images are
+    pictures, or latents. steps: the step counts offered, the first by default. rows, queue, max_wait, deadline: as in
+    :class:`~imm.serving.batcher.Batcher`. max_images: of a request.
     """
 
     name: str
+    classes: int = 0
+    class_names: Sequence[str] = ()
+    pictures: bool = True
     steps: tuple[int, ...] = (1, 2, 4, 8)
-    method: str = "pushforward"
     rows: int = 8
     max_images: int = 64
     queue: int = 256
     max_wait: float = 0.0
     deadline: float = 30.0
-    class_names: Sequence[str] = ()
-    dtype: torch.dtype | None = None
-    tf32: bool = False
-    decode: Callable[[Tensor], Tensor] | None = None
 
 
 class Generation(BaseModel):
@@ -84,31 +77,6 @@ class Generation(BaseModel):
         "b64_json",
         description="b64_json: PNGs in JSON; png: one image; raw: uint8 [N, H, W, C]; safetensors: the network's floats.",
     )
-
-
-class Generator:
-    """The samplers of a flow map, one for each number of steps; what the batcher's thread runs."""
-
-    def __init__(self, flow_map: FlowMap, settings: Settings) -> None:
-        self.flow_map, self.settings = flow_map, settings
-        make = lambda steps: Sampler(flow_map, steps=steps, method=settings.method, dtype=settings.dtype, rows=settings.rows)
-        self.samplers = {steps: make(steps) for steps in settings.steps}
-
-    def prepare(self) -> None:
-        """Make, and on CUDA capture, every loop that requests can ask for."""
-        for steps in self.samplers:
-            for guidance in (None, 1.0) if self.flow_map.num_classes else (None,):
-                self([Image(0, None, guidance, steps)])
-
-    def __call__(self, images: Sequence[Image]) -> list[np.ndarray[Any, Any]]:
-        """``[C, H, W]`` float32 of each image, all of one kind."""
-        classes, (first, *_) = self.flow_map.num_classes, images
-        labels = [classes if image.label is None else image.label for image in images] if classes else None
-        guidance = None if first.guidance is None else torch.tensor([image.guidance for image in images], dtype=torch.float64)
-        x = self.samplers[first.steps].sample([image.seed for image in images], labels, guidance)
-        if self.settings.decode is not None:
-            x = self.settings.decode(x)
-        return list(x.float().cpu().numpy())
 
 
 class _Metrics:
@@ -167,8 +135,9 @@ def _error(status: int, message: str, **headers: str) -> JSONResponse:
     return JSONResponse({"error": {"message": message, "type": kind, "code": status}}, status, headers)
 
 
-def _images(body: Generation, settings: Settings, num_classes: int) -> list[Image]:
+def _images(body: Generation, settings: Settings) -> list[Image]:
     """What a request asks for. Raises ValueError, in one line."""
+    num_classes, floats = settings.classes, body.response_format == "safetensors"
     if body.seeds is not None and (body.seed is not None or body.n is not None):
         raise ValueError("seeds: expected either seeds or seed and n, got both")
     count = len(body.seeds) if body.seeds is not None else 1 if body.n is None else body.n
@@ -192,36 +161,32 @@ def _images(body: Generation, settings: Settings, num_classes: int) -> list[Imag
         raise ValueError("guidance: expected none for a checkpoint without classes")
     if body.guidance is not None and not abs(body.guidance) <= 100:
         raise ValueError(f"guidance: expected a number of at most 100, got {body.guidance}")
-    return [Image(seed, number, body.guidance, steps) for seed in seeds]
+    if body.response_format == "png" and count > 1:
+        raise ValueError(f"response_format: expected one image for png, got {count}")
+    if not floats and not settings.pictures:
+        raise ValueError(f"response_format: expected safetensors for latents, got {body.response_format}")
+    return [Image(seed, number, body.guidance, steps, floats) for seed in seeds]
 
 
-def _png(picture: np.ndarray[Any, Any]) -> bytes:
+def png(picture: np.ndarray[Any, Any]) -> bytes:
+    """A picture ``[H, W, C]`` uint8 as a PNG."""
     buffer = io.BytesIO()
     to_pillow(picture).save(buffer, format="PNG", compress_level=1)
     return buffer.getvalue()
 
 
-def _answer(body: Generation, images: Sequence[Image], made: Sequence[np.ndarray[Any, Any]], decoded: bool) -> Response:
+def _answer(body: Generation, images: Sequence[Image], made: Sequence[np.ndarray[Any, Any]]) -> Response:
     """The response in the form that was asked for."""
-    x = torch.from_numpy(np.stack(made))
     if body.response_format == "safetensors":
-        from safetensors.torch import save
-
-        return Response(
-            save({"images": x, "seeds": torch.tensor([image.seed for image in images])}), media_type="application/octet-stream"
-        )
-    if x.dim() != 4 or x.shape[1] not in (1, 3):
-        raise ValueError(f"response_format: expected safetensors for {list(x.shape[1:])}, got {body.response_format}")
-    pixels = to_uint8(x, decoded=decoded).permute(0, 2, 3, 1).numpy()
+        tensors = {"images": np.stack(made), "seeds": np.array([image.seed for image in images])}
+        return Response(save(tensors), media_type="application/octet-stream")
     if body.response_format == "raw":
+        pixels = np.stack(made)
         shape = "x".join(map(str, pixels.shape))
         return Response(pixels.tobytes(), media_type="application/octet-stream", headers={"X-Shape": shape})
     if body.response_format == "png":
-        return Response(_png(pixels[0]), media_type="image/png")
-    data = [
-        {"b64_json": base64.b64encode(_png(picture)).decode(), "seed": image.seed}
-        for picture, image in zip(pixels, images, strict=True)
-    ]
+        return Response(png(made[0]), media_type="image/png")
+    data = [{"b64_json": base64.b64encode(png(p)).decode(), "seed": image.seed} for p, image in zip(made, images, strict=True)]
     return JSONResponse({"created": int(time.time()), "data": data})
 
 
@@ -231,12 +196,9 @@ async def _gone(request: Request) -> None:
         pass
 
 
-def create_app(flow_map: FlowMap, settings: Settings) -> FastAPI:
-    """The application around a flow map in evaluation mode, on the device to sample on.
-
-    It answers once every loop is made (and captured). Raises ValueError for settings that the flow map does not have.
-    """
-    generator = Generator(flow_map, settings)
+def create_app(runs: Sequence[Callable[[Sequence[Image]], Sequence[Any]]], settings: Settings) -> FastAPI:
+    """The application above what makes images: each of ``runs`` makes one batch at a time
+    (:class:`imm.serving.worker.Worker`, or a :class:`~imm.serving.worker.Generator` of this process)."""
     batcher: Batcher | None = None
     metrics = _Metrics(lambda: 0 if batcher is None else batcher.waiting)
     page = resources.files("imm.serving").joinpath("page.html").read_text(encoding="utf-8")
@@ -244,13 +206,17 @@ def create_app(flow_map: FlowMap, settings: Settings) -> FastAPI:
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         nonlocal batcher
-        limits = {"queue": settings.queue, "max_wait": settings.max_wait, "deadline": settings.deadline}
-        with ExitStack() as stack:
-            stack.enter_context(repeatable(tf32=settings.tf32))
-            batcher = Batcher(generator, rows=settings.rows, on_batch=metrics.on_batch, **limits)  # type: ignore[arg-type]
-            await batcher.start(generator.prepare)
-            yield
-            await batcher.stop()
+        batcher = Batcher(
+            runs,
+            rows=settings.rows,
+            queue=settings.queue,
+            max_wait=settings.max_wait,
+            deadline=settings.deadline,
+            on_batch=metrics.on_batch,
+        )
+        batcher.start()
+        yield
+        await batcher.stop()
 
     app = FastAPI(title="imm", lifespan=lifespan, docs_url=None, redoc_url=None)
     app.add_middleware(_Limits)
@@ -281,11 +247,7 @@ def create_app(flow_map: FlowMap, settings: Settings) -> FastAPI:
     async def answer(body: Generation, request: Request) -> Response:
         assert batcher is not None
         try:
-            images = _images(body, settings, flow_map.num_classes)
-            if body.response_format == "png" and len(images) > 1:
-                raise ValueError(f"response_format: expected one image for png, got {len(images)}")
-            if body.response_format != "safetensors" and settings.decode is None and flow_map.image_shape[0] not in (1, 3):
-                raise ValueError(f"response_format: expected safetensors for latents, got {body.response_format}")
+            images = _images(body, settings)
         except ValueError as error:
             return _error(400, str(error))
         work = asyncio.ensure_future(batcher.submit(images))
@@ -301,15 +263,14 @@ def create_app(flow_map: FlowMap, settings: Settings) -> FastAPI:
             return _error(504, f"deadline: expected the image within {settings.deadline:g} s, got a longer queue")
         except asyncio.CancelledError:
             return _error(503, "the server stops")
-        except Exception:
-            _LOG.error("a call of the sampler failed", exc_info=True)
+        except Exception as error:
+            _LOG.error("a call of the sampler failed: %s", error)
             return _error(500, "the server failed")
         finally:
             work.cancel()
             gone.cancel()
         small = sum(one.size for one in made) < 1 << 16
-        finish = (body, images, made, settings.decode is not None)
-        return _answer(*finish) if small else await asyncio.to_thread(_answer, *finish)
+        return _answer(body, images, made) if small else await asyncio.to_thread(_answer, body, images, made)
 
     @app.get("/v1/models")
     async def models() -> Response:
@@ -317,10 +278,10 @@ def create_app(flow_map: FlowMap, settings: Settings) -> FastAPI:
             "id": settings.name,
             "object": "model",
             "steps": settings.steps,
-            "classes": flow_map.num_classes,
+            "classes": settings.classes,
             "class_names": list(settings.class_names),
             "max_images": settings.max_images,
-            "pictures": settings.decode is not None or flow_map.image_shape[0] in (1, 3),
+            "pictures": settings.pictures,
         }
         return JSONResponse({"object": "list", "data": [about]})
 

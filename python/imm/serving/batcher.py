@@ -1,8 +1,8 @@
 """A dynamic batcher: images that many requests ask for share the calls of a sampler.
 
-One call runs at a time, in a thread of its own. While it runs, requests gather. The next call takes the oldest image and those
-of the same kind (number of steps, guided or not) behind it, up to ``rows``. So an idle server begins at once, and a busy one
-fills its calls. An image does not depend on its batch, because the samplers run every call in the same number of rows.
+While calls run, requests gather. The next call takes the oldest image and those of the same kind (number of steps, guided or
+not) behind it, up to ``rows``. So an idle server begins at once, and a busy one fills its calls. An image does not depend on
+its batch, because the samplers run every call in the same number of rows.
 """
 
 from __future__ import annotations
@@ -30,12 +30,14 @@ class Late(Exception):
 
 @dataclass(frozen=True)
 class Image:
-    """One image that a request asks for. label: a class, the number of classes for "none", or None without classes."""
+    """One image that a request asks for. label: a class, the number of classes for "none", or None for "none" too. floats: the
+    network's own numbers, not pixels."""
 
     seed: int
     label: int | None
     guidance: float | None
     steps: int
+    floats: bool = False
 
     @property
     def kind(self) -> tuple[int, bool]:
@@ -54,7 +56,8 @@ class Batcher:
     """Runs images in batches.
 
     Args:
-        run: makes one batch, ``[image, ...]`` of one kind -> one result an image; called in one thread, never twice at once.
+        runs: each makes one batch, ``[image, ...]`` of one kind -> one result an image, in a thread of its own; never called
+            twice at once.
         rows: most images of a call.
         queue: most images that wait; more are refused (:class:`Full`).
         max_wait: seconds that an idle server waits for more images before it begins a call that is not full.
@@ -64,7 +67,7 @@ class Batcher:
 
     def __init__(
         self,
-        run: Callable[[Sequence[Image]], Sequence[Any]],
+        runs: Sequence[Callable[[Sequence[Image]], Sequence[Any]]],
         *,
         rows: int,
         queue: int,
@@ -73,32 +76,31 @@ class Batcher:
         on_batch: Callable[[int, float], Any] = lambda images, seconds: None,
     ) -> None:
         self.rows, self.queue, self.max_wait, self.deadline, self.on_batch = rows, queue, max_wait, deadline, on_batch
-        self._run = run
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="imm-sampler")
+        self._runs = runs
+        self._threads = ThreadPoolExecutor(len(runs), thread_name_prefix="imm-batch")
         self._waiting: dict[tuple[int, bool], deque[_Waiting]] = {}
         self._count = 0
         self._arrived = asyncio.Event()
         self._seconds = 0.05  # of a call, a running mean
-        self._worker: asyncio.Task[None] | None = None
+        self._workers: list[asyncio.Task[None]] = []
 
     @property
     def waiting(self) -> int:
         """Images that wait for a call."""
         return self._count
 
-    async def start(self, prepare: Callable[[], Any]) -> None:
-        """Run ``prepare`` in the sampler's thread, then begin to take images."""
-        await asyncio.get_running_loop().run_in_executor(self._thread, prepare)
-        self._worker = asyncio.create_task(self._work())
+    def start(self) -> None:
+        """Begin to make images."""
+        self._workers = [asyncio.create_task(self._work(run)) for run in self._runs]
 
     async def stop(self) -> None:
-        """End after the call that runs. Images that still wait are cancelled."""
-        if self._worker is not None:
-            self._worker.cancel()
+        """End after the calls that run. Images that still wait are cancelled."""
+        for worker in self._workers:
+            worker.cancel()
         for line in self._waiting.values():
             for entry in line:
                 entry.result.cancel()
-        await asyncio.to_thread(self._thread.shutdown)
+        await asyncio.to_thread(self._threads.shutdown)
 
     async def submit(self, images: Sequence[Image]) -> list[Any]:
         """The results of a request's images, in their order. Cancelled, its images leave the queue.
@@ -149,7 +151,7 @@ class Batcher:
                 taken.append(entry)
         return taken
 
-    async def _work(self) -> None:
+    async def _work(self, run: Callable[[Sequence[Image]], Sequence[Any]]) -> None:
         loop = asyncio.get_running_loop()
         while True:
             kind = self._oldest()
@@ -162,7 +164,7 @@ class Batcher:
             batch = self._take(kind)
             start = time.perf_counter()
             try:
-                results = await loop.run_in_executor(self._thread, self._run, [entry.image for entry in batch])
+                results = await loop.run_in_executor(self._threads, run, [entry.image for entry in batch])
             except Exception as error:
                 for entry in batch:
                     if not entry.result.done():
