@@ -175,7 +175,7 @@ void SamplingLoop::load(const Tensor& seeds, const std::optional<Tensor>& labels
   target.copy_(normals);  // nothing where they are the same
 }
 
-// c_in x for a step that has not got it from the sampling_step before.
+// c_in x, for a step whose input no sampling_step has written.
 void SamplingLoop::scale_input(int64_t step) {
   const at::Scalar c_in(table_.c_in[static_cast<size_t>(step)]);
   for (int64_t copy = 0; copy < copies_; ++copy) {

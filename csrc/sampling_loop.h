@@ -20,7 +20,7 @@
 
 namespace imm {
 
-// One row a step, float64: what the network is told of the times (t, s), the coefficient of its input (c_in), those of
+// One row a step, float64: the times that the network is given (t, s), the coefficient of its input (c_in), those of
 // flow_step (c_skip, c_out), that of the fresh noise after the step (c_noise, 0 for none) and that of the state that
 // the step before began with, which is added after the step (c_kept, 0 for none).
 struct SamplingTable {
@@ -57,7 +57,7 @@ class IMM_EXPORT SamplingLoop {
   SamplingLoop(const SamplingLoop&) = delete;
   SamplingLoop& operator=(const SamplingLoop&) = delete;
 
-  // Records the loop for later runs. Throws where that cannot be; runs go on step by step then.
+  // Records the loop for later runs. Throws where that cannot be; runs then continue step by step.
   void capture();
   bool captured() const { return graph_ != nullptr; }
 

@@ -52,7 +52,7 @@ class IMM_EXPORT TokenLoop {
   TokenLoop(const TokenLoop&) = delete;
   TokenLoop& operator=(const TokenLoop&) = delete;
 
-  // Records a token for later calls. Throws where that cannot be; calls go on step by step then.
+  // Records a token for later calls. Throws where that cannot be; calls then continue step by step.
   void capture();
   bool captured() const { return !graphs_.empty(); }
 

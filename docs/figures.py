@@ -2,6 +2,7 @@
 
 python docs/figures.py idea                         docs/images/idea.png
 python docs/figures.py digits CHECKPOINT            docs/images/digits.gif, from the checkpoint of imm demo
+python docs/figures.py performance RESULTS          docs/images/performance.png, and the table of internals/performance.md
 """
 
 import sys
@@ -88,5 +89,18 @@ def digits(checkpoint: str, steps: tuple[int, ...] = (1, 2, 4, 8), rows: int = 4
     frames[0].save(IMAGES / "digits.gif", save_all=True, append_images=frames[1:], duration=durations, loop=0, optimize=True)
 
 
+def performance(results: str) -> None:
+    """The picture of a results folder of imm bench; its table goes between the page's two marks."""
+    sys.path.insert(0, str(IMAGES.parents[1] / "bench"))
+    from harness import plots, rows
+
+    found = rows.read(Path(results) / "rows.csv")
+    plots.overview(found, IMAGES / "performance.png")
+    page = IMAGES.parent / "internals" / "performance.md"
+    before, mark, rest = page.read_text().partition("<!-- imm bench: overview -->\n")
+    _, _, after = rest.partition(mark)
+    page.write_text(f"{before}{mark}\n{rows.overview(found)}\n\n{mark}{after}")
+
+
 if __name__ == "__main__":
-    {"idea": idea, "digits": digits}[sys.argv[1]](*sys.argv[2:])
+    {"idea": idea, "digits": digits, "performance": performance}[sys.argv[1]](*sys.argv[2:])

@@ -1,4 +1,4 @@
-"""Geometric augmentation: against an image that is known everywhere, what is told of it, and how often what happens."""
+"""Geometric augmentation: against an image that is known everywhere, its labels, and how often what happens."""
 
 from __future__ import annotations
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
-from harness import environment, report, rows
+from harness import environment, plots, report, rows
 from harness.case import COPY, MATMUL
 from harness.rows import OK, Row
 
@@ -114,3 +114,20 @@ def test_a_folder_without_rows_is_an_error_and_matplotlib_is_not_needed(tmp_path
     text = text_of(report.make(results(tmp_path, a_run()), said.append))
     assert [line.startswith("no figures: ") and "pip install matplotlib" in line for line in said] == [True]
     assert "matplotlib is not installed" in text
+
+
+def test_the_table_of_the_page_is_that_of_the_committed_rows() -> None:
+    root = Path(__file__).parents[1]
+    (results,) = (root / "bench" / "results").glob("*/rows.csv")
+    page = (root / "docs" / "internals" / "performance.md").read_text()
+    assert rows.overview(rows.read(results)) in page
+    assert len(page.splitlines()) <= 150
+
+
+def test_the_overview_compares_with_the_fastest_of_each_kind(tmp_path) -> None:
+    table = rows.overview(a_run()).splitlines()
+    assert table[0] == "| op | case | imm | torch.compile | eager torch | roofline |"
+    assert len(table) == 2 + len(rows.first_cases(a_run()))
+    pytest.importorskip("matplotlib")
+    plots.overview(a_run(), tmp_path / "overview.png")
+    assert (tmp_path / "overview.png").read_bytes().startswith(b"\x89PNG")

@@ -85,7 +85,7 @@ def test_a_broken_picture(dest, source, read, tmp_path) -> None:
     assert hidden(path) == [f".{dest}.part.jsonl", f".{dest}.part.zip"]
     broken.write_bytes(png(7))
     read.clear()
-    assert "going on after 9 of 12 images that are done" in said(*convert)
+    assert "resuming after 9 of 12 images that are done" in said(*convert)
     assert read == ["07.png", "09.png", "11.png"]
     assert content(path) == expected
     assert hidden(path) == []
@@ -141,7 +141,7 @@ def test_a_full_disk_and_signals(dest, source, tmp_path) -> None:
         assert "stopped; 6 of 12 images are done and kept" in result.output
         assert result.exit_code == 1
         assert signal.getsignal(number) is before
-    assert "going on after 6 of 12" in said(*convert)
+    assert "resuming after 6 of 12" in said(*convert)
     assert content(tmp_path / dest) == expected
 
 
@@ -210,7 +210,7 @@ def test_another_request_or_source_begins_anew(source, read, tmp_path) -> None:
     assert "2 of 12" not in line
     broken.write_bytes(png(7))
     read.clear()
-    assert "going on after 2 of 12" in said(*convert, "--resolution", "4")
+    assert "resuming after 2 of 12" in said(*convert, "--resolution", "4")
     assert content(path) == whole(source, "out.zip", "--resolution", "4")
 
 
@@ -221,7 +221,7 @@ def test_a_mixture_goes_on_with_channels(source, read, tmp_path) -> None:
     (source / "b" / "07.png").write_bytes(saved(Image.new("L", (8, 8), 90), "PNG"))
     assert "--channels=3 or --channels=1 to make them so, got a mixture at b/07.png; 9 of 12" in refused(*convert)
     read.clear()
-    assert "going on after 9 of 12" in said(*convert, "--channels", 3)
+    assert "resuming after 9 of 12" in said(*convert, "--channels", 3)
     assert read == ["07.png", "09.png", "11.png"]
     assert content(path) == whole(source, "out.zip", "--channels", "3")
     refused(*convert)
@@ -282,7 +282,7 @@ def test_a_real_kill(number, source, tmp_path) -> None:
     if number == signal.SIGTERM:
         assert "of 12 images are done and kept; the same command resumes" in errors
     assert not path.exists()
-    assert "going on after " in said(*options)
+    assert "resuming after " in said(*options)
     assert content(path) == expected
 
 
@@ -304,7 +304,7 @@ def test_latents_go_on_by_whole_batches(source, tmp_path, monkeypatch) -> None:
         said: list[str] = []
         calls.clear()
         write_latents(opened, str(tmp_path / "a.npz"), "one", batch=4, say=said.append)
-    assert (calls, said) == ([4, 4], ["going on after 4 of 12 images that are done"])
+    assert (calls, said) == ([4, 4], ["resuming after 4 of 12 images that are done"])
     assert (tmp_path / "a.npz").read_bytes() == (tmp_path / "whole.npz").read_bytes()
     found = load(str(tmp_path / "a.npz"), latents=True)
     assert (found.class_names, found.num_classes) == (("a", "b"), 2)

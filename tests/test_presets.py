@@ -217,7 +217,7 @@ def test_augmentation_of_a_preset(pixels, small_cifar10, tmp_path) -> None:
     told, untold = (str(tmp_path / name / "snapshot-0000001.safetensors") for name in ("paper", "none"))
     base = ("train", "--data", pixels, "--steps", "1", "--batch", "2", "--particles", "2", "--out", tmp_path / "tuned")
     refusal = refused(*base, "--init", untold, "--augment", "0.1")
-    assert "augment: expected a network that is told of it (DDPMpp with augment_dim = 9), got DDPMpp with 0" in refusal
+    assert "augment: expected a network that is conditioned on it (DDPMpp with augment_dim = 9), got DDPMpp with 0" in refusal
     call(*base, "--init", told, "--augment", "0.1")
     refusal = refused(*base[:-1], tmp_path / "refused", "--augment", "0.1")
     assert "got UNet with 0" in refusal

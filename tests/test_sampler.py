@@ -332,7 +332,7 @@ def test_running_out_of_memory_gives_smaller_parts_and_one_warning(flow_map, loo
         warnings.simplefilter("always")
         out = made.sample(range(9))
     assert [str(w.message) for w in caught] == [
-        f"out of memory with {n} images at a time; going on with at most {(n + 1) // 2}" for n in (9, 5)
+        f"out of memory with {n} images at a time; continuing with at most {(n + 1) // 2}" for n in (9, 5)
     ]
     torch.testing.assert_close(out, expected)
     with warnings.catch_warnings():
@@ -410,7 +410,7 @@ def test_out_of_memory_while_capturing_gives_smaller_graphs(flow_map, recorded, 
 
     monkeypatch.setattr(recorded, "capture", capture)
     made = Sampler(flow_map, steps=1)
-    with pytest.warns(RuntimeWarning, match="going on with at most 2"):
+    with pytest.warns(RuntimeWarning, match="continuing with at most 2"):
         assert made.sample(range(4)).shape == (4, *SHAPE)
     assert made.stats()["cached"] == [(2, False)]
 

@@ -383,7 +383,7 @@ def test_augmentation_that_does_not_fit(tmp_path) -> None:
     with pytest.raises(ValueError, match="augment: expected images, a turned latent"):
         trainer(tmp_path, config)
     pixels = ImageData(torch.zeros(8, 1, 8, 8, dtype=torch.uint8), torch.zeros(8, dtype=torch.int64), 3, "made up")
-    with pytest.raises(ValueError, match=r"augment: expected a network that is told of it .* got UNet with 0"):
+    with pytest.raises(ValueError, match=r"augment: expected a network that is conditioned on it .* got UNet with 0"):
         trainer(tmp_path, config, pixels)
     with pytest.raises(ValueError, match="augment: expected a probability from 0 to 1, got 2"):
         dataclasses.replace(CONFIG, augment=2)

@@ -226,7 +226,7 @@ def run(
 
     Args:
         quick: the first case of each op, for a few seconds.
-        resume: go on with what ``out`` has from this commit: the visits that its cases lack.
+        resume: continue what ``out`` has from this commit: the visits that its cases lack.
         tests: run each op's own tests first and refuse its figures while one fails; False where they run elsewhere.
         late: on CUDA, which is visited once, the pass without the peers that compile for long (:class:`Case`), which comes
             first (False), the one with them (True) or both (None).

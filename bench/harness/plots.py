@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from harness.case import COPY, MATMUL
-from harness.rows import Row, cases, grouped, ours
+from harness.rows import Row, cases, compared, first_cases, grouped, ours
 
 _OURS, _OTHERS, _PARTS = "#0072b2", "#d98b5f", "#b0b0b0"
 _CEILINGS = {COPY: "--", MATMUL: "-."}
@@ -41,6 +41,40 @@ def draw(rows: Sequence[Row], folder: Path) -> list[Figure]:
         matplotlib.rcdefaults()  # a reader's own settings change no figure
         matplotlib.rcParams.update(_STYLE)
         return [_times(of_mode, target) for of_mode in grouped(timed, "op", "mode")]
+
+
+def overview(rows: Sequence[Row], path: Path) -> None:
+    """One picture of a run: for the first case of each op and mode, how many times as long as ours the fastest plain and the
+    fastest compiled baseline take, and the roofline of the same run. Raises ImportError without matplotlib."""
+    import matplotlib
+    from matplotlib.figure import Figure as Canvas
+
+    with matplotlib.rc_context():
+        matplotlib.rcdefaults()
+        matplotlib.rcParams.update(_STYLE)
+        chosen = [entry for entry in map(compared, first_cases(rows)) if entry is not None]
+        figure = Canvas(figsize=(9.4, 0.42 * len(chosen) + 1.2), layout="constrained")
+        axis = figure.subplots()
+        kinds = (("roofline", "#333333"), ("torch.compile", _PARTS), ("eager torch", _OTHERS))
+        for index, entry in enumerate(chosen):
+            axis.scatter([1], [index], color=_OURS, s=70, zorder=3, label="imm" if index == 0 else None)
+            for (name, color), ratio in zip(kinds, entry.ratios, strict=True):
+                if ratio is not None:
+                    shown = name if name not in axis.get_legend_handles_labels()[1] else None
+                    mark = "|" if name == "roofline" else "o"
+                    axis.scatter(
+                        [ratio], [index], color=color, s=120 if mark == "|" else 45, marker=mark, zorder=2, label=shown
+                    )
+        axis.set_xscale("log")
+        ticks = (0.2, 0.5, 1, 2, 5, 10, 20, 50)
+        axis.set_xticks(ticks, [f"{tick:g}x" for tick in ticks])
+        axis.minorticks_off()
+        names = [f"{entry.best.op}, {entry.best.mode}, {entry.best.dtype}" for entry in chosen]
+        axis.set_yticks(range(len(chosen)), names)
+        axis.set_ylim(len(chosen) - 0.4, -0.6)
+        axis.set_xlabel("time relative to imm: right of 1x is slower, left of it faster")
+        axis.legend(loc="lower right", frameon=True)
+        figure.savefig(path, format="png", dpi=110, metadata={"Software": None}, facecolor="white")
 
 
 def _times(rows: Sequence[Row], folder: Path) -> Figure:

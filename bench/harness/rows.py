@@ -242,6 +242,52 @@ def share_of_floor(row: Row, case: Iterable[Row]) -> float | None:
     return paired(least.visits, row.visits) if dtype_of(row.peer, row.dtype) == least.dtype else None
 
 
+@dataclass(frozen=True)
+class Compared:
+    """Our fastest peer of a case; over its time those of the roofline, the fastest compiled and the fastest plain baseline."""
+
+    best: Row
+    ratios: tuple[float | None, float | None, float | None]
+
+
+def compared(case: Sequence[Row]) -> Compared | None:
+    """None for a case where nothing of ours was timed."""
+    peers, least = [row for row in case if row.whole], floor(case)
+    best = fastest(row for row in peers if ours(row.peer))
+    if best is None:
+        return None
+    rivals = [
+        fastest(row for row in peers if not ours(row.peer) and ("torch.compile" in row.peer) == compiled)
+        for compiled in (True, False)
+    ]
+    over = [None if row is None else paired(row.visits, best.visits) for row in (least, *rivals)]
+    return Compared(best, (over[0], over[1], over[2]))
+
+
+def first_cases(rows: Sequence[Row]) -> list[list[Row]]:
+    """The first case of each op, mode and dtype, with cold buffers where it has them."""
+    found = []
+    for of_mode in grouped([row for row in rows if row.median_us is not None], "op", "mode", "dtype"):
+        of_shape = cases(grouped(of_mode, "shape")[0])
+        found.append(next((case for case in of_shape if case[0].cache == "cold"), of_shape[0]))
+    return found
+
+
+def overview(rows: Sequence[Row]) -> str:
+    """A Markdown table of a run: one line for the first case of each op, mode and dtype."""
+    lines = ["| op | case | imm | torch.compile | eager torch | roofline |", "|---|---|---|---|---|---|"]
+    for case in first_cases(rows):
+        entry = compared(case)
+        if entry is not None:
+            least, compiled, eager = entry.ratios
+            times = ["" if ratio is None else f"{ratio:.1f}x" for ratio in (compiled, eager)]
+            share = "" if least is None else f"{least:.0%}"
+            best = entry.best
+            about = f"{best.mode}, {best.shape}, {best.dtype}"
+            lines.append(f"| {best.op} | {about} | {duration(best.median_us)} | {' | '.join(times)} | {share} |")
+    return "\n".join(lines)
+
+
 HEADINGS = ("peer", "median", "spread", "x imm", "GB/s", "x copy", "of floor", "error", "peak")
 
 

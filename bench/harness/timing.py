@@ -85,7 +85,7 @@ def _abandon(graph: torch.cuda.CUDAGraph, pool: tuple[int, int]) -> None:
     for name in ("_cuda_endAllocateToPool", "_cuda_releasePool"):
         with contextlib.suppress(RuntimeError):  # ended by torch itself, or never begun
             getattr(torch._C, name)(device, pool)
-    # Before torch 2.12 a generator that was told of a capture refuses everything else until one has ended.
+    # Before torch 2.12 a generator that is registered with a capture refuses everything else until the capture ends.
     with contextlib.suppress(RuntimeError), torch.cuda.graph(torch.cuda.CUDAGraph()):
         torch.zeros(1, device=f"cuda:{device}")
 

@@ -230,7 +230,7 @@ class CudaGraphPool final : public GraphPool {
     }(*at::getHostAllocator(at::kCUDA));
     pool_.reset();
     static_cast<void>(graph.release());  // kept: its destructor throws where a generator was not told of it
-    // Before torch 2.12 a generator that was told of a capture refuses everything else until one has ended.
+    // Before torch 2.12 a generator that is registered with a capture refuses everything else until the capture ends.
     auto good = std::make_unique<at::cuda::CUDAGraph>();
     const bool ended = succeeds([&] {
       record(*good, at::cuda::graph_pool_handle(), [&] { at::zeros({1}, at::TensorOptions(device_)); }, begun);

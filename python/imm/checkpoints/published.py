@@ -190,7 +190,7 @@ def from_published(state_dict: Mapping[str, Tensor], settings: Mapping[str, Any]
             or "SongUNet", DDPM++), ``img_resolution``, ``img_channels``, ``label_dim``, ``noise_schedule``, ``T``, ``eps``,
             ``sigma_data``, ``f_type``, ``time_scale``, ``temb_type``; for "SongUNet" also, where they are not those of
             CIFAR-10, ``model_channels``, ``channel_mult``, ``num_blocks``, ``attn_resolutions``, ``dropout``, ``augment_dim``.
-            Others are ignored; a ``dropout`` of a DiT, which ours has not, with a warning.
+            Others are ignored. A DiT's ``dropout`` is ignored with a warning, because ours has none.
 
     Returns:
         The flow map in evaluation mode, float32.

@@ -161,7 +161,7 @@ _TRAIN: dict[str, list[Decorator]] = {
             "--augment",
             default=0.0,
             type=Number(0, 1),
-            help="DDPM++: probability of each geometric augmentation, which the network is told of (not latents).",
+            help="DDPM++: probability of each geometric augmentation; the network is conditioned on it (not latents).",
         ),
     ],
     "Run": [
@@ -222,7 +222,7 @@ _TRAIN: dict[str, list[Decorator]] = {
             "--decay",
             default="none",
             type=_choice("none", "cosine", "rsqrt"),
-            help="Fall of the learning rate: along half a cosine to 0 at --decay-steps, or as 1 / sqrt(step) from there on.",
+            help="Fall of the learning rate: along half a cosine to 0 at --decay-steps, or as 1 / sqrt(step) after it.",
         ),
         _option("--decay-steps", type=COUNT, help="[default: --steps for cosine]"),
         _option("--clip", type=Number(), metavar="NORM", help="Scale larger gradients to this norm. [default: none]"),
@@ -352,7 +352,7 @@ class _Class(click.ParamType):
 @NET
 @_out("Where to write the images; a run that was stopped is resumed there.", "DIR")
 @_option("--seeds", default="0-63", metavar="LIST", help="Image seeds, such as 0-49999 or 0-63,70.")
-@_option("--labels", metavar="LIST", help="Classes, repeated over the seeds. [default: all classes in turn]")
+@_option("--labels", metavar="LIST", help="Classes, repeated over the seeds. [default: all classes in order]")
 @_option(
     "--class",
     "one_class",

@@ -141,7 +141,7 @@ def pick_device(name: str) -> torch.device:
 
 
 def process_device(name: str, where: Processes) -> torch.device:
-    """:func:`pick_device` for one of several processes: "auto" and "cuda" are the GPUs of its machine in turn."""
+    """:func:`pick_device` for one of several processes: "auto" and "cuda" are the GPUs of its machine in order."""
     import torch
 
     if name in ("auto", "cuda") and torch.cuda.is_available():

@@ -189,7 +189,7 @@ def decoder(name: str, shape: tuple[int, ...], device: torch.device) -> tuple[Ca
 
 
 def pick_labels(flow_map: FlowMap, text: str | None, count: int) -> Tensor | None:
-    """The classes asked for, repeated to ``count``; all classes in turn where none are. None for an unconditional network."""
+    """The classes asked for, repeated to ``count``; all classes in order where none are. None for an unconditional network."""
     if flow_map.num_classes == 0:
         if text is not None:
             raise ValueError("labels: expected a class-conditional checkpoint, got one without classes")

@@ -1,4 +1,4 @@
-"""Geometric augmentation of images that the network is told of (Karras et al. 2022, appendix F.2), as the paper's on CIFAR-10.
+"""Geometric augmentation of images, with labels for the network (Karras et al. 2022, appendix F.2), as the paper's on CIFAR-10.
 
 An image is mirrored, scaled, turned, stretched and moved by eight numbers, each group of them 0 unless drawn; nine functions of
 these go to the network, so that what it learns of augmented images does not leak into samples, which are made with nine zeros.

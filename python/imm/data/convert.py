@@ -76,7 +76,7 @@ def write(
 ) -> list[str]:
     """Write images, labels and class names to ``out``, atomically: afterwards it is whole, or as it was.
 
-    What is done is kept beside it until then (see :mod:`imm.data.parts`): where this fails or is killed, the same call goes on.
+    What is done is kept beside it until then (see :mod:`imm.data.parts`): if this fails or is killed, the same call resumes.
 
     Args:
         source: from :func:`imm.data.sources.open_source`.
@@ -148,7 +148,7 @@ def write_latents(
     on_image: Callable[[int], object] | None = None,
     say: Callable[[str], object] | None = None,
 ) -> list[str]:
-    """Write the posteriors of images' latents to ``out``, atomically, and go on as :func:`write` does.
+    """Write the posteriors of images' latents to ``out``, atomically, and resume as :func:`write` does.
 
     Args:
         out: ``*.npz``: arrays ``latents_mean`` and ``latents_std`` ``[N, C, h, h]`` float16, scaled as

@@ -187,7 +187,7 @@ def open_parts(
 
     Args:
         numbers: of the source's pictures, in the order of writing. skip_broken: whether pictures may be left out.
-        multiple: go on after so many pictures. fits: whether this run would write the first picture that is done.
+        multiple: resume after a multiple of so many pictures. fits: whether this run would write the first picture done.
         on_image: called with the number of images done. say: gets a line where there was something.
 
     Raises:
@@ -201,7 +201,7 @@ def open_parts(
     failed = True
     try:
         if say is not None and parts.kept:
-            say(f"going on after {len(parts.kept) + len(parts.left_out)} of {len(numbers)} images that are done")
+            say(f"resuming after {len(parts.kept) + len(parts.left_out)} of {len(numbers)} images that are done")
         tell(len(numbers) - len(parts.todo))
         yield parts
         failed = False

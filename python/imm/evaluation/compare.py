@@ -20,7 +20,7 @@ ALIKE = (
 )
 #: Fields of a feature network that must agree for the metrics that use it.
 ALIKE_FEATURES = ("sha256", "preprocessing")
-#: Fields that may differ but are said.
+#: Fields that may differ but are reported.
 SAID = (("reference", "split"), ("device",), ("processes",))
 
 

@@ -32,7 +32,7 @@ MMD_COUNT = 2000
 
 @dataclass(frozen=True)
 class Metric:
-    """What a metric's name stands for.
+    """A metric, by its name.
 
     Attributes:
         kind: "fd", "kid", "prdc", "is", "mmd" or "label-match". features: the network, or None for pixels. what: in words.
@@ -112,7 +112,7 @@ def extract(
 
     Args:
         network: on ``device``. pictures: the same in every process. batch: at a time.
-        keep: features and logits too, not the statistics alone. progress: is told how many pictures were done.
+        keep: features and logits too, not the statistics alone. progress: called with the number of pictures that were done.
     """
     together = dist.is_initialized() and dist.get_world_size() > 1
     rank, world = (dist.get_rank(), dist.get_world_size()) if together else (0, 1)
@@ -247,7 +247,7 @@ def evaluate(
         used: what :func:`load_networks` gave for these names and the device; None loads them.
         device: of this process. batch: pictures at a time through a network.
         split: which split the reference is, for the record.
-        progress: is told a network's name and how many pictures it has done.
+        progress: called with a network's name and the number of pictures it has done.
         of_reference: takes the reference's features by network, and gives them to a later call for the same reference and
             metrics, which does not compute them again.
 

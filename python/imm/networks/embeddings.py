@@ -47,7 +47,7 @@ class TimestepEmbedder(nn.Module):
 
 
 def ignore_second_time(network: nn.Module) -> None:
-    """Make a network of ours give, whatever its second time is, what it gives for 0; in place.
+    """Make a network of ours ignore its second time, as if it were 0; in place.
 
     A velocity, which has seen no other, becomes the start of a flow map: the layer that takes the second time has weights 0 and
     learns from there.

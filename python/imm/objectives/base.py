@@ -159,7 +159,7 @@ class Objective(nn.Module, ABC):
         Args:
             x: data with standard deviation near sigma_data, ``[B, ...]``, B a multiple of ``particles``.
             labels: ``[B]`` int64 classes, or None.
-            augment: ``[B, augment_dim]``, how the data was augmented (:func:`imm.data.augment`), which the network is told in
+            augment: ``[B, augment_dim]``, how the data was augmented (:func:`imm.data.augment`), given to the network in
                 all its calls; None for not at all.
             generator: of times, noise and label dropout; None for torch's default one.
             grad_scale: a number that multiplies the loss, such as a gradient scaler's factor. Given here, not after the

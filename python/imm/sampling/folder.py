@@ -1,4 +1,4 @@
-"""Generation at scale: a folder of images that any number of processes fill, and that a killed run goes on filling.
+"""Generation at scale: a folder of images that any number of processes fill and a killed run resumes.
 
 The list of seeds is cut into batches, whatever the number of processes; process k of n makes the batches k, k + n, ... Every
 batch is run in the same number of rows and an image has the same row in every run, so that a file has the same bytes however
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 #: What made a folder's images, on which machines: a list, which may grow. It moves the last bits of an image at most.
 _NOTES = "made_with"
-#: What the manifest of latents has not, and that of the pictures has that are made of them.
+#: Fields that the manifest of latents lacks, and that of pictures decoded from them has.
 _DECODING = ("vae", "quantisation")
 _WRITERS = 4
 #: The last chunk of every PNG: its length, name and checksum.
@@ -271,7 +271,7 @@ def absent(seeds: Sequence[int], size: int, folder: ImageFolder, where: Processe
 
 
 def note(device: torch.device) -> dict[str, Any]:
-    """What makes images on this machine, for whoever reads a folder's manifest: a list, to which other machines are added."""
+    """What makes images on this machine, for a folder's manifest: a list, to which other machines are added."""
     from imm.version import __version__
 
     name = f"CPU ({torch.backends.cpu.get_cpu_capability()})"

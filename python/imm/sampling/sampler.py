@@ -70,7 +70,7 @@ class PythonLoop:
 
 
 def as_labels(labels: Tensor | Sequence[int]) -> Tensor:
-    """Labels as a tensor, of int64 where they are integers; whoever takes them checks."""
+    """Labels as a tensor, of int64 where they are integers; the caller checks them."""
     if isinstance(labels, Tensor):
         return labels
     try:
@@ -157,7 +157,7 @@ class Sampler:
             instead of two.
         dtype: run a copy of the network with weights of this dtype, channels-last for convolutions; None, or the network's own:
             the network itself.
-        graph: on CUDA, capture each batch size once and replay it: "auto" goes on step by step, with a warning, where the
+        graph: on CUDA, capture each batch size once and replay it: "auto" continues step by step, with a warning, where the
             network cannot be captured; True makes that an error; False never captures.
         rows: run every batch in this many rows, padded or in parts. An image's bits then depend on its seed, label and
             guidance, and not on what is generated beside it.
@@ -307,7 +307,7 @@ class Sampler:
             raise
         self._loops.clear()
         self._most_rows = (rows + 1) // 2
-        text = f"out of memory with {rows} images at a time; going on with at most {self._most_rows}"
+        text = f"out of memory with {rows} images at a time; continuing with at most {self._most_rows}"
         warnings.warn(text, RuntimeWarning, stacklevel=5)
 
     def _loop(self, count: int, guided: bool) -> PythonLoop:

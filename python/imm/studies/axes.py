@@ -181,7 +181,7 @@ class _Digits:
         learned.load_state_dict(average.module.state_dict())
 
     def scores(self, made: Tensor) -> dict[str, float]:
-        """Label match, spread, MMD and slope of sequences of the classes 0 to 9 in turn."""
+        """Label match, spread, MMD and slope of sequences of the classes 0 to 9 in order."""
         made, classes = made.cpu(), self.classes[: len(made)]
         scores = self.reference.score(to_images(made), classes)
         slope = covariance_slope(made, classes, self.tokens.cpu(), self.labels.cpu())

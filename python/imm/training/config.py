@@ -64,7 +64,7 @@ class TrainConfig:
             anew a part.
         xflip: an epoch has every image twice, as it is and mirrored left to right. Not for latents.
         augment: probability of the transformations of :func:`imm.data.augment`, 0 for none; for networks with ``augment_dim``
-            = 9, which are told of them. Not for latents.
+            = 9, which are conditioned on them. Not for latents.
         mfu: rows have ``mfu``, the share of the device's matmul rate that the network's flops come to; :meth:`Trainer.run`
             measures the rate first.
         compile: the network is compiled (torch.compile), in both branches and in the backward, and stays so after the run: a
@@ -216,7 +216,7 @@ def _check_augmentation(network: nn.Module, data: ImageData) -> None:
     told = getattr(network, "augment_dim", 0)
     if told != augmentation.LABELS:
         raise ValueError(
-            f"augment: expected a network that is told of it (DDPMpp with augment_dim = {augmentation.LABELS}), "
+            f"augment: expected a network that is conditioned on it (DDPMpp with augment_dim = {augmentation.LABELS}), "
             f"got {type(network).__name__} with {told}"
         )
 

@@ -34,7 +34,7 @@ _COMPILER: dict[str, str | int | bool | Callable[..., Any]] = {"deterministic": 
 
 
 class TrainingError(RuntimeError):
-    """Training cannot go on; the message says why and from where it can be resumed."""
+    """Training cannot continue; the message says why, and from which state it can be resumed."""
 
 
 class Trainer:

@@ -42,7 +42,7 @@ class Scoring:
         metrics: of :data:`imm.evaluation.evaluate.METRICS`. The first that is one number decides which snapshot is the best.
         reference: what samples are compared with. split: of the reference, for the record.
         every: steps between scores, a multiple of ``snapshot_every``; the last step is scored too.
-        images: samples, of seeds 0, 1, ... with the classes in turn. weights: of Inception, for ``fid`` and its kind.
+        images: samples, of seeds 0, 1, ... with the classes in order. weights: of Inception, for ``fid`` and its kind.
     """
 
     metrics: Sequence[str]
@@ -183,7 +183,7 @@ class Watch:
         pictures.save_picture(picture, _picture_path(trainer.out, trainer.step))
 
     def _sample(self, trainer: Trainer, flow_map: FlowMap, steps: int, seeds: range, of: int | None = None) -> Tensor:
-        """Images of seeds, the classes in turn, in the batches of ``imm sample``; ``of``: how many all processes make."""
+        """Images of seeds, the classes in order, in the batches of ``imm sample``; ``of``: how many all processes make."""
         method = SAMPLED_BY.get(trainer.objective.name, "pushforward")
         rows = min(self._batch, of or len(seeds))
         classes = flow_map.num_classes
