@@ -59,7 +59,7 @@ def test_contents(native, distributions) -> None:
     assert wheel.name.startswith(f"imm_kernels-{__version__}-")
     with zipfile.ZipFile(wheel) as archive:
         names = archive.namelist()
-    for name in ("imm/__init__.py", "imm/ops/mmd.py", "imm/cli/demo.py", "imm_kernels/__init__.py"):
+    for name in ("imm/__init__.py", "imm/ops/mmd.py", "imm/cli/demo.py", "imm/serving/page.html", "imm_kernels/__init__.py"):
         assert name in names
     assert any(name.endswith(".so") for name in names) == (native == "1")
     tops = {name.split("/")[0] for name in names}

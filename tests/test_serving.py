@@ -451,18 +451,20 @@ class Browser:
     """Headless Chromium by chromedriver's WebDriver protocol."""
 
     def __init__(self, folder: Path) -> None:
-        self.driver = subprocess.Popen(["chromedriver", "--port=9517"], stdout=subprocess.DEVNULL)
+        with socket.create_server(("127.0.0.1", 0)) as free:
+            driver = f"http://127.0.0.1:{free.getsockname()[1]}"
+        self.driver = subprocess.Popen(["chromedriver", f"--port={driver.split(':')[-1]}"], stdout=subprocess.DEVNULL)
         arguments = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-quic"]
         arguments += ["--no-first-run", "--disable-component-update", f"--user-data-dir={folder}", "--window-size=400,800"]
         wanted = {"browserName": "chrome", "goog:chromeOptions": {"args": arguments}}
         for _ in range(100):
             try:
-                httpx.get("http://127.0.0.1:9517/status")
+                httpx.get(f"{driver}/status")
                 break
             except httpx.TransportError:
                 time.sleep(0.1)
-        answer = httpx.post("http://127.0.0.1:9517/session", json={"capabilities": {"alwaysMatch": wanted}}, timeout=60)
-        self.session = f"http://127.0.0.1:9517/session/{answer.json()['value']['sessionId']}"
+        answer = httpx.post(f"{driver}/session", json={"capabilities": {"alwaysMatch": wanted}}, timeout=60)
+        self.session = f"{driver}/session/{answer.json()['value']['sessionId']}"
 
     def call(self, path: str, **body: Any) -> Any:
         return httpx.post(f"{self.session}/{path}", json=body, timeout=60).json()["value"]

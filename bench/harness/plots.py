@@ -63,12 +63,19 @@ def overview(rows: Sequence[Row], path: Path) -> None:
                     shown = name if name not in axis.get_legend_handles_labels()[1] else None
                     mark = "|" if name == "roofline" else "o"
                     axis.scatter(
-                        [ratio], [index], color=color, s=120 if mark == "|" else 45, marker=mark, zorder=2, label=shown
+                        [max(ratio, 0.09)],
+                        [index],
+                        color=color,
+                        s=120 if mark == "|" else 45,
+                        marker=mark,
+                        zorder=2,
+                        label=shown,
                     )
         axis.set_xscale("log")
-        ticks = (0.2, 0.5, 1, 2, 5, 10, 20, 50)
+        ticks = (0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50)
         axis.set_xticks(ticks, [f"{tick:g}x" for tick in ticks])
         axis.minorticks_off()
+        axis.set_xlim(0.08, 60)
         names = [f"{entry.best.op}, {entry.best.mode}, {entry.best.dtype}" for entry in chosen]
         axis.set_yticks(range(len(chosen)), names)
         axis.set_ylim(len(chosen) - 0.4, -0.6)
