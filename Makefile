@@ -66,7 +66,7 @@ format: $(STAMP)
 
 # The site, in build/docs; a warning is an error.
 docs: $(STAMP)
-	$(BIN)/python -m sphinx -W --keep-going -q -b html docs build/docs
+	$(BIN)/python -m sphinx -E -W --keep-going -q -b html docs build/docs
 	@echo "build/docs/index.html"
 
 # The release, in dist: sdist, the pure wheel, and a wheel with the native library for this platform, Python and torch. Both wheels are

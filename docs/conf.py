@@ -14,6 +14,7 @@ html_static_path = ["_static"]
 html_css_files = ["pages.css"]
 html_show_sphinx = False
 html_copy_source = False
+smartquotes = False  # "--out" stays as it is typed
 highlight_language = "text"
 
 myst_enable_extensions = ["dollarmath"]

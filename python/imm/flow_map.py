@@ -98,7 +98,7 @@ class FlowMap(nn.Module):
 
     @property
     def network_dtype(self) -> torch.dtype:
-        """The dtype that the network takes its input in: that of its parameters, float32 where it has none."""
+        """The dtype of the network's input, that of its parameters; float32 where it has none."""
         return next((p.dtype for p in self.network.parameters() if p.is_floating_point()), torch.float32)
 
     def forward(

@@ -21,8 +21,8 @@ _COMMANDS = {
     "import": "Turn a published checkpoint (.pkl) into one of ours, without running what is in it.",
     "export": "Compile a checkpoint ahead of time, for generation without Python.",
     "serve": "Serve a checkpoint over HTTP, with a page to try it.",
-    "bench": "Time ops beside their peers (needs a checkout).",
-    "doctor": "Say what is installed and which implementation each op uses, and why.",
+    "bench": "Time ops beside their baselines (needs a checkout).",
+    "doctor": "Print what is installed and which implementation each op uses, and why.",
 }
 
 

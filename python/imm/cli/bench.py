@@ -1,4 +1,4 @@
-"""``imm bench``: time an op beside its peers or compare two such runs. The laboratory is ``bench/`` of a checkout."""
+"""``imm bench``: time an op beside its baselines, or compare two such runs. The harness is ``bench/`` of a checkout."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from imm.cli.options import PATH, device_line, pick_device, writable_folder
 BENCH = Path(__file__).resolve().parents[3] / "bench"
 
 
-@click.command()
+@click.command("bench")
 @click.argument("words", nargs=-1, type=PATH, metavar="[OP | compare A B]")
 @click.option("--device", "device_name", default="auto", help="auto, cpu, cuda or cuda:N.")
 @click.option("--out", type=PATH, metavar="DIR", help="Add to rows.csv there; write environment.json, figures and report.html.")
 @click.option("--quick/--full", help="The first shape of each op, for a few seconds; or every shape, which is the default.")
 @click.option("--threads", type=click.IntRange(min=1), help="CPU threads; by default torch's own number.")
 @click.option("--base", metavar="REV", help="Measure this commit and the working tree, twice each, and compare.")
-@click.option("--fail-if-slower", is_flag=True, help="With --base or compare: exit with 1 where a peer of ours is slower.")
-@click.option("--predict", metavar="NAME", help="Time nothing: print floors on a machine that need not be there (h100, ...).")
+@click.option("--fail-if-slower", is_flag=True, help="With --base or compare: exit with 1 where ours is slower.")
+@click.option("--predict", metavar="NAME", help="Time nothing: print rooflines of a machine that need not be there (h100, ...).")
 @click.pass_context
 def command(
     context: click.Context,
@@ -33,7 +33,7 @@ def command(
     fail_if_slower: bool,
     predict: str | None,
 ) -> None:
-    """Time OP (a file bench/bench_OP.py, or all) beside its peers: interleaved, checked, against a copy of the same bytes.
+    """Time OP (a file bench/bench_OP.py, or all) beside its baselines: interleaved, checked, against a copy of the same bytes.
 
     Or compare A B: what moved from folder A to folder B (of --out) beyond the spread of both.
     """

@@ -103,7 +103,7 @@ class HeadSteps(nn.Module):
 
     @property
     def noises(self) -> list[tuple[int, int]]:
-        """(Philox step, numbers a token) of the noise that a call takes, side by side: the initial state, of standard deviation
+        """(Philox step, numbers a token) of the noise that a call takes, side by side; the initial state, of standard deviation
         sigma_data, the noise of each step that adds some, the latent of each step."""
         noisy = [(i + 1, self.token_dim) for i, c in enumerate(self.table.c_noise) if c != 0.0]
         latents = [(LATENT + i, self.latent_dim) for i in range(len(self.table)) if self.latent_dim]

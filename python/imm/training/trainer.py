@@ -129,7 +129,7 @@ class Trainer:
 
     @property
     def writes(self) -> bool:
-        """Whether this process writes the run's files: the first of several."""
+        """Whether this process writes the run's files; of several, rank 0 does."""
         return self._where.first
 
     @property
