@@ -20,7 +20,7 @@ BENCH = Path(__file__).resolve().parents[3] / "bench"
 @click.option("--threads", type=click.IntRange(min=1), help="CPU threads; by default torch's own number.")
 @click.option("--base", metavar="REV", help="Measure this commit and the working tree, twice each, and compare.")
 @click.option("--fail-if-slower", is_flag=True, help="With --base or compare: exit with 1 where ours is slower.")
-@click.option("--predict", metavar="NAME", help="Time nothing: print rooflines of a machine that need not be there (h100, ...).")
+@click.option("--predict", metavar="NAME", help="Time nothing: print rooflines of a machine that may be absent (h100, ...).")
 @click.pass_context
 def command(
     context: click.Context,

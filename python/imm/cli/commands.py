@@ -589,7 +589,7 @@ def serve(**options: Any) -> None:
 
 @click.command()
 def doctor() -> None:
-    """Say what is installed and which implementation each op uses, and why."""
+    """Print what is installed and which implementation each op uses, and why."""
     _run("doctor")
 
 

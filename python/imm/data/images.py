@@ -47,7 +47,7 @@ class ImageData:
 
     @property
     def images(self) -> Tensor:
-        """All images as the network takes them, float32, in four times the memory of uint8 ``pixels``. Of posteriors the means."""
+        """All images as the network takes them, float32, of posteriors the means. They take four times the memory of ``pixels``."""
         return to_float(self.pixels[:])
 
     @property
