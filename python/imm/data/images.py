@@ -47,7 +47,7 @@ class ImageData:
 
     @property
     def images(self) -> Tensor:
-        """All images as the network takes them, float32, of posteriors the means. They take four times the memory of ``pixels``."""
+        """All images as the network takes them, float32; of posteriors, the means. Four times the memory of ``pixels``."""
         return to_float(self.pixels[:])
 
     @property
