@@ -78,13 +78,13 @@ class Objective(nn.Module, ABC):
         share_dropout: the network's dropout masks are the same in all calls that a loss compares.
 
     Attributes:
-        name: of ``imm train --loss``. particles: images a group, of which a batch is a multiple. step: of training, from 0, for
-            losses that change with it; the trainer sets it.
+        name: the value of ``imm train --loss``. particles: images a group; the batch is a multiple of it. step: the training
+            step, from 0, which the trainer sets for losses that depend on it.
         recorded: names of the arguments that :attr:`settings` has.
-        needs_second_time: whether the network has to see s. forwards: what an image costs in forwards of the network, with two
-            for a backward. compiles: whether the loss is one of a compiled network: torch.compile has no tangents.
-        least_part: the smallest micro-batch that holds both kinds of images, those that jump and those that do not, for a loss
-            that has two. takes_latent: whether the network may have noise of its own (``latent_dim``).
+        needs_second_time: whether the network must see s. forwards: the cost of an image in forwards of the network; a backward
+            counts as two. compiles: whether the loss works with a compiled network (torch.compile has no tangents).
+        least_part: the smallest micro-batch of a loss that treats two kinds of images differently (those that jump, those that
+            do not). takes_latent: whether the network may have noise of its own (``latent_dim``).
 
     Raises:
         ValueError, TypeError: for any value other than these.

@@ -19,7 +19,7 @@ from imm.schedules import Time, as_time
 
 MAPPINGS = ("eta", "t", "log_snr", "inverse_eta")
 TARGET_LABELS = ("kept", "dropped")
-#: Floor on |c_out(s, t)|, so that the kernel scale stays finite in float32 as s approaches t.
+#: Lower bound of |c_out(s, t)|, so that the kernel scale stays finite in float32 as s approaches t.
 _MIN_C_OUT = 1e-12
 
 
@@ -37,12 +37,12 @@ class IMM(Objective):
             the paper's), "t" (decrement), "log_snr" (increment) or "inverse_eta" (increment).
         k: step exponent, 1 to 30: 12 for ImageNet-256, 15 for CIFAR-10.
         a, b: of the weighting (eq. 13); the paper uses a = 1 or 2 and b = 4 or 5.
-        min_gap: smallest t - r (unless s is nearer), 1e-4 in half precision (section I.6); None for none.
+        min_gap: smallest t - r (unless s is closer), 1e-4 in half precision (section I.6); None: no minimum.
         label_dropout: probability that an image's label is replaced by "none".
         target_labels: labels of the target branch: "kept" as given (the null-label network then learns from conditional
             targets), or "dropped" like the other branch's.
         share_dropout: the network's dropout masks are the same in both branches.
-        eps: floor on the norm in the kernel.
+        eps: lower bound of the norm in the kernel.
 
     Raises:
         ValueError: for any value other than these, or a mapping that the flow map's range of times does not allow.

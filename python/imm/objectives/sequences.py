@@ -11,15 +11,16 @@ from torch import Tensor, nn
 from imm.networks import TokenModel
 from imm.objectives.base import Draws, Objective
 
-#: Losses that are right for a z that learns with them. The others compare the head with itself, which a z that gives up what it
-#: knows of the context makes easy: they learn a head on the z of a backbone that is trained.
+#: Losses that may train the backbone too. The others compare the head with itself, and a z without any information on the
+#: context would make that easy: they train a head on the z of a trained backbone.
 TRAIN_BACKBONE = ("fm", "energy")
 
 
 @dataclass(frozen=True)
 class SequenceDraws:
-    """What a loss of sequences draws: ``tokens``, the head's of the rows in the order of :meth:`SequenceObjective.forward`, and
-    ``labels`` ``[B]`` after dropout. ``groups``: of the head's loss for one unit of sequences."""
+    """What the loss of a batch of sequences draws. ``tokens``: the head's draws, one row a token, in the order of
+    :meth:`SequenceObjective.forward`. ``labels``: ``[B]`` after dropout. ``groups``: of the head's loss in one unit of
+    sequences."""
 
     tokens: Draws
     labels: Tensor
@@ -33,13 +34,13 @@ class SequenceDraws:
 
 
 class SequenceObjective(nn.Module):
-    """The mean of a head's loss over all tokens of sequences, which a trainer takes in place of an objective.
+    """The mean of a head's loss over all tokens of sequences; a trainer takes it like any objective.
 
-    A group of M particles has tokens of one position from M sequences: what they share is the position (docs/learn/tokens.md).
+    A group of M particles has the tokens at one position of M sequences: they share the position (docs/learn/tokens.md).
 
     Args:
-        objective: of a flow map around a :class:`imm.networks.TokenModel`. Its ``label_dropout`` is that of the sequences'
-            classes. "fm" and "energy" train the backbone too; the others leave it as it is.
+        objective: the head's loss, for a flow map around a :class:`imm.networks.TokenModel`. Its ``label_dropout`` applies to
+            the sequences' classes. "fm" and "energy" train the backbone too; the other losses leave it unchanged.
 
     Raises:
         TypeError: a flow map around another network.

@@ -127,8 +127,8 @@ def capture(loop: Any, must: bool) -> str | None:
 
 
 class _Mark:
-    """A hook that tells a sampler that its network loaded weights. The network does not keep the sampler alive by it, and
-    copies of the network, pickled ones included, have one that tells nobody."""
+    """A hook that marks a sampler as stale when its network loads weights. It does not keep the sampler alive; in copies of the
+    network, pickled ones included, it does nothing."""
 
     def __init__(self, sampler: Sampler | None) -> None:
         self.sampler = None if sampler is None else weakref.ref(sampler)
@@ -153,17 +153,17 @@ class Sampler:
         steps, kind, mid_eta: the time grid (:func:`imm.sampling.time_grid`).
         method: "pushforward" (algorithm 2), "restart" (algorithm 5, with noise from the images' seeds), or, for velocities,
             "ddim" and "heun" (:func:`imm.sampling.step_table`).
-        guidance: classifier-free guidance w for calls that give none; None: without, one row of the network an image
-            instead of two.
+        guidance: the scale w of classifier-free guidance, for calls that give none; None: no guidance, and one row of the
+            network an image instead of two.
         dtype: run a copy of the network with weights of this dtype, channels-last for convolutions; None, or the network's own:
             the network itself.
         graph: on CUDA, capture each batch size once and replay it: "auto" continues step by step, with a warning, where the
             network cannot be captured; True makes that an error; False never captures.
-        rows: run every batch in this many rows, padded or in parts. An image's bits then depend on its seed, label and
-            guidance, and not on what is generated beside it.
+        rows: run every batch in this many rows, padded or in parts. An image then depends, bitwise, on its seed, label and
+            guidance alone, and not on what is generated beside it.
         state_dtype: float32 or float64, of the state between steps.
         shape: of an image; None: what the network says.
-        max_graphs: batch sizes that are kept; the one that was used longest ago is dropped.
+        max_graphs: batch sizes that are kept; the least recently used one is dropped.
 
     Raises:
         ValueError, TypeError: values other than these.

@@ -304,8 +304,8 @@ class Sequences(ABC):
         Args:
             seeds, prefix, tokens, guidance, temperature: as in :meth:`sample`; at most ``rows`` sequences where that is set.
             chunk: tokens a part.
-            stop: of z ``[B, C]`` (that with the label), which sequences end with this token, ``[B]`` bool; asked for each token
-                and read once a part.
+            stop: a function of z ``[B, C]`` (with the label) that returns which sequences end with this token, ``[B]`` bool. It
+                is called for each token and read once a part.
 
         Yields:
             ``[B, k, D]``, k = ``chunk`` or fewer at the end: bitwise what :meth:`sample` gives at these tokens. A sequence that
@@ -410,14 +410,14 @@ class Sequences(ABC):
 
     @abstractmethod
     def _take(self, rows: int, guided: bool, wait: bool) -> tuple[Any, Callable[[], None]]:
-        """A loop that nobody else uses, and what gives it back. ``wait``: for one, rather than refuse."""
+        """A free loop, and the function that releases it. ``wait``: wait for one instead of refusing."""
 
 
 class TokenSampler(Sequences):
     """Generates sequences of continuous tokens, each token by a head in a fixed number of steps.
 
-    Token n of the sequence of a seed is made of that seed's noise (:func:`imm.noise`), elements n D to (n + 1) D: it does not
-    depend on the batch, on how many tokens are asked for, or on how a stream is cut. A call reads the weights as they are.
+    Token n of a seed's sequence uses elements n D to (n + 1) D of the seed's noise (:func:`imm.noise`). It does not depend on
+    the batch, on the number of tokens, or on how a stream is cut. A call reads the weights as they are.
 
     Args:
         backbone: makes z (:class:`Backbone`), in evaluation mode.
@@ -426,10 +426,10 @@ class TokenSampler(Sequences):
         steps, kind, mid_eta, method: of the head, as in :class:`imm.Sampler`; None: "restart" for a head with a latent, else
             "pushforward".
         max_tokens: slots of the backbone's cache: for the prefix and for every token but the last.
-        rows: run every batch in this many rows, padded or in parts: a sequence's bits then do not depend on what is generated
+        rows: run every batch in this many rows, padded or in parts. A sequence is then bitwise independent of what is generated
             beside it.
-        guidance: w for calls that give none; None: without, one row of the backbone a sequence instead of two.
-        guide: what is guided: "output", the head's (Li et al. 2024), or "cond", z (Shao et al. 2025), at half the head's work.
+        guidance: the scale w of calls that give none; None: no guidance, and one row of the backbone a sequence instead of two.
+        guide: "output" guides the head's output (Li et al. 2024); "cond" guides z (Shao et al. 2025), at half the head's work.
         graph: on CUDA, capture a token once and replay it: "auto" runs step by step, with a warning, where the networks cannot
             be captured; True makes that an error; False never captures.
 

@@ -25,7 +25,7 @@ from imm.training.ema import gamma_of
 from imm.training.sharding import takes_tangents
 from imm.weights import unwrapped
 
-#: In torch's fused form where there is one: weights, gradient and moments pass through memory once.
+#: torch's fused form where it exists: it reads and writes weights, gradient and moments once.
 OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
     "adamw": functools.partial(torch.optim.AdamW, fused=True),
     "radam": functools.partial(torch.optim.RAdam, decoupled_weight_decay=True),
@@ -33,9 +33,9 @@ OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
 _SHAPE = ("channels", "resolution")
 #: How the learning rate falls: not at all, to 0 along half a cosine, or as 1 / sqrt(step).
 DECAYS = ("none", "cosine", "rsqrt")
-#: Settings of a TrainConfig that do not change the result, or as rounding does.
+#: Settings of a TrainConfig that do not change the result, or only by rounding.
 _FREE = ("log_every", "snapshot_every", "keep_every", "batch_gpu", "mfu", "shard")
-#: Settings that a resumed run may change if asked to: what the tensors of the state mean does not depend on them.
+#: Settings that a resumed run may change if asked to: the meaning of the state's tensors does not depend on them.
 CHANGEABLE = ("lr", "warmup", "decay", "decay_steps", "betas", "weight_decay", "clip", "max_skipped", "ema", "compile")
 
 
@@ -48,28 +48,28 @@ class TrainConfig:
         optimizer: "adamw" or "radam", with lr (after ``warmup`` steps of linear growth), betas and weight_decay.
         decay: of the learning rate: "none"; "cosine", lr/2 (1 + cos(pi step / decay_steps)), 0 from decay_steps on; or "rsqrt",
             lr sqrt(decay_steps / step) from decay_steps on (Karras et al. 2024). decay_steps: needed by both.
-        clip: a gradient whose norm is larger is scaled to this norm; None for no clipping.
-        max_skipped: a step whose gradient is not finite is skipped, in a run as often as this; the next one stops the run. Not
-            for fp16, whose loss scale skips such steps itself.
+        clip: gradients of a larger norm are scaled to this norm; None: no clipping.
+        max_skipped: how many steps of a run may be skipped because their gradient is not finite; the next one stops the run.
+            Not for fp16, whose loss scale skips such steps itself.
         ema: beta of the exponential moving average.
-        ema_lengths: of further, power-function averages (:class:`imm.training.PowerEMA`), from which :func:`imm.training.
-            reconstruct` makes others after training; each save leaves them in a file of its own that stays.
-        precision: of both branches of the loss: "fp32"; "tf32", in which CUDA devices multiply with 10 bits of mantissa; or
-            "bf16" or "fp16" (autocast; fp16 with a loss scale), where our networks keep ends, times and sums in float32.
-        seed: of data order, times, noise and dropout.
-        log_every, snapshot_every: how often a row of statistics, and the state with a snapshot, are written.
-        keep_every: snapshots of steps that it divides are written too and stay; the others go when the next is there.
-        batch_gpu: images that a process has on their way at a time, a multiple of particles; None for all. Times, noise and
-            label dropout are those of the whole batch, and so, to rounding, is the gradient; only a network's dropout is drawn
-            anew a part.
-        xflip: an epoch has every image twice, as it is and mirrored left to right. Not for latents.
+        ema_lengths: relative lengths of power-function averages (:class:`imm.training.PowerEMA`) that are tracked as well.
+            :func:`imm.training.reconstruct` makes averages of other lengths from the files that each save leaves.
+        precision: "fp32"; "tf32", in which CUDA devices multiply with 10 bits of mantissa; or "bf16" or "fp16" (autocast; fp16
+            with a loss scale). It applies to both branches. Our networks keep first and last layers, times and sums in float32.
+        seed: decides data order, times, noise and dropout.
+        log_every, snapshot_every: steps between rows of statistics, and between saves of the state and a snapshot.
+        keep_every: a snapshot of every so many steps is kept; a new one replaces the others.
+        batch_gpu: images of a micro-batch of one process, a multiple of particles; None: the whole share. Times, noise and
+            label dropout are drawn for the whole batch, so the gradient is that of the whole batch to rounding; only a
+            network's own dropout is drawn for each micro-batch.
+        xflip: an epoch has every image twice, once mirrored left to right. Not for latents.
         augment: probability of the transformations of :func:`imm.data.augment`, 0 for none; for networks with ``augment_dim``
             = 9, which are conditioned on them. Not for latents.
-        mfu: rows have ``mfu``, the share of the device's matmul rate that the network's flops come to; :meth:`Trainer.run`
-            measures the rate first.
-        compile: the network is compiled (torch.compile), in both branches and in the backward, and stays so after the run: a
-            start of minutes, another rounding. Needs a C++ compiler, and a network that compiles to one graph: any other is an
-            error at the first step, not a plain network. Of several processes each unit is compiled.
+        mfu: rows have ``mfu``, the network's flops a second as a share of the device's matmul rate, which :meth:`Trainer.run`
+            measures first.
+        compile: compile the network (torch.compile) in both branches and in the backward. The start takes minutes and rounding
+            differs. Needs a C++ compiler and a network that compiles to one graph; another network is an error at the first
+            step. With several processes each unit is compiled. The network stays compiled after the run.
         shard: processes that share one replica of weights, averages and optimizer, a divisor of their number; 1: each has all.
     """
 

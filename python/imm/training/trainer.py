@@ -28,8 +28,8 @@ from imm.training.state import State
 from imm.training.stats import STATS_FILE, Window, append, combined, trim
 from imm.training.watch import Watch
 
-#: Of the compiler. Kernels are not chosen by timing them, which a resumed run would do anew. On the CPU a thread takes 8192
-#: numbers of a loop or more: to wake it for 512, the default, takes longer than they do.
+#: Settings of the compiler. Kernels are not chosen by timing, because a resumed run would choose again. On the CPU a thread
+#: takes at least 8192 elements of a loop: waking it takes longer than computing 512, the default.
 _COMPILER: dict[str, str | int | bool | Callable[..., Any]] = {"deterministic": True, "cpp.min_chunk_size": 8192}
 
 
@@ -41,19 +41,19 @@ class Trainer:
     """Trains an objective's network on images, latents or sequences in memory.
 
     Args:
-        objective: on the device to train on; a SequenceObjective for sequences. data: whose classes fit the network's.
-        out: gets ``stats.jsonl``, the folder ``training-state-STEP`` and ``snapshot-STEP.safetensors``; made if absent.
-        config: see :class:`TrainConfig`. init: sha256 of the file that the network's weights came from, to be kept among the
-            settings; None for fresh weights. The average begins at the network's weights in either case.
-        where: which of several processes this is (:func:`imm.distributed.processes`), each with the whole data and a trainer
-            of the same settings. They share a batch, times and noise of which are those of one process; so is the result, to
-            rounding, but for a network's dropout. Weights, averages and optimizer are sharded over ``config.shard`` of them
-            (FSDP2). Rank 0 logs and writes snapshots. All make a trainer, run and save together.
-        watch: what else is made of the run as it goes (:class:`imm.training.Watch`), or None.
+        objective: the loss, on the device to train on; a SequenceObjective for sequences. data: its classes fit the network's.
+        out: the folder for ``stats.jsonl``, ``training-state-STEP`` and ``snapshot-STEP.safetensors``; made if absent.
+        config: see :class:`TrainConfig`. init: sha256 of the file that the weights came from, recorded among the settings; None
+            for fresh weights. The average begins at the network's weights in either case.
+        where: the rank of this process among several (:func:`imm.distributed.processes`). Each has the whole data and a trainer
+            of the same settings, and makes, runs and saves it with the others. They share each batch; the result is that of one
+            process to rounding, except for a network's dropout. Weights, averages and optimizer are sharded over
+            ``config.shard`` processes (FSDP2). Rank 0 logs and writes snapshots.
+        watch: pictures, scores and logs of the run (:class:`imm.training.Watch`), or None.
         allow_change: names of settings that may differ from those of the state found: lr, warmup, decay, decay_steps, betas,
-            weight_decay, clip, max_skipped, ema, compile. What changed, and when, is kept in states and snapshots.
-        units: classes of modules that are gathered one at a time (FSDP2), for a network of several processes that has no method
-            ``units``; each is called as a module in the network's forward. Without: the network as one.
+            weight_decay, clip, max_skipped, ema, compile. States and snapshots record what changed, and when.
+        units: classes of modules that FSDP2 gathers one at a time, for a network without a method ``units``. The network's
+            forward must call each as a module. None: the network is one unit.
 
     A state in ``out`` is resumed, with the same settings only. The folder is locked against other processes until
     :meth:`close`, the end of the trainer, or of its process. Each step seeds torch's default generators from

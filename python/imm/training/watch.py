@@ -1,4 +1,4 @@
-"""What is made of a run as it goes: a log, pictures of samples, scores of the average."""
+"""Watching a run: a log, pictures of samples, scores of the average."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ class Watch:
         log: "tensorboard" or "wandb", or None. grid: (columns, rows) of the picture of samples that every save leaves, or None.
         scoring: or None for no scores. steps: numbers of sampling steps, of pictures and scores; the first decides which
             snapshot is the best. batch: images a call of the sampler and of a feature network.
-        say: is given a line for each score.
+        say: called with a line for each score.
 
     Pictures and scores are of the average, by the method that belongs to the loss (:data:`imm.objectives.SAMPLED_BY`) on a
     uniform grid of times, without guidance. They take no random numbers from training.
