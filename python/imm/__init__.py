@@ -50,7 +50,7 @@ del startup
 
 
 def __getattr__(name: str) -> Any:
-    """What was not imported above, when it is first asked for."""
+    """Import a name that was not imported above when it is first used."""
     if name == "IMMObjective":  # its name before there were others
         return importlib.import_module("imm.objectives").IMM
     if name in _ROOM_OF:

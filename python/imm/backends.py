@@ -1,4 +1,4 @@
-"""What torch's backends may do while a result must be the same every time: algorithms, and the precision of products."""
+"""Settings of torch's backends that make results repeatable: algorithms, and the precision of matmuls."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _REDUCTIONS = ("allow_fp16_reduced_precision_reduction", "allow_bf16_reduced_pre
 
 @contextlib.contextmanager
 def repeatable(*, tf32: bool) -> Iterator[None]:
-    """Within: cuDNN's deterministic algorithms, 16-bit products summed in float32, and float32 ones in TF32 on CUDA or not.
+    """Use cuDNN's deterministic algorithms, accumulate 16-bit matmuls in float32, and run float32 ones in TF32 on CUDA or not.
 
     Float32 products on the CPU are float32 in either case. Everything is as it was afterwards.
 
@@ -57,7 +57,7 @@ def repeatable(*, tf32: bool) -> Iterator[None]:
 
 @contextlib.contextmanager
 def deterministic(*, tf32: bool) -> Iterator[None]:
-    """Within: :func:`repeatable`, and of all ops the algorithms that give the same result every time, where there are such."""
+    """As :func:`repeatable`, and use the deterministic algorithm of every op that has one."""
     utils: Any = torch.utils.deterministic  # its attributes are made by its class
     fills = utils.fill_uninitialized_memory
     mode = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()

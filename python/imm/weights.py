@@ -1,4 +1,4 @@
-"""What weights are called, and what moves the last bits of a module's output besides their values: where they lie, and asking
+"""Names of weights, and what changes the last bits of a module's output besides their values: alignment in memory, and asking
 for gradients."""
 
 from __future__ import annotations

@@ -49,7 +49,7 @@ def write_file(path: str | os.PathLike[str], tensors: Mapping[str, Tensor], sett
 
 
 def _apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors on the CPU, contiguous, each the whole of a memory of its own, which safetensors asks for."""
+    """The tensors on the CPU, contiguous, each in memory of its own, as safetensors requires."""
     out: dict[str, Tensor] = {}
     taken: set[int] = set()
     for name, tensor in tensors.items():

@@ -64,7 +64,7 @@ def _write(
 
 @contextmanager
 def _stoppable() -> Iterator[None]:
-    """Within, what ends a job does so as Ctrl-C does, which says how far it came."""
+    """Let signals that end a job act as Ctrl-C does, which reports how far it came."""
     # Ctrl-C too: a shell has what it runs in the background ignore it.
     numbers = [signal.SIGINT, signal.SIGTERM, *([signal.SIGHUP] if hasattr(signal, "SIGHUP") else [])]
     old = {number: signal.signal(number, signal.default_int_handler) for number in numbers}

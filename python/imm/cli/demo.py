@@ -1,4 +1,4 @@
-"""``imm demo``: the whole way once, on real digits, with a verdict."""
+"""``imm demo``: train, sample, score and report once, on real digits, with a verdict."""
 
 from __future__ import annotations
 

@@ -135,7 +135,7 @@ def token_sampler(flow_map: FlowMap, **settings: Any) -> TokenSampler:
 
 
 def _shape(flow_map: FlowMap, precision: str, grid: tuple[int, int] | None, vae: str | None) -> tuple[int, ...]:
-    """Of an image or sequence, whose options are looked at."""
+    """The shape of an image or sequence; refuses options that do not apply to it."""
     if not isinstance(flow_map.network, TokenModel):
         return flow_map.image_shape
     if precision not in ("fp32", "tf32"):

@@ -1,4 +1,4 @@
-"""``imm study``: a claim, run: rows, figures, criteria, one page; ``imm study all``, one page of them all."""
+"""``imm study``: an experiment with rows, figures and criteria on one page; ``imm study all`` puts all on one page."""
 
 from __future__ import annotations
 

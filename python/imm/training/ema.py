@@ -20,7 +20,7 @@ _PARTS = 20_000
 
 
 class _Average:
-    """``network``: a copy of a network that follows it."""
+    """An average of a network's weights, in ``network``, a copy of it."""
 
     def __init__(self, live: nn.Module) -> None:
         self.network = copy.deepcopy(live).eval().requires_grad_(False)

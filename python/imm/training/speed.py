@@ -59,7 +59,7 @@ class Clock:
 
 
 def flops_of(flow_map: FlowMap, shape: Sequence[int]) -> int:
-    """Of the matmuls and convolutions of a forward of one image ``[C, H, W]``, counted in one in evaluation mode."""
+    """The flops of the matmuls and convolutions of a forward of one image ``[C, H, W]``, counted in one in evaluation mode."""
     network, training = flow_map.network, flow_map.network.training
     device = next(network.parameters()).device
     labels = torch.zeros(1, dtype=torch.int64, device=device) if flow_map.num_classes else None
@@ -77,7 +77,7 @@ def flops_of(flow_map: FlowMap, shape: Sequence[int]) -> int:
 
 
 def _attention(qkv: Sequence[int], *args: Any, **named: Any) -> int:
-    """Of softmax(q k^T) v: two matmuls a head; ``[B, T, 3 heads d]``."""
+    """The flops of softmax(q k^T) v: two matmuls a head; ``[B, T, 3 heads d]``."""
     rows, tokens, width = qkv
     return 4 * rows * tokens**2 * width // 3
 
