@@ -110,7 +110,7 @@ def test_processes_of_different_commands_are_refused(option, data, tmp_path) -> 
         outputs = [process.communicate(timeout=120)[0] for process in (one, other)]
     what = "steps: expected the same number" if option == "--steps" else "settings: expected the same settings and data"
     assert all(what in output for output in outputs), outputs
-    assert one.returncode == other.returncode == 1
+    assert 0 not in (one.returncode, other.returncode)  # 1; rarely gloo aborts a process when the other has ended
     assert not states_in(tmp_path / "run")
 
 
