@@ -67,7 +67,7 @@ def compiled(flow_map: FlowMap, times: Tensor, guidance: float | None, mode: str
 
 
 def bare(flow_map: FlowMap, rows: int) -> Peer:
-    """One evaluation of the network, which is not the loop's result: the floor of one step."""
+    """One evaluation of the network, which is not the loop's result: the lower bound of one step."""
 
     def prepare(seeds: Tensor, labels: Tensor) -> Step:
         right = sampling.initial_state(flow_map, seeds, flow_map.image_shape)

@@ -423,7 +423,7 @@ def test_cuda_clock_keeps_the_outputs_of_cold_calls_alone(cache: str, most: int,
 
 
 def test_ceilings_parts_and_rough_peers(monkeypatch: pytest.MonkeyPatch) -> None:
-    """They have times, and no figures of the whole; the floor is the slower of copy and product."""
+    """They have times, and no figures of the whole; the roofline is the slower of copy and matmul."""
     parts = {"part: a little": by(lambda x: x[:1] + 0), "part: broken": by(broken)}
     rough = doubling(wrong=by(lambda x: 2.001 * x))
     declared = dataclasses.replace(rough, ceilings=parts, rough={"wrong": 1e-2}, products=True)

@@ -120,7 +120,7 @@ def kernel_bound(machine: Machine, case: Case) -> tuple[float, str] | None:
 
 
 def _line(machine: Machine, case: Case) -> list[str]:
-    """Op, mode, shape, dtype, what is the bound, bytes, flops, times, the floor, and what our kernel takes at least."""
+    """Op, mode, shape, dtype, what binds, bytes, flops, times, the roofline, and what our kernel takes at least."""
     first = [case.op, case.mode, case.size, words(case.dtype)]
     amounts = [f"{case.bytes / 1e6:.2f} MB", f"{case.flops / 1e9:.2f} GF" if case.flops else "-"]
     found, own, ours = case_floor(machine, case), kernel_bound(machine, case), "-"
@@ -133,14 +133,16 @@ def _line(machine: Machine, case: Case) -> list[str]:
 
 
 def report(op: str, name: str, *, quick: bool, say: Callable[[str], None] = print) -> None:
-    """Print the floors of an op's cases ("all": every op's) on a machine. Raises ValueError for an unknown op or machine."""
+    """Print the rooflines of an op's cases ("all": every op's) on a machine. Raises ValueError for an unknown op or machine."""
     if name not in MACHINES:
         raise ValueError(f"predict: expected one of {list(MACHINES)}, got {name!r}")
     machine, modules = MACHINES[name], chosen(op)
     say(machine.description)
-    say("  floor: the larger of bytes / memory and flops / the rate of the unit that does them: no kernel is faster")
-    say("  our kernel: the larger of the floor and of what its machine code, counted for sm_90, needs of L2 or of issue slots")
+    say("  roofline: the larger of bytes / memory and flops / the rate of the unit that does them: no kernel is faster")
+    say(
+        "  our kernel: the larger of the roofline and of what its machine code, counted for sm_90, needs of L2 or of issue slots"
+    )
     say("  in L2: all that the case moves fits there, so that warm buffers can be faster than the memory's time")
     cases = (case for module in modules.values() for case in module.cases(torch.device("cuda"), quick))
-    head = ["op", "mode", "shape", "dtype", "bound", "bytes", "flops", "memory", "arithmetic", "floor", "our kernel"]
+    head = ["op", "mode", "shape", "dtype", "bound", "bytes", "flops", "memory", "arithmetic", "roofline", "our kernel"]
     say(aligned([head, *(_line(machine, case) for case in cases)], left=5))

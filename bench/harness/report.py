@@ -27,17 +27,17 @@ _INTRO = """Ops of imm, an engine for Inductive Moment Matching (few-step image 
 same work on the same machine. Peers whose names begin with imm are the engine's own: "out=" writes into memory that was there
 before, "as a user calls it" includes autograd. The others are plain torch, torch.compile and libraries."""
 _SUMMARY = """One line a case: our fastest peer, how many times as long the fastest peer with torch.compile and the fastest of
-the other peers take, and the floor over our time: the slower of a copy of as many bytes and, for work made of products, one
-product of as many flops, both timed in the same run."""
-_METHOD = """Every row is the median of some calls; peers take turns (A B C A B C ...) in one process, after the op's own tests.
-On the CPU the list of cases is gone through more than once (visits), since a shared machine changes within minutes. Cold
-buffers rotate, so that inputs and preallocated outputs come from memory and go there; warm buffers are the same at each call.
-"spread" is from the lowest 20 % quantile of a visit to the highest 80 % quantile; of a single visit, of its two halves. GB/s
-counts the bytes that the algorithm must move, whatever the peer moves. A ratio is the median of each round's: "x imm" to our
-fastest peer, "x copy" to a copy that moves as many bytes, "of floor" the share of the time that the floor takes. "error" is the
-largest difference from float64, relative to the largest number; a peer that is wrong is not timed. "peak" is inputs, what the
-peer keeps and the most that a step allocates, without the weights that were there before. Lines without an error are not
-compared with float64: ceilings, and what does a part of the work only."""
+the other peers take, and the roofline over our time: the slower of a copy of as many bytes and, for matmul-like work, one
+matmul of as many flops, both timed in the same run."""
+_METHOD = """Every row is the median of some calls; peers are interleaved (A B C A B C ...) in one process, after the op's own
+tests. On the CPU the list of cases is visited more than once (visits), since a shared machine changes within minutes. Cold
+buffers rotate, so that inputs and preallocated outputs are read from memory and written to it; warm buffers are the same at
+each call. "spread" is from the lowest 20 % quantile of a visit to the highest 80 % quantile; of a single visit, of its two
+halves. GB/s counts the bytes that the algorithm must move, whatever the peer moves. A ratio is the median of each round's: "x
+imm" to our fastest peer, "x copy" to a copy that moves as many bytes, "of roofline" the share of the time that the roofline
+takes. "error" is the largest difference from float64, relative to the largest number; a peer that is wrong is not timed.
+"peak" is inputs, what the peer keeps and the most that a step allocates, without the weights that were there before. Lines
+without an error are not compared with float64: ceilings, and what does a part of the work only."""
 
 
 def make(folder: Path, say: Callable[[str], Any] = print) -> Path:
@@ -65,7 +65,7 @@ def make(folder: Path, say: Callable[[str], Any] = print) -> Path:
 def _page(rows: Sequence[Row], environment: dict[str, Any], figures: Sequence[plots.Figure]) -> str:
     refused = [row for row in rows if row.median_us is None]
     reasons = [f"{row.op} {_about(row)}, {row.peer}: {row.status}" for row in refused]
-    head = ["case", "our fastest", "time", "torch.compile takes", "others take", "floor / time", "error"]
+    head = ["case", "our fastest", "time", "torch.compile takes", "others take", "roofline / time", "error"]
     lines = [head, *filter(None, map(_summary, cases(rows)))]
     known = {name: value for name, value in environment.items() if name != "system"}
     sections = {
@@ -100,7 +100,7 @@ def _about(row: Row) -> str:
 
 
 def _summary(case: Sequence[Row]) -> list[str]:
-    """Our fastest peer of a case beside the others and the floor; nothing for a case that has none."""
+    """Our fastest peer of a case beside the others and the roofline; nothing for a case that has none."""
     peers, least = [row for row in case if row.whole], floor(case)
     best = fastest(row for row in peers if ours(row.peer))
     if best is None:

@@ -219,7 +219,7 @@ def fastest(rows: Iterable[Row]) -> Row | None:
 
 
 def floor(rows: Iterable[Row]) -> Row | None:
-    """Of one case, the slower of the copy and, where it was timed, the product: what limits a peer of the same dtype."""
+    """The roofline of a case: the slower of the copy and, where it was timed, the matmul."""
     ceilings = [row for row in rows if row.peer in (COPY, MATMUL) and row.median_us and row.flops]
     return max(ceilings, key=lambda row: row.median_us or 0.0, default=None)
 
@@ -235,7 +235,7 @@ def dtype_of(peer: str, dtype: str) -> str:
 
 
 def share_of_floor(row: Row, case: Iterable[Row]) -> float | None:
-    """Of a row's time, what the floor of its case takes; None for a part of the work and in another dtype."""
+    """Of a row's time, what the roofline of its case takes; None for a part of the work and in another dtype."""
     least = floor(case)
     if least is None or row.median_us is None or not (row.whole or row is least):
         return None
@@ -288,7 +288,7 @@ def overview(rows: Sequence[Row]) -> str:
     return "\n".join(lines)
 
 
-HEADINGS = ("peer", "median", "spread", "x imm", "GB/s", "x copy", "of floor", "error", "peak")
+HEADINGS = ("peer", "median", "spread", "x imm", "GB/s", "x copy", "of roofline", "error", "peak")
 
 
 def line(row: Row, case: Sequence[Row]) -> list[str]:
