@@ -224,6 +224,7 @@ def _gradient(
         BLOCK_D=dot.gradient_features,
         num_warps=dot.gradient_warps,
         num_stages=2,
+        maxnreg=255 if groups.mixed and dot.rows == 32 else None,  # else the compiler keeps to 168 registers and spills
     )
 
 

@@ -139,9 +139,7 @@ def report(op: str, name: str, *, quick: bool, say: Callable[[str], None] = prin
     machine, modules = MACHINES[name], chosen(op)
     say(machine.description)
     say("  roofline: the larger of bytes / memory and flops / the rate of the unit that does them: no kernel is faster")
-    say(
-        "  our kernel: the larger of the roofline and of what its machine code, counted for sm_90, needs of L2 or of issue slots"
-    )
+    say("  our kernel: the larger of the roofline and of what its code, counted for sm_90, needs of L2 or of issue slots")
     say("  in L2: all that the case moves fits there, so that warm buffers can be faster than the memory's time")
     cases = (case for module in modules.values() for case in module.cases(torch.device("cuda"), quick))
     head = ["op", "mode", "shape", "dtype", "bound", "bytes", "flops", "memory", "arithmetic", "roofline", "our kernel"]
